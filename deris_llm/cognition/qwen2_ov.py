@@ -1,0 +1,323 @@
+"""LLaVA-OneVision with Qwen2 ("Qwen2-OV"): SigLIP, a projector and a causal language model with LoRA.
+
+I images, P phrases, L tokens of a prompt, N image tokens (27 x 27 at 384 px), D width of the language model.
+
+One base crop per image, no tiles. The vision tower and the projector are frozen and run once per image. The language
+model reads `... <image> x N ... phrase ...`; its hidden states at the image tokens are the image features, those at the
+phrase and the tokens after it the text features. No lm_head, no generation.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionModel, PreTrainedTokenizerBase
+
+from deris_llm.cognition.base import CognitionBackend
+from deris_llm.config import CognitionConfig
+from deris_llm.structures import CognitionFeatures, CognitionInputs
+from deris_llm.weights import architecture_of, load_pretrained, resolve_weights
+
+logger = logging.getLogger(__name__)
+
+IMAGE_TOKEN = "<image>"
+PHRASE_SLOT = "{phrase}"
+
+
+class Qwen2OneVisionProcessor:
+    """Pictures warped to the tower's square; phrases put into the prompt and tokenised whole."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        image_size: int,
+        num_image_tokens: int,
+        prompt: str,
+        text_features: Literal["phrase_and_after", "phrase", "last"],
+        max_phrase_tokens: int,
+    ) -> None:
+        """Keeps what is needed to prepare batches.
+
+        Args:
+            tokenizer: a fast one (it must know the characters of each token), with the token `<image>`.
+            image_size: px, side of the vision tower's input.
+            num_image_tokens: N.
+            prompt: holds `{phrase}` and `<image>` once each.
+            text_features: which tokens become text features.
+            max_phrase_tokens: longer phrases are cut at the end of this many tokens.
+        """
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.num_image_tokens = num_image_tokens
+        self.before, self.after = prompt.split(PHRASE_SLOT)
+        self.text_features = text_features
+        self.max_phrase_tokens = max_phrase_tokens
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.num_cut = 0
+
+    def __call__(
+        self, images: Sequence[Image.Image], phrases: Sequence[str], image_index: Sequence[int]
+    ) -> CognitionInputs:
+        """See `CognitionProcessor`. Prompts are padded on the right."""
+        prompts = [self.encode(phrase) for phrase in phrases]
+        lengths = torch.tensor([len(ids) for ids, _ in prompts])
+        shape = (len(phrases), int(lengths.max()))
+        input_ids = torch.full(shape, self.tokenizer.pad_token_id)
+        text_feature_mask = torch.zeros(shape, dtype=torch.bool)
+        for row, (ids, chosen) in enumerate(prompts):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            text_feature_mask[row, : len(ids)] = torch.tensor(chosen)
+        return CognitionInputs(
+            pixel_values=torch.stack([self.pixels(image) for image in images]),
+            input_ids=input_ids,
+            token_padding_mask=torch.arange(shape[1]) >= lengths[:, None],
+            text_feature_mask=text_feature_mask,
+        )
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """Warps a picture to the square and normalises it: float (3, s, s) in [-1, 1]."""
+        square = image.convert("RGB").resize((self.image_size, self.image_size), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1).contiguous() / 127.5 - 1
+
+    def encode(self, phrase: str) -> tuple[list[int], list[bool]]:
+        """Tokenises the whole prompt with a phrase, image placeholders repeated.
+
+        Returns:
+            token ids, and for each whether it is one of the text features.
+
+        Raises:
+            ValueError: the phrase is empty or holds one of the model's special tokens.
+        """
+        special = [token for token in self.tokenizer.all_special_tokens if token in phrase]
+        if not phrase.strip() or special:
+            raise ValueError(
+                f"phrase {phrase!r}: expected some words, got "
+                + (f"the model's special token {special[0]!r} in it" if special else "an empty text")
+                + "; correct or drop this phrase."
+            )
+        ids, is_phrase = self._tokenise(phrase)
+        if sum(is_phrase) > self.max_phrase_tokens:
+            self.num_cut += 1
+            if self.num_cut == 1:
+                logger.warning(
+                    "phrase %r has %d tokens and is cut to cognition.max_phrase_tokens=%d; later ones are cut without a word",
+                    phrase, sum(is_phrase), self.max_phrase_tokens,
+                )  # fmt: skip
+            ids, is_phrase = self._tokenise_cut(phrase)
+        if self.text_features == "phrase":
+            chosen = is_phrase
+        elif self.text_features == "last":
+            chosen = [False] * (len(ids) - 1) + [True]
+        else:
+            first = is_phrase.index(True)
+            chosen = [position >= first and token != self.image_token_id for position, token in enumerate(ids)]
+        repeats = [self.num_image_tokens if token == self.image_token_id else 1 for token in ids]
+        return (
+            [token for token, times in zip(ids, repeats, strict=True) for _ in range(times)],
+            [choice for choice, times in zip(chosen, repeats, strict=True) for _ in range(times)],
+        )
+
+    def _tokenise(self, phrase: str) -> tuple[list[int], list[bool]]:
+        encoded = self.tokenizer(
+            self.before + phrase + self.after, add_special_tokens=False, return_offsets_mapping=True
+        )
+        start, end = len(self.before), len(self.before) + len(phrase)
+        return encoded["input_ids"], [first < end and last > start for first, last in encoded["offset_mapping"]]
+
+    def _tokenise_cut(self, phrase: str) -> tuple[list[int], list[bool]]:
+        """Shortens the phrase character by character from where its last allowed token ends."""
+        offsets = self.tokenizer(phrase, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        end = offsets[min(self.max_phrase_tokens, len(offsets)) - 1][1]
+        for length in range(end, 0, -1):
+            ids, is_phrase = self._tokenise(phrase[:length])
+            if sum(is_phrase) <= self.max_phrase_tokens:
+                return ids, is_phrase
+        raise ValueError(
+            f"phrase {phrase!r}: expected its first character to fit cognition.max_phrase_tokens="
+            f"{self.max_phrase_tokens}, got more tokens; raise the limit."
+        )
+
+
+class Qwen2OneVision(CognitionBackend):
+    """transformers' `LlavaOnevisionModel`, frozen but for LoRA in its language model."""
+
+    def __init__(
+        self,
+        model: LlavaOnevisionModel,
+        *,
+        lora_r: int,
+        lora_alpha: int,
+        lora_dropout: float,
+        lora_targets: Sequence[str],
+        prompt_order: Literal["image_first", "text_first"],
+    ) -> None:
+        """Freezes the model and puts LoRA into its language model.
+
+        Args:
+            model: loaded, or on the meta device.
+            lora_r: rank; 0 = none, the language model stays frozen.
+            lora_alpha: the update is scaled by alpha / r.
+            lora_dropout: before the update.
+            lora_targets: names of the linears that get it.
+            prompt_order: image_first: image tokens cannot see the phrase, so their features are the image's alone.
+        """
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.prompt_order = prompt_order
+        self.has_lora = lora_r > 0
+        self.feature_dim = model.config.text_config.hidden_size
+        if self.has_lora:
+            _check_lora_targets(model.language_model, lora_targets)
+            lora = LoraConfig(
+                r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=list(lora_targets)
+            )
+            inject_adapter_in_model(lora, model.language_model)
+            for name, module in model.language_model.named_modules():
+                if "lora_" in name:
+                    module.to(model.dtype)  # peft does so itself, but not on the meta device
+        self.train(self.training)
+
+    @classmethod
+    def build(cls, config: CognitionConfig, *, weights: bool, dtype: torch.dtype) -> Self:
+        """See `CognitionBackend`."""
+        architecture = _architecture(config.weights)
+        model = load_pretrained(
+            LlavaOnevisionModel,
+            config.weights,
+            architecture,
+            weights=weights,
+            dtype=dtype,
+            left_in_file=("*lm_head.weight",),
+        )
+        return cls(
+            model,
+            lora_r=config.lora.r,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            lora_targets=config.lora.targets,
+            prompt_order=config.prompt_order,
+        )
+
+    @classmethod
+    def build_processor(cls, config: CognitionConfig) -> Qwen2OneVisionProcessor:
+        """See `CognitionBackend`."""
+        architecture = _architecture(config.weights)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_weights(config.weights))
+        if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != architecture.image_token_index or not tokenizer.is_fast:
+            raise ValueError(
+                f"cognition.weights={config.weights}: expected a fast tokenizer whose {IMAGE_TOKEN} is token "
+                f"{architecture.image_token_index} as the model's config says, got "
+                f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)} from a {type(tokenizer).__name__}; "
+                "take tokenizer and model from the same folder."
+            )
+        vision = architecture.vision_config
+        return Qwen2OneVisionProcessor(
+            tokenizer,
+            image_size=vision.image_size,
+            num_image_tokens=(vision.image_size // vision.patch_size) ** 2,
+            prompt=config.prompt,
+            text_features=config.text_features,
+            max_phrase_tokens=config.max_phrase_tokens,
+        )
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
+        """Sets the mode; the frozen parts stay in eval."""
+        super().train(mode)
+        self.model.eval()
+        self.model.language_model.train(mode and self.has_lora)
+        return self
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recomputes the language model's layers in the backward pass; the towers run without gradient anyway."""
+        language_model = self.model.language_model
+        older_name = language_model.gradient_checkpointing_enable  # before transformers 5.2x
+        enable = getattr(language_model, "activation_checkpointing_enable", older_name)
+        enable(activation_checkpointing_kwargs or {"use_reentrant": False})
+
+    def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
+        """See `CognitionBackend`."""
+        is_image_PL = inputs.input_ids == self.model.config.image_token_id
+        is_valid_PL = ~inputs.token_padding_mask
+        embeddings_PLD = self.model.get_input_embeddings()(inputs.input_ids)
+        image_tokens_IND = self._image_tokens(inputs.pixel_values).to(embeddings_PLD.dtype)
+        embeddings_PLD = embeddings_PLD.masked_scatter(is_image_PL[..., None], image_tokens_IND[image_index])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.has_lora):
+            hidden_PLD = self._language_model_forward(embeddings_PLD, is_valid_PL)
+
+        if self.prompt_order == "image_first":  # the same for all phrases of an image: read it off its first phrase
+            images = torch.arange(len(inputs.pixel_values), device=image_index.device)
+            rows = torch.searchsorted(image_index, images).clamp(max=len(image_index) - 1)
+            image_feats_index = image_index
+        else:
+            rows = image_feats_index = torch.arange(len(image_index), device=image_index.device)
+        side = int(image_tokens_IND.shape[1] ** 0.5)
+        image_feats = hidden_PLD[rows][is_image_PL[rows]].view(len(rows), side, side, -1).permute(0, 3, 1, 2)
+
+        text_feats, text_padding_mask = _left_aligned(hidden_PLD, inputs.text_feature_mask)
+        positions = torch.arange(hidden_PLD.shape[1], device=hidden_PLD.device)
+        last = (is_valid_PL * positions).argmax(dim=1)
+        return CognitionFeatures(
+            image_feats=image_feats,
+            image_feats_index=image_feats_index,
+            text_feats=text_feats,
+            text_padding_mask=text_padding_mask,
+            cls_feat=hidden_PLD[torch.arange(len(last), device=last.device), last],
+        )
+
+    @torch.no_grad()
+    def _image_tokens(self, pixel_values: Tensor) -> Tensor:
+        """Vision tower and projector, once per image: (I, 3, s, s) -> (I, N, D), row-major, top row first."""
+        tower = self.model.vision_tower
+        states = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
+        return self.model.multi_modal_projector(states[self.model.config.vision_feature_layer])
+
+    def _language_model_forward(self, embeddings: Tensor, is_valid: Tensor) -> Tensor:
+        """Runs the language model over whole prompts: (P, L, D) -> (P, L, D).
+
+        Phrases of an image share the prompt up to the end of the image; running that prefix once belongs here.
+        """
+        positions = (is_valid.long().cumsum(dim=1) - 1).clamp(min=0)
+        outputs = self.model.language_model(
+            inputs_embeds=embeddings, attention_mask=is_valid.long(), position_ids=positions, use_cache=False
+        )
+        return outputs.last_hidden_state
+
+
+def _architecture(name: str) -> LlavaOnevisionConfig:
+    architecture = architecture_of(name)
+    if not isinstance(architecture, LlavaOnevisionConfig) or architecture.text_config.model_type != "qwen2":
+        raise ValueError(
+            f"cognition.weights={name}: expected the weights of a LLaVA-OneVision with Qwen2, got a "
+            f"{architecture.model_type}; take e.g. llava-hf/llava-onevision-qwen2-7b-ov-hf or another backend."
+        )
+    return architecture
+
+
+def _check_lora_targets(language_model: torch.nn.Module, targets: Sequence[str]) -> None:
+    linears = {
+        name.rsplit(".", 1)[-1]
+        for name, module in language_model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    if not targets or (unknown := set(targets) - linears):
+        raise ValueError(
+            f"cognition.lora.targets: expected names among {', '.join(sorted(linears))}, got "
+            f"{', '.join(sorted(unknown)) if targets else 'none'}; correct them, or set cognition.lora.r=0 for no LoRA."
+        )
+
+
+def _left_aligned(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves the chosen tokens (P, L) of hidden (P, L, D) to the left, in order; also gives their padding mask."""
+    lengths = chosen.sum(dim=1)
+    width = int(lengths.max())
+    order = (~chosen).long().argsort(dim=1, stable=True)[:, :width]
+    padding_mask = torch.arange(width, device=hidden.device) >= lengths[:, None]
+    return hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1])), padding_mask

@@ -1,0 +1,380 @@
+"""Run configs: a frozen, typed tree; YAML files with ``base:`` inheritance, plus ``a.b=value`` overrides.
+
+A run is a complete, named config that is saved with every checkpoint. Each field says its meaning, unit and
+consequence (``deris-llm config fields`` prints them). Unknown keys, wrong types and contradictions are errors,
+all reported at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import yaml
+
+
+_YAML_SUFFIXES = (".yaml", ".yml")
+
+
+def option(default: Any, about: str) -> Any:
+    """A config field with its default and a sentence on meaning, unit and consequence."""
+    if isinstance(default, (list, dict)):
+        raise TypeError("config defaults are immutable: use a tuple")
+    return dataclasses.field(default=default, metadata={"about": about})
+
+
+def section(kind: type) -> Any:
+    """A nested group of fields with its own defaults."""
+    return dataclasses.field(default_factory=kind)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    root: str = option("data", "folder that holds images/ and one folder per dataset (refcoco, refcoco+, refcocog, ...)")
+    train: tuple[str, ...] = option(("refcoco", "refcoco+", "refcocog_umd"), "datasets whose train splits are mixed")
+    eval: tuple[str, ...] = option(
+        (
+            "refcoco/val", "refcoco/testA", "refcoco/testB",
+            "refcoco+/val", "refcoco+/testA", "refcoco+/testB",
+            "refcocog_umd/val", "refcocog_umd/test",
+        ),
+        "splits evaluated at the end of a run, `dataset/split`; their images leave the training mix",
+    )  # fmt: skip
+    exclude_eval_images: bool = option(True, "drop training images that belong to any evaluation split of any mixed dataset")
+    phrase_field: Literal["sent", "raw"] = option("sent", "which text of a REFER sentence is the phrase")
+    phrases_per_image: int = option(4, "phrases drawn of an image in a training step; they share its features")
+    num_workers: int = option(4, "loader processes per rank; 0 loads in the training process")
+
+
+@dataclass(frozen=True)
+class PerceptionConfig:
+    weights: str = option(
+        "facebook/mask2former-swin-base-coco-instance",
+        "Hugging Face id or folder of a Mask2Former: backbone, pixel decoder, first decoder layers are taken; "
+        "`builtin:tiny-mask2former` is shipped",
+    )
+    backbone: str = option("mask2former", "`mask2former` = the Swin of `weights`; `timm:NAME` = that timm model instead")
+    image_size: int = option(384, "px; pictures are warped to this square for the perception branch; multiple of 32")
+    freeze_backbone: bool = option(True, "keep the backbone (Swin) as it is; saves its gradients and optimizer state")
+    activation_checkpointing: bool = option(False, "recompute the pixel decoder in the backward pass: less memory, slower")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    r: int = option(8, "rank of the low-rank update; 0 = no LoRA, the language model stays frozen")
+    alpha: int = option(16, "the update is scaled by alpha / r")
+    dropout: float = option(0.0, "dropout before the low-rank update")
+    targets: tuple[str, ...] = option(("q_proj", "k_proj", "v_proj", "o_proj"), "linears of the language model that get LoRA")
+
+
+@dataclass(frozen=True)
+class CognitionConfig:
+    backend: str = option("qwen2_ov", "built-in name, entry point of `deris_llm.cognition_backends`, or `package.module:Class`")
+    weights: str = option(
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        "Hugging Face id or folder of the image-text model; `builtin:tiny-llava-onevision` is shipped",
+    )
+    prompt: str = option(
+        "<|im_start|>user\n<image>\nWhere is {phrase}?<|im_end|>\n<|im_start|>assistant\n",
+        "the text around the phrase; must hold {phrase} and <image> once",
+    )
+    prompt_order: Literal["image_first", "text_first"] = option(
+        "image_first",
+        "image_first: the phrase reads the image (and phrases can share it); text_first: image tokens see the phrase",
+    )
+    text_features: Literal["phrase_and_after", "phrase", "last"] = option(
+        "phrase_and_after",
+        "which tokens become text features; in a causal LLM the tokens after the phrase have read all of it",
+    )
+    max_phrase_tokens: int = option(40, "longer phrases are cut (with a count in the log)")
+    lora: LoraConfig = section(LoraConfig)
+    gradient_checkpointing: bool = option(True, "recompute the language model's layers in the backward pass")
+
+
+@dataclass(frozen=True)
+class LoopbackConfig:
+    rounds: int = option(3, "N; perception + cognition rounds after the one on the initial queries")
+    num_queries: int = option(10, "mask slots per phrase: 10 for RefCOCO, 20 for gRefCOCO")
+    dim_feedforward: int = option(2048, "width of the FFN in the cognition layers")
+    num_heads: int = option(8, "attention heads in the cognition layers")
+
+
+@dataclass(frozen=True)
+class CriterionConfig:
+    mask_bce_weight: float = option(5.0, "weight of the point-sampled mask BCE, in loss and matching (Mask2Former's)")
+    dice_weight: float = option(5.0, "weight of the point-sampled Dice, in loss and matching (Mask2Former's)")
+    referring_weight: float = option(2.0, "weight of the referring classification, in loss and matching")
+    referring_negative_weight: float = option(0.1, "weight of a query that is not a referent against one that is")
+    presence_weight: float = option(1.0, "weight of the presence BCE (a target exists)")
+    aux_weight: float = option(0.2, "weight of every earlier round's loss (paper eq. 8)")
+    num_points: int = option(12544, "points per mask at which masks are compared, in matching and loss")
+    oversample_ratio: float = option(3.0, "candidate points per loss point")
+    importance_ratio: float = option(0.75, "share of loss points taken where the prediction is least sure")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    epochs: float = option(10.0, "passes over the training phrases; ignored when max_steps > 0")
+    max_steps: int = option(-1, "optimizer steps; -1 = by epochs")
+    images_per_device: int = option(1, "I: images in a micro-batch of one rank")
+    accumulation: int = option(1, "micro-batches per optimizer step")
+    learning_rate: float = option(4e-5, "AdamW rate of everything without a rate of its own")
+    lora_learning_rate: float = option(4e-5, "AdamW rate of the LoRA weights")
+    pixel_decoder_learning_rate: float = option(4e-5, "AdamW rate of the pixel decoder and the carried-over decoder layers")
+    weight_decay: float = option(0.01, "AdamW's; none on biases, norms and embeddings")
+    warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly from 0")
+    schedule: Literal["cosine", "linear", "constant"] = option("cosine", "shape of the rate after warm-up")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this L2 norm")
+    precision: Literal["bf16", "fp32"] = option("bf16", "bf16 needs a GPU with it; fp32 is what CPU runs use")
+    eval_every: int = option(1000, "steps between evaluations on `eval_split`; 0 = only at the end")
+    eval_split: str = option("refcoco/val", "split whose mIoU selects the best checkpoint")
+    eval_max_images: int = option(0, "images of `eval_split` used at intervals; 0 = all")
+    save_every: int = option(1000, "steps between checkpoints")
+    keep_checkpoints: int = option(2, "newest checkpoints kept, the best one besides")
+    log_every: int = option(10, "steps between log lines")
+    seed: int = option(42, "seeds weights that are fresh, data order and point sampling")
+    wandb: bool = option(False, "log to Weights & Biases too (TensorBoard always)")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    protocols: tuple[str, ...] = option(("original", "deris"), "ids of the evaluation protocols whose numbers are reported")
+    score_threshold: float = option(0.7, "queries with a referring probability above this join the answer")
+    selection: Literal["threshold", "threshold_or_best", "best"] = option(
+        "threshold_or_best",
+        "threshold: union above the threshold, else empty (upstream); threshold_or_best: else the best query "
+        "(RefCOCO always has a target); best: the best query alone",
+    )
+    images_per_device: int = option(4, "images in an evaluation batch of one rank, with all their phrases")
+    max_phrases_per_batch: int = option(64, "more phrases than this are split into further batches")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A complete run. Paper: DeRIS (ICCV 2025), section 4.1 and appendix C for the 7B's values."""
+
+    name: str = option("unnamed", "name of the run; part of the output folder")
+    data: DataConfig = section(DataConfig)
+    perception: PerceptionConfig = section(PerceptionConfig)
+    cognition: CognitionConfig = section(CognitionConfig)
+    loopback: LoopbackConfig = section(LoopbackConfig)
+    criterion: CriterionConfig = section(CriterionConfig)
+    training: TrainingConfig = section(TrainingConfig)
+    evaluation: EvaluationConfig = section(EvaluationConfig)
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, one problem a line."""
+
+    def __init__(self, where: str, problems: list[str]) -> None:
+        self.problems = problems
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(f"{where}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the run config\n{listed}")
+
+
+def config_names() -> list[str]:
+    """Names of the shipped run configs."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("deris_llm.configs").iterdir() if p.name.endswith(".yaml"))
+
+
+def load_config(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Reads a run config by shipped name or YAML path, applies ``a.b=value`` overrides and checks it.
+
+    Args:
+        name_or_path: a name of `config_names()` or the path of a YAML file (``base:`` names another of either).
+        overrides: ``section.field=value``, the value in YAML syntax (``data.eval=[refcoco/val]``).
+
+    Raises:
+        ConfigError: every unknown key (with the nearest name), wrong type and contradiction at once.
+    """
+    tree = _read_yaml_tree(str(name_or_path), seen=())
+    problems: list[str] = []
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            problems.append(f"override {text!r}: expected section.field=value, e.g. training.learning_rate=1e-4")
+            continue
+        node = tree
+        *parents, leaf = key.strip().split(".")
+        for parent in parents:
+            child = node.get(parent)
+            node[parent] = dict(child) if isinstance(child, dict) else {}
+            node = node[parent]
+        try:
+            node[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            problems.append(f"override {text!r}: the value is not YAML ({error})")
+    return config_from_dict(tree, where=str(name_or_path), problems=problems)
+
+
+def config_from_dict(tree: dict[str, Any], *, where: str = "run config", problems: list[str] | None = None) -> RunConfig:
+    """Builds and checks a config from nested plain values (what `config_to_dict` gives).
+
+    Raises:
+        ConfigError: all problems at once.
+    """
+    problems = [] if problems is None else problems
+    config = _build(RunConfig, tree, "", problems)
+    if not problems:
+        problems.extend(contradictions(config))
+    if problems:
+        raise ConfigError(where, problems)
+    return config
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested plain values (lists for tuples), complete: every field, defaults included."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return [plain(v) for v in value] if isinstance(value, tuple) else value
+
+    return plain(config)
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Writes the complete config as YAML."""
+    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def iter_fields(kind: type = RunConfig, prefix: str = "") -> typing.Iterator[tuple[str, Any, Any, str]]:
+    """Yields (dotted name, type, default, meaning) of every field."""
+    hints = typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[f.name]):
+            yield from iter_fields(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", hints[f.name], f.default, f.metadata["about"]
+
+
+def contradictions(config: RunConfig) -> list[str]:
+    """Cross-field checks: options that exclude each other or cannot take effect."""
+    found: list[str] = []
+    if config.perception.image_size % 32 or config.perception.image_size <= 0:
+        found.append(
+            f"perception.image_size: expected a positive multiple of 32 (the coarsest stride), got {config.perception.image_size}"
+        )
+    for token in ("{phrase}", "<image>"):
+        if config.cognition.prompt.count(token) != 1:
+            found.append(f"cognition.prompt: expected {token} exactly once, got {config.cognition.prompt!r}")
+    if "{phrase}" in config.cognition.prompt and "<image>" in config.cognition.prompt:
+        image_first = config.cognition.prompt.index("<image>") < config.cognition.prompt.index("{phrase}")
+        if image_first != (config.cognition.prompt_order == "image_first"):
+            found.append(
+                f"cognition.prompt_order={config.cognition.prompt_order} contradicts cognition.prompt, where "
+                f"{'<image>' if image_first else '{phrase}'} comes first: change one of them"
+            )
+    for name in config.data.eval:
+        if name.count("/") != 1:
+            found.append(f"data.eval: expected `dataset/split` like refcoco/val, got {name!r}")
+    if config.training.eval_split.count("/") != 1:
+        found.append(f"training.eval_split: expected `dataset/split` like refcoco/val, got {config.training.eval_split!r}")
+    if config.cognition.lora.r == 0 and config.cognition.lora.dropout > 0:
+        found.append("cognition.lora.dropout has no effect with cognition.lora.r=0: set it to 0 or give a rank")
+    positive = {
+        "data.phrases_per_image": config.data.phrases_per_image,
+        "loopback.rounds": config.loopback.rounds,
+        "loopback.num_queries": config.loopback.num_queries,
+        "training.images_per_device": config.training.images_per_device,
+        "training.accumulation": config.training.accumulation,
+        "criterion.num_points": config.criterion.num_points,
+        "evaluation.images_per_device": config.evaluation.images_per_device,
+        "evaluation.max_phrases_per_batch": config.evaluation.max_phrases_per_batch,
+        "training.learning_rate": config.training.learning_rate,
+        "training.max_grad_norm": config.training.max_grad_norm,
+        "training.save_every": config.training.save_every,
+        "training.log_every": config.training.log_every,
+    }
+    found.extend(f"{name}: expected more than 0, got {value}" for name, value in positive.items() if value <= 0)
+    if not 0 < config.evaluation.score_threshold < 1:
+        found.append(f"evaluation.score_threshold: expected a probability in (0, 1), got {config.evaluation.score_threshold}")
+    return found
+
+
+def _read_yaml_tree(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix not in _YAML_SUFFIXES:
+        shipped = resources.files("deris_llm.configs").joinpath(f"{name_or_path}.yaml")
+        if not shipped.is_file():
+            close = difflib.get_close_matches(name_or_path, config_names(), n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise ConfigError(str(name_or_path), [f"no such run config; {hint}shipped: {', '.join(config_names())}; or give a .yaml path"])
+        text = shipped.read_text(encoding="utf-8")
+    elif path.is_file():
+        text = path.read_text(encoding="utf-8")
+    else:
+        raise ConfigError(str(name_or_path), [f"no such file; shipped run configs by name: {', '.join(config_names())}"])
+    if name_or_path in seen:
+        raise ConfigError(name_or_path, [f"`base:` goes round in a circle: {' -> '.join((*seen, name_or_path))}"])
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(name_or_path, [f"not valid YAML: {error}"]) from error
+    if not isinstance(tree, dict):
+        raise ConfigError(name_or_path, [f"expected a mapping at the top, got {type(tree).__name__}"])
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if path.suffix in _YAML_SUFFIXES and Path(str(base)).suffix in _YAML_SUFFIXES:
+        base = path.parent / str(base)
+    return _merged(_read_yaml_tree(str(base), (*seen, name_or_path)), tree)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _build(kind: type, tree: Any, prefix: str, problems: list[str]) -> Any:
+    if not isinstance(tree, dict):
+        problems.append(f"{prefix.rstrip('.') or 'top'}: expected a group of fields, got {tree!r}")
+        return kind()
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
+            elsewhere = [name for name, *_ in iter_fields() if name.rsplit(".", 1)[-1] == key]
+            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; fields here: {', '.join(hints)}"
+            problems.append(f"{prefix}{key}: unknown field{'; did you mean ' + elsewhere[0] + '?' if elsewhere else hint}")
+        elif dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(typing.cast(type, hints[key]), value, f"{prefix}{key}.", problems)
+        else:
+            values[key] = _checked(hints[key], value, f"{prefix}{key}", problems)
+    return kind(**values)
+
+
+def _checked(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            problems.append(f"{name}: expected one of {', '.join(map(str, arguments))}, got {value!r}")
+        return value
+    if origin in (Union, types.UnionType):
+        return value if value is None else _checked(arguments[0], value, name, problems)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            problems.append(f"{name}: expected a list, got {value!r}")
+            return ()
+        return tuple(_checked(arguments[0], v, f"{name}[{i}]", problems) for i, v in enumerate(value))
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        try:
+            value = float(value)
+        except ValueError:
+            problems.append(f"{name}: expected a number, got {value!r}")
+            return 0.0
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        problems.append(f"{name}: expected {hint.__name__}, got {value!r}")
+    return value

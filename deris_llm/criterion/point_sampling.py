@@ -1,0 +1,80 @@
+"""Masks are compared at sampled points instead of at every pixel (PointRend, Mask2Former section 3.3).
+
+Points are (x, y) in [0, 1] of the picture: (0, 0) is its top left corner, pixel centres lie at (j + 0.5) / width. So
+maps of different resolutions (logits at 1/4, targets at full size) are read at the same place, neither upsampled.
+
+Letters: N maps, C channels, K points.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def sample_points(maps: Tensor, points: Tensor) -> Tensor:
+    """Reads maps at points, bilinearly; outside the outermost pixel centres the value fades to 0.
+
+    Upstream samples logits that it has first upsampled x4 with align_corners=True; here they are read at their own
+    resolution. To reproduce upstream's numbers, upsample its way before calling (nothing here knows the resolution).
+
+    Args:
+        maps: float (N, C, h, w).
+        points: float (N, K, 2), (x, y) in [0, 1].
+
+    Returns:
+        float (N, C, K).
+    """
+    grid = points.unsqueeze(2) * 2 - 1  # grid_sample counts from -1 to 1
+    return functional.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False).squeeze(3)
+
+
+def random_points(
+    num_maps: int, num_points: int, *, device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
+    """Uniform points.
+
+    Args:
+        num_maps: N.
+        num_points: K.
+        device: where the points end up.
+        generator: source of randomness, on any device; None = torch's global one.
+
+    Returns:
+        float (N, K, 2), (x, y) in [0, 1).
+    """
+    source = generator.device if generator is not None else device
+    return torch.rand(num_maps, num_points, 2, device=source, generator=generator).to(device)
+
+
+@torch.no_grad()
+def uncertain_points(
+    mask_logits: Tensor,
+    num_points: int,
+    *,
+    oversample_ratio: float = 3.0,
+    importance_ratio: float = 0.75,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Importance sampling: most points lie where the prediction is least sure, the rest anywhere.
+
+    Args:
+        mask_logits: float (N, h, w).
+        num_points: K.
+        oversample_ratio: candidates per point, >= 1.
+        importance_ratio: share of K that are the candidates with the smallest |logit|, in [0, 1].
+        generator: source of randomness.
+
+    Returns:
+        float (N, K, 2), (x, y) in [0, 1].
+    """
+    num_maps = mask_logits.shape[0]
+    num_uncertain = int(importance_ratio * num_points)
+    device = mask_logits.device
+    candidates = random_points(num_maps, int(num_points * oversample_ratio), device=device, generator=generator)
+    uncertainty = -sample_points(mask_logits.unsqueeze(1), candidates).squeeze(1).abs()
+    chosen = uncertainty.topk(num_uncertain, dim=1, sorted=False).indices
+    uncertain = candidates.gather(1, chosen.unsqueeze(2).expand(-1, -1, 2))
+    anywhere = random_points(num_maps, num_points - num_uncertain, device=device, generator=generator)
+    return torch.cat([uncertain, anywhere], dim=1)

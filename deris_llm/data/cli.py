@@ -1,0 +1,144 @@
+"""``deris-llm data synth | check | show``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from PIL import Image
+
+    from deris_llm.structures import ReferringRecord
+
+
+_MASK_COLOUR_RGB = (230, 25, 75)
+
+
+def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds the commands; each parser's ``run`` default takes the parsed arguments and returns an exit status."""
+    synth = subparsers.add_parser("synth", help="write a synthetic world in REFER's own format")
+    synth.add_argument("--out", type=Path, required=True, metavar="DIR", help="data root to write")
+    synth.add_argument("--seed", type=int, default=0, help="the same seed writes the same files")
+    synth.add_argument(
+        "--num-train", type=int, default=2400, metavar="N", help="pictures of refcoco/train (default 2400)"
+    )
+    synth.add_argument("--num-val", type=int, default=120, metavar="N", help="pictures of each val (default 120)")
+    synth.add_argument(
+        "--num-test", type=int, default=120, metavar="N", help="pictures of each test split (default 120)"
+    )
+    synth.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes (default 1); the files are the same"
+    )
+    synth.set_defaults(run=run_synth)
+
+    check = subparsers.add_parser("check", help="read and check every split; counts beside the published ones")
+    check.add_argument("--root", type=Path, default=Path("data"), metavar="DIR", help="data root (default data)")
+    check.add_argument("--datasets", nargs="+", metavar="NAME", help="default: all that are there")
+    check.set_defaults(run=run_check)
+
+    show = subparsers.add_parser("show", help="a PNG sheet of pictures with phrases and masks")
+    show.add_argument("split", metavar="SPLIT", help="dataset/split, e.g. refcoco/val")
+    show.add_argument("--root", type=Path, default=Path("data"), metavar="DIR", help="data root (default data)")
+    show.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="PNG", help="default sheet.png")
+    show.add_argument("--count", type=int, default=24, help="phrases shown, spread over the split (default 24)")
+    show.add_argument("--phrase-field", choices=("sent", "raw"), default="sent", help="which text of a sentence")
+    show.set_defaults(run=run_show)
+
+
+def run_synth(arguments: argparse.Namespace) -> int:
+    """Writes the synthetic world and counts it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from deris_llm.data.synthetic.world import write_world
+
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("drawing pictures", total=None)
+        write_world(
+            arguments.out,
+            seed=arguments.seed,
+            num_train=arguments.num_train,
+            num_val=arguments.num_val,
+            num_test=arguments.num_test,
+            workers=arguments.workers,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    return run_check(argparse.Namespace(root=arguments.out, datasets=None))
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """Prints a table of counts; 1 when a split cannot be used."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from deris_llm.data.check import check_data
+
+    counts = check_data(arguments.root, arguments.datasets)
+    table = Table(title=f"{arguments.root}", title_justify="left")
+    table.add_column("split")
+    for heading in ("refs", "phrases", "images", "of them in train", "published refs/phrases/images"):
+        table.add_column(heading, justify="right")
+    for split in counts:
+        known = "/".join(f"{number:,}" for number in split.known) if split.known else "-"
+        verdict = " (same)" if split.is_as_published else ""
+        numbers = (
+            ["unusable"] * 3
+            if split.problem
+            else [f"{n:,}" for n in (split.num_refs, split.num_phrases, split.num_images)]
+        )
+        table.add_row(split.name, *numbers, f"{split.num_images_in_train:,}", known + verdict)
+    console = Console()
+    console.print(table)
+    for split in counts:
+        if split.problem:
+            console.print(split.problem, markup=False, highlight=False)
+    return 1 if any(split.problem for split in counts) else 0
+
+
+def run_show(arguments: argparse.Namespace) -> int:
+    """Writes the contact sheet."""
+    from deris_llm.data.refer import read_split
+
+    records = read_split(arguments.root, arguments.split, phrase_field=arguments.phrase_field)
+    count = max(1, min(arguments.count, len(records)))
+    chosen = [records[i * len(records) // count] for i in range(count)]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(chosen).save(arguments.out)
+    sys.stdout.write(f"{arguments.out}: {count} of {len(records):,} phrases of {arguments.split}\n")
+    return 0
+
+
+def contact_sheet(records: Sequence[ReferringRecord], *, columns: int = 4, tile_px: int = 300) -> Image.Image:
+    """Pictures with their phrase above and the referents tinted."""
+    import textwrap
+
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    from deris_llm.data.masks import decode_segmentation
+    from deris_llm.data.transforms import load_image
+
+    caption_px = 44
+    rows = -(-len(records) // columns)
+    sheet = Image.new("RGB", (columns * tile_px, rows * (tile_px + caption_px)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, record in enumerate(records):
+        left, top = (i % columns) * tile_px, (i // columns) * (tile_px + caption_px)
+        pixels = np.array(load_image(record.image_path, size_hw=(record.height, record.width)), dtype=np.float32)
+        for instance in record.instances:
+            mask = decode_segmentation(instance.segmentation, record.height, record.width)
+            inside = np.pad(mask, 1)
+            border = mask & ~(inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:])
+            pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(_MASK_COLOUR_RGB)
+            pixels[border] = _MASK_COLOUR_RGB
+        picture = Image.fromarray(pixels.astype(np.uint8))
+        scale = (tile_px - 8) / max(picture.size)
+        picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
+        caption = textwrap.wrap(record.phrase if record.instances else f"{record.phrase} (no target)", 46)[:3]
+        draw.multiline_text((left + 4, top + 2), "\n".join(caption), fill="black")
+        sheet.paste(picture, (left + 4, top + caption_px))
+    return sheet

@@ -1,0 +1,37 @@
+"""What is wrong with a dataset, in one error."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """A folder, file or record that cannot be used; says where, what was expected, what was found and what to do."""
+
+
+def bad_records_error(where: str, problems: Sequence[str], *, num_records: int) -> DataError:
+    """One error for all bad records of a file, the first ten listed."""
+    listed = "\n".join(f"  - {problem}" for problem in problems[:10])
+    more = f"\n  - and {len(problems) - 10:,} more" if len(problems) > 10 else ""
+    return DataError(
+        f"{where}: {len(problems):,} of {num_records:,} records cannot be used\n{listed}{more}\n"
+        "Repair or remove these records (nothing is dropped silently), or download the files again"
+    )
+
+
+def missing_path_error(path: Path, purpose: str, *, hint: str = "") -> DataError:
+    """Names the path that should be there, what is there instead and the names that come near."""
+    folder = path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    found = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
+    wanted = path.relative_to(folder).parts[0]
+    near = difflib.get_close_matches(wanted, [name.rstrip("/") for name in found], n=3, cutoff=0.5)
+    listed = ", ".join(found[:20]) + (f", … ({len(found):,} in all)" if len(found) > 20 else "") if found else "nothing"
+    return DataError(
+        f"{purpose}: expected {path}; {folder}/ holds {listed}."
+        + (f" Is it {' or '.join(repr(name) for name in near)}? Rename it to {wanted!r}." if near else "")
+        + (f" {hint}" if hint else "")
+    )

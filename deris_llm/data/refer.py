@@ -1,0 +1,324 @@
+"""Reads RefCOCO, RefCOCO+ and RefCOCOg in REFER's own files.
+
+    root/images/train2014/COCO_train2014_000000000123.jpg   (or root/train2014, root/images/mscoco/images/train2014)
+    root/refcoco/instances.json, root/refcoco/refs(unc).p
+    root/refcoco+/instances.json, root/refcoco+/refs(unc).p
+    root/refcocog/instances.json, root/refcocog/refs(umd).p and/or refs(google).p
+
+Every picture, those of val and test too, is one of COCO's train2014. ``ref["file_name"]`` carries an annotation suffix
+and is not read; the picture's name is that of ``instances.json``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from deris_llm.data.errors import DataError, bad_records_error, missing_path_error
+from deris_llm.data.masks import decode_segmentation
+from deris_llm.interop.unpickle import load_plain_pickle
+from deris_llm.structures import InstanceAnnotation, ReferringRecord
+
+DATASETS: Mapping[str, tuple[str, str]] = {
+    "refcoco": ("refcoco", "unc"),
+    "refcoco+": ("refcoco+", "unc"),
+    "refcocog_umd": ("refcocog", "umd"),
+    "refcocog_google": ("refcocog", "google"),
+}
+"""Dataset name -> (folder, who made the splits)."""
+
+IMAGE_FOLDERS = ("images/train2014", "train2014", "images/mscoco/images/train2014")
+
+_SURELY_VISIBLE_PX = 16.0  # polygons of less area are decoded to see whether a pixel is left
+
+_LAYOUT_HINT = (
+    "Expected layout: ROOT/images/train2014/COCO_train2014_*.jpg and, per dataset, ROOT/refcoco/, ROOT/refcoco+/ with "
+    "instances.json and refs(unc).p, ROOT/refcocog/ with instances.json and refs(umd).p; `data.root` names ROOT"
+)
+
+
+def read_split(root: str | Path, name: str, *, phrase_field: Literal["sent", "raw"] = "sent") -> list[ReferringRecord]:
+    """Reads and checks one split; the files are parsed once per process.
+
+    Args:
+        root: the folder that holds the images and one folder per dataset.
+        name: ``dataset/split``, e.g. ``refcoco/testA`` or ``refcocog_umd/val``.
+        phrase_field: ``sent`` is REFER's cleaned text (lower case, no punctuation), ``raw`` what the annotator typed.
+
+    Returns:
+        One record per phrase, in the order of the file; every image exists and every phrase has one referent.
+
+    Raises:
+        DataError: a missing or misnamed file, an unknown dataset or split, or unusable records (all in one error).
+    """
+    dataset, _, split = name.partition("/")
+    existing = split_names(root, dataset)
+    if split not in existing:
+        near = difflib.get_close_matches(split, existing, n=1)
+        raise DataError(
+            f"split {name!r}: expected one of {', '.join(f'{dataset}/{known}' for known in existing)}, got {split!r}."
+            + (f" Did you mean {dataset}/{near[0]}?" if near else "")
+        )
+    return list(_read_split(Path(root), dataset, split, phrase_field, _stamps(Path(root), dataset)))
+
+
+def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:
+    """Names of the splits that a dataset's file has, train first.
+
+    Raises:
+        DataError: an unknown dataset or a missing file.
+    """
+    known_order = ("train", "val", "testA", "testB", "test")
+    splits = _load(Path(root), dataset).splits
+    return tuple(sorted(splits, key=lambda split: (known_order.index(split) if split in known_order else 99, split)))
+
+
+def count_refs(root: str | Path, name: str) -> int:
+    """Number of refs (referred objects, each with a few phrases) of ``dataset/split``."""
+    dataset, _, split = name.partition("/")
+    return len(_load(Path(root), dataset).splits.get(split, ()))
+
+
+def images_of_split(root: str | Path, name: str) -> set[str]:
+    """Image ids of ``dataset/split``, without reading or checking its phrases."""
+    dataset, _, split = name.partition("/")
+    loaded = _load(Path(root), dataset)
+    return {
+        loaded.images[ref["image_id"]].stem for ref in loaded.splits.get(split, ()) if ref["image_id"] in loaded.images
+    }
+
+
+def refs_path(root: str | Path, dataset: str) -> Path:
+    """Where a dataset's phrases are expected."""
+    folder, split_by = DATASETS[dataset]
+    return Path(root) / folder / f"refs({split_by}).p"
+
+
+def find_image_folder(root: str | Path) -> Path:
+    """The folder of COCO's train2014 pictures below ``root``.
+
+    Raises:
+        DataError: none of the known places exists.
+    """
+    root = Path(root)
+    for folder in IMAGE_FOLDERS:
+        if (root / folder).is_dir():
+            return root / folder
+    places = ", ".join(str(root / folder) for folder in IMAGE_FOLDERS)
+    raise missing_path_error(root / IMAGE_FOLDERS[0], f"pictures (one of {places})", hint=_LAYOUT_HINT)
+
+
+@dataclass(frozen=True)
+class _Image:
+    file_name: str
+    width: int
+    height: int
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.file_name).stem
+
+
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """One dataset's files: the refs by split, and of ``instances.json`` what they point at."""
+
+    splits: dict[str, list[dict[str, Any]]]
+    images: dict[int, _Image]
+    annotations: dict[int, tuple[int, Any]]  # annotation id -> (image id, segmentation)
+
+
+def _paths(root: Path, dataset: str) -> tuple[Path, Path]:
+    if dataset not in DATASETS:
+        near = [name for name in DATASETS if dataset and name.startswith(f"{dataset}_")]
+        near = near or difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0.4)
+        raise DataError(
+            f"dataset {dataset!r}: expected one of {', '.join(DATASETS)}."
+            + (f" Did you mean {' or '.join(near)}?" if near else "")
+        )
+    refs = refs_path(root, dataset)
+    instances = refs.parent / "instances.json"
+    for path in (instances, refs):
+        if not path.is_file():
+            raise missing_path_error(path, f"dataset {dataset!r}", hint=_LAYOUT_HINT)
+    return refs, instances
+
+
+def _stamps(root: Path, dataset: str) -> tuple[tuple[str, int, int], ...]:
+    """Path, time and size of the files: what the caches of this module are keyed by."""
+    return tuple((str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in _paths(root, dataset))
+
+
+def _load(root: Path, dataset: str) -> _Loaded:
+    return _load_stamped(_stamps(root, dataset))
+
+
+@lru_cache(maxsize=8)
+def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> _Loaded:
+    refs_file, instances_file = stamps[0][0], stamps[1][0]
+    refs = load_plain_pickle(refs_file)
+    required = {"ref_id", "ann_id", "image_id", "split", "sentences"}
+    if (
+        not isinstance(refs, list)
+        or not refs
+        or not all(isinstance(ref, dict) and required <= ref.keys() for ref in refs)
+    ):
+        raise DataError(
+            f"{refs_file}: expected a list of refs, each a dict with {', '.join(sorted(required))}, "
+            f"got {_describe(refs)}. Use REFER's own file"
+        )
+    try:
+        instances = json.loads(Path(instances_file).read_bytes())
+    except ValueError as error:
+        raise DataError(f"{instances_file}: expected JSON, got {error}. Download the file again") from error
+    if not isinstance(instances, dict) or not {"images", "annotations"} <= instances.keys():
+        raise DataError(
+            f"{instances_file}: expected COCO instances with `images` and `annotations`, got {_describe(instances)}. "
+            "Use the instances.json that comes with REFER's refs"
+        )
+    wanted = {ref["ann_id"] for ref in refs}
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for ref in refs:
+        splits.setdefault(ref["split"], []).append(ref)
+    return _Loaded(
+        splits=splits,
+        images={
+            # A picture is looked up in the images folder only, whatever path a file may name.
+            image["id"]: _Image(
+                PurePosixPath(image.get("file_name") or f"COCO_train2014_{image['id']:012d}.jpg").name,
+                int(image["width"]),
+                int(image["height"]),
+            )
+            for image in instances["images"]
+        },
+        annotations={
+            a["id"]: (a["image_id"], a["segmentation"]) for a in instances["annotations"] if a["id"] in wanted
+        },
+    )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"a dict with {', '.join(map(str, list(value)[:8])) or 'nothing'}"
+    if isinstance(value, list) and value:
+        return f"a list of {len(value)}, first {_describe(value[0])}"
+    return f"{type(value).__name__} {str(value)[:60]!r}"
+
+
+@lru_cache(maxsize=32)
+def _read_split(
+    root: Path, dataset: str, split: str, phrase_field: str, stamps: tuple[tuple[str, int, int], ...]
+) -> tuple[ReferringRecord, ...]:
+    loaded = _load_stamped(stamps)
+    refs_file, instances_file = refs_path(root, dataset), refs_path(root, dataset).parent / "instances.json"
+    image_folder = find_image_folder(root)
+    present = _listing(str(image_folder.resolve()), image_folder.stat().st_mtime_ns)
+    records: list[ReferringRecord] = []
+    problems: list[str] = []
+    num_phrases = 0
+    for ref in loaded.splits[split]:
+        num_phrases += len(ref["sentences"])
+        where = f"ref_id {ref['ref_id']}"
+        problem = segmentation = None
+        image = loaded.images.get(ref["image_id"])
+        annotation = loaded.annotations.get(ref["ann_id"])
+        if image is None:
+            problem = f"image_id {ref['image_id']} is not among the images of {instances_file}"
+        elif image.file_name not in present:
+            problem = f"image file {image_folder / image.file_name} is missing"
+        elif annotation is None:
+            problem = f"ann_id {ref['ann_id']} is not among the annotations of {instances_file}"
+        elif annotation[0] != ref["image_id"]:
+            problem = f"ann_id {ref['ann_id']} belongs to image {annotation[0]}, the ref to image {ref['image_id']}"
+        else:
+            segmentation, fault = usable_segmentation(annotation[1], image.height, image.width)
+            problem = f"ann_id {ref['ann_id']} of {image.file_name}: {fault}" if fault else None
+        if problem is not None or image is None or annotation is None:
+            problems.append(f"{where}: {problem}")
+            continue
+        instance = InstanceAnnotation(int(ref["ann_id"]), segmentation)
+        for sentence in ref["sentences"]:
+            phrase = sentence.get(phrase_field)
+            if "sent_id" not in sentence:
+                problems.append(f"{where}: a sentence without sent_id ({phrase!r})")
+                continue
+            if not isinstance(phrase, str) or not phrase.strip():
+                problems.append(
+                    f"{where}: sent_id {sentence.get('sent_id')} has an empty phrase ({phrase_field}={phrase!r})"
+                )
+                continue
+            records.append(
+                ReferringRecord(
+                    phrase_id=f"{dataset}/{split}/{sentence['sent_id']}",
+                    dataset=dataset,
+                    split=split,
+                    image_id=image.stem,
+                    image_path=str(image_folder / image.file_name),
+                    width=image.width,
+                    height=image.height,
+                    phrase=phrase.strip(),
+                    instances=(instance,),
+                )
+            )
+    counts = Counter(record.phrase_id for record in records)
+    problems.extend(f"phrase {name} occurs {count} times" for name, count in counts.items() if count > 1)
+    if problems:
+        raise bad_records_error(f"{refs_file} ({dataset}/{split})", problems, num_records=num_phrases)
+    return tuple(records)
+
+
+@lru_cache(maxsize=4)
+def _listing(folder: str, _modified_ns: int) -> frozenset[str]:
+    return frozenset(path.name for path in Path(folder).iterdir())
+
+
+def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[object, str | None]:
+    """Checks a COCO segmentation against its image's size in px.
+
+    Polygons that reach over the border are clipped when they are decoded; only one of which nothing is left is a fault.
+    Parts of fewer than three points have no area and are left out, as long as another part shows something.
+
+    Returns:
+        the segmentation without its degenerate parts, and what makes it unusable or None.
+    """
+    if isinstance(segmentation, dict):
+        return segmentation, _fault_of_decoding(segmentation, height, width, "its RLE mask is empty")
+    if not isinstance(segmentation, list) or not segmentation:
+        return segmentation, f"expected polygons or RLE, got {_describe(segmentation)}"
+    area = 0.0
+    reaches_out = False
+    parts: list[list[float]] = []
+    for polygon in segmentation:
+        if not isinstance(polygon, list) or not all(isinstance(c, (int, float)) and math.isfinite(c) for c in polygon):
+            return segmentation, f"expected polygons [x0, y0, x1, y1, …] in px, got {_describe(polygon)}"
+        if len(polygon) < 6:
+            continue
+        parts.append(polygon)
+        xs, ys = polygon[0::2], polygon[1::2]
+        reaches_out |= min(xs) < 0 or min(ys) < 0 or max(xs) > width or max(ys) > height
+        # The shoelace formula; an odd number of coordinates is left to the decoder's message.
+        area += (
+            abs(sum(x * y1 - x1 * y for x, y, x1, y1 in zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=False)))
+            / 2
+        )
+    if not parts:
+        return parts, "none of its polygons has three points"
+    odd = any(len(polygon) % 2 for polygon in parts)
+    if area >= _SURELY_VISIBLE_PX and not reaches_out and not odd:
+        return parts, None
+    where = f"lie outside the image ({width} x {height} px)" if reaches_out else f"cover no pixel (area {area:.3g} px)"
+    return parts, _fault_of_decoding(parts, height, width, f"its polygons {where}")
+
+
+def _fault_of_decoding(segmentation: object, height: int, width: int, empty: str) -> str | None:
+    try:
+        return None if decode_segmentation(segmentation, height, width).any() else empty
+    except ValueError as error:
+        return str(error)

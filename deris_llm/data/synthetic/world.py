@@ -1,0 +1,433 @@
+"""Writes a synthetic world in REFER's own format: RefCOCO, RefCOCO+, RefCOCOg (umd) and gRefCOCO over shared pictures.
+
+Every picture depends on (seed, image id) only, and the image id says which split it was made for; so neither the order
+of work, nor the number of workers, nor the number of pictures changes a picture or its phrases.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import pickle
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .phrases import Expression, Style, expressions_for, multi_target_expressions, no_target_expressions
+from .scene import Scene, mask_box_xyxy, sample_scene
+from .vocabulary import KINDS, KINDS_A, KINDS_B
+
+GENERATOR_VERSION = 1
+WORLD_STREAM = 0xDE215  # seeds of other uses of the generator (pre-training) have another constant here
+MANIFEST = "world.json"
+DATASETS = ("refcoco", "refcoco+", "refcocog", "grefcoco")
+REFS_FILES = {
+    "refcoco": "refs(unc).p",
+    "refcoco+": "refs(unc).p",
+    "refcocog": "refs(umd).p",
+    "grefcoco": "grefs(unc).json",
+}
+# Pictures are made for a role; ids of one role start at its offset + 1.
+_ROLE_OFFSETS = {"train": 0, "val": 100_000, "testA": 200_000, "testB": 300_000, "g_val": 400_000, "g_test": 500_000}
+_ROLE_KINDS = {"testA": KINDS_A, "testB": KINDS_B}
+_PARTIAL_MARK = "unfinished.json"
+_PHRASES_RANGE = (5, 9)
+_CROWD_PROBABILITY = 0.03
+_OVERLAPPING_PARTS_PROBABILITY = 0.05
+_MIN_PART_PX = 6  # smaller parts and holes are left out of polygons
+_JPEG_QUALITY = 92
+
+Progress = Callable[[int, int], None]
+
+
+def write_world(
+    out: Path,
+    *,
+    seed: int,
+    num_train: int = 2400,
+    num_val: int = 120,
+    num_test: int = 120,
+    workers: int = 1,
+    on_progress: Progress | None = None,
+) -> None:
+    """Writes the world to `out`, or returns at once when `out` already holds the same world.
+
+    The files are written to `<out>.partial`, which is renamed at the end.
+
+    Args:
+        out: folder to make.
+        seed: >= 0.
+        num_train: pictures of refcoco/train (refcocog/train has nearly the same ones).
+        num_val: pictures of refcoco/val and of refcocog/val.
+        num_test: pictures of testA, testB and of refcocog/test.
+        workers: processes; the files do not depend on it.
+        on_progress: called with (pictures done, pictures in all).
+
+    Raises:
+        ValueError: an argument is out of range.
+        FileExistsError: `out` holds something else.
+    """
+    out = Path(out)
+    counts = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
+    _check_arguments(seed, counts, workers)
+    request = {"generator": GENERATOR_VERSION, "seed": seed, **counts}
+    if out.exists() and any(out.iterdir()):
+        _check_same_world(out, request)
+        return
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        if any(partial.iterdir()) and not (partial / _PARTIAL_MARK).is_file():
+            raise FileExistsError(
+                f"write_world: {partial} is needed for unfinished files, but holds something else "
+                f"(no {_PARTIAL_MARK}); move it away or give another folder than {out}"
+            )
+        shutil.rmtree(partial)
+    (partial / "images" / "train2014").mkdir(parents=True)
+    (partial / _PARTIAL_MARK).write_text(json.dumps(request))
+
+    splits = assign_splits(num_train=num_train, num_val=num_val, num_test=num_test)
+    image_ids = sorted({image_id for by_split in splits.values() for ids in by_split.values() for image_id in ids})
+    make = functools.partial(make_image, seed=seed, image_folder=partial / "images" / "train2014")
+    records: dict[int, dict[str, Any]] = {}
+    for record in _map(make, image_ids, workers):
+        records[record["image"]["id"]] = record
+        if on_progress is not None:
+            on_progress(len(records), len(image_ids))
+    for dataset in DATASETS:
+        _write_dataset(partial / dataset, dataset, splits[dataset], records)
+    files = [f"{dataset}/{name}" for dataset in DATASETS for name in ("instances.json", REFS_FILES[dataset])]
+    manifest = {**request, "num_images": len(image_ids), "sha256": {name: _sha256(partial / name) for name in files}}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (partial / _PARTIAL_MARK).unlink()
+    if out.exists():
+        out.rmdir()
+    partial.rename(out)
+
+
+def assign_splits(*, num_train: int, num_val: int, num_test: int) -> dict[str, dict[str, list[int]]]:
+    """Returns dataset -> split -> image ids.
+
+    As in the published sets, some evaluation pictures of one dataset are training pictures of another: 10 % of those of
+    refcocog/val and refcocog/test are in refcoco/train, and 5 % of those of refcoco/val are in refcocog/train.
+    """
+
+    def role(name: str, count: int) -> list[int]:
+        return [_ROLE_OFFSETS[name] + 1 + k for k in range(count)]
+
+    train, val = role("train", num_train), role("val", num_val)
+    num_shared_val, num_shared_test = min(round(0.1 * num_val), num_train), round(0.1 * num_test)
+    shared_val = train[:num_shared_val]
+    shared_test = train[num_shared_val : num_shared_val + num_shared_test]
+    short = {"train": train, "val": val, "testA": role("testA", num_test), "testB": role("testB", num_test)}
+    long = {
+        "train": train[len(shared_val) + len(shared_test) :] + val[: round(0.05 * num_val)],
+        "val": shared_val + role("g_val", num_val - len(shared_val)),
+        "test": shared_test + role("g_test", num_test - len(shared_test)),
+    }
+    return {"refcoco": short, "refcoco+": short, "refcocog": long, "grefcoco": short}
+
+
+def _check_arguments(seed: int, counts: dict[str, int], workers: int) -> None:
+    problems = [f"{name} must be 1 to 99999, got {count}" for name, count in counts.items() if not 0 < count < 100_000]
+    if seed < 0:
+        problems.append(f"seed must be >= 0, got {seed}")
+    if workers < 1:
+        problems.append(f"workers must be >= 1, got {workers}")
+    if problems:
+        raise ValueError(f"write_world: {'; '.join(problems)}; change these arguments")
+
+
+def _check_same_world(out: Path, request: dict[str, int]) -> None:
+    """Raises FileExistsError unless `out` is a finished, unchanged world made with the same request."""
+    start = f"write_world: {out} already holds files; expected the world {request}"
+    end = "delete the folder or give another one"
+    manifest_path = out / MANIFEST
+    if not manifest_path.is_file():
+        raise FileExistsError(f"{start}, found a folder without {MANIFEST}; {end}")
+    try:
+        manifest = json.loads(manifest_path.read_text())
+        found = {name: manifest[name] for name in request}
+        hashes, num_images = dict(manifest["sha256"]), int(manifest["num_images"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise FileExistsError(f"{start}, found a {MANIFEST} that cannot be read ({error!r}); {end}") from error
+    if found != request:
+        raise FileExistsError(f"{start}, found {found}; {end}")
+    changed = [name for name, sha in hashes.items() if not (out / name).is_file() or _sha256(out / name) != sha]
+    if changed:
+        raise FileExistsError(f"{start}, found changed or missing files: {changed}; {end}")
+    num_found = len(list((out / "images" / "train2014").glob("*.jpg")))
+    if num_found != num_images:
+        raise FileExistsError(f"{start} with {num_images} pictures, found {num_found} pictures; {end}")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _map(make: Callable[[int], dict[str, Any]], image_ids: list[int], workers: int) -> Iterator[dict[str, Any]]:
+    if workers == 1:
+        yield from map(make, image_ids)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(make, image_ids, chunksize=16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One picture
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def image_file_name(image_id: int) -> str:
+    """Returns the name of a picture's file, as COCO 2014's."""
+    return f"COCO_train2014_{image_id:012d}.jpg"
+
+
+def image_scene(image_id: int, seed: int) -> tuple[Scene, dict[str, list[dict[str, Any]]], np.random.Generator]:
+    """Returns a picture of the world, its refs by dataset (see `_sample_refs`) and the generator in its later state."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, WORLD_STREAM, image_id]))
+    role = max((name for name, offset in _ROLE_OFFSETS.items() if image_id > offset), key=_ROLE_OFFSETS.__getitem__)
+    kinds = _ROLE_KINDS.get(role)
+    while True:  # again when too few phrases are possible in some dataset
+        scene = sample_scene(rng, target_kinds=kinds)
+        refs = _sample_refs(scene, rng, kinds if kinds is not None else KINDS)
+        if refs is not None:
+            return scene, refs, rng
+
+
+def make_image(image_id: int, *, seed: int, image_folder: Path) -> dict[str, Any]:
+    """Draws a picture, writes its JPEG and returns its COCO image, annotations and refs (without ref and sent ids)."""
+    scene, refs, rng = image_scene(image_id, seed)
+    height, width = scene.image.shape[:2]
+    file_name = image_file_name(image_id)
+    Image.fromarray(scene.image).save(image_folder / file_name, quality=_JPEG_QUALITY, subsampling=0)
+    annotations = [_annotation(rng, item.mask, image_id, k, item.kind) for k, item in enumerate(scene.objects)]
+    image = {"license": 1, "file_name": file_name, "height": height, "width": width, "id": image_id}
+    return {"image": image, "annotations": annotations, "refs": refs}
+
+
+def _sample_refs(
+    scene: Scene, rng: np.random.Generator, kinds: Iterable[str]
+) -> dict[str, list[dict[str, Any]]] | None:
+    """Returns dataset -> refs, each {"indices": object indices, "sentences": [{raw, sent, tokens}]}, or None.
+
+    None = some dataset would have fewer than 5 phrases.
+    """
+    refs: dict[str, list[dict[str, Any]]] = {}
+    styles: tuple[Style, ...] = ("refcoco", "refcoco+", "refcocog")
+    for style in styles:
+        refs[style] = _sample_single_refs(scene, rng, kinds, style, int(rng.integers(_PHRASES_RANGE[0], 8)))
+    singles = _sample_single_refs(scene, rng, kinds, "refcoco", 2 * int(rng.integers(1, 3)), per_ref=2)
+    groups: dict[tuple[int, ...], list[Expression]] = defaultdict(list)
+    for expression, indices in multi_target_expressions(scene, rng, int(rng.integers(2, 4))):
+        groups[indices].append(expression)
+    multi = [_ref(rng, indices, group) for indices, group in groups.items()]
+    no_target = [_ref(rng, (), no_target_expressions(scene, rng, int(rng.integers(1, 3))))]
+    refs["grefcoco"] = [*singles, *multi, *(ref for ref in no_target if ref["sentences"])]
+    low, high = _PHRASES_RANGE
+    nums = [sum(len(ref["sentences"]) for ref in group) for group in refs.values()]
+    return refs if all(low <= num <= high for num in nums) and no_target[0]["sentences"] and multi else None
+
+
+def _sample_single_refs(
+    scene: Scene, rng: np.random.Generator, kinds: Iterable[str], style: Style, count: int, per_ref: int | None = None
+) -> list[dict[str, Any]]:
+    """Returns refs of one object each with about `count` phrases in all, 2 or 3 (or `per_ref`) a ref."""
+    kinds = tuple(kinds)
+    order = [i for i in rng.permutation(len(scene.objects)).tolist() if scene.objects[i].kind in kinds]
+    if rng.random() < 0.5:  # occluded and occluding objects first: "behind" is possible for few objects
+        order.sort(key=lambda i: not _overlaps_another(scene, i))
+    refs: list[dict[str, Any]] = []
+    num = 0
+    for index in order:
+        if num >= count:
+            break
+        wanted = per_ref if per_ref is not None else int(rng.integers(2, 4))
+        expressions = expressions_for(scene, index, rng, style=style, count=wanted)
+        if len(expressions) >= 2:
+            refs.append(_ref(rng, (index,), expressions))
+            num += len(expressions)
+    return refs
+
+
+def _overlaps_another(scene: Scene, index: int) -> bool:
+    mask = scene.objects[index].full_mask
+    return any(k != index and bool((other.full_mask & mask).any()) for k, other in enumerate(scene.objects))
+
+
+def _ref(rng: np.random.Generator, indices: tuple[int, ...], expressions: list[Expression]) -> dict[str, Any]:
+    sentences = []
+    for expression in expressions:
+        sent = expression.text
+        kind = float(rng.random())  # annotators' own spelling, as in the published files
+        raw = sent.capitalize() + "." if kind < 0.2 else (sent.upper() if kind < 0.25 else sent)
+        sentences.append({"tokens": sent.split(), "raw": raw, "sent": sent})
+    return {"indices": list(indices), "sentences": sentences}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _annotation(rng: np.random.Generator, mask: np.ndarray, image_id: int, index: int, kind: str) -> dict[str, Any]:
+    """Returns the COCO annotation of a bool (H, W) mask: polygons, or RLE with iscrowd 1."""
+    x0, y0, x1, y1 = mask_box_xyxy(mask)
+    is_crowd, draw = bool(rng.random() < _CROWD_PROBABILITY), float(rng.random())
+    if is_crowd:
+        segmentation: Any = {"size": list(mask.shape), "counts": rle_counts(mask)}
+    elif draw < _OVERLAPPING_PARTS_PROBABILITY and x1 - x0 >= 12:
+        cut = (x0 + x1) // 2
+        left, right = mask.copy(), mask.copy()
+        left[:, cut + 3 :], right[:, : cut - 3] = False, False
+        segmentation = polygons_of(left) + polygons_of(right)
+    else:
+        segmentation = polygons_of(mask)
+    return {
+        "segmentation": segmentation,
+        "area": float(mask.sum()),
+        "iscrowd": int(is_crowd),
+        "image_id": image_id,
+        "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
+        "category_id": KINDS.index(kind) + 1,
+        "id": image_id * 100 + index,
+    }
+
+
+def rle_counts(mask: np.ndarray) -> list[int]:
+    """Returns COCO's uncompressed run lengths, column by column, of a bool (H, W) mask; the first run is of zeros."""
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat.astype(np.int8))) + 1
+    counts = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    return [0, *counts] if flat[0] else counts
+
+
+def polygons_of(mask: np.ndarray) -> list[list[int]]:
+    """Returns polygons [x, y, x, y ...] along the pixels' borders of a bool (H, W) mask.
+
+    A part with a hole is cut in two through the hole, since COCO's polygons have no holes. Parts and holes of fewer
+    than `_MIN_PART_PX` pixels are left out, unless nothing else would remain.
+    """
+    loops = _border_loops(mask)
+    for loop, area in loops:
+        if area <= -_MIN_PART_PX:
+            xs = loop[:, 0]
+            cut = int(xs.min() + xs.max()) // 2
+            left, right = mask.copy(), mask.copy()
+            left[:, cut:], right[:, :cut] = False, False
+            return polygons_of(left) + polygons_of(right)
+    outer = [(loop, area) for loop, area in loops if area > 0]
+    large = [(loop, area) for loop, area in outer if area >= _MIN_PART_PX]
+    return [_without_collinear(loop).ravel().tolist() for loop, _ in large or outer]
+
+
+def _border_loops(mask: np.ndarray) -> list[tuple[np.ndarray, float]]:
+    """Returns the closed pixel borders, (n, 2) corners, with their areas: positive outer borders, negative holes.
+
+    Borders keep the pixels on their right hand; where two pixels touch at a corner only, they are two parts.
+    """
+    padded = np.pad(mask, 1).astype(np.int8)
+    horizontal = np.diff(padded, axis=0)[:, 1:-1]  # (H + 1, W): 1 = top border of pixel (y, x), -1 = bottom border
+    vertical = np.diff(padded, axis=1)[1:-1]  # (H, W + 1): 1 = left border, -1 = right border
+    follow: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for y, x in np.argwhere(horizontal).tolist():
+        if horizontal[y, x] > 0:
+            follow[x, y].append((x + 1, y))
+        else:
+            follow[x + 1, y].append((x, y))
+    for y, x in np.argwhere(vertical).tolist():
+        if vertical[y, x] > 0:
+            follow[x, y + 1].append((x, y))
+        else:
+            follow[x, y].append((x, y + 1))
+    loops = []
+    while follow:
+        start = next(iter(follow))
+        loop, here, step = [start], start, (0, 0)
+        while True:
+            options = follow[here]
+            # Of two ways out, the right turn stays with the same pixel.
+            right = (here[0] - step[1], here[1] + step[0])
+            there = right if len(options) > 1 and right in options else options[0]
+            options.remove(there)
+            if not options:
+                del follow[here]
+            step, here = (there[0] - here[0], there[1] - here[1]), there
+            if here == start:
+                break
+            loop.append(here)
+        corners = np.array(loop)
+        x, y = corners[:, 0], corners[:, 1]
+        loops.append((corners, float((x * np.roll(y, -1) - np.roll(x, -1) * y).sum()) / 2))
+    return loops
+
+
+def _without_collinear(corners: np.ndarray) -> np.ndarray:
+    before, after = corners - np.roll(corners, 1, axis=0), np.roll(corners, -1, axis=0) - corners
+    return corners[(before != after).any(1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _write_dataset(
+    folder: Path, dataset: str, splits: dict[str, list[int]], records: dict[int, dict[str, Any]]
+) -> None:
+    """Writes instances.json and the refs file of one dataset."""
+    folder.mkdir()
+    is_generalized = dataset == "grefcoco"
+    refs: list[dict[str, Any]] = []
+    sent_id = 0
+    image_ids = sorted((image_id, split) for split, ids in splits.items() for image_id in ids)
+    for image_id, split in image_ids:
+        record = records[image_id]
+        for ref in record["refs"][dataset]:
+            sentences = [{**sentence, "sent_id": sent_id + k} for k, sentence in enumerate(ref["sentences"])]
+            sent_id += len(sentences)
+            annotations = [record["annotations"][index] for index in ref["indices"]]
+            entry = {
+                "sent_ids": [sentence["sent_id"] for sentence in sentences],
+                "file_name": record["image"]["file_name"],
+                "ann_id": [annotation["id"] for annotation in annotations],
+                "ref_id": len(refs),
+                "image_id": image_id,
+                "split": split,
+                "sentences": sentences,
+                "category_id": [annotation["category_id"] for annotation in annotations],
+            }
+            if is_generalized:
+                entry["no_target"] = not annotations
+                if not annotations:
+                    entry["ann_id"], entry["category_id"] = [-1], [-1]
+            else:
+                entry["ann_id"], entry["category_id"] = entry["ann_id"][0], entry["category_id"][0]
+                suffix = f"_{ref['indices'][0]}.jpg"
+                entry["file_name"] = entry["file_name"].removesuffix(".jpg") + suffix
+            refs.append(entry)
+    instances = {
+        "info": {"description": f"deris_llm synthetic {dataset}", "version": str(GENERATOR_VERSION), "year": 2014},
+        "licenses": [{"id": 1, "name": "MIT", "url": "https://opensource.org/license/mit"}],
+        "images": [records[image_id]["image"] for image_id, _ in image_ids],
+        "annotations": [item for image_id, _ in image_ids for item in records[image_id]["annotations"]],
+        "categories": [
+            {"supercategory": "living" if kind in KINDS_A else "thing", "id": k + 1, "name": kind}
+            for k, kind in enumerate(KINDS)
+        ],
+    }
+    (folder / "instances.json").write_text(json.dumps(instances, separators=(",", ":")))
+    if is_generalized:
+        (folder / REFS_FILES[dataset]).write_text(json.dumps(refs, separators=(",", ":")))
+    else:
+        # The pickler's memo marks strings that are the same object; a round trip through JSON makes the bytes depend on
+        # the values only, not on which process made them.
+        plain = json.loads(json.dumps(refs))
+        (folder / REFS_FILES[dataset]).write_bytes(pickle.dumps(plain, protocol=2))

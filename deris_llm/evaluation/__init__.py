@@ -1,0 +1,17 @@
+"""Protocols, metrics, exact evaluation, report and pictures."""
+
+from deris_llm.evaluation.evaluator import EvaluationResult, PhrasePrediction, control_phrases, evaluate
+from deris_llm.evaluation.metrics import Overlap, RisMetrics
+from deris_llm.evaluation.protocols import PROTOCOLS, Protocol, protocols_of
+
+__all__ = [
+    "PROTOCOLS",
+    "EvaluationResult",
+    "Overlap",
+    "PhrasePrediction",
+    "Protocol",
+    "RisMetrics",
+    "control_phrases",
+    "evaluate",
+    "protocols_of",
+]

@@ -1,0 +1,228 @@
+"""Pictures of answers: predicted mask and ground truth on the picture, as contact sheets (PNG) and one HTML page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from pycocotools import mask as coco_mask
+
+from deris_llm.evaluation.evaluator import PhrasePrediction, merged_truth
+from deris_llm.structures import ReferringRecord
+
+TILE_WIDTH_PX = 400
+_MAX_SCALE = 3  # small pictures are enlarged up to this factor
+_PREDICTED_RGB = (255, 64, 129)
+_TRUTH_RGB = (30, 230, 160)
+_TINT = 0.42
+_CAPTION_PX = 74
+_MARGIN_PX = 16
+_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One answer that is shown."""
+
+    kind: str  # "random", "best" or "worst"
+    prediction: PhrasePrediction
+    record: ReferringRecord
+
+
+def choose_cases(
+    predictions: Sequence[PhrasePrediction],
+    records: Mapping[str, ReferringRecord],
+    *,
+    protocol: str,
+    num_each: int = 4,
+    seed: int = 0,
+) -> list[Case]:
+    """Random cases first (what to expect), then the worst and the best, each phrase at most once.
+
+    Args:
+        predictions: of a split.
+        records: by phrase id.
+        protocol: whose IoU decides.
+        num_each: cases of each of the three kinds.
+        seed: of the random ones.
+    """
+    left = sorted(predictions, key=lambda p: p.overlaps[protocol].iou)
+    chosen: dict[str, list[PhrasePrediction]] = {"random": [], "worst": [], "best": []}
+    chosen["random"] = random.Random(seed).sample(left, min(num_each, len(left)))
+    taken = {p.phrase_id for p in chosen["random"]}
+    left = [p for p in left if p.phrase_id not in taken]
+    chosen["worst"] = left[:num_each]
+    chosen["best"] = left[num_each:][::-1][:num_each]
+    return [Case(kind, p, records[p.phrase_id]) for kind, found in chosen.items() for p in found]
+
+
+def draw_overlay(
+    image: Image.Image, predicted: np.ndarray, truth: np.ndarray, *, width_px: int = TILE_WIDTH_PX
+) -> Image.Image:
+    """The picture with the predicted mask tinted and outlined and the ground truth outlined.
+
+    Args:
+        image: RGB.
+        predicted: bool (h, w) at the picture's size.
+        truth: bool (h, w).
+        width_px: wanted width; small pictures are enlarged at most three times.
+
+    Returns:
+        RGB picture.
+    """
+    scale = min(width_px / image.width, _MAX_SCALE)
+    size = (round(image.width * scale), round(image.height * scale))
+    canvas = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32).copy()
+    inside, edge = _enlarged(predicted, size), _outline(_enlarged(predicted, size))
+    canvas[inside] = (1 - _TINT) * canvas[inside] + _TINT * np.array(_PREDICTED_RGB, dtype=np.float32)
+    canvas[edge] = _PREDICTED_RGB
+    canvas[_outline(_enlarged(truth, size))] = _TRUTH_RGB
+    return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def write_contact_sheet(cases: Sequence[Case], path: str | Path, *, title: str, protocol: str) -> None:
+    """One PNG with all cases, their phrases and IoU."""
+    tiles = [_tile(case, protocol) for case in cases]
+    columns = min(_COLUMNS, max(len(tiles), 1))
+    rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    header = 64
+    width = columns * (TILE_WIDTH_PX + _MARGIN_PX) + _MARGIN_PX
+    sheet = Image.new("RGB", (width, header + sum(heights) + _MARGIN_PX * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN_PX, 16), title, fill=(20, 20, 30), font=ImageFont.load_default(24))
+    x = width - _MARGIN_PX - 330
+    for label, colour in (("prediction", _PREDICTED_RGB), ("ground truth", _TRUTH_RGB)):
+        draw.rectangle((x, 22, x + 20, 40), fill=colour)
+        draw.text((x + 28, 20), label, fill=(60, 60, 70), font=ImageFont.load_default(18))
+        x += 160
+    y = header
+    for row, height in zip(rows, heights, strict=True):
+        for column, tile in enumerate(row):
+            sheet.paste(tile, (_MARGIN_PX + column * (TILE_WIDTH_PX + _MARGIN_PX), y))
+        y += height + _MARGIN_PX
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, format="PNG")
+
+
+def write_page(cases_by_split: Mapping[str, Sequence[Case]], path: str | Path, *, title: str, protocol: str) -> None:
+    """One HTML page that holds its pictures itself and needs no network."""
+    sections = []
+    for split, cases in cases_by_split.items():
+        figures = "".join(_figure(case, protocol) for case in cases)
+        sections.append(f'<h2>{html.escape(split)}</h2><div class="grid">{figures}</div>')
+    page = _PAGE.format(
+        title=html.escape(title),
+        protocol=html.escape(protocol),
+        predicted=f"rgb{_PREDICTED_RGB}",
+        truth=f"rgb{_TRUTH_RGB}",
+        sections="".join(sections),
+    )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _overlay_of(case: Case) -> Image.Image:
+    with Image.open(case.record.image_path) as file:
+        image = file.convert("RGB")
+    rle = case.prediction.mask
+    predicted = coco_mask.decode({"size": rle["size"], "counts": rle["counts"].encode("ascii")}).astype(bool)
+    return draw_overlay(image, predicted, merged_truth(case.record))
+
+
+def _tile(case: Case, protocol: str) -> Image.Image:
+    overlay = _overlay_of(case)
+    tile = Image.new("RGB", (TILE_WIDTH_PX, overlay.height + _CAPTION_PX), (244, 244, 247))
+    tile.paste(overlay, ((TILE_WIDTH_PX - overlay.width) // 2, 0))
+    draw = ImageDraw.Draw(tile)
+    iou = 100 * case.prediction.overlaps[protocol].iou
+    badge, font = f"IoU {iou:.1f}", ImageFont.load_default(17)
+    badge_width = draw.textlength(badge, font=font) + 16
+    draw.rounded_rectangle((8, 8, 8 + badge_width, 34), radius=6, fill=_badge_rgb(iou))
+    draw.text((16, 11), badge, fill="white", font=font)
+    y = overlay.height + 6
+    for line in _wrapped(case.prediction.phrase, ImageFont.load_default(17), TILE_WIDTH_PX - 16, draw):
+        draw.text((8, y), line, fill=(20, 20, 30), font=ImageFont.load_default(17))
+        y += 21
+    about = f"{case.kind} | {case.prediction.phrase_id}"
+    draw.text((8, overlay.height + _CAPTION_PX - 19), about, fill=(130, 130, 140), font=ImageFont.load_default(13))
+    return tile
+
+
+def _figure(case: Case, protocol: str) -> str:
+    stream = io.BytesIO()
+    _overlay_of(case).save(stream, format="JPEG", quality=90)
+    picture = base64.b64encode(stream.getvalue()).decode("ascii")
+    iou = 100 * case.prediction.overlaps[protocol].iou
+    phrase, phrase_id = html.escape(case.prediction.phrase), html.escape(case.prediction.phrase_id)
+    colour = f"rgb{_badge_rgb(iou)}"
+    return (
+        f'<figure><div class="picture"><img alt="{phrase}" src="data:image/jpeg;base64,{picture}">'
+        f'<span class="badge" style="background:{colour}">IoU {iou:.1f}</span></div>'
+        f"<figcaption>{phrase}<small>{case.kind} &middot; {phrase_id}</small></figcaption></figure>"
+    )
+
+
+def _wrapped(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int, draw: ImageDraw.ImageDraw
+) -> list[str]:
+    """At most two lines; what does not fit ends in an ellipsis."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font=font) <= width_px or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > 2:
+        shown = lines[1]
+        while draw.textlength(f"{shown}...", font=font) > width_px:
+            shown = shown[:-1]
+        lines = [lines[0], f"{shown}..."]
+    return lines
+
+
+def _enlarged(mask: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:
+    grey = Image.fromarray(mask.astype(np.uint8) * 255)
+    return np.asarray(grey.resize(size_wh, Image.Resampling.BILINEAR)) >= 128
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    grey = Image.fromarray(mask.astype(np.uint8) * 255)
+    return np.asarray(grey.filter(ImageFilter.MaxFilter(3))) != np.asarray(grey.filter(ImageFilter.MinFilter(3)))
+
+
+def _badge_rgb(iou: float) -> tuple[int, int, int]:
+    return (28, 132, 80) if iou >= 70 else (176, 116, 0) if iou >= 50 else (190, 40, 50)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; }}
+body {{ color: #1c1c24; background: #fff; }}
+h1 {{ font-size: 1.5rem; margin-bottom: .2rem; }} h2 {{ font-size: 1.15rem; margin: 2rem 0 .6rem; }}
+.key {{ display: inline-block; width: 1em; height: 1em; border-radius: 3px; }}
+.key {{ vertical-align: -2px; margin: 0 .3em 0 1em; }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1rem; }}
+figure {{ margin: 0; background: #f4f4f7; border-radius: 10px; overflow: hidden; }}
+.picture {{ position: relative; }} img {{ width: 100%; display: block; }}
+.badge {{ position: absolute; left: 8px; top: 8px; color: #fff; border-radius: 6px; padding: 1px 8px; }}
+figcaption {{ padding: .5rem .7rem .7rem; }}
+small {{ display: block; color: #777; font-size: .75rem; overflow-wrap: anywhere; }}
+</style>
+<h1>{title}</h1>
+<p>IoU in percent under protocol <code>{protocol}</code>.
+<span class="key" style="background:{predicted}"></span>prediction
+<span class="key" style="background:{truth}"></span>ground truth</p>
+{sections}
+</html>
+"""

@@ -1,0 +1,113 @@
+"""DeRIS, the whole model: read this first.
+
+A batch holds I images and P phrases. *Cognition* (an image-text model, `deris_llm.cognition`) reads each picture at low
+resolution together with each phrase: what is meant. *Perception* (Swin and Mask2Former's pixel decoder,
+`deris_llm.perception`) sees each picture, once, at high resolution: where things are. In the *loopback*
+(`deris_llm.loopback`) Q queries per phrase go back and forth between the two for N rounds, and every round says for
+every query its mask and whether it is a referent; at the end one number per phrase says whether there is a referent at
+all. `deris_llm.structures` has the shape and meaning of everything that is passed.
+
+Trained: LoRA in the language model, pixel decoder, loopback. Frozen: the language model itself, the vision tower and
+its projector, Swin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from deris_llm.cognition import CognitionBackend, resolve_backend
+from deris_llm.config import RunConfig
+from deris_llm.loopback import Loopback
+from deris_llm.perception import Perception, build_perception
+from deris_llm.structures import DerisOutput, ReferringBatch
+
+
+class Deris(nn.Module):
+    """Images and phrases -> masks, referring scores, presence.
+
+    Attributes:
+        config: what Trainer and DeepSpeed look for on a model (`hidden_size`, for the "auto" sizes of ZeRO-3).
+    """
+
+    def __init__(self, cognition: CognitionBackend, perception: Perception, loopback: Loopback) -> None:
+        super().__init__()
+        self.cognition = cognition
+        self.perception = perception
+        self.loopback = loopback
+        self.config = PreTrainedConfig(hidden_size=cognition.feature_dim)
+
+    def forward(self, batch: ReferringBatch) -> DerisOutput:
+        """Answers P phrases about I images."""
+        cognition = self.cognition(batch.cognition, batch.image_index)  # what the phrase means
+        perception = self.perception(batch.perception_image)  # where things are, once per image
+        return self.loopback(perception, cognition, batch.image_index)  # which of them it is, in N rounds
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,  # noqa: FBT001, FBT002 (transformers' signature)
+    ) -> None:
+        """Turns on what Trainer's `gradient_checkpointing` asks for, in the language model only.
+
+        transformers' default hooks every submodel and fails on Swin; the pixel decoder has its own switch,
+        `perception.activation_checkpointing`.
+        """
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                "activation checkpointing: expected every_n_layers=1 and offload=False, which every backend can do, "
+                f"got every_n_layers={every_n_layers}, offload={offload}; leave them at their defaults."
+            )
+        self.cognition.activation_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """The same under its older name, which transformers before 5.2x calls."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+
+def build_model(config: RunConfig, *, weights: bool = True, device: str | torch.device | None = None) -> Deris:
+    """Builds the model of a run, with what trains and what is frozen already set.
+
+    The fresh parts draw from torch's global generator: seed first. Parameters have the run's precision; fp32 master
+    copies are the optimizer's business.
+
+    Args:
+        config: the run.
+        weights: False builds the architecture alone, e.g. on `meta`, without network for the shipped run configs.
+        device: where the parameters are to be; None = where torch puts them.
+
+    Raises:
+        ValueError: weights that are missing or of another model, unknown names in the config.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.training.precision]
+    on_device = contextlib.nullcontext() if device is None or weights else torch.device(device)
+    with on_device:
+        cognition = resolve_backend(config.cognition.backend).build(config.cognition, weights=weights, dtype=dtype)
+        perception, query_decoder = build_perception(
+            config.perception,
+            rounds=config.loopback.rounds,
+            num_queries=config.loopback.num_queries,
+            weights=weights,
+            dtype=dtype,
+        )
+        loopback = Loopback(
+            query_decoder,
+            cognition_dim=cognition.feature_dim,
+            rounds=config.loopback.rounds,
+            num_heads=config.loopback.num_heads,
+            dim_feedforward=config.loopback.dim_feedforward,
+        ).to(dtype)
+        model = Deris(cognition, perception, loopback)
+    if config.cognition.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model if device is None else model.to(device)
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that train, in the model's order."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

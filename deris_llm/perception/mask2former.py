@@ -1,0 +1,281 @@
+"""The parts of a Mask2Former that DeRIS takes: backbone, pixel decoder, first decoder layers and mask head.
+
+I images, P phrases, Q queries, C channels, H W pixels, h w cells of a map.
+
+transformers' classes are used as they are and loaded through transformers' own loading (names on disk differ from names
+in memory). Left in the file: the decoder layers beyond the rounds of the loopback, the content queries (ours are
+learned anew, paper section 3.2) and the class head.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import Mask2FormerConfig, PreTrainedConfig
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerPixelDecoder,
+    Mask2FormerPixelLevelModule,
+    Mask2FormerPreTrainedModel,
+    Mask2FormerSinePositionEmbedding,
+    Mask2FormerTransformerModule,
+)
+
+from deris_llm.config import PerceptionConfig
+from deris_llm.perception.timm_backbone import TimmBackbone, timm_channels
+from deris_llm.structures import PerceptionFeatures
+from deris_llm.weights import architecture_of, load_pretrained
+
+TIMM_PREFIX = "timm:"
+LEFT_IN_FILE = ("*transformer_module.decoder.layers.*", "class_predictor.*", "criterion.*")  # globs
+
+
+class Perception(nn.Module):
+    """Backbone and pixel decoder: image -> F_p at 1/4 and three maps at strides 32, 16, 8."""
+
+    def __init__(
+        self, backbone: nn.Module, pixel_decoder: Mask2FormerPixelDecoder, *, freeze_backbone: bool, checkpointing: bool
+    ) -> None:
+        """Joins the two.
+
+        Args:
+            backbone: image -> `feature_maps`, four maps at strides 4, 8, 16, 32.
+            pixel_decoder: built for the backbone's channels.
+            freeze_backbone: the backbone gets no gradient and stays in eval mode (its drop path would be active).
+            checkpointing: recompute the pixel decoder in the backward pass.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.pixel_decoder = pixel_decoder
+        self.freeze_backbone = freeze_backbone
+        self.checkpointing = checkpointing
+        self.backbone.requires_grad_(not freeze_backbone)
+        for name, parameter in self.backbone.named_parameters():
+            if name.startswith("swin.layernorm."):  # part of transformers' Swin, read by nobody in a backbone
+                parameter.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Perception:  # noqa: FBT001, FBT002 (torch's signature)
+        """Sets the mode; a frozen backbone stays in eval."""
+        super().train(mode)
+        if self.freeze_backbone:
+            self.backbone.eval()
+        return self
+
+    def forward(self, image: Tensor) -> PerceptionFeatures:
+        """Computes what depends on the images alone.
+
+        Args:
+            image: float (I, 3, H, W), ImageNet-normalised RGB, H and W multiples of 32.
+        """
+        image = image.to(next(self.backbone.parameters()).dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+            pyramid = self.backbone(image).feature_maps
+        if self.checkpointing and self.training:
+            decoded = checkpoint(self.pixel_decoder, pyramid, use_reentrant=False)
+        else:
+            decoded = self.pixel_decoder(pyramid)
+        return PerceptionFeatures(decoded.mask_features, tuple(decoded.multi_scale_features))
+
+
+class ScaleTokens(NamedTuple):
+    """A map of the pyramid as the query decoder reads it."""
+
+    values: Tensor  # float (I, h*w, C), level embedding added
+    positions: Tensor  # float (1, h*w, C), 2-D sine
+    size: tuple[int, int]  # h, w
+
+
+class QueryDecoder(nn.Module):
+    """The masked-attention layers and the mask head of a Mask2Former, one layer per round of the loopback."""
+
+    def __init__(self, transformer: Mask2FormerTransformerModule, *, num_queries: int, num_heads: int) -> None:
+        """Takes the parts out of transformers' module.
+
+        Args:
+            transformer: with as many layers as the loopback has rounds.
+            num_queries: Q; the first Q rows of the table of query positions are used.
+            num_heads: of the layers.
+        """
+        super().__init__()
+        self.num_queries = num_queries
+        self.num_heads = num_heads
+        self.query_positions = transformer.queries_embedder
+        self.level_embed = transformer.level_embed
+        self.input_projections = transformer.input_projections
+        self.layers = transformer.decoder.layers
+        self.norm = transformer.decoder.layernorm
+        self.mask_embed = transformer.decoder.mask_predictor.mask_embedder
+
+    @property
+    def channels(self) -> int:
+        """C, the width of queries and maps."""
+        return self.level_embed.embedding_dim
+
+    def scale_tokens(self, multi_scale_feats: Sequence[Tensor]) -> tuple[ScaleTokens, ...]:
+        """Prepares the maps once for all rounds.
+
+        Args:
+            multi_scale_feats: three maps (I, C, h, w), strides 32, 16, 8.
+        """
+        sine = Mask2FormerSinePositionEmbedding(num_position_features=self.channels // 2, normalize=True)
+        scales = []
+        for level, feats in enumerate(multi_scale_feats):
+            projected = self.input_projections[level](feats)
+            positions = sine(projected[:1].shape, feats.device, torch.float32).to(feats.dtype)
+            scales.append(
+                ScaleTokens(
+                    values=projected.flatten(2).transpose(1, 2) + self.level_embed.weight[level],
+                    positions=positions.flatten(2).transpose(1, 2),
+                    size=(feats.shape[-2], feats.shape[-1]),
+                )
+            )
+        return tuple(scales)
+
+    def mask_embeddings(self, query_feats: Tensor) -> Tensor:
+        """Turns queries (P, Q, C) into the vectors (P, Q, C) whose product with F_mask is the mask logits."""
+        return self.mask_embed(self.norm(query_feats))
+
+    def forward(
+        self, index: int, query_feats: Tensor, mask_logits: Tensor, scale: ScaleTokens, image_index: Tensor
+    ) -> Tensor:
+        """Runs one layer: masked cross-attention to a map, self-attention among queries, FFN; post-norm.
+
+        Args:
+            index: of the layer.
+            query_feats: float (P, Q, C).
+            mask_logits: float (P, Q, H/4, W/4), the masks found so far: a query reads the cells inside its mask, or all
+                cells where that is empty. No gradient flows through them.
+            scale: the map to read.
+            image_index: int64 (P,).
+
+        Returns:
+            float (P, Q, C).
+        """
+        coarse_masks = F.interpolate(mask_logits.detach(), size=scale.size, mode="bilinear", align_corners=False)
+        outside = coarse_masks.flatten(2) < 0  # sigmoid < 0.5
+        outside &= ~outside.all(dim=-1, keepdim=True)
+        positions = self.query_positions.weight[: self.num_queries, None].expand(-1, query_feats.shape[0], -1)
+        (updated,) = self.layers[index](
+            query_feats.transpose(0, 1),
+            0,
+            None,
+            [scale.positions.expand(image_index.shape[0], -1, -1).transpose(0, 1)],
+            positions,
+            [scale.values[image_index].transpose(0, 1)],
+            encoder_attention_mask=outside.repeat_interleave(self.num_heads, dim=0),
+        )
+        return updated.transpose(0, 1)
+
+
+def build_perception(
+    config: PerceptionConfig, *, rounds: int, num_queries: int, weights: bool, dtype: torch.dtype
+) -> tuple[Perception, QueryDecoder]:
+    """Builds the two parts of the perception branch from a Mask2Former.
+
+    Args:
+        config: which weights, which backbone, what is frozen.
+        rounds: N, decoder layers taken; those the weights do not have start fresh (the log says so).
+        num_queries: Q.
+        weights: False builds the architecture alone.
+        dtype: of all parameters.
+
+    Raises:
+        ValueError: the weights are of another model, or lack what is asked for.
+    """
+    source = architecture_of(config.weights)
+    _check_architecture(config.weights, source, num_queries)
+    assert isinstance(source, Mask2FormerConfig)
+    architecture = copy.deepcopy(source)
+    architecture.decoder_layers = rounds + 1  # transformers counts the prediction from the initial queries as a layer
+    may_be_fresh = [f"transformer_module.decoder.layers.{i}.*" for i in range(source.decoder_layers - 1, rounds)]
+
+    if config.backbone == "mask2former":
+        parts = load_pretrained(
+            _Mask2FormerParts,
+            config.weights,
+            architecture,
+            weights=weights,
+            dtype=dtype,
+            may_be_fresh=tuple(may_be_fresh),
+            left_in_file=LEFT_IN_FILE,
+        )
+        backbone: nn.Module = parts.pixel_level_module.encoder
+    elif config.backbone.startswith(TIMM_PREFIX):
+        name = config.backbone.removeprefix(TIMM_PREFIX)
+        architecture.backbone_channels = timm_channels(name, image_size=config.image_size)
+        may_be_fresh += ["pixel_level_module.decoder.input_projections.*", "pixel_level_module.decoder.adapter_*"]
+        parts = load_pretrained(
+            _Mask2FormerDecoders,
+            config.weights,
+            architecture,
+            weights=weights,
+            dtype=dtype,
+            may_be_fresh=tuple(may_be_fresh),
+            left_in_file=(*LEFT_IN_FILE, "*pixel_level_module.encoder.*"),
+        )
+        backbone = TimmBackbone(name, image_size=config.image_size, pretrained=weights).to(dtype)
+    else:
+        raise ValueError(
+            f"perception.backbone: expected `mask2former` or `timm:NAME`, got {config.backbone!r}; "
+            "write timm:swin_small_patch4_window7_224 for timm's Swin-S."
+        )
+    perception = Perception(
+        backbone,
+        parts.pixel_level_module.decoder,
+        freeze_backbone=config.freeze_backbone,
+        checkpointing=config.activation_checkpointing,
+    )
+    decoder = QueryDecoder(
+        parts.transformer_module, num_queries=num_queries, num_heads=architecture.num_attention_heads
+    )
+    return perception, decoder
+
+
+def _check_architecture(name: str, source: PreTrainedConfig, num_queries: int) -> None:
+    if not isinstance(source, Mask2FormerConfig):
+        raise ValueError(
+            f"perception.weights={name}: expected the weights of a Mask2Former, got a {source.model_type}; "
+            "take e.g. facebook/mask2former-swin-base-coco-instance."
+        )
+    if source.num_queries < num_queries:
+        raise ValueError(
+            f"perception.weights={name}: expected at least loopback.num_queries={num_queries} query positions, "
+            f"got {source.num_queries}; lower loopback.num_queries or take other weights."
+        )
+    if source.mask_feature_size != source.hidden_dim or source.pre_norm:
+        raise ValueError(
+            f"perception.weights={name}: expected a post-norm Mask2Former with mask_feature_size = hidden_dim, got "
+            f"{source.mask_feature_size}, {source.hidden_dim}, pre_norm={source.pre_norm}; take other weights."
+        )
+
+
+class _Mask2FormerParts(Mask2FormerPreTrainedModel):
+    """A Mask2Former without its heads; never run as a whole, its parts are taken out after loading."""
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__(config)
+        self.pixel_level_module = Mask2FormerPixelLevelModule(config)
+        self.transformer_module = Mask2FormerTransformerModule(in_features=config.feature_size, config=config)
+        self.post_init()
+
+
+class _PixelDecoderOnly(nn.Module):
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__()
+        self.decoder = Mask2FormerPixelDecoder(config, feature_channels=config.backbone_channels)
+
+
+class _Mask2FormerDecoders(Mask2FormerPreTrainedModel):
+    """The same without the backbone; `config.backbone_channels` says what the pixel decoder gets instead."""
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__(config)
+        self.pixel_level_module = _PixelDecoderOnly(config)
+        self.transformer_module = Mask2FormerTransformerModule(in_features=config.feature_size, config=config)
+        self.post_init()

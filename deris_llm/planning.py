@@ -1,0 +1,426 @@
+"""What a run needs before it runs: parameters, memory per GPU under each ZeRO stage, steps and tokens per epoch.
+
+The model is built on the meta device, where tensors have shapes and no memory, and one micro-batch runs forward and
+backward there. `ShapeSimulation` sees every storage that comes into being and goes, so the activations reported are the
+peak of the real operators in their real order. Nothing of the model's structure is written down here a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Column, Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from deris_llm.cognition import build_processor
+from deris_llm.config import RunConfig
+from deris_llm.data.dataset import group_by_image
+from deris_llm.data.mix import training_mix
+from deris_llm.model import Deris, build_model
+from deris_llm.structures import CognitionInputs, DerisOutput, ReferringBatch
+from deris_llm.weights import architecture_of
+
+
+GIB = 2**30
+STAGES = ("0", "1", "2", "3", "3 + offload")
+ADAM_BYTES = 12  # per trainable parameter under ZeRO: fp32 master, first and second moment
+BUCKET_ELEMENTS = 13_000_000  # reduce_bucket_size of ds_configs/*.json
+LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: so many stay gathered at once
+TEXT_TOKENS = 30  # of prompt and phrase, besides the image's, where no tokenizer is at hand
+TYPICAL_PHRASE = "the woman in the red jacket on the left"
+
+# Train splits: refs, phrases, images (REFER's own; what `deris-llm data check` compares with).
+KNOWN_TRAIN_COUNTS = {
+    "refcoco": (42_404, 120_624, 16_994),
+    "refcoco+": (42_278, 120_191, 16_992),
+    "refcocog_umd": (42_226, 80_512, 21_899),
+    "refcocog_google": (44_822, 85_474, 24_698),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model."""
+
+    name: str
+    total: int  # parameters
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Expected peak of one GPU under one ZeRO stage, in bytes."""
+
+    stage: str  # "0", "1", "2", "3", "3 + offload"
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # peak of everything a micro-step allocates besides the above
+    buffers: int  # DeepSpeed's communication buckets and, under stage 3, the layer gathered for the moment
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Work of one pass over the training phrases."""
+
+    source: str  # where the counts are from
+    phrases: int
+    images: int  # (image, phrases) pairs, an image counts as often as it is shown
+    steps: int  # optimizer steps
+    tokens: int  # through the language model, image tokens included
+    total_steps: int  # of the whole run
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What `deris-llm plan` prints."""
+
+    name: str
+    gpus: int
+    precision: str
+    images_per_device: int
+    phrases_per_device: int
+    tokens_per_phrase: int
+    parts: tuple[Part, ...]
+    lora_modules: int
+    lora_parameters: int
+    memory: tuple[Memory, ...]
+    epoch: Epoch
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, bytes as integers."""
+        tree = asdict(self)
+        for row, memory in zip(tree["memory"], self.memory, strict=True):
+            row["total"] = memory.total
+        return tree
+
+
+class ShapeSimulation(TorchDispatchMode):
+    """Runs a program on shapes and counts the bytes of the storages that are alive.
+
+    Floating-point tensors live on the meta device. Integer and boolean ones that do not depend on them (token ids,
+    padding, indices) are computed for real on the CPU, so that what branches on them works: lengths, boolean
+    indexing, attention masks.
+
+    Attributes:
+        live: bytes of the storages made inside and alive now.
+        peak: the most there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs one operator on meta, or for real where only known integers take part."""
+        kwargs = dict(kwargs or {})
+        tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_meta = any(tensor.is_meta for tensor in tensors)
+        wanted = kwargs.get("device")
+        if not on_meta and wanted is not None and torch.device(wanted).type == "meta":
+            dtype = kwargs.get("dtype") or (tensors[0].dtype if tensors else torch.get_default_dtype())
+            if dtype.is_floating_point:
+                on_meta = True
+            else:
+                kwargs["device"] = torch.device("cpu")
+        if on_meta:
+            args, kwargs = tree_map_only(Tensor, _to_meta, _known_indices(func, args)), tree_map_only(Tensor, _to_meta, kwargs)
+            if func is torch.ops.aten._local_scalar_dense.default and tensors[0].dtype == torch.bool:
+                return True  # no values here: checks such as `isfinite(x).all()` pass
+        given = {tensor.untyped_storage()._cdata for tensor in tensors}
+        out = func(*args, **kwargs)
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor, given)
+        return out
+
+    def _count(self, tensor: Tensor, given: set[int]) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes or key in given:  # known, or a view of something from outside, such as a weight
+            return
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_meta else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _known_indices(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Boolean indices have no known result shape on meta: real ones become positions."""
+    if func not in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default):
+        return args
+    indices: list[Tensor | None] = []
+    for index in args[1]:
+        if index is not None and index.dtype == torch.bool and not index.is_meta:
+            indices.extend(index.nonzero(as_tuple=True))
+        else:
+            indices.append(index)
+    return (args[0], indices, *args[2:])
+
+
+class _EfficientAttention(torch.autograd.Function):
+    """The shapes of memory-efficient attention: query, key, value, output and log-sum-exp are kept, no L x L matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, log_sum_exp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@contextlib.contextmanager
+def _attention_as_on_gpu() -> Iterator[None]:
+    """On meta, SDPA falls back to plain matrices; GPUs run a fused kernel, whose shapes take its place here.
+
+    The function is replaced, not intercepted: recomputation in the backward pass runs in a thread without our modes.
+    """
+    original = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return cast(Tensor, _EfficientAttention.apply(query, key, value))
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES) -> RunPlan:
+    """Plans a run without reading weights or data that are not on disk.
+
+    Args:
+        config: the run.
+        gpus: processes, one per GPU.
+        stages: which of `STAGES` to list.
+
+    Raises:
+        ValueError: fewer than one GPU, or a config whose model cannot be built.
+    """
+    if gpus < 1:
+        raise ValueError(f"--gpus: expected 1 or more, got {gpus}; give the number of GPUs the run would have")
+    model = build_model(config, weights=False, device="meta").train()
+    batch = shape_batch(config)
+    activations = simulate_step(model, batch)
+    lora = {name: p.numel() for name, p in model.named_parameters() if ".lora_" in name}
+    return RunPlan(
+        name=config.name,
+        gpus=gpus,
+        precision=config.training.precision,
+        images_per_device=len(batch.perception_image),
+        phrases_per_device=batch.num_phrases,
+        tokens_per_phrase=batch.cognition.input_ids.shape[1],
+        parts=tuple(_parts(model)),
+        lora_modules=sum(".lora_A." in name for name in lora),
+        lora_parameters=sum(lora.values()),
+        memory=tuple(memory_per_gpu(model, stage, gpus=gpus, activations=activations) for stage in stages),
+        epoch=_epoch(config, gpus=gpus, tokens_per_phrase=batch.cognition.input_ids.shape[1]),
+    )
+
+
+def shape_batch(config: RunConfig) -> ReferringBatch:
+    """A full micro-batch of one GPU: token ids for real, pictures as shapes."""
+    num_images = config.training.images_per_device
+    num_phrases = num_images * config.data.phrases_per_image
+    image_index = [number // config.data.phrases_per_image for number in range(num_phrases)]
+    size = config.perception.image_size
+    return ReferringBatch(
+        perception_image=torch.empty(num_images, 3, size, size, device="meta"),
+        cognition=_cognition_inputs(config, num_images, image_index),
+        image_index=torch.tensor(image_index),
+        phrase_ids=tuple(f"plan/train/{number}" for number in range(num_phrases)),
+        phrases=(TYPICAL_PHRASE,) * num_phrases,
+    )
+
+
+def _cognition_inputs(config: RunConfig, num_images: int, image_index: list[int]) -> CognitionInputs:
+    name = config.cognition.weights
+    if config.cognition.backend == "qwen2_ov" and not (name.startswith("builtin:") or Path(name).is_dir()):
+        architecture = architecture_of(name)  # shipped as JSON; the tokenizer is not
+        vision = architecture.vision_config
+        num_image_tokens = (vision.image_size // vision.patch_size) ** 2
+        input_ids = torch.zeros(len(image_index), num_image_tokens + TEXT_TOKENS, dtype=torch.long)
+        input_ids[:, TEXT_TOKENS // 2 :][:, :num_image_tokens] = architecture.image_token_index
+        text_features = torch.zeros_like(input_ids, dtype=torch.bool)
+        text_features[:, -TEXT_TOKENS // 2 :] = True
+        pixels = torch.empty(num_images, 3, vision.image_size, vision.image_size, device="meta")
+        return CognitionInputs(pixels, input_ids, torch.zeros_like(text_features), text_features)
+    pictures = [Image.new("RGB", (640, 480))] * num_images
+    inputs = build_processor(config)(pictures, [TYPICAL_PHRASE] * len(image_index), image_index)
+    return dataclasses.replace(inputs, pixel_values=inputs.pixel_values.to("meta"))
+
+
+def simulate_step(model: nn.Module, batch: ReferringBatch) -> int:
+    """Peak bytes that a micro-batch allocates, forward and backward, besides weights and their gradients.
+
+    The loss is stood in for by a sum of all outputs: matching and point sampling work on a few thousand points a mask,
+    some MB, after the forward's peak.
+
+    Args:
+        model: on the meta device, in training mode.
+        batch: from `shape_batch`.
+    """
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        with ShapeSimulation() as simulation, _attention_as_on_gpu():
+            output: DerisOutput = model(batch)
+            loss = output.presence_logit.float().sum()
+            for answer in output.rounds:
+                loss = loss + answer.mask_logits.float().sum() + answer.referring_logits.float().sum()
+            del output, answer
+            loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return simulation.peak
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def memory_per_gpu(model: nn.Module, stage: str, *, gpus: int, activations: int) -> Memory:
+    """Expected peak under a ZeRO stage; stage 0 is DDP without DeepSpeed (the table in docs/design.md).
+
+    Args:
+        model: with trainable and frozen parameters set.
+        stage: one of `STAGES`.
+        gpus: processes that share the partitions.
+        activations: from `simulate_step`.
+    """
+    level, offload = int(stage[0]), stage.endswith("offload")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    weights = _bytes(model.parameters()) + _bytes(model.buffers())
+    gradients = _bytes(trainable)
+    if level == 0:  # AdamW's moments in the parameters' own precision; DDP's buckets are a second set of gradients
+        optimizer, buffers = 2 * gradients, gradients if gpus > 1 else 0
+    else:
+        optimizer, buffers = ADAM_BYTES * sum(p.numel() for p in trainable), 2 * BUCKET_ELEMENTS * trainable[0].element_size()
+    if level == 3 and gpus > 1:
+        buffers += min(LIVE_PARAMETERS * trainable[0].element_size(), weights)
+    return Memory(
+        stage=stage,
+        weights=0 if offload else _share(weights, gpus if level == 3 else 1),
+        gradients=_share(gradients, gpus if level >= 2 else 1),
+        optimizer=0 if offload else _share(optimizer, gpus if level >= 1 else 1),
+        activations=activations,
+        buffers=buffers,
+    )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _share(size: int, gpus: int) -> int:
+    return -(-size // gpus)
+
+
+def _parts(model: Deris) -> Iterator[Part]:
+    """The branches' own parts, LoRA apart from what it is in."""
+    tallies: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        branch, part, *_ = name.replace("cognition.model.", "cognition.").split(".")
+        if ".lora_" in name:
+            part = "lora"
+        if branch == "loopback" and part != "query_decoder":
+            part = "rounds, heads, fusion"
+        part = f"{branch}.{part}"
+        tally = tallies.setdefault(part, [0, 0])
+        tally[0] += parameter.numel()
+        tally[1] += parameter.numel() * parameter.requires_grad
+    for part, (total, trainable) in tallies.items():
+        yield Part(part, total, trainable)
+
+
+def _epoch(config: RunConfig, *, gpus: int, tokens_per_phrase: int) -> Epoch:
+    per_image = config.data.phrases_per_image
+    folders = {dataset: dataset.removesuffix("_umd").removesuffix("_google") for dataset in config.data.train}
+    if not any((Path(config.data.root) / folder).is_dir() for folder in folders.values()):
+        known = [KNOWN_TRAIN_COUNTS[name] for name in config.data.train if name in KNOWN_TRAIN_COUNTS]
+        phrases = sum(counts[1] for counts in known)
+        shown = -(-phrases // per_image)
+        source = (
+            f"the published train splits of {', '.join(config.data.train)} (no data under {config.data.root!r}): a bit more than "
+            "the mix, which leaves out the images of every evaluation split"
+        )
+    else:
+        mix = training_mix(config.data)
+        phrases = mix.report.num_phrases
+        shown = sum(-(-len(group.records) // per_image) for group in group_by_image(mix.records))
+        source = f"the files under {config.data.root!r}"
+    per_step = config.training.images_per_device * config.training.accumulation * gpus
+    steps = -(-shown // per_step)
+    total_steps = config.training.max_steps if config.training.max_steps > 0 else round(steps * config.training.epochs)
+    return Epoch(source, phrases, shown, steps, phrases * tokens_per_phrase, total_steps)
+
+
+def show_plan(plan: RunPlan, console: Console) -> None:
+    """Prints a plan as tables."""
+    parts = Table("part", Column("parameters", justify="right"), Column("trainable", justify="right"), title=plan.name)
+    for part in plan.parts:
+        parts.add_row(part.name, f"{part.total:,}", f"{part.trainable:,}" if part.trainable else "frozen")
+    total, trainable = sum(p.total for p in plan.parts), sum(p.trainable for p in plan.parts)
+    parts.add_section()
+    parts.add_row("all", f"{total:,}", f"{trainable:,}", style="bold")
+    console.print(parts)
+    console.print(f"LoRA: {plan.lora_modules} modules, {plan.lora_parameters:,} parameters\n")
+
+    columns = ("weights", "gradients", "optimizer", "activations", "buffers", "sum")
+    memory = Table(
+        "ZeRO stage",
+        *(Column(name, justify="right") for name in columns),
+        title=f"GiB per GPU, {plan.gpus} GPU{'s' if plan.gpus > 1 else ''}, {plan.precision}",
+    )
+    for row in plan.memory:
+        sizes = (row.weights, row.gradients, row.optimizer, row.activations, row.buffers, row.total)
+        memory.add_row("0 (DDP, no DeepSpeed)" if row.stage == "0" else row.stage, *(f"{size / GIB:.2f}" for size in sizes))
+    console.print(memory)
+    console.print(
+        f"for a micro-batch of {plan.images_per_device} image(s) x {plan.phrases_per_device // plan.images_per_device} phrases of "
+        f"{plan.tokens_per_phrase} tokens. Counted from shapes, checked against the CPU; not measured on a GPU: add the CUDA "
+        "context (about 0.5 GiB) and leave 10-20 % for workspaces and fragmentation.\n",
+        highlight=False,
+    )
+    epoch = plan.epoch
+    console.print(
+        f"an epoch: {epoch.phrases:,} phrases in {epoch.images:,} images shown, {epoch.steps:,} steps, {epoch.tokens:,} tokens "
+        f"through the language model; the whole run: {epoch.total_steps:,} steps\ncounts from {epoch.source}",
+        highlight=False,
+    )

@@ -1,0 +1,119 @@
+"""From the last round's logits to the answer: which queries, joined to which mask, at which size.
+
+Letters: P phrases, Q queries, S selected queries.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from deris_llm.structures import DerisOutput
+
+Selection = Literal["threshold", "threshold_or_best", "best"]
+
+
+@dataclass(frozen=True, eq=False)
+class PhraseAnswer:
+    """What the model answers to one phrase."""
+
+    mask: np.ndarray  # bool (h, w) at the asked size: union of the instance masks; all False = names nothing here
+    instance_masks: np.ndarray  # bool (S, h, w), one per selected query
+    query_index: tuple[int, ...]  # S selected queries, best first
+    referring_scores: np.ndarray  # float32 (Q,) in [0, 1]
+    presence: float  # probability that a target exists, in [0, 1]; informative: it does not decide (as upstream)
+
+
+def answer_masks(
+    output: DerisOutput, sizes_hw: Sequence[tuple[int, int]], *, score_threshold: float, selection: Selection
+) -> list[PhraseAnswer]:
+    """Answers each phrase: the union of the masks of the selected queries.
+
+    Args:
+        output: P phrases.
+        sizes_hw: P sizes (h, w) in px at which the masks are wanted.
+        score_threshold: a query is selected when its referring score is greater than this.
+        selection: `threshold`: these queries, perhaps none (upstream); `threshold_or_best`: these, or the best one if
+            there is none; `best`: the best query alone.
+
+    Returns:
+        P answers.
+    """
+    scores = output.final.referring_logits.float().sigmoid().cpu().numpy()
+    presence = output.presence_logit.float().sigmoid().tolist()
+    selected = [select_queries(row, score_threshold=score_threshold, selection=selection) for row in scores]
+    masks = upsampled_masks(output.final.mask_logits, selected, sizes_hw)
+    return [
+        PhraseAnswer(
+            mask=np.logical_or.reduce(phrase_masks, axis=0),
+            instance_masks=phrase_masks,
+            query_index=queries,
+            referring_scores=row,
+            presence=phrase_presence,
+        )
+        for phrase_masks, queries, row, phrase_presence in zip(masks, selected, scores, presence, strict=True)
+    ]
+
+
+def select_queries(scores: np.ndarray, *, score_threshold: float, selection: Selection) -> tuple[int, ...]:
+    """The queries that answer, best first.
+
+    Args:
+        scores: float (Q,), referring scores of one phrase.
+        score_threshold: see `answer_masks`.
+        selection: see `answer_masks`.
+
+    Returns:
+        Indices of the selected queries; empty only with `threshold`.
+    """
+    by_score = np.argsort(-scores, kind="stable")
+    above = tuple(int(q) for q in by_score if scores[q] > score_threshold)
+    if selection == "best" or (selection == "threshold_or_best" and not above):
+        return (int(by_score[0]),)
+    return above
+
+
+def upsampled_masks(
+    mask_logits: Tensor, queries: Sequence[Sequence[int]], sizes_hw: Sequence[tuple[int, int]]
+) -> list[np.ndarray]:
+    """Binary masks of chosen queries: sigmoid >= 0.5 after bilinear upsampling of the logits (align_corners=False).
+
+    Only these masks are upsampled, those of equal size together. Upstream upsamples x4 with align_corners=True, which
+    belongs to its weights; ours are trained on logits read with align_corners=False.
+
+    Args:
+        mask_logits: float (P, Q, h, w).
+        queries: P lists of queries.
+        sizes_hw: P sizes (h, w) in px.
+
+    Returns:
+        P arrays, bool (S, h, w).
+    """
+    wanted: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for phrase, size in enumerate(sizes_hw):
+        wanted[size].append(phrase)
+    masks: list[np.ndarray] = [np.zeros((0, 0, 0), dtype=bool)] * len(sizes_hw)
+    for size, phrases in wanted.items():
+        rows = torch.tensor([p for p in phrases for _ in queries[p]], dtype=torch.int64, device=mask_logits.device)
+        columns = torch.tensor([q for p in phrases for q in queries[p]], dtype=torch.int64, device=mask_logits.device)
+        if len(rows) == 0:
+            drawn = np.zeros((0, *size), dtype=bool)
+        else:
+            logits = mask_logits[rows, columns].float().unsqueeze(1)
+            drawn = (
+                (functional.interpolate(logits, size=size, mode="bilinear", align_corners=False) >= 0)
+                .squeeze(1)
+                .cpu()
+                .numpy()
+            )
+        ends = np.cumsum([len(queries[p]) for p in phrases])
+        for phrase, part in zip(phrases, np.split(drawn, ends[:-1]), strict=True):
+            masks[phrase] = part
+    return masks

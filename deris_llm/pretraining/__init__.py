@@ -1,0 +1,1 @@
+"""Pre-training of the two tiny backbones that ship inside the package (see `scripts/pretrain_tiny.py`)."""

@@ -1,0 +1,138 @@
+"""The data contract between the stages: every field with shape, dtype, range and polarity.
+
+Letters: I images, P phrases (P >= I), T target instances, Q queries, L text tokens, C channels of the loopback,
+D channels of the cognition backend, H W pixels of the perception image, h w cells of a feature map.
+
+A batch holds I images and P phrases; ``image_index`` says which image a phrase looks at. Whatever depends on the
+image alone is computed once per image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+class _TensorFields:
+    """Moves every tensor of a dataclass (nested ones too) to a device, optionally casting floating-point ones."""
+
+    def to(self, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None) -> Self:
+        def move(value: object) -> object:
+            if isinstance(value, Tensor):
+                return value.to(device=device, dtype=dtype if value.is_floating_point() else None, non_blocking=True)
+            if isinstance(value, _TensorFields):
+                return value.to(device, dtype=dtype)
+            return value
+
+        return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class CognitionInputs(_TensorFields):
+    """What a backend's processor makes of I images and P phrases.
+
+    ``input_ids`` is the whole prompt of each phrase, image placeholders included; padding may be on either side.
+    """
+
+    pixel_values: Tensor  # float (I, 3, h_px, w_px), normalised as the backend wants it; or a backend's own packing
+    input_ids: Tensor  # int64 (P, L)
+    token_padding_mask: Tensor  # bool (P, L), True = padding
+    text_feature_mask: Tensor  # bool (P, L), True = this token's hidden state is one of the text features
+    image_grid: Tensor | None = None  # int64 (I, 2) rows, columns of the image tokens where they vary by image
+
+
+@dataclass(frozen=True, eq=False)
+class ReferringTargets(_TensorFields):
+    """The referred instances of P phrases; a phrase without a row here names nothing in its image (no-target)."""
+
+    masks: Tensor  # bool (T, H, W) at the size of the perception image, True = referent
+    phrase_index: Tensor  # int64 (T,), non-decreasing, in 0..P-1
+
+
+@dataclass(frozen=True, eq=False)
+class ReferringBatch(_TensorFields):
+    """I images and P phrases."""
+
+    perception_image: Tensor  # float (I, 3, H, W), ImageNet-normalised RGB
+    cognition: CognitionInputs
+    image_index: Tensor  # int64 (P,), in 0..I-1, non-decreasing: the image a phrase looks at
+    phrase_ids: tuple[str, ...]  # P names, e.g. "refcoco/val/12345": dataset, split, sentence id
+    phrases: tuple[str, ...]  # P texts, for messages and logs
+    targets: ReferringTargets | None = None  # None when the answer is unknown (prediction)
+
+    @property
+    def num_phrases(self) -> int:
+        return len(self.phrase_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class CognitionFeatures(_TensorFields):
+    """What the image-text model made of the batch, in its own width D.
+
+    Image features that do not depend on the phrase are given once per image: ``image_feats`` then has I rows and
+    ``image_feats_index`` is the batch's ``image_index``; a backend that fuses both ways gives P rows and ``arange(P)``.
+    """
+
+    image_feats: Tensor  # float (I or P, D, h, w), row-major map, top row first
+    image_feats_index: Tensor  # int64 (P,): the row of image_feats for each phrase
+    text_feats: Tensor  # float (P, L, D), tokens in reading order, left-aligned
+    text_padding_mask: Tensor  # bool (P, L), True = padding; at least one False per row
+    cls_feat: Tensor  # float (P, D), one summary vector per phrase (a causal LLM: its last token)
+
+
+@dataclass(frozen=True, eq=False)
+class PerceptionFeatures(_TensorFields):
+    """What the pixel level made of I images."""
+
+    mask_feats: Tensor  # float (I, C, H/4, W/4): F_p
+    multi_scale_feats: tuple[Tensor, ...]  # three float maps (I, C, h, w) at strides 32, 16, 8, in this order
+
+
+@dataclass(frozen=True, eq=False)
+class RoundOutput(_TensorFields):
+    """What one loopback round says, before its mask is upsampled."""
+
+    mask_logits: Tensor  # float (P, Q, H/4, W/4), > 0 = inside
+    referring_logits: Tensor  # float (P, Q), > 0 = this query is (one of) the referent(s)
+
+
+@dataclass(frozen=True, eq=False)
+class DerisOutput(_TensorFields):
+    """All rounds, first to last, and the presence of a target."""
+
+    rounds: tuple[RoundOutput, ...]  # N + 1 rounds: round 0 is that of the initial queries
+    presence_logit: Tensor  # float (P,), > 0 = a target exists
+
+    @property
+    def final(self) -> RoundOutput:
+        return self.rounds[-1]
+
+
+@dataclass(frozen=True)
+class InstanceAnnotation:
+    """One annotated object, mask as COCO wrote it."""
+
+    annotation_id: int
+    segmentation: object  # COCO: list of polygons [x0, y0, x1, y1, ...] px | {"size": [h, w], "counts": list | str}
+
+
+@dataclass(frozen=True)
+class ReferringRecord:
+    """One phrase of one image with its referents: what every reader yields, whatever the source format."""
+
+    phrase_id: str  # "{dataset}/{split}/{sentence id}", unique over all datasets
+    dataset: str  # "refcoco", "refcoco+", "refcocog_umd", ...
+    split: str  # "train", "val", "testA", ...
+    image_id: str  # unique over datasets that share images (COCO: the file's stem)
+    image_path: str  # readable path of the picture
+    width: int  # px, of the original picture
+    height: int  # px
+    phrase: str  # the referring expression, as the protocol's text field has it
+    instances: tuple[InstanceAnnotation, ...]  # the referents; empty = no target
+
+    @property
+    def is_no_target(self) -> bool:
+        return not self.instances

@@ -1,0 +1,96 @@
+"""What the Trainer calls on its way: the epoch's order, and progress that a person can read."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from deris_llm.data.sampler import TrainingBatchSampler
+
+
+logger = logging.getLogger(__name__)
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler which epoch begins (the Trainer does not reach a sampler that is not wrapped)."""
+
+    def __init__(self, sampler: TrainingBatchSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A resumed run begins inside an epoch: its whole part counts."""
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class ProgressLines(TrainerCallback):
+    """Loss, speed and time left: a bar on a terminal, else a line for every log."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self.console = Console(stderr=True, quiet=not enabled)
+        self.bar: Progress | None = None
+        self._task: Any = None
+        self._enabled = enabled
+        self._started, self._first_step = 0.0, 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Starts the clock and, on a terminal, the bar."""
+        self._started, self._first_step = time.monotonic(), state.global_step
+        if self._enabled and self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[said]}"),
+                TimeElapsedColumn(),
+                console=self.console,
+            )
+            self._task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, said="")
+            self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Moves the bar."""
+        if self.bar is not None:
+            self.bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Says the newest numbers."""
+        if not self._enabled or not logs:
+            return
+        if "loss" in logs:
+            said = (
+                f"loss {logs['loss']:.4f}, gradient norm {logs.get('grad_norm', float('nan')):.3f}, "
+                f"{logs['phrases_per_second']:.1f} phrases/s, {self._time_left(state)} left"
+            )
+            if self.bar is not None:
+                self.bar.update(self._task, said=said)
+            else:
+                logger.info("step %d of %d: %s", state.global_step, state.max_steps, said)
+        elif "eval_mIoU" in logs:
+            logger.info("step %d: %s", state.global_step, ", ".join(f"{k.removeprefix('eval_')} {v:.2f}" for k, v in logs.items() if k.startswith("eval_")))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leaves the bar where it stands."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends the bar, also after an error."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def _time_left(self, state: TrainerState) -> str:
+        done = state.global_step - self._first_step
+        seconds = int((time.monotonic() - self._started) / max(done, 1) * (state.max_steps - state.global_step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -1,0 +1,555 @@
+"""Checkpoints: the trainable tensors and the state of a run, the same files whatever the ZeRO stage and number of ranks.
+
+A folder ``checkpoint-STEP`` holds
+
+    config.yaml             the complete run config
+    trainable.safetensors   every trainable parameter by name, float32 (under bf16 the optimizer's master weights)
+    base_weights.json       fingerprints of the weights the frozen part came from
+    optimizer.safetensors   ``exp_avg/NAME`` and ``exp_avg_sq/NAME`` of AdamW, float32; its metadata has the step
+    state.pt                scheduler, random states by rank, images per step
+    trainer_state.json      the Trainer's own: step, epoch, log history, best metric
+
+and ``best`` the first three and ``metrics.json``. DeepSpeed's own format is not used: it holds the frozen 15 GB, is tied
+to the number of ranks and the stage, and its way out of that (universal checkpoints) mixes up the groups' rates (0.19.8).
+
+A folder is written aside and renamed when it is complete and on disk: a folder with a final name is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from deris_llm.config import RunConfig, config_to_dict, load_config, save_config
+from deris_llm.training.ranks import gathered, on_first_rank, rank, world_size
+from deris_llm.weights import resolve_weights
+
+
+if TYPE_CHECKING:
+    from deris_llm.model import Deris
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+TRAINABLE_FILE = "trainable.safetensors"
+BASE_WEIGHTS_FILE = "base_weights.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.pt"
+TRAINER_STATE_FILE = "trainer_state.json"
+METRICS_FILE = "metrics.json"
+BEST = "best"
+
+_PREFIX = "checkpoint-"
+_PARTIAL = ".partial-"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_CHUNK = 1 << 16
+_NUM_CHUNKS = 64
+
+MAY_DIFFER = frozenset(
+    {
+        "name",
+        "data.root",
+        "data.num_workers",
+        "training.images_per_device",
+        "training.accumulation",
+        "training.eval_every",
+        "training.eval_max_images",
+        "training.save_every",
+        "training.keep_checkpoints",
+        "training.log_every",
+        "training.wandb",
+        "perception.activation_checkpointing",
+        "cognition.gradient_checkpointing",
+    }
+)
+"""Config fields that may change when a run goes on: they do not change what is learned (images per step is checked)."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint could not be written or read; what was there before is untouched."""
+
+
+# -- folders ---------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_folder(output: Path, step: int) -> Path:
+    """The final name of the checkpoint of a step."""
+    return output / f"{_PREFIX}{step}"
+
+
+def checkpoints_of(output: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first; ``best`` is not among them."""
+    found = [path for path in output.glob(f"{_PREFIX}*") if path.is_dir() and path.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The complete checkpoint with the most steps, or None."""
+    found = checkpoints_of(output)
+    return found[-1] if found else None
+
+
+def remove_incomplete(output: Path) -> None:
+    """Removes what a killed run left half-written."""
+    for path in output.glob(f"{_PARTIAL}*"):
+        logger.warning("removing %s: a save that never finished", path.name)
+        shutil.rmtree(path)
+
+
+def keep_newest(output: Path, number: int) -> None:
+    """Removes all but the newest ``number`` checkpoints (never ``best``)."""
+    for path in checkpoints_of(output)[: -max(number, 1)]:
+        shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A folder to write into; it gets its final name when the block is done, and disappears when the block fails.
+
+    Args:
+        folder: final name; a folder of that name is replaced, and stays whole until then.
+
+    Raises:
+        CheckpointError: a file could not be written (disk full, no permission, ...).
+    """
+    partial = folder.parent / f"{_PARTIAL}{folder.name}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            _wait_for_disk(path)
+        if folder.exists():
+            replaced = folder.parent / f"{_PARTIAL}replaced-{folder.name}"
+            folder.rename(replaced)
+            partial.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            partial.rename(folder)
+        _wait_for_disk(folder.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free / 2**20 if folder.parent.is_dir() else 0.0
+        raise CheckpointError(
+            f"checkpoint {folder}: expected to write it, got {error} ({free:,.0f} MiB free there); nothing of it was kept and "
+            f"earlier checkpoints are whole. Make room or choose another --output, then start the same command again: it goes on "
+            f"from the newest checkpoint"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _wait_for_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save_weights(folder: Path, model: nn.Module, config: RunConfig, metrics: Mapping[str, Any]) -> None:
+    """Writes a checkpoint without the optimizer (``best``). Every rank calls it.
+
+    Args:
+        folder: final name.
+        model: the bare model (not DeepSpeed's engine), under any ZeRO stage.
+        config: saved with it.
+        metrics: plain numbers, saved as ``metrics.json``.
+    """
+    tensors = trainable_tensors(model)
+
+    def write() -> None:
+        with written_aside(folder) as partial:
+            _write_weights(partial, tensors, config)
+            (partial / METRICS_FILE).write_bytes(json.dumps(dict(metrics), indent=2).encode())
+
+    on_first_rank(write)
+
+
+def save_training_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    config: RunConfig,
+    trainer_state: Mapping[str, Any],
+) -> None:
+    """Writes a checkpoint to go on from. Every rank calls it; rank 0 alone writes.
+
+    Args:
+        folder: final name.
+        model: the bare model, under any ZeRO stage.
+        optimizer: the Trainer's (wrapped by accelerate and DeepSpeed, or not), after at least one step.
+        scheduler: the learning rates' schedule.
+        config: saved with it.
+        trainer_state: the Trainer's state as plain values.
+    """
+    tensors = trainable_tensors(model)
+    step, moments = _optimizer_moments(model, optimizer)
+    state = {"scheduler": scheduler.state_dict(), "images_per_step": images_per_step(config), "random": gathered(_random_state())}
+
+    def write() -> None:
+        with written_aside(folder) as partial:
+            _write_weights(partial, tensors, config)
+            (partial / OPTIMIZER_FILE).write_bytes(safetensors.torch.save(moments, {"step": repr(step)}))
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            (partial / STATE_FILE).write_bytes(buffer.getvalue())
+            (partial / TRAINER_STATE_FILE).write_bytes(json.dumps(dict(trainer_state), indent=2, sort_keys=True).encode())
+
+    on_first_rank(write)
+
+
+def images_per_step(config: RunConfig) -> int:
+    """Images (with their phrases) that one optimizer step sees over all ranks."""
+    return config.training.images_per_device * config.training.accumulation * world_size()
+
+
+def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every trainable parameter by name: whole, float32, on the CPU; on rank 0 (empty on the others).
+
+    Under DeepSpeed with bf16 it is the optimizer's master weight. A collective: every rank calls it.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = _whole(parameter)
+            if rank() == 0:
+                tensors[name] = whole
+    return tensors
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor], config: RunConfig) -> None:
+    # Bytes are made first and written by Python, so that a full disk is an OSError whatever library made them.
+    save_config(config, folder / CONFIG_FILE)
+    (folder / TRAINABLE_FILE).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
+    (folder / BASE_WEIGHTS_FILE).write_bytes(json.dumps(base_fingerprints(config), indent=2).encode())
+
+
+def _whole(parameter: nn.Parameter) -> Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param  # noqa: PLC0415 - deepspeed takes seconds to import
+
+    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+        return safe_get_full_fp32_param(parameter).detach().cpu()
+    return parameter.detach().float().cpu().clone()
+
+
+def _optimizer_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[float, dict[str, Tensor]]:
+    """AdamW's step count and moments by parameter name, whole (on rank 0)."""
+    from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415
+
+    state = base_optimizer(optimizer).state
+    steps = {float(entry["step"]) for entry in state.values() if entry}
+    if len(steps) != 1:
+        raise CheckpointError(f"optimizer state: expected one common step count, got {sorted(steps)}; save after an optimizer step")
+    moments = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for moment in _MOMENTS:
+                partitioned = hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
+                whole = safe_get_full_optimizer_state(parameter, moment) if partitioned else state[parameter][moment]
+                if rank() == 0:
+                    moments[f"{moment}/{name}"] = whole.detach().float().cpu()
+    return steps.pop(), moments
+
+
+def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's and DeepSpeed's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+# -- going on --------------------------------------------------------------------------------------------------------
+
+
+def check_same_run(folder: Path, config: RunConfig) -> None:
+    """Refuses to go on from a checkpoint of another config.
+
+    Raises:
+        CheckpointError: lists the fields that differ (those of `MAY_DIFFER` aside), then and now.
+    """
+    saved = _flat(config_to_dict(load_config(folder / CONFIG_FILE)))
+    now = _flat(config_to_dict(config))
+    differ = [
+        f"  - {name}: {saved.get(name)!r} there, {now.get(name)!r} now"
+        for name in now
+        if saved.get(name) != now[name] and name not in MAY_DIFFER
+    ]
+    if differ:
+        listed = "\n".join(differ[:10] + ([f"  ... and {len(differ) - 10} more"] if len(differ) > 10 else []))
+        raise CheckpointError(
+            f"{folder}: expected a checkpoint of this run config, got one of another; {len(differ)} fields differ\n{listed}\n"
+            f"Give these fields their saved values to go on, or another --output to start a new run"
+        )
+
+
+def restore_weights(model: nn.Module, folder: Path) -> None:
+    """Loads the trainable parameters of a checkpoint, strictly by name; works before and after DeepSpeed's engine exists.
+
+    Raises:
+        CheckpointError: names or shapes differ (the first ten are listed).
+    """
+    tensors = safetensors.torch.load_file(folder / TRAINABLE_FILE)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
+    problems = [f"missing in the file: {name}" for name in shapes if name not in tensors]
+    problems += [f"not trainable here: {name}" for name in tensors if name not in shapes]
+    problems += [
+        f"{name}: shape {tuple(tensors[name].shape)} in the file, {shapes[name]} here"
+        for name in shapes
+        if name in tensors and tuple(tensors[name].shape) != shapes[name]
+    ]
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems[:10])
+        raise CheckpointError(
+            f"{folder / TRAINABLE_FILE}: expected exactly the model's {len(shapes)} trainable parameters, got "
+            f"{len(problems)} differences\n{listed}\nUse the config that is saved beside it"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            with _writable(parameter):
+                if parameter.numel():
+                    parameter.copy_(tensors[name])
+
+
+def restore_training_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    config: RunConfig,
+) -> None:
+    """Puts optimizer, master weights and schedule where they were; `restore_weights` came before the engine was made.
+
+    Args:
+        folder: a checkpoint folder.
+        model: the bare model.
+        optimizer: the Trainer's, fresh.
+        scheduler: the Trainer's, fresh.
+        config: this run's.
+
+    Raises:
+        CheckpointError: the number of images per step is another one.
+    """
+    state = read_state(folder)
+    if state["images_per_step"] != images_per_step(config):
+        raise CheckpointError(
+            f"{folder}: expected {state['images_per_step']} images per step as in the saved run, got {images_per_step(config)} = "
+            f"training.images_per_device {config.training.images_per_device} x training.accumulation {config.training.accumulation} x "
+            f"{world_size()} ranks; choose the first two so that the product is the same"
+        )
+    _restore_moments(model, optimizer, folder)
+    scheduler.load_state_dict(state["scheduler"])
+    for group, rate in zip(base_optimizer(optimizer).param_groups, scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+
+
+def restore_random_state(folder: Path) -> None:
+    """Puts Python's, NumPy's and torch's generators where they were on this rank (a rank that was not there keeps its own)."""
+    states = read_state(folder)["random"]
+    if rank() >= len(states):
+        return
+    state = states[rank()]
+    random.setstate(state["python"])
+    np.random.set_state(  # noqa: NPY002 - libraries draw from the global generator
+        ("MT19937", state["numpy"]["keys"].numpy().astype(np.uint32), *state["numpy"]["rest"])
+    )
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The content of ``state.pt``."""
+    return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+
+
+def _random_state() -> dict[str, Any]:
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002 - libraries draw from the global generator
+    return {
+        "python": random.getstate(),
+        "numpy": {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": rest},
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _restore_moments(model: nn.Module, optimizer: Any, folder: Path) -> None:
+    masters = safetensors.torch.load_file(folder / TRAINABLE_FILE)
+    moments = safetensors.torch.load_file(folder / OPTIMIZER_FILE)
+    with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
+        step = float(file.metadata()["step"])
+    base = base_optimizer(optimizer)
+    for flat in _optimizer_tensors(optimizer):  # DeepSpeed fills them at the first step; a resumed run needs them before
+        base.state[flat] = {
+            "step": torch.tensor(step, device=flat.device if base.defaults.get("fused") else "cpu"),
+            **{moment: torch.zeros_like(flat, memory_format=torch.preserve_format) for moment in _MOMENTS},
+        }
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        for moment in (None, *_MOMENTS):
+            value = masters[name] if moment is None else moments[f"{moment}/{name}"]
+            target, start = _optimizer_fragment(parameter, base, moment)
+            if target is not None:
+                source = F.pad(value.flatten(), (0, max(0, start + target.numel() - value.numel())))
+                target.copy_(source[start : start + target.numel()].view_as(target))
+
+
+def _optimizer_tensors(optimizer: Any) -> list[Tensor]:
+    """The tensors that the torch optimizer steps: the parameters, or DeepSpeed's flat partitions of them."""
+    while hasattr(optimizer, "optimizer"):
+        for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # ZeRO-3; ZeRO-1 and 2
+            if hasattr(optimizer, attribute):
+                return list(getattr(optimizer, attribute))
+        optimizer = optimizer.optimizer
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _optimizer_fragment(parameter: nn.Parameter, base: torch.optim.Optimizer, moment: str | None) -> tuple[Tensor | None, int]:
+    """This rank's part of a parameter's master weight (moment None) or moment, and where in the parameter it starts."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state  # noqa: PLC0415
+
+    if hasattr(parameter, "_z3_optimizer"):
+        local = safe_get_local_fp32_param(parameter) if moment is None else safe_get_local_optimizer_state(parameter, moment)
+        return local, rank() * local.numel()
+    if hasattr(parameter, "_hp_mapping"):
+        mapping = parameter._hp_mapping  # noqa: SLF001 - DeepSpeed's own accessors need a step to have been taken
+        if mapping is None:
+            return None, 0
+        if moment is None:
+            return mapping.hp_fragment, mapping.lp_fragment_address.start
+        flat = base.param_groups[mapping.param_group_index]["params"][0]
+        at = mapping.hp_fragment_address
+        return base.state[flat][moment].narrow(0, at.start, at.numel), mapping.lp_fragment_address.start
+    return (parameter.data if moment is None else base.state[parameter][moment]), 0
+
+
+@contextlib.contextmanager
+def _writable(parameter: nn.Parameter) -> Iterator[None]:
+    """Gathers a parameter that ZeRO-3 has partitioned; on leaving, rank 0's values are spread."""
+    if not hasattr(parameter, "ds_id"):
+        yield
+        return
+    import deepspeed  # noqa: PLC0415
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        yield
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
+
+
+# -- reading a checkpoint for use ------------------------------------------------------------------------------------
+
+
+def load_checkpoint(folder: str | Path, device: torch.device | str | None = None) -> tuple[RunConfig, Deris]:
+    """Builds the model of a checkpoint: base weights of its config, then the trained parameters, strictly.
+
+    Args:
+        folder: ``checkpoint-STEP`` or ``best`` of a run.
+        device: where the model goes; None = CPU.
+
+    Returns:
+        the run config and the model in evaluation mode.
+
+    Raises:
+        CheckpointError: no checkpoint, other base weights than those it was trained on, or other parameter names.
+    """
+    from deris_llm.model import build_model  # noqa: PLC0415 - transformers takes seconds to import
+
+    folder = Path(folder)
+    absent = [name for name in (CONFIG_FILE, TRAINABLE_FILE, BASE_WEIGHTS_FILE) if not (folder / name).is_file()]
+    if absent:
+        inside = newest_checkpoint(folder) if folder.is_dir() else None
+        hint = f"; did you mean {folder / BEST if (folder / BEST).is_dir() else inside}?" if inside else ""
+        raise CheckpointError(
+            f"{folder}: expected a checkpoint folder with {CONFIG_FILE}, {TRAINABLE_FILE} and {BASE_WEIGHTS_FILE}, got no "
+            f"{', '.join(absent)}{hint or '; give the folder `best` or `checkpoint-STEP` of a run'}"
+        )
+    config = load_config(folder / CONFIG_FILE)
+    model = build_model(config, device=device)
+    saved = json.loads((folder / BASE_WEIGHTS_FILE).read_text(encoding="utf-8"))
+    now = base_fingerprints(config)
+    other = [f"{part}: {now[part]['weights']}" for part in now if saved.get(part, {}).get("files") != now[part]["files"]]
+    if other:
+        raise CheckpointError(
+            f"{folder}: expected the base weights it was trained on ({BASE_WEIGHTS_FILE}), got other files for {'; '.join(other)}. "
+            f"Give the original files under that name, or train again on these"
+        )
+    restore_weights(model, folder)
+    return config, model.eval()
+
+
+# -- base weights ----------------------------------------------------------------------------------------------------
+
+
+def base_fingerprints(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """What the frozen parts were loaded from: for each part, its ``weights`` name and a digest of each weight file.
+
+    A timm backbone is named only: timm keeps its files where it likes.
+    """
+    parts = {"cognition": config.cognition.weights, "perception": config.perception.weights}
+    found = {part: {"weights": name, "files": _file_digests(name)} for part, name in parts.items()}
+    if config.perception.backbone.startswith("timm:"):
+        found["backbone"] = {"weights": config.perception.backbone, "files": {}}
+    return found
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a weight file's size, its first and last MiB (safetensors: all names and shapes) and 64 chunks between.
+
+    Reads 6 MiB instead of 15 GB; another training of the same architecture differs in every chunk.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+        for i in range(1, _NUM_CHUNKS + 1):
+            file.seek(size * i // (_NUM_CHUNKS + 1))
+            digest.update(file.read(_CHUNK))
+        file.seek(max(0, size - (1 << 20)))
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _file_digests(name: str) -> dict[str, str]:
+    folder = Path(resolve_weights(name))
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin"], local_files_only=True))
+    files: Iterable[Path] = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    return {path.name: file_digest(path) for path in files}
+
+
+def plain_state(state: Any) -> dict[str, Any]:
+    """A Trainer's state dataclass as plain values."""
+    return dataclasses.asdict(state)

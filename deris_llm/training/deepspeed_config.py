@@ -1,0 +1,84 @@
+"""DeepSpeed's JSON says ZeRO and nothing else; whatever the run config decides is "auto" there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deris_llm.config import RunConfig
+
+
+def read_deepspeed_config(path: Path, config: RunConfig, *, num_ranks: int) -> dict[str, Any]:
+    """Reads a DeepSpeed JSON and compares it with the run config.
+
+    Args:
+        path: a JSON file, e.g. one of ``ds_configs/``.
+        config: the run config, which decides sizes, rates, schedule, clipping and precision.
+        num_ranks: number of processes.
+
+    Returns:
+        its content.
+
+    Raises:
+        ValueError: no such file, not JSON, or it contradicts the run config; all contradictions at once, naming both.
+    """
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) if path.parent.is_dir() else ""
+        raise ValueError(f"--deepspeed {path}: expected a JSON file, found none there{f'; that folder has {shipped}' if shipped else ''}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--deepspeed {path}: expected JSON, got {error}; compare it with ds_configs/zero2.json") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--deepspeed {path}: expected a JSON object, got {type(content).__name__}; compare it with ds_configs/zero2.json")
+    problems = contradictions(content, config, num_ranks=num_ranks)
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ValueError(f"--deepspeed {path} and run config {config.name!r}: {len(problems)} contradictions\n{listed}")
+    return content
+
+
+def contradictions(content: dict[str, Any], config: RunConfig, *, num_ranks: int) -> list[str]:
+    """What a DeepSpeed config says that the run config decides otherwise, each naming both."""
+    training = config.training
+    found = [
+        f'"{section}": the run config decides it ({fields}); remove the section from the JSON'
+        for section, fields in (
+            ("optimizer", "AdamW with training.learning_rate, lora_learning_rate, pixel_decoder_learning_rate, weight_decay"),
+            ("scheduler", "training.schedule, training.warmup_ratio"),
+            ("amp", "training.precision"),
+        )
+        if section in content
+    ]
+    images_per_step = training.images_per_device * training.accumulation * num_ranks
+    for key, value, names in (
+        ("train_micro_batch_size_per_gpu", training.images_per_device, "training.images_per_device"),
+        ("gradient_accumulation_steps", training.accumulation, "training.accumulation"),
+        ("train_batch_size", images_per_step, f"training.images_per_device x training.accumulation x {num_ranks} ranks"),
+        ("gradient_clipping", training.max_grad_norm, "training.max_grad_norm"),
+    ):
+        if content.get(key, "auto") not in ("auto", value):
+            found.append(f'"{key}": {content[key]} in the JSON, but {names} is {value}; write "auto"')
+    for section, is_on in (("bf16", training.precision == "bf16"), ("fp16", False)):
+        enabled = content.get(section, {}).get("enabled", "auto" if section == "bf16" else False)
+        if enabled not in ("auto", is_on):
+            found.append(f'"{section}.enabled": {enabled} in the JSON, but training.precision is {training.precision}; write "auto"')
+    if training.precision == "bf16" and "bf16" not in content:
+        found.append('"bf16": missing in the JSON, but training.precision is bf16; add {"enabled": "auto"}')
+    zero = content.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        found.append(f'"zero_optimization.stage": expected 0, 1, 2 or 3, got {stage!r}')
+    if stage == 0 and training.precision == "bf16":
+        found.append(
+            '"zero_optimization.stage": 0 in the JSON, but training.precision is bf16, for which DeepSpeed without ZeRO takes '
+            "a wrong first step; use stage 1, or no --deepspeed"
+        )
+    offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    if offloads and content.get("zero_force_ds_cpu_optimizer", True):
+        found.append(
+            '"zero_optimization.offload_optimizer": DeepSpeed would compile its own Adam, but ours is torch\'s; '
+            'add "zero_force_ds_cpu_optimizer": false'
+        )
+    return found

@@ -1,0 +1,115 @@
+"""Starts the ranks of a run on this machine: one per GPU, or two on the CPU, by DeepSpeed's launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+logger = logging.getLogger(__name__)
+
+CPU_RANKS = 2
+_FORWARDED = (signal.SIGINT, signal.SIGTERM)
+
+
+def launch(
+    config: str,
+    *,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    deepspeed: str | Path | None = None,
+    resume: str | None = None,
+    fast_dev_run: bool = False,
+    gpus: int | None = None,
+) -> int:
+    """Runs ``scripts/train.py`` under DeepSpeed's launcher and waits for it.
+
+    Args:
+        config: name or file of a run config.
+        overrides: ``section.field=value`` each.
+        output: folder of the run; None = ``runs/NAME``.
+        deepspeed: a DeepSpeed JSON; None = ``ds_configs/zero2.json``.
+        resume: ``auto``, ``never`` or a checkpoint folder; None = ``auto``.
+        fast_dev_run: load, 2 steps, save, reload, evaluate.
+        gpus: number of ranks; None = every GPU, and without a GPU `CPU_RANKS`.
+
+    Returns:
+        its exit status; SIGINT and SIGTERM are passed on to it.
+
+    Raises:
+        ValueError: more GPUs are asked for than there are.
+    """
+    command = training_command(
+        config, overrides=overrides, output=output, deepspeed=deepspeed, resume=resume, fast_dev_run=fast_dev_run, gpus=gpus
+    )
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    logger.info("this stands for:\n  OMP_NUM_THREADS=%s %s", environment["OMP_NUM_THREADS"], shlex.join(["deepspeed", *command]))
+    process = subprocess.Popen([sys.executable, "-m", "deepspeed.launcher.runner", *command], env=environment)
+
+    def forward(number: int, _: object) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def training_command(
+    config: str,
+    *,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    deepspeed: str | Path | None = None,
+    resume: str | None = None,
+    fast_dev_run: bool = False,
+    gpus: int | None = None,
+) -> list[str]:
+    """The arguments of ``deepspeed`` for `launch`."""
+    root = source_root()
+    command = ["--num_gpus", str(num_ranks(gpus)), "--master_port", str(free_port()), str(root / "scripts" / "train.py")]
+    command += ["--config", config, "--deepspeed", str(deepspeed or root / "ds_configs" / "zero2.json")]
+    if overrides:
+        command += ["--set", *overrides]
+    if output is not None:
+        command += ["--output", str(output)]
+    if resume is not None:
+        command += ["--resume", resume]
+    return [*command, "--fast-dev-run"] if fast_dev_run else command
+
+
+def num_ranks(gpus: int | None = None) -> int:
+    """How many ranks this machine gets: ``gpus`` if given, else one per GPU, else `CPU_RANKS`."""
+    found = torch.cuda.device_count()
+    if gpus is None:
+        return found or CPU_RANKS
+    if gpus < 1 or (found and gpus > found):
+        raise ValueError(f"--gpus: expected 1 to {found or 'any number of CPU ranks'}, got {gpus}; leave it out to use all")
+    return gpus
+
+
+def source_root() -> Path:
+    """The checkout that holds ``scripts/`` and ``ds_configs/``."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "scripts" / "train.py").is_file():
+        raise ValueError(f"deris-llm train: expected scripts/train.py in {root}, found none; install the checkout: pip install -e .")
+    return root
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,355 @@
+"""A training run from its config to its checkpoints; what every rank executes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from deris_llm.config import RunConfig, load_config, save_config
+from deris_llm.training import checkpoints
+from deris_llm.training.deepspeed_config import read_deepspeed_config
+from deris_llm.training.ranks import barrier, on_first_rank, rank, world_size
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from deris_llm.cognition import CognitionProcessor
+    from deris_llm.structures import ReferringRecord
+    from deris_llm.training.trainer import DerisTrainer
+
+logger = logging.getLogger(__name__)
+
+FAST_DEV_RUN = "fast-dev-run"
+_SILENT_TRAPS = {"ACCELERATE_USE_CPU": "accelerate then drops DeepSpeed without a word"}
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """Where a run ended."""
+
+    output: Path  # folder of the run
+    steps: int  # optimizer steps taken in all
+    checkpoint: Path  # the newest checkpoint
+    best: Path | None  # the folder of the best evaluation
+    metrics: dict[str, float]  # last evaluation on `eval_split`, percent by name
+
+
+def train(
+    config: RunConfig,
+    *,
+    output: Path,
+    deepspeed: Path | None = None,
+    resume: str = "auto",
+    fast_dev_run: bool = False,
+) -> TrainingResult:
+    """Fine-tunes a run config. Every rank of the run calls it; see `launch.launch` for what starts the ranks.
+
+    Args:
+        config: the run.
+        output: folder of checkpoints, logs and ``best``.
+        deepspeed: a DeepSpeed JSON; None trains without DeepSpeed, in float32.
+        resume: ``auto`` goes on from the newest checkpoint in ``output`` if there is one, ``never`` refuses a folder that has
+            one, else a checkpoint folder to go on from.
+        fast_dev_run: in a folder of its own: load, 2 steps, save, reload, evaluate.
+
+    Raises:
+        ValueError: config, DeepSpeed JSON, data or checkpoint contradict each other or are unusable; NaN loss.
+    """
+    if fast_dev_run:
+        config, output, resume = _dev_config(config), output / FAST_DEV_RUN, "never"
+    deepspeed_content = None if deepspeed is None else read_deepspeed_config(deepspeed, config, num_ranks=_announced_ranks())
+    _check_environment(config, deepspeed)
+    _join_ranks(uses_deepspeed=deepspeed is not None)
+    if fast_dev_run:
+        on_first_rank(lambda: shutil.rmtree(output, ignore_errors=True))
+    checkpoint = on_first_rank(lambda: _start_from(config, output, resume))
+
+    # transformers and DeepSpeed are imported here, after the cheap checks: they take several seconds.
+    from transformers import PrinterCallback, set_seed  # noqa: PLC0415
+    from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: PLC0415
+
+    from deris_llm.cognition import build_processor  # noqa: PLC0415
+    from deris_llm.criterion import build_criterion  # noqa: PLC0415
+    from deris_llm.data.dataset import group_by_image  # noqa: PLC0415
+    from deris_llm.data.loaders import train_loader  # noqa: PLC0415
+    from deris_llm.data.mix import training_mix  # noqa: PLC0415
+    from deris_llm.model import build_model  # noqa: PLC0415
+    from deris_llm.training.callbacks import EpochOrder, ProgressLines  # noqa: PLC0415
+    from deris_llm.training.trainer import DerisTrainer, training_arguments  # noqa: PLC0415
+
+    arguments = training_arguments(config, output, deepspeed_content)  # before the model: ZeRO-3 partitions while it is built
+    mix = training_mix(config.data)
+    logger.info("%s", mix.report)
+    records = _evaluation_records(config)
+    set_seed(config.training.seed)
+    model = build_model(config)
+    processor = build_processor(config)
+    loader = train_loader(config, group_by_image(mix.records), processor, rank=rank(), world_size=world_size())
+    on_first_rank(lambda: save_config(config, output / checkpoints.CONFIG_FILE))
+
+    def evaluation(model: nn.Module) -> dict[str, float]:
+        return _evaluated(model, config, records, processor, arguments.device)
+
+    progress = ProgressLines(enabled=rank() == 0)
+    tensorboard = TensorBoardCallback()
+    tensorboard.logging_dir = str(output / "tensorboard")
+    trainer = DerisTrainer(
+        config,
+        model,
+        arguments,
+        build_criterion(config),
+        loader,
+        evaluation,
+        callbacks=[EpochOrder(loader.batch_sampler), tensorboard, progress],
+    )
+    trainer.remove_callback(PrinterCallback)
+    _check_trainer(trainer, uses_deepspeed=deepspeed is not None)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        progress.stop()
+    newest = checkpoints.newest_checkpoint(output)
+    assert newest is not None, "the Trainer saves at its last step"
+    best = output / checkpoints.BEST
+    metrics = _last_metrics(trainer)
+    steps = trainer.state.global_step
+    if fast_dev_run:
+        saved = checkpoints.trainable_tensors(trainer.model)
+        del trainer, model
+        metrics = _reloaded(newest, config, records, processor, arguments.device, saved)
+    barrier()
+    return TrainingResult(output, steps, newest, best if best.is_dir() else None, metrics)
+
+
+def _dev_config(config: RunConfig) -> RunConfig:
+    short = dataclasses.replace(
+        config.training, max_steps=2, save_every=2, log_every=1, eval_every=0, eval_max_images=4, wandb=False
+    )
+    return dataclasses.replace(config, training=short)
+
+
+def _announced_ranks() -> int:
+    """Number of ranks as the launcher announces it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_environment(config: RunConfig, deepspeed: Path | None) -> None:
+    for name, reason in _SILENT_TRAPS.items():
+        if os.environ.get(name):
+            raise ValueError(f"environment: expected {name} unset, got {os.environ[name]!r} ({reason}); unset it")
+    if deepspeed is not None and "RANK" not in os.environ:
+        raise ValueError(
+            f"--deepspeed {deepspeed}: expected to be started by a launcher (RANK is not set); use `deris-llm train`, or "
+            "`deepspeed --num_gpus 1 scripts/train.py ...` for a single process"
+        )
+    if config.training.precision == "bf16":
+        if deepspeed is None:
+            raise ValueError(
+                "training.precision=bf16 needs DeepSpeed, which keeps float32 master weights; give --deepspeed ds_configs/zero2.json "
+                "or set training.precision=fp32"
+            )
+        if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+            raise ValueError(
+                f"training.precision=bf16: {torch.cuda.get_device_name()} cannot compute in bf16; set training.precision=fp32"
+            )
+
+
+def _join_ranks(*, uses_deepspeed: bool) -> None:
+    """Makes the process group: NCCL on GPUs, gloo on CPU."""
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # two ranks that spin for the same cores are five times slower (measured on 2 cores)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if uses_deepspeed:
+        import deepspeed  # noqa: PLC0415
+        from deepspeed.ops import __compatible_ops__  # noqa: PLC0415
+
+        if not torch.cuda.is_available():
+            __compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled at the first start
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    elif _announced_ranks() > 1 and not dist.is_initialized():
+        dist.init_process_group(backend)
+
+
+def _start_from(config: RunConfig, output: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, checked, or None for a new run."""
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoints.remove_incomplete(output)
+    newest = checkpoints.newest_checkpoint(output)
+    if resume == "never" and newest is not None:
+        raise ValueError(f"--resume never: expected an output folder without checkpoints, got {newest}; give another --output")
+    if resume == "auto":
+        checkpoint = newest
+    elif resume == "never":
+        checkpoint = None
+    else:
+        checkpoint = Path(resume)
+        if not (checkpoint / checkpoints.STATE_FILE).is_file():
+            raise ValueError(
+                f"--resume {resume}: expected `auto`, `never` or a folder checkpoint-STEP of a run, got a path without "
+                f"{checkpoints.STATE_FILE} (`best` holds no optimizer state)"
+            )
+    if checkpoint is not None:
+        checkpoints.check_same_run(checkpoint, config)
+        logger.info("going on from %s", checkpoint)
+    return checkpoint
+
+
+def _evaluation_records(config: RunConfig) -> list[ReferringRecord]:
+    from deris_llm.data.dataset import group_by_image  # noqa: PLC0415
+    from deris_llm.data.refer import read_split  # noqa: PLC0415
+
+    records = read_split(Path(config.data.root), config.training.eval_split, phrase_field=config.data.phrase_field)
+    groups = group_by_image(records)
+    limit = config.training.eval_max_images
+    if limit:
+        groups = groups[:: max(1, len(groups) // limit)][:limit]  # spread over the split
+    return [record for group in groups for record in group.records]
+
+
+def _evaluated(
+    model: nn.Module,
+    config: RunConfig,
+    records: Sequence[ReferringRecord],
+    processor: CognitionProcessor,
+    device: torch.device,
+) -> dict[str, float]:
+    from deris_llm.evaluation import evaluate  # noqa: PLC0415
+
+    result = evaluate(
+        model, config, records, processor, device=device, rank=rank(), world_size=world_size(), title=config.training.eval_split
+    )
+    return result.numbers[config.evaluation.protocols[0]]
+
+
+def _check_trainer(trainer: DerisTrainer, *, uses_deepspeed: bool) -> None:
+    assert trainer.is_deepspeed_enabled == uses_deepspeed, "DeepSpeed was dropped on the way to the Trainer"
+    assert trainer.args.world_size == world_size() == _announced_ranks(), (
+        f"the launcher announced {_announced_ranks()} ranks, the process group has {world_size()}, the Trainer {trainer.args.world_size}"
+    )
+
+
+def _last_metrics(trainer: DerisTrainer) -> dict[str, float]:
+    for entry in reversed(trainer.state.log_history):
+        if "eval_mIoU" in entry:
+            return {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+    return {}
+
+
+def _reloaded(
+    folder: Path,
+    config: RunConfig,
+    records: Sequence[ReferringRecord],
+    processor: CognitionProcessor,
+    device: torch.device,
+    saved: dict[str, torch.Tensor],
+) -> dict[str, float]:
+    """Reads the checkpoint as a user would, compares its tensors with those in memory, and evaluates it."""
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noqa: PLC0415
+
+    unset_hf_deepspeed_config()  # a model for use is not partitioned
+    _, model = checkpoints.load_checkpoint(folder, device)
+    if saved:  # rank 0
+        loaded = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+        differ = [name for name, tensor in saved.items() if not torch.equal(tensor.to(loaded[name].dtype), loaded[name])]
+        assert not differ, f"{folder}: tensors differ after reloading: {differ[:10]}"
+    metrics = _evaluated(model, config, records, processor, device)
+    logger.info("fast dev run: load, 2 steps, save, reload and evaluate work; mIoU %.2f on a few pictures", metrics["mIoU"])
+    return metrics
+
+
+# -- command line ----------------------------------------------------------------------------------------------------
+
+EXAMPLES = """\
+examples:
+  deepspeed --num_gpus 8 scripts/train.py --config deris-7b-refcoco --deepspeed ds_configs/zero2.json
+  deepspeed --num_gpus 1 scripts/train.py --config deris-0.5b-refcoco --set data.root=/data/refer training.epochs=5
+  deepspeed --num_gpus 2 scripts/train.py --config tiny-refcoco --fast-dev-run      (two CPU ranks where there is no GPU)
+
+`deris-llm train` finds the GPUs and writes this command for you.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``scripts/train.py``."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Fine-tunes a run config. Started once per GPU by a launcher: deepspeed, torchrun or srun.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="NAME|FILE", help="shipped run config (deris-llm config list) or a .yaml file")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", help="override fields of the config (deris-llm config fields)"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the run (default runs/NAME of the config)")
+    parser.add_argument("--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON: ds_configs/zero1|zero2|zero3|zero3_offload.json")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|DIR",
+        help="auto (default): go on from the newest checkpoint in the output folder; never: refuse a folder that has one; or a checkpoint",
+    )
+    parser.add_argument("--fast-dev-run", action="store_true", help="load, 2 steps, save, reload, evaluate a few pictures: about a minute")
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)  # deepspeed's launcher gives it
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``scripts/train.py``.
+
+    Args:
+        argv: arguments; None reads the process's own.
+
+    Returns:
+        exit status: 0 done, 1 the input was wrong or the run cannot go on (said in one message).
+    """
+    arguments = build_parser().parse_args(argv)
+    this_rank = os.environ.get("RANK", "0")
+    logging.basicConfig(
+        level=logging.INFO if this_rank == "0" else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s" if this_rank == "0" else f"rank {this_rank}: %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        config = load_config(arguments.config, arguments.set)
+        result = train(
+            config,
+            output=arguments.output or Path("runs") / config.name,
+            deepspeed=arguments.deepspeed,
+            resume=arguments.resume,
+            fast_dev_run=arguments.fast_dev_run,
+        )
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"rank {this_rank}: error: {error}\n")
+        logger.debug("where", exc_info=True)
+        return 1
+    finally:
+        leave_ranks()
+    if this_rank == "0":
+        said = ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
+        sys.stderr.write(f"done after {result.steps} steps: {result.checkpoint}, best {result.best}; {said}\n")
+    return 0
+
+
+def leave_ranks() -> None:
+    """Destroys the process group; without it about 3 % of finished runs aborted at exit (measured with gloo)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

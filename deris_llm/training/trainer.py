@@ -1,0 +1,303 @@
+"""transformers' Trainer on batches of images and phrases: its loop, DeepSpeed and schedule; our loss, logs and checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from deris_llm.config import RunConfig
+from deris_llm.criterion import Criterion, NonFiniteOutputError
+from deris_llm.data.loaders import TrainingLoader
+from deris_llm.training import checkpoints
+from deris_llm.training.parameters import build_optimizer
+from deris_llm.training.ranks import any_rank, gathered, on_first_rank, rank, reduced, world_size
+from deris_llm.structures import ReferringBatch
+
+
+logger = logging.getLogger(__name__)
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+_NUM_PHRASES_NAMED = 10
+_NEVER = 10**9  # steps
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or the gradient became NaN or infinite; the run stopped and no checkpoint was written after that."""
+
+
+@dataclass
+class DerisTrainingArguments(TrainingArguments):
+    """transformers' arguments with the defaults that our batches and CPU ranks need."""
+
+    use_cpu: bool = field(default_factory=lambda: not torch.cuda.is_available())  # else accelerate sees one rank on CPU
+    remove_unused_columns: bool = False  # a ReferringBatch has no columns
+    disable_tqdm: bool = True  # `callbacks.Progress` shows more
+    dataloader_pin_memory: bool = False  # the loader is ours and says so itself
+    logging_nan_inf_filter: bool = False  # a NaN stops the run, it is not hidden
+    label_names: list[str] | None = field(default_factory=list)
+
+
+def training_arguments(config: RunConfig, output: Path, deepspeed: dict[str, Any] | None) -> DerisTrainingArguments:
+    """The Trainer's arguments of a run config.
+
+    Args:
+        config: a run config.
+        output: folder of the run.
+        deepspeed: a DeepSpeed config (its "auto" are filled in), or None for no DeepSpeed.
+    """
+    training = config.training
+    return DerisTrainingArguments(
+        output_dir=str(output),
+        run_name=config.name,
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.images_per_device,
+        gradient_accumulation_steps=training.accumulation,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        lr_scheduler_type=_SCHEDULES[training.schedule],
+        warmup_steps=training.warmup_ratio,  # below 1 it is a share of the steps
+        max_grad_norm=training.max_grad_norm,
+        bf16=training.precision == "bf16",
+        eval_strategy="steps",
+        eval_steps=training.eval_every or _NEVER,  # the Trainer evaluates at the end too
+        save_strategy="steps",
+        save_steps=training.save_every,
+        logging_strategy="steps",
+        logging_steps=training.log_every,
+        seed=training.seed,
+        ddp_find_unused_parameters=False,
+        report_to=["wandb"] if training.wandb else [],
+        deepspeed=deepspeed,
+    )
+
+
+class DerisTrainer(Trainer):
+    """Trains a `Deris`.
+
+    A step is a set of micro-batches, ``accumulation`` on each rank. What it computes depends on the set alone, not on how
+    ranks and accumulation share it: summed losses are divided by the mean number of targets over all its micro-batches,
+    and the points of a micro-batch are drawn from a generator seeded with (seed, step, number in the set).
+
+    Args:
+        config: the run config.
+        model: on any device; DeepSpeed or accelerate moves it.
+        arguments: from `training_arguments`.
+        criterion: gives the loss of a micro-batch.
+        loader: this rank's batches.
+        evaluation: evaluates the model on `eval_split`, on every rank; numbers in percent by name, ``mIoU`` among them.
+        callbacks: more of transformers' callbacks.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        arguments: DerisTrainingArguments,
+        criterion: Criterion,
+        loader: TrainingLoader,
+        evaluation: Callable[[nn.Module], dict[str, float]],
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.config = config
+        self.output = Path(arguments.output_dir)
+        self.criterion = criterion
+        self.loader = loader
+        self.evaluation = evaluation
+        self.loss_is_scaled_for_ga = False  # our loss is that of one micro-batch: the Trainer divides by their number
+        self._micro_batch = 0
+        self._meter = _Meter()
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=loader.dataset,
+            eval_dataset=loader.dataset,  # asked for by the Trainer; `evaluate` below has its own
+            callbacks=list(callbacks),
+        )
+        self.model_accepts_loss_kwargs = False
+
+    # -- data and optimizer
+
+    def get_train_dataloader(self) -> TrainingLoader:
+        """This rank's loader; accelerate does not shard it again."""
+        return self.loader
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with a rate for each parameter group."""
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(self.model if model is None else model, self.config)
+        return self.optimizer
+
+    def _prepare_inputs(self, inputs: ReferringBatch) -> ReferringBatch:
+        dtype = torch.bfloat16 if self.is_deepspeed_enabled and self.args.bf16 else None
+        return inputs.to(self.args.device, dtype=dtype)
+
+    def _get_num_items_in_batch(self, batch_samples: list[ReferringBatch], device: torch.device) -> Tensor | None:
+        """Mean number of targets of a micro-batch of this step, over all ranks: one collective a step, no wait."""
+        self._micro_batch = 0
+        if not batch_samples:
+            return None
+        targets = [batch.targets.phrase_index.numel() for batch in batch_samples if batch.targets is not None]
+        mean = torch.tensor(sum(targets) / len(batch_samples), dtype=torch.float32).to(device, non_blocking=True)
+        return reduced(mean) / world_size()
+
+    # -- the loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: ReferringBatch,
+        return_outputs: bool = False,  # noqa: FBT001, FBT002 - the Trainer's signature
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """The loss of a micro-batch; stops the run when it is not finite on any rank."""
+        number = self._micro_batch * world_size() + rank()
+        self._micro_batch += 1
+        seed = np.random.SeedSequence([self.config.training.seed, self.state.global_step, number]).generate_state(1)[0]
+        generator = torch.Generator(device=self.args.device).manual_seed(int(seed))
+        output = model(inputs)
+        try:
+            losses = self.criterion(output, inputs.targets, num_targets=num_items_in_batch, generator=generator)
+            is_bad, rows = ~torch.isfinite(losses.total.detach()), list(range(inputs.num_phrases))
+        except NonFiniteOutputError as error:
+            losses, is_bad, rows = None, torch.tensor(True, device=self.args.device), error.rows
+        if any_rank(is_bad):
+            rows = rows if is_bad else []
+            self._stop_not_finite("loss", gathered([f"{inputs.phrase_ids[i]} {inputs.phrases[i]!r}" for i in rows]))
+        assert losses is not None, "a rank without losses has stopped above"
+        self._meter.add(losses.parts, num_images=inputs.perception_image.shape[0], num_phrases=inputs.num_phrases)
+        return (losses.total, output) if return_outputs else losses.total
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        norm = float(norm.item() if isinstance(norm, Tensor) else norm)
+        if not np.isfinite(norm):  # the same on every rank: a norm is of all gradients
+            self._stop_not_finite("gradient norm", [])
+        return norm
+
+    def _stop_not_finite(self, what: str, phrases_by_rank: list[list[str]]) -> NoReturn:
+        newest = checkpoints.newest_checkpoint(self.output)
+        named = [f"  - rank {r}: {text}" for r, texts in enumerate(phrases_by_rank) for text in texts[:_NUM_PHRASES_NAMED]]
+        raise NonFiniteLossError(
+            f"training step {self.state.global_step + 1}: expected a finite {what}, got NaN or infinity"
+            + (" for these phrases\n" + "\n".join(named) + "\n" if named else "; ")
+            + f"the run stopped; the last good checkpoint is {newest or 'none, no step was saved yet'}. "
+            + "Look at these pictures, lower the learning rates or training.max_grad_norm, then start again: it goes on from there"
+        )
+
+    # -- logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds losses by part and round, rates by group, speed and peak memory to the Trainer's own numbers."""
+        if "loss" in logs:
+            logs.pop("learning_rate", None)
+            logs.update(self._meter.numbers(self.args.device))
+            groups = checkpoints.base_optimizer(self.optimizer).param_groups
+            rates = {group["name"].partition("/")[0]: group["lr"] for group in groups}
+            logs.update({f"learning_rate/{name}": float(rate) for name, rate in rates.items()})
+        super().log(logs, start_time)
+
+    # -- evaluation
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Evaluates on `eval_split`; a best mIoU writes the folder ``best``."""
+        with self._meter.paused():
+            numbers = self.evaluation(self.model)
+            metrics = {f"eval_{name}": value for name, value in numbers.items()}
+            self.log(dict(metrics))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            if self.state.best_metric is None or numbers["mIoU"] > self.state.best_metric:
+                self.state.best_metric = numbers["mIoU"]
+                self.state.best_global_step = self.state.global_step
+                saved = {"step": self.state.global_step, "split": self.config.training.eval_split, **numbers}
+                checkpoints.save_weights(self.output / checkpoints.BEST, self.model, self.config, saved)
+        return metrics
+
+    # -- checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._meter.paused():
+            folder = checkpoints.checkpoint_folder(self.output, self.state.global_step)
+            checkpoints.save_training_state(
+                folder, self.model, self.optimizer, self.lr_scheduler, self.config, checkpoints.plain_state(self.state)
+            )
+            on_first_rank(lambda: checkpoints.keep_newest(self.output, self.config.training.keep_checkpoints))
+            logger.info("saved %s", folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing: `_prepare_for_training` does it, with DeepSpeed or without."""
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        if resume_from_checkpoint is not None:
+            checkpoints.restore_weights(self.model, Path(resume_from_checkpoint))
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            checkpoints.restore_training_state(
+                Path(resume_from_checkpoint), self.model, self.optimizer, self.lr_scheduler, self.config
+            )
+        self._meter = _Meter()
+        return prepared
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.restore_random_state(Path(checkpoint))
+
+
+class _Meter:
+    """Sums between two log lines, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = defaultdict(int)
+        self._started = time.monotonic()
+        self._paused = 0.0
+
+    def add(self, parts: dict[str, Tensor], *, num_images: int, num_phrases: int) -> None:
+        """Counts one micro-batch of this rank."""
+        for name, value in parts.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+        self._counts["micro_batches"] += 1
+        self._counts["images"] += num_images
+        self._counts["phrases"] += num_phrases
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        entered = time.monotonic()
+        try:
+            yield
+        finally:
+            self._paused += time.monotonic() - entered
+
+    def numbers(self, device: torch.device) -> dict[str, float]:
+        """Means over all ranks since the last call, and starts anew; every rank calls it."""
+        names = sorted(self._sums)
+        counts = [float(self._counts[name]) for name in ("micro_batches", "images", "phrases")]
+        values = torch.cat([torch.tensor(counts, device=device), torch.stack([self._sums[name].float() for name in names])])
+        micro_batches, images, phrases, *sums = reduced(values).tolist()
+        seconds = max(time.monotonic() - self._started - self._paused, 1e-9)
+        peaks = reduced(torch.tensor(_peak_memory_gib(), device=device), "max").tolist()
+        self.__init__()
+        return (
+            {f"loss/{name}": value / micro_batches for name, value in zip(names, sums, strict=True)}
+            | {"phrases_per_second": phrases / seconds, "images_per_second": images / seconds}
+            | dict(zip(("peak_gpu_memory_gib", "peak_process_memory_gib"), peaks, strict=True))
+        )
+
+
+def _peak_memory_gib() -> list[float]:
+    """Peak memory of this rank so far: allocated on the GPU (0 without one), resident in the process."""
+    on_gpu = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    return [on_gpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20]

@@ -1,0 +1,155 @@
+"""Where weights come from: shipped folders, local folders, Hugging Face ids; and strict loading of them."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import logging
+import re
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+BUILTIN_PREFIX = "builtin:"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_ModelT = TypeVar("_ModelT", bound=PreTrainedModel)
+
+
+def resolve_weights(name: str) -> str:
+    """Says what transformers' `from_pretrained` is to be given for the `weights` of a run config.
+
+    Args:
+        name: `builtin:NAME` (a folder shipped in the package), a local folder in Hugging Face form, or a Hugging Face
+            id.
+
+    Returns:
+        A folder, or the id unchanged.
+
+    Raises:
+        ValueError: no such shipped name, or a path that is no model folder.
+    """
+    if name.startswith(BUILTIN_PREFIX):
+        shipped = Path(str(resources.files("deris_llm").joinpath("builtin")))
+        known = sorted(folder.parent.name for folder in shipped.glob("*/config.json"))
+        if name.removeprefix(BUILTIN_PREFIX) not in known:
+            raise ValueError(
+                f"weights {name!r}: expected one of the shipped weights ({', '.join(known) or 'none are installed'}), "
+                "got another name; take one of these, a local folder or a Hugging Face id."
+            )
+        return str(shipped / name.removeprefix(BUILTIN_PREFIX))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"weights {name!r}: expected a folder in Hugging Face form, got one without config.json; "
+                "give the folder that save_pretrained or `hf download` wrote."
+            )
+        return str(folder)
+    if _HUB_ID.fullmatch(name) and not name.startswith("."):
+        return name
+    raise ValueError(
+        f"weights {name!r}: expected a local folder, `builtin:NAME` or a Hugging Face id (owner/name), got none of "
+        "these: there is no such folder; correct the path (it is relative to the working directory)."
+    )
+
+
+def architecture_of(name: str) -> PreTrainedConfig:
+    """Reads the architecture (a transformers config) of some weights.
+
+    The architectures of the run configs' Hugging Face ids are shipped as JSON in `deris_llm/architectures`, so that a
+    model can be built without its weights (`deris-llm plan`) and without network.
+    """
+    shipped = resources.files("deris_llm.architectures").joinpath(f"{name.replace('/', '--')}.json")
+    if shipped.is_file():
+        return AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8")))
+    return _from_pretrained(AutoConfig, name)
+
+
+def load_pretrained(
+    cls: type[_ModelT],
+    name: str,
+    config: PreTrainedConfig,
+    *,
+    weights: bool,
+    dtype: torch.dtype,
+    may_be_fresh: tuple[str, ...] = (),
+    left_in_file: tuple[str, ...] = (),
+) -> _ModelT:
+    """Builds a transformers model and loads it strictly; works under ZeRO-3 and on the meta device.
+
+    Args:
+        cls: model class.
+        name: see `resolve_weights`.
+        config: architecture to build, which may differ from that of the file (fewer layers).
+        weights: False builds the architecture alone, freshly initialised.
+        dtype: of all parameters.
+        may_be_fresh: globs over parameter names that may be missing in the file or have another shape there; they are
+            then freshly initialised, and the log says so.
+        left_in_file: globs over names in the file that the model does not take.
+
+    Raises:
+        ValueError: the file lacks other parameters, holds unknown ones, or shapes differ.
+    """
+    if not weights:
+        return cls._from_config(config, dtype=dtype)
+    with _without_load_report():
+        model, info = _from_pretrained(
+            cls, name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    fresh = _matching({*info["missing_keys"], *mismatched}, may_be_fresh)
+    unknown = set(info["unexpected_keys"])
+    problems = [
+        f"{len(keys)} {what}: {', '.join(sorted(keys)[:10])}"
+        for what, keys in (
+            ("missing", set(info["missing_keys"]) - fresh),
+            ("of another shape", mismatched - fresh),
+            ("unknown", unknown - _matching(unknown, left_in_file)),
+        )
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"weights {name!r}: expected the parameters of a {config.model_type}, got a file with other ones "
+            f"({'; '.join(problems)}); give weights of this architecture."
+        )
+    if fresh:
+        logger.warning("%s: %d parameters are not in the file and start fresh: %s", name, len(fresh), _listed(fresh))
+    return model
+
+
+def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:
+    try:
+        return cls.from_pretrained(resolve_weights(name), **options)
+    except OSError as error:
+        raise ValueError(
+            f"weights {name!r}: expected a complete local folder or a Hugging Face id that can be reached, got: "
+            f"{error}; check the name, the network (or `hf auth login`), or download the folder and give its path."
+        ) from error
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silences transformers' table of missing and unknown parameters: we check them and say what matters."""
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+
+
+def _matching(keys: set[str], globs: tuple[str, ...]) -> set[str]:
+    return {key for key in keys if any(fnmatch.fnmatchcase(key, glob) for glob in globs)}
+
+
+def _listed(keys: set[str], limit: int = 10) -> str:
+    return ", ".join(sorted(keys)[:limit]) + (", ..." if len(keys) > limit else "")

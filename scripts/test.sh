@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Everything CI checks: ruff, pyright, pytest. Makes .venv (or uses the active environment) and installs the `dev` extra.
+#   ./scripts/test.sh                        all of it
+#   ./scripts/test.sh tests/test_config.py   only pytest, with these arguments
+set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+cd "$ROOT"
+mkdir -p runs
+LOG="$ROOT/runs/test-install.log"
+: >"$LOG"
+# shellcheck source=scripts/_env.sh
+source "$ROOT/scripts/_env.sh"
+use_environment
+install_package "[dev]"
+PATH="$(dirname "$PYTHON"):$PATH"
+export PATH OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+if (($#)); then exec "$PYTHON" -m pytest "$@"; fi
+
+failed=()
+check() { # check NAME COMMAND...
+  local name="$1" started=$SECONDS
+  shift
+  echo "== $name: $*"
+  if "$@"; then echo "== $name passed ($((SECONDS - started)) s)"; else
+    echo "== $name FAILED ($((SECONDS - started)) s)"
+    failed+=("$name")
+  fi
+}
+check "ruff check" ruff check .
+check "ruff format" ruff format --check .
+check "pyright" pyright
+check "pytest" "$PYTHON" -m pytest -q -n 2 --dist loadfile --durations 10
+
+if ((${#failed[@]})); then
+  printf '\nFAILED:'
+  printf ' %s;' "${failed[@]}"
+  printf ' see above. One test again: ./scripts/test.sh PATH::NAME\n'
+  exit 1
+fi
+printf '\nall passed\n'

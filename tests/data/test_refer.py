@@ -1,0 +1,293 @@
+"""REFER's files read as they are; what is wrong with them is said in one error."""
+
+import json
+import logging
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deris_llm.data import refer
+from deris_llm.data.check import KNOWN_COUNTS, check_data
+from deris_llm.data.errors import DataError
+from deris_llm.data.masks import decode_segmentation
+from deris_llm.data.refer import images_of_split, read_split, split_names, usable_segmentation
+from deris_llm.interop.unpickle import UnsafePickleError
+
+
+def test_records_of_a_split(refer_root: Path) -> None:
+    records = read_split(refer_root, "refcocog_umd/test")
+    assert [r.phrase for r in records] == [
+        "left thing 0 of refcocog",
+        "left thing 1 of refcocog",
+        "right thing 0 of refcocog",
+        "right thing 1 of refcocog",
+        "right thing 2 of refcocog",
+    ]
+    first = records[0]
+    assert first.phrase_id == "refcocog_umd/test/25"
+    assert (first.dataset, first.split, first.image_id) == ("refcocog_umd", "test", "COCO_train2014_000000000003")
+    assert Path(first.image_path) == refer_root / "images/train2014/COCO_train2014_000000000003.jpg"
+    assert (first.width, first.height) == (40, 30)
+    assert not first.is_no_target
+    (instance,) = first.instances
+    assert instance.annotation_id == 30
+    mask = decode_segmentation(instance.segmentation, 30, 40)
+    expected = np.zeros((30, 40), dtype=bool)
+    expected[5:25, 4:16] = True
+    assert (mask == expected).all()
+
+
+def test_counts_splits_and_ids(refer_root: Path) -> None:
+    assert split_names(refer_root, "refcoco") == ("train", "val", "testA", "testB")
+    assert split_names(refer_root, "refcocog_umd") == ("train", "val", "test")
+    ids = []
+    for dataset in ("refcoco", "refcoco+", "refcocog_umd"):
+        for split in split_names(refer_root, dataset):
+            ids.extend(r.phrase_id for r in read_split(refer_root, f"{dataset}/{split}"))
+    assert len(ids) == len(set(ids)) == 5 * (7 + 7 + 6)
+    assert images_of_split(refer_root, "refcoco/val") == {"COCO_train2014_000000000005"}
+
+
+def test_phrase_field(refer_root: Path) -> None:
+    sent = read_split(refer_root, "refcoco/val", phrase_field="sent")
+    raw = read_split(refer_root, "refcoco/val", phrase_field="raw")
+    assert [r.phrase.upper() for r in sent] == [r.phrase for r in raw]
+    assert sent[0].phrase != raw[0].phrase
+
+
+@pytest.mark.parametrize("images", ["train2014", "images/mscoco/images/train2014"])
+def test_other_places_of_the_pictures(refer_folder: Any, images: str) -> None:
+    refer_folder.images = images
+    root = refer_folder.write()
+    assert Path(read_split(root, "refcoco/val")[0].image_path).parent == root / images
+
+
+def test_files_are_parsed_once_and_again_when_they_change(refer_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = refer_folder.write()
+    parsed: list[str] = []
+    load = refer.load_plain_pickle
+    monkeypatch.setattr(refer, "load_plain_pickle", lambda path: parsed.append(str(path)) or load(path))
+    for split in ("train", "val", "testA", "testB"):
+        read_split(root, f"refcoco/{split}")
+    assert len(parsed) == 1
+    for ref in refer_folder.refs["refcoco"]:
+        ref["sentences"][0]["sent"] = "something else entirely"
+    refer_folder.write()
+    assert read_split(root, "refcoco/val")[0].phrase == "something else entirely"
+    assert len(parsed) == 2
+
+
+def test_google_split_beside_umd(refer_folder: Any) -> None:
+    root = refer_folder.write()
+    google = [{**ref, "split": "val"} for ref in refer_folder.refs["refcocog"]]
+    (root / "refcocog" / "refs(google).p").write_bytes(pickle.dumps(google, 0))
+    assert split_names(root, "refcocog_google") == ("val",)
+    assert len(read_split(root, "refcocog_google/val")) == 30
+    assert len(read_split(root, "refcocog_umd/val")) == 5
+
+
+def test_misnamed_dataset_folder(refer_root: Path) -> None:
+    (refer_root / "refcoco+").rename(refer_root / "refcoco_plus")
+    with pytest.raises(DataError) as caught:
+        read_split(refer_root, "refcoco+/val")
+    message = str(caught.value)
+    assert str(refer_root / "refcoco+" / "instances.json") in message
+    assert "refcoco_plus/" in message
+    assert "Rename it to 'refcoco+'" in message
+    assert "ROOT/images/train2014" in message
+
+
+def test_missing_root(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds nothing") as caught:
+        read_split(tmp_path / "nowhere", "refcoco/val")
+    assert str(tmp_path / "nowhere" / "refcoco" / "instances.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["instances.json", "refs(unc).p"])
+def test_missing_file(refer_root: Path, file: str) -> None:
+    (refer_root / "refcoco" / file).rename(refer_root / "refcoco" / f"old_{file}")
+    with pytest.raises(DataError, match=f"Is it 'old_{file[:4]}") as caught:
+        read_split(refer_root, "refcoco/val")
+    assert str(refer_root / "refcoco" / file) in str(caught.value)
+
+
+def test_missing_pictures(refer_root: Path) -> None:
+    shutil.rmtree(refer_root / "images")
+    with pytest.raises(DataError, match="mscoco") as caught:
+        read_split(refer_root, "refcoco/val")
+    assert str(refer_root / "train2014") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("refcoco/tets", "Did you mean refcoco/test"),
+        ("refcoco/", "expected one of refcoco/train, refcoco/val, refcoco/testA, refcoco/testB"),
+        ("refcocog_umd/testA", "Did you mean refcocog_umd/test"),
+        ("refcocog/val", "Did you mean refcocog_umd or refcocog_google"),
+        ("coco/val", "expected one of refcoco, refcoco\\+, refcocog_umd, refcocog_google"),
+    ],
+)
+def test_wrong_names(refer_root: Path, name: str, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        read_split(refer_root, name)
+
+
+def _spoil(folder: Any, what: str) -> None:
+    ref = next(r for r in folder.refs["refcoco"] if r["split"] == "val")
+    instances = folder.instances["refcoco"]
+    annotation = next(a for a in instances["annotations"] if a["id"] == ref["ann_id"])
+    if what == "ann":
+        instances["annotations"].remove(annotation)
+    elif what == "image":
+        instances["images"] = [i for i in instances["images"] if i["id"] != ref["image_id"]]
+    elif what == "other image":
+        annotation["image_id"] = 1
+    elif what == "phrase":
+        ref["sentences"][1]["sent"] = " "
+    elif what == "area":
+        annotation["segmentation"] = [[5, 5, 10, 5, 20, 5]]
+    elif what == "points":
+        annotation["segmentation"] = [[5, 5, 10, 5]]
+    elif what == "outside":
+        annotation["segmentation"] = [[100, 100, 120, 100, 120, 120]]
+    elif what == "rle size":
+        annotation["segmentation"] = {"size": [40, 30], "counts": [600, 600]}
+    elif what == "empty rle":
+        annotation["segmentation"] = {"size": [30, 40], "counts": [1200]}
+    elif what == "twice":
+        ref["sentences"][1]["sent_id"] = ref["sentences"][0]["sent_id"]
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("ann", r"ref_id 8: ann_id 50 is not among the annotations of .*instances\.json"),
+        ("image", "ref_id 8: image_id 5 is not among the images"),
+        ("other image", "ann_id 50 belongs to image 1, the ref to image 5"),
+        ("phrase", "ref_id 8: sent_id 21 has an empty phrase"),
+        ("area", "ann_id 50 of COCO_train2014_000000000005.jpg: its polygons cover no pixel"),
+        ("points", "none of its polygons has three points"),
+        ("outside", r"lie outside the image \(40 x 30 px\)"),
+        ("rle size", r"\[30, 40\], got \[40, 30\]"),
+        ("empty rle", "its RLE mask is empty"),
+        ("twice", "phrase refcoco/val/20 occurs 2 times"),
+    ],
+)
+def test_bad_records(refer_folder: Any, what: str, says: str) -> None:
+    _spoil(refer_folder, what)
+    root = refer_folder.write()
+    with pytest.raises(DataError, match=says) as caught:
+        read_split(root, "refcoco/val")
+    assert "refs(unc).p (refcoco/val)" in str(caught.value)
+    assert "of 5 records cannot be used" in str(caught.value)
+    assert read_split(root, "refcoco/testA")
+
+
+def test_missing_image_file(refer_folder: Any) -> None:
+    root = refer_folder.write()
+    refer_folder.image_path(5).unlink()
+    with pytest.raises(DataError, match=r"2 of 5 records.*\n.*COCO_train2014_000000000005\.jpg is missing"):
+        read_split(root, "refcoco/val")
+
+
+def test_only_ten_of_many_are_listed(refer_folder: Any) -> None:
+    for ref in refer_folder.refs["refcoco"]:
+        for sentence in ref["sentences"]:
+            sentence["sent"] = ""
+    root = refer_folder.write()
+    with pytest.raises(DataError, match="20 of 20 records.*") as caught:
+        read_split(root, "refcoco/train")
+    assert str(caught.value).count("empty phrase") == 10
+    assert "and 10 more" in str(caught.value)
+
+
+def test_polygon_over_the_border_is_clipped(refer_folder: Any) -> None:
+    ref = next(r for r in refer_folder.refs["refcoco"] if r["split"] == "val")
+    annotation = next(a for a in refer_folder.instances["refcoco"]["annotations"] if a["id"] == ref["ann_id"])
+    annotation["segmentation"] = [[30, 20, 60, 20, 60, 50, 30, 50]]
+    (instance,) = read_split(refer_folder.write(), "refcoco/val")[0].instances
+    mask = decode_segmentation(instance.segmentation, 30, 40)
+    assert mask[20:, 30:].all()
+    assert mask.sum() == 100
+
+
+def test_degenerate_parts_are_left_out() -> None:
+    square = [2.0, 2, 9, 2, 9, 9, 2, 9]
+    segmentation, fault = usable_segmentation([[1, 1, 2, 2], square], 30, 40)
+    assert fault is None
+    assert segmentation == [square]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [[], None, "text", [[1, 2, "x", 4, 5, 6]], [[float("nan")] * 6], [[1, 1, 9, 1, 9, 9, 1]], {"counts": [1]}, [{}]],
+)
+def test_malformed_segmentations_are_faults(segmentation: object) -> None:
+    assert usable_segmentation(segmentation, 30, 40)[1]
+
+
+def test_a_thin_object_between_pixels_is_a_fault_and_a_small_one_is_not() -> None:
+    assert usable_segmentation([[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]], 30, 40)[1]
+    assert usable_segmentation([[5, 5, 7, 5, 7, 7, 5, 7]], 30, 40)[1] is None
+
+
+def test_hostile_refs_file(refer_root: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    (refer_root / "refcoco" / "refs(unc).p").write_bytes(b"cos\nsystem\n(S'touch " + str(marker).encode() + b"'\ntR.")
+    with pytest.raises(UnsafePickleError, match="os.system"):
+        read_split(refer_root, "refcoco/val")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [{"refs": []}, [], [{"ref_id": 1}]])
+def test_refs_of_another_form(refer_root: Path, content: object) -> None:
+    (refer_root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(content, 2))
+    with pytest.raises(DataError, match="expected a list of refs"):
+        read_split(refer_root, "refcoco/val")
+
+
+@pytest.mark.parametrize(("content", "says"), [("{", "expected JSON"), (json.dumps([1]), "`images` and `annotations`")])
+def test_instances_of_another_form(refer_root: Path, content: str, says: str) -> None:
+    (refer_root / "refcoco" / "instances.json").write_text(content)
+    with pytest.raises(DataError, match=says):
+        read_split(refer_root, "refcoco/val")
+
+
+def test_a_file_name_cannot_leave_the_images_folder(refer_folder: Any) -> None:
+    for image in refer_folder.instances["refcoco"]["images"]:
+        image["file_name"] = "../../" + image["file_name"]
+    root = refer_folder.write()
+    assert Path(read_split(root, "refcoco/val")[0].image_path).parent == root / "images/train2014"
+
+
+def test_check_counts_and_names_problems(refer_folder: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    _spoil(refer_folder, "phrase")
+    counts = {c.name: c for c in check_data(refer_folder.write())}
+    assert list(counts) == [
+        "refcoco/train", "refcoco/val", "refcoco/testA", "refcoco/testB",
+        "refcoco+/train", "refcoco+/val", "refcoco+/testA", "refcoco+/testB",
+        "refcocog_umd/train", "refcocog_umd/val", "refcocog_umd/test",
+    ]  # fmt: skip
+    train = counts["refcoco/train"]
+    assert (train.num_refs, train.num_phrases, train.num_images) == (8, 20, 4)
+    assert train.known == (42_404, 120_624, 16_994)
+    assert not train.is_as_published
+    assert "empty phrase" in (counts["refcoco/val"].problem or "")
+    assert all(c.problem is None for name, c in counts.items() if name != "refcoco/val")
+
+
+def test_known_counts_are_the_published_totals() -> None:
+    # REFER's README: 50,000 / 49,856 / 49,822 refs, 142,210 / 141,564 / 95,010 phrases.
+    for dataset, refs, phrases in (
+        ("refcoco", 50_000, 142_210),
+        ("refcoco+", 49_856, 141_564),
+        ("refcocog_umd", 49_822, 95_010),
+    ):
+        known = [counts for name, counts in KNOWN_COUNTS.items() if name.startswith(dataset + "/")]
+        assert (sum(c[0] for c in known), sum(c[1] for c in known)) == (refs, phrases)
