@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deris_llm import __version__
-
+from deris_llm.data.cli import add_data_commands
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    import torch
+    from torch import nn
+
+    from deris_llm.config import RunConfig
 
 
 EXAMPLES = """\
@@ -39,14 +43,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit status: 0 done, 1 a run failed, 2 the input was wrong (said without a traceback unless ``--debug``).
     """
     arguments = build_parser().parse_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         return arguments.run(arguments) or 0
-    except (ValueError, OSError) as error:  # what a user can set right; anything else is a defect and shows its traceback
+    except (
+        ValueError,
+        OSError,
+    ) as error:  # what a user can set right; anything else is a defect and shows its traceback
         if arguments.debug:
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        sys.stderr.write(f"error: {kind}{error}\n(the same command with --debug shows where)\n")
+        sys.stderr.write(f"error: {kind}{error}\n(`deris-llm --debug ...` shows where)\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -62,27 +70,42 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"deris-llm {__version__}")
-    parser.set_defaults(debug=False)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     train = _command(commands, "train", "fine-tune a run config under DeepSpeed, then evaluate it", run_train)
     _add_config_options(train)
     train.add_argument("--output", type=Path, help="folder of the run (default runs/NAME of the config)")
     train.add_argument("--gpus", type=int, help="processes, one per GPU (default: every GPU; without one, 2 CPU ranks)")
-    train.add_argument("--deepspeed", metavar="FILE", help="a DeepSpeed JSON, e.g. ds_configs/zero3.json (default zero2)")
-    train.add_argument("--resume", metavar="auto|DIR", help="go on from the run's newest checkpoint, or from this one")
+    train.add_argument("--deepspeed", metavar="FILE", help="a DeepSpeed JSON (default ds_configs/zero2.json)")
+    train.add_argument(
+        "--resume", metavar="auto|never|DIR", help="auto (default): go on from the run's newest checkpoint; or from DIR"
+    )
     train.add_argument("--fast-dev-run", action="store_true", help="load, 2 steps, save, reload, evaluate: one minute")
 
     evaluate = _command(commands, "eval", "evaluate a checkpoint on splits, by named protocols", run_eval)
-    evaluate.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="checkpoint folder of a run")
-    evaluate.add_argument("--splits", nargs="+", metavar="SPLIT", help="e.g. refcoco/val (default data.eval of its config)")
-    evaluate.add_argument("--output", type=Path, metavar="DIR", help="numbers and predictions (default CHECKPOINT/eval)")
-    evaluate.add_argument("--max-images", type=int, default=0, help="images per split, 0 = all; the table says so")
-    evaluate.add_argument("--control", action="store_true", help="swap each phrase with another of its image, as a check")
-    evaluate.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a field of its config")
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", type=Path, metavar="DIR", help="`best` or `checkpoint-STEP` of a run")
+    what.add_argument("--config", metavar="NAME|FILE", help="a run config's model before fine-tuning (step 0)")
+    evaluate.add_argument(
+        "--splits", nargs="+", metavar="SPLIT", help="e.g. refcoco/val (default: data.eval of the config)"
+    )
+    evaluate.add_argument(
+        "--output", type=Path, metavar="DIR", help="report, predictions, pictures (default runs/eval/NAME)"
+    )
+    evaluate.add_argument(
+        "--max-images", type=int, default=0, metavar="N", help="images of each split (default 0 = all)"
+    )
+    evaluate.add_argument(
+        "--control", action="store_true", help="also ask each image for another object than is scored"
+    )
+    evaluate.add_argument(
+        "--gpus", type=int, help="processes, one per GPU (default: every GPU; without one, 2 CPU ranks)"
+    )
+    _add_override_option(evaluate)
 
-    data = _command(commands, "data", "make, check and count data", None)
-    _add_data_commands(data)
+    data = _command(commands, "data", "make, check and look at data")
+    add_data_commands(data.add_subparsers(metavar="WHAT", required=True))
 
     plan = _command(commands, "plan", "parameters, memory per GPU, steps and tokens of a run, before it runs", run_plan)
     _add_config_options(plan)
@@ -90,11 +113,200 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="only this ZeRO stage (default: all, and offload)")
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
-    config = _command(commands, "config", "the shipped run configs and every field", None)
+    config = _command(commands, "config", "the shipped run configs and every field")
     config_commands = config.add_subparsers(metavar="WHAT", required=True)
     _command(config_commands, "list", "names of the shipped run configs", run_config_list)
-    show = _command(config_commands, "show", "a complete run config as YAML, defaults and overrides applied", run_config_show)
+    show = _command(
+        config_commands, "show", "a complete run config as YAML, defaults and overrides applied", run_config_show
+    )
     _add_config_options(show)
     fields = _command(config_commands, "fields", "every field: type, default, meaning", run_config_fields)
     fields.add_argument("match", nargs="?", default="", help="only fields whose name holds this text")
     return parser
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Starts a training run."""
+    from deris_llm.config import load_config
+    from deris_llm.training.launch import launch
+
+    load_config(arguments.config, arguments.set)  # what is wrong with it is said once, not by every rank
+    return launch(
+        arguments.config,
+        overrides=arguments.set,
+        output=arguments.output,
+        deepspeed=arguments.deepspeed,
+        resume=arguments.resume,
+        fast_dev_run=arguments.fast_dev_run,
+        gpus=arguments.gpus,
+    )
+
+
+def run_eval(arguments: argparse.Namespace) -> int:
+    """Evaluates; with several ranks this process becomes torchrun, which runs this command again on each."""
+    from deris_llm.config import load_config
+    from deris_llm.training.launch import num_ranks
+
+    if "RANK" in os.environ:
+        return _evaluate_on_this_rank(arguments)
+    source = arguments.config or arguments.checkpoint / "config.yaml"
+    if arguments.checkpoint and not source.is_file():
+        raise ValueError(
+            f"--checkpoint {arguments.checkpoint}: expected the folder `best` or `checkpoint-STEP` of a run, got one without "
+            "config.yaml; see the run's output folder"
+        )
+    load_config(source, arguments.set)
+    ranks = num_ranks(arguments.gpus)
+    if ranks == 1:
+        return _evaluate_on_this_rank(arguments)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "deris_llm.cli", *arguments.argv]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, {"OMP_NUM_THREADS": "1", **os.environ})  # signals reach the launcher itself
+
+
+def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+    from torch import distributed
+
+    from deris_llm.cognition import build_processor
+    from deris_llm.evaluation.report import report_table
+    from deris_llm.evaluation.run import run_evaluation
+
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    logging.getLogger().setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+    config, model = _model_to_evaluate(arguments, device)
+    if world_size > 1:
+        distributed.init_process_group("gloo")  # only Python objects travel
+    try:
+        output = arguments.output or Path("runs") / "eval" / config.name
+        report = run_evaluation(
+            config,
+            model,
+            build_processor(config),
+            arguments.splits or config.data.eval,
+            out=output,
+            control=arguments.control,
+            step0=arguments.checkpoint is None,
+            rank=rank,
+            world_size=world_size,
+            max_images=arguments.max_images,
+        )
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    if rank == 0:
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        if arguments.checkpoint is not None:
+            console.print(report_table(report))
+        console.print(f"written to {output}", highlight=False)
+    return 0
+
+
+def _model_to_evaluate(arguments: argparse.Namespace, device: torch.device) -> tuple[RunConfig, nn.Module]:
+    from transformers import set_seed
+
+    from deris_llm.config import load_config
+    from deris_llm.model import build_model
+    from deris_llm.training.checkpoints import load_checkpoint
+
+    if arguments.checkpoint is not None:
+        config, model = load_checkpoint(arguments.checkpoint, device)
+        return load_config(arguments.checkpoint / "config.yaml", arguments.set) if arguments.set else config, model
+    config = load_config(arguments.config, arguments.set)
+    set_seed(config.training.seed)  # the fresh parts are those that training would start from
+    return config, build_model(config, device=device).eval()
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """Plans a run."""
+    from rich.console import Console
+
+    from deris_llm.config import load_config
+    from deris_llm.planning import STAGES, plan_run, show_plan
+
+    config = load_config(arguments.config, arguments.set)
+    stages = STAGES if arguments.zero is None else [s for s in STAGES if s.startswith(str(arguments.zero))]
+    plan = plan_run(config, gpus=arguments.gpus, stages=stages)
+    if arguments.json:
+        sys.stdout.write(json.dumps(plan.to_json(), indent=1) + "\n")
+    else:
+        show_plan(plan, Console())
+    return 0
+
+
+def run_config_list(_: argparse.Namespace) -> int:
+    """Lists the shipped run configs."""
+    from deris_llm.config import config_names
+
+    sys.stdout.write("\n".join(config_names()) + "\n")
+    return 0
+
+
+def run_config_show(arguments: argparse.Namespace) -> int:
+    """Prints a complete run config."""
+    import yaml
+
+    from deris_llm.config import config_to_dict, load_config
+
+    config = load_config(arguments.config, arguments.set)
+    sys.stdout.write(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True))
+    return 0
+
+
+def run_config_fields(arguments: argparse.Namespace) -> int:
+    """Prints every field with its type, default and meaning."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from deris_llm.config import iter_fields
+
+    table = Table(Column("field", no_wrap=True), "type", "default", "meaning")
+    for name, kind, default, about in iter_fields():
+        if arguments.match in name:
+            shown = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+            table.add_row(name, shown.replace("typing.", ""), repr(default), about)
+    if not table.row_count:
+        raise ValueError(f"config fields: expected part of a field's name, got {arguments.match!r}, which none holds")
+    Console().print(table)
+    return 0
+
+
+def _command(
+    commands: Any, name: str, about: str, run: Callable[[argparse.Namespace], int] | None = None
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+    if run is not None:
+        parser.set_defaults(run=run)
+    return parser
+
+
+def _add_config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="NAME|FILE",
+        help="a shipped run config (deris-llm config list) or a .yaml file",
+    )
+    _add_override_option(parser)
+
+
+def _add_override_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="A.B=VALUE",
+        help="override fields of the config (deris-llm config fields), e.g. training.epochs=5",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -60,8 +60,7 @@ class Loopback(nn.Module):
         self.query_fusions = nn.ModuleList(nn.Linear(2 * channels, channels) for _ in range(rounds))
         self.referring_head = nn.Linear(channels, 1)
         self.presence_head = nn.Linear(channels, 1)
-        for linear in (self.vis_embed, self.text_embed, self.initial_embed, *self.query_fusions):
-            _init_linear(linear)
+        _init_linears(self.vis_embed, self.text_embed, self.initial_embed, self.query_fusions)
         for head in (self.referring_head, self.presence_head):
             nn.init.normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
@@ -159,7 +158,7 @@ class MaskFeatsFusion(nn.Module):
         self.perception = nn.Conv2d(channels, channels, kernel_size=1)
         self.cognition = nn.Conv2d(channels, channels, kernel_size=1, bias=False)
         nn.init.dirac_(self.perception.weight)  # start from the F_p that the mask head was trained with
-        nn.init.zeros_(self.perception.bias)
+        self.perception.bias.data.zero_()
         nn.init.xavier_uniform_(self.cognition.weight, gain=0.1)
 
     def forward(self, mask_feats: Tensor, image_feats: Tensor, image_of_row: Tensor) -> Tensor:
@@ -197,8 +196,7 @@ class CognitionRound(nn.Module):
             nn.Linear(channels, dim_feedforward), nn.ReLU(), nn.Linear(dim_feedforward, channels)
         )
         self.feedforward_norm = nn.LayerNorm(channels)
-        for linear in (self.feedforward[0], self.feedforward[2]):
-            _init_linear(linear)
+        _init_linears(self.feedforward)
 
     def forward(self, query_feats: Tensor, mask_prior: Tensor, text: TextTokens) -> tuple[Tensor, Tensor]:
         """Runs the two blocks.
@@ -234,8 +232,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(channels, channels)
         self.v_proj = nn.Linear(channels, channels)
         self.out_proj = nn.Linear(channels, channels)
-        for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
-            _init_linear(linear)
+        _init_linears(self)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, is_valid: Tensor | None = None) -> Tensor:
         """Attends.
@@ -268,6 +265,9 @@ def sine_positions(length: int, channels: int, *, device: torch.device | None = 
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
-def _init_linear(linear: nn.Linear) -> None:
-    nn.init.xavier_uniform_(linear.weight)
-    nn.init.zeros_(linear.bias)
+def _init_linears(*parents: nn.Module) -> None:
+    for parent in parents:
+        for module in parent.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)

@@ -27,11 +27,18 @@ from deris_llm.perception import Perception, build_perception
 from deris_llm.structures import DerisOutput, ReferringBatch
 
 
+class DerisTrainerConfig(PreTrainedConfig):
+    """What Trainer and DeepSpeed look for on a model: the width for ZeRO-3's "auto" sizes. The run is a `RunConfig`."""
+
+    model_type = "deris"
+    hidden_size: int = 0
+
+
 class Deris(nn.Module):
     """Images and phrases -> masks, referring scores, presence.
 
     Attributes:
-        config: what Trainer and DeepSpeed look for on a model (`hidden_size`, for the "auto" sizes of ZeRO-3).
+        config: for Trainer and DeepSpeed only.
     """
 
     def __init__(self, cognition: CognitionBackend, perception: Perception, loopback: Loopback) -> None:
@@ -39,7 +46,7 @@ class Deris(nn.Module):
         self.cognition = cognition
         self.perception = perception
         self.loopback = loopback
-        self.config = PreTrainedConfig(hidden_size=cognition.feature_dim)
+        self.config = DerisTrainerConfig(hidden_size=cognition.feature_dim)
 
     def forward(self, batch: ReferringBatch) -> DerisOutput:
         """Answers P phrases about I images."""

@@ -32,7 +32,6 @@ from deris_llm.model import Deris, build_model
 from deris_llm.structures import CognitionInputs, DerisOutput, ReferringBatch
 from deris_llm.weights import architecture_of
 
-
 GIB = 2**30
 STAGES = ("0", "1", "2", "3", "3 + offload")
 ADAM_BYTES = 12  # per trainable parameter under ZeRO: fp32 master, first and second moment
@@ -143,7 +142,10 @@ class ShapeSimulation(TorchDispatchMode):
             else:
                 kwargs["device"] = torch.device("cpu")
         if on_meta:
-            args, kwargs = tree_map_only(Tensor, _to_meta, _known_indices(func, args)), tree_map_only(Tensor, _to_meta, kwargs)
+            args, kwargs = (
+                tree_map_only(Tensor, _to_meta, _known_indices(func, args)),
+                tree_map_only(Tensor, _to_meta, kwargs),
+            )
             if func is torch.ops.aten._local_scalar_dense.default and tensors[0].dtype == torch.bool:
                 return True  # no values here: checks such as `isfinite(x).all()` pass
         given = {tensor.untyped_storage()._cdata for tensor in tensors}
@@ -168,7 +170,11 @@ class ShapeSimulation(TorchDispatchMode):
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_meta else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return (
+        tensor
+        if tensor.is_meta
+        else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    )
 
 
 def _known_indices(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -316,7 +322,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def memory_per_gpu(model: nn.Module, stage: str, *, gpus: int, activations: int) -> Memory:
-    """Expected peak under a ZeRO stage; stage 0 is DDP without DeepSpeed (the table in docs/design.md).
+    """Expected peak under a ZeRO stage; stage 0 is plain data parallelism (the table in docs/design.md).
 
     Args:
         model: with trainable and frozen parameters set.
@@ -328,10 +334,12 @@ def memory_per_gpu(model: nn.Module, stage: str, *, gpus: int, activations: int)
     trainable = [p for p in model.parameters() if p.requires_grad]
     weights = _bytes(model.parameters()) + _bytes(model.buffers())
     gradients = _bytes(trainable)
-    if level == 0:  # AdamW's moments in the parameters' own precision; DDP's buckets are a second set of gradients
-        optimizer, buffers = 2 * gradients, gradients if gpus > 1 else 0
+    masters = level > 0 or gradients < 4 * sum(p.numel() for p in trainable)  # DeepSpeed keeps them in fp32 runs too
+    optimizer = (ADAM_BYTES if masters else ADAM_BYTES - 4) * sum(p.numel() for p in trainable)
+    if level == 0:  # DDP's buckets are a second set of gradients
+        buffers = gradients if gpus > 1 else 0
     else:
-        optimizer, buffers = ADAM_BYTES * sum(p.numel() for p in trainable), 2 * BUCKET_ELEMENTS * trainable[0].element_size()
+        buffers = 2 * BUCKET_ELEMENTS * trainable[0].element_size()
     if level == 3 and gpus > 1:
         buffers += min(LIVE_PARAMETERS * trainable[0].element_size(), weights)
     return Memory(
@@ -410,7 +418,7 @@ def show_plan(plan: RunPlan, console: Console) -> None:
     )
     for row in plan.memory:
         sizes = (row.weights, row.gradients, row.optimizer, row.activations, row.buffers, row.total)
-        memory.add_row("0 (DDP, no DeepSpeed)" if row.stage == "0" else row.stage, *(f"{size / GIB:.2f}" for size in sizes))
+        memory.add_row("0 (none)" if row.stage == "0" else row.stage, *(f"{size / GIB:.2f}" for size in sizes))
     console.print(memory)
     console.print(
         f"for a micro-batch of {plan.images_per_device} image(s) x {plan.phrases_per_device // plan.images_per_device} phrases of "

@@ -1,4 +1,4 @@
-"""For tests, ours and those of plugins: tiny random weights, configs, batches, and the contract of a cognition backend."""
+"""For tests, ours and those of plugins: tiny random weights, configs, batches, the contract of a cognition backend."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def tiny_weights(folder: Path) -> list[str]:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlavaOnevisionForConditionalGeneration(_tiny_llava(tokenizer)).save_pretrained(folder / "llava")
+        LlavaOnevisionForConditionalGeneration(_tiny_llava(tokenizer.get_vocab())).save_pretrained(folder / "llava")
         Mask2FormerForUniversalSegmentation(_tiny_mask2former()).save_pretrained(folder / "mask2former")
     tokenizer.save_pretrained(folder / "llava")
     return [
@@ -65,26 +65,26 @@ def tiny_weights(folder: Path) -> list[str]:
     ]
 
 
-def _tiny_llava(tokenizer: Qwen2Tokenizer) -> LlavaOnevisionConfig:
+def _tiny_llava(vocabulary: dict[str, int]) -> LlavaOnevisionConfig:
     return LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
-            image_size=48, patch_size=12, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-            vision_use_head=False,
+            image_size=48, patch_size=12, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, vision_use_head=False,
         ),
         text_config=Qwen2Config(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=512,
         ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_token_index=vocabulary["<image>"],
+        video_token_index=vocabulary["<video>"],
     )  # fmt: skip
 
 
 def _tiny_mask2former() -> Mask2FormerConfig:
     backbone = SwinConfig(
         embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], window_size=4, image_size=64, drop_path_rate=0.3,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
+    backbone.out_features = ["stage1", "stage2", "stage3", "stage4"]
     return Mask2FormerConfig(
         backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=64,
         encoder_layers=1, decoder_layers=4, num_attention_heads=4, dim_feedforward=64, num_queries=10,
@@ -229,7 +229,8 @@ def _require(is_kept: bool | Tensor, rule: str) -> None:  # noqa: FBT001
 def _check_gradients(backend: CognitionBackend, inputs: CognitionInputs, image_index: Tensor) -> None:
     backend.train()
     features = backend(inputs, image_index)
-    loss = sum(feats.float().square().sum() for feats in (features.image_feats, features.text_feats, features.cls_feat))
+    feats = (features.image_feats, features.text_feats, features.cls_feat)
+    loss = torch.stack([each.float().square().sum() for each in feats]).sum()
     trains = {name: parameter for name, parameter in backend.named_parameters() if parameter.requires_grad}
     gradients = torch.autograd.grad(loss, list(trains.values()), allow_unused=True) if trains else ()
     for name, gradient in zip(trains, gradients, strict=True):

@@ -3,9 +3,9 @@
 
     python scripts/pretrain_tiny.py all --out tiny --seed 7
 
-draws the pool of scenes (about 10 minutes on two cores), pre-trains the tiny Mask2Former-Swin and the tiny LLaVA-OneVision
-(each about 70-90 minutes on one core) and leaves `tiny/tiny-mask2former-swin` and `tiny/tiny-llava-onevision`. A run that was
-stopped continues where it was when the same command is given again.
+draws the pool of scenes (about 10 minutes on two cores), pre-trains the tiny Mask2Former-Swin and the tiny
+LLaVA-OneVision (each about 70-90 minutes on one core) and leaves `tiny/tiny-mask2former-swin` and
+`tiny/tiny-llava-onevision`. A run that was stopped continues where it was when the same command is given again.
 """
 
 import argparse
@@ -61,7 +61,6 @@ def run_cognition(arguments: argparse.Namespace) -> None:
         arguments.out / COGNITION_FOLDER,
         arguments.pool or arguments.out / "pool",
         recipe,
-        compiled=arguments.compile,
         evaluate_seconds=arguments.evaluate_seconds,
         command=shlex.join(["python", "scripts/pretrain_tiny.py", *sys.argv[1:]]),
     )
@@ -115,7 +114,6 @@ def _add_cognition_arguments(command: argparse.ArgumentParser) -> None:
         if field.name != "seed" and field.default is not MISSING:
             flag = "--" + field.name.replace("_", "-")
             group.add_argument(flag, type=type(field.default), default=field.default, help="field of CognitionRecipe")
-    command.add_argument("--compile", action="store_true", help="torch.compile the forward pass (needs a C++ compiler)")
     command.add_argument("--evaluate-seconds", type=float, default=300.0, help="time between measurements")
 
 

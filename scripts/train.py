@@ -5,6 +5,5 @@ import sys
 
 from deris_llm.training.run import main
 
-
 if __name__ == "__main__":
     sys.exit(main())

@@ -45,7 +45,7 @@ class CognitionBackend(nn.Module, abc.ABC):
     @classmethod
     @abc.abstractmethod
     def build(cls, config: CognitionConfig, *, weights: bool, dtype: torch.dtype) -> Self:
-        """Builds the model; `weights=False` gives the architecture alone, on the meta device too and without network."""
+        """Builds the model; `weights=False` gives the architecture alone, without network and on any device."""
 
     @classmethod
     @abc.abstractmethod

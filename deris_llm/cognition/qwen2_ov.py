@@ -60,7 +60,8 @@ class Qwen2OneVisionProcessor:
         self.before, self.after = prompt.split(PHRASE_SLOT)
         self.text_features = text_features
         self.max_phrase_tokens = max_phrase_tokens
-        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
+        self.pad_token_id = int(tokenizer.pad_token_id or 0)
         self.num_cut = 0
 
     def __call__(
@@ -70,7 +71,7 @@ class Qwen2OneVisionProcessor:
         prompts = [self.encode(phrase) for phrase in phrases]
         lengths = torch.tensor([len(ids) for ids, _ in prompts])
         shape = (len(phrases), int(lengths.max()))
-        input_ids = torch.full(shape, self.tokenizer.pad_token_id)
+        input_ids = torch.full(shape, self.pad_token_id)
         text_feature_mask = torch.zeros(shape, dtype=torch.bool)
         for row, (ids, chosen) in enumerate(prompts):
             input_ids[row, : len(ids)] = torch.tensor(ids)
@@ -108,7 +109,7 @@ class Qwen2OneVisionProcessor:
             self.num_cut += 1
             if self.num_cut == 1:
                 logger.warning(
-                    "phrase %r has %d tokens and is cut to cognition.max_phrase_tokens=%d; later ones are cut without a word",
+                    "phrase %r has %d tokens and is cut to cognition.max_phrase_tokens=%d; later ones are cut silently",
                     phrase, sum(is_phrase), self.max_phrase_tokens,
                 )  # fmt: skip
             ids, is_phrase = self._tokenise_cut(phrase)
@@ -173,7 +174,8 @@ class Qwen2OneVision(CognitionBackend):
         self.model = model.requires_grad_(False)
         self.prompt_order = prompt_order
         self.has_lora = lora_r > 0
-        self.feature_dim = model.config.text_config.hidden_size
+        architecture: Any = model.config
+        self.feature_dim = architecture.text_config.hidden_size
         if self.has_lora:
             _check_lora_targets(model.language_model, lora_targets)
             lora = LoraConfig(
@@ -211,11 +213,12 @@ class Qwen2OneVision(CognitionBackend):
         """See `CognitionBackend`."""
         architecture = _architecture(config.weights)
         tokenizer = AutoTokenizer.from_pretrained(resolve_weights(config.weights))
-        if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != architecture.image_token_index or not tokenizer.is_fast:
+        image_token_id = tokenizer.get_vocab().get(IMAGE_TOKEN)
+        if image_token_id != architecture.image_token_index or not tokenizer.is_fast:
             raise ValueError(
                 f"cognition.weights={config.weights}: expected a fast tokenizer whose {IMAGE_TOKEN} is token "
                 f"{architecture.image_token_index} as the model's config says, got "
-                f"{tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)} from a {type(tokenizer).__name__}; "
+                f"{image_token_id} from a {type(tokenizer).__name__}; "
                 "take tokenizer and model from the same folder."
             )
         vision = architecture.vision_config
@@ -291,8 +294,9 @@ class Qwen2OneVision(CognitionBackend):
         return outputs.last_hidden_state
 
 
-def _architecture(name: str) -> LlavaOnevisionConfig:
-    architecture = architecture_of(name)
+def _architecture(name: str) -> Any:
+    """The config of a LLaVA-OneVision with Qwen2 (Any: transformers types its sub-configs as dicts)."""
+    architecture: Any = architecture_of(name)
     if not isinstance(architecture, LlavaOnevisionConfig) or architecture.text_config.model_type != "qwen2":
         raise ValueError(
             f"cognition.weights={name}: expected the weights of a LLaVA-OneVision with Qwen2, got a "

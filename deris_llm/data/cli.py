@@ -78,12 +78,18 @@ def run_check(arguments: argparse.Namespace) -> int:
     from deris_llm.data.check import check_data
 
     counts = check_data(arguments.root, arguments.datasets)
-    table = Table(title=f"{arguments.root}", title_justify="left")
-    table.add_column("split")
-    for heading in ("refs", "phrases", "images", "of them in train", "published refs/phrases/images"):
-        table.add_column(heading, justify="right")
+    table = Table(
+        title=f"{arguments.root}",
+        caption="in train: images that its own train split has too; published: refs / phrases / images",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("split", no_wrap=True)
+    for heading in ("refs", "phrases", "images", "in train"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("published", justify="right")
     for split in counts:
-        known = "/".join(f"{number:,}" for number in split.known) if split.known else "-"
+        known = " / ".join(f"{number:,}" for number in split.known) if split.known else "-"
         verdict = " (same)" if split.is_as_published else ""
         numbers = (
             ["unusable"] * 3
@@ -113,7 +119,7 @@ def run_show(arguments: argparse.Namespace) -> int:
 
 
 def contact_sheet(records: Sequence[ReferringRecord], *, columns: int = 4, tile_px: int = 300) -> Image.Image:
-    """Pictures with their phrase above and the referents tinted."""
+    """Pictures with their phrase above and everything but the referents darkened."""
     import textwrap
 
     import numpy as np
@@ -129,12 +135,14 @@ def contact_sheet(records: Sequence[ReferringRecord], *, columns: int = 4, tile_
     for i, record in enumerate(records):
         left, top = (i % columns) * tile_px, (i // columns) * (tile_px + caption_px)
         pixels = np.array(load_image(record.image_path, size_hw=(record.height, record.width)), dtype=np.float32)
+        shown = np.zeros((record.height, record.width), dtype=bool)
         for instance in record.instances:
             mask = decode_segmentation(instance.segmentation, record.height, record.width)
             inside = np.pad(mask, 1)
             border = mask & ~(inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:])
-            pixels[mask] = 0.6 * pixels[mask] + 0.4 * np.array(_MASK_COLOUR_RGB)
+            shown |= mask
             pixels[border] = _MASK_COLOUR_RGB
+        pixels[~shown] *= 0.45
         picture = Image.fromarray(pixels.astype(np.uint8))
         scale = (tile_px - 8) / max(picture.size)
         picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))

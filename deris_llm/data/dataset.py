@@ -19,9 +19,7 @@ class ImageGroup:
     def __post_init__(self) -> None:
         images = {record.image_path for record in self.records}
         if len(images) != 1:
-            raise ValueError(
-                f"ImageGroup: expected records of one image, got {sorted(images)[:3]} ({len(images)}); use group_by_image"
-            )
+            raise ValueError(f"ImageGroup: expected records of one image, got {sorted(images)[:3]}; use group_by_image")
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,12 @@ def missing_path_error(path: Path, purpose: str, *, hint: str = "") -> DataError
     folder = path.parent
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
-    found = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
+    entries = {entry.name: entry.is_dir() for entry in sorted(folder.iterdir())}
+    found = [name + "/" * is_dir for name, is_dir in entries.items()]
     wanted = path.relative_to(folder).parts[0]
-    near = difflib.get_close_matches(wanted, [name.rstrip("/") for name in found], n=3, cutoff=0.5)
+    # A folder is mistaken for a folder only, a file for a file.
+    alike = [name for name, is_dir in entries.items() if is_dir == (folder != path.parent)]
+    near = difflib.get_close_matches(wanted, alike, n=3)
     listed = ", ".join(found[:20]) + (f", … ({len(found):,} in all)" if len(found) > 20 else "") if found else "nothing"
     return DataError(
         f"{purpose}: expected {path}; {folder}/ holds {listed}."

@@ -40,7 +40,8 @@ _SURELY_VISIBLE_PX = 16.0  # polygons of less area are decoded to see whether a 
 
 _LAYOUT_HINT = (
     "Expected layout: ROOT/images/train2014/COCO_train2014_*.jpg and, per dataset, ROOT/refcoco/, ROOT/refcoco+/ with "
-    "instances.json and refs(unc).p, ROOT/refcocog/ with instances.json and refs(umd).p; `data.root` names ROOT"
+    "instances.json and refs(unc).p, ROOT/refcocog/ with instances.json and refs(umd).p; `data.root` names ROOT. "
+    "`deris-llm data synth --out ROOT` writes a synthetic one"
 )
 
 

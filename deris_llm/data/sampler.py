@@ -21,10 +21,10 @@ class TrainingBatchSampler(Sampler[list[GroupSelection]]):
     """Every phrase once an epoch, k of an image at a time, shuffled by image; as many batches on every rank.
 
     An image's n phrases are dealt at random into ceil(n / k) chunks whose sizes differ by at most one (9 phrases with
-    k = 4: 3 + 3 + 3): work is even and no phrase counts more than another. The chunks of all images are shuffled; batch b of
-    all ranks together is the b-th run of ``images_per_device * world_size`` chunks. What a step sees depends on that
-    product only, not on how many ranks share it. The last batch is filled with chunks from the start of the epoch's
-    order (less than one global batch is seen twice; in training only, evaluation repeats nothing).
+    k = 4: 3 + 3 + 3): work is even and no phrase counts more than another. The chunks of all images are shuffled;
+    batch b of all ranks together is the b-th run of ``images_per_device * world_size`` chunks. What a step sees
+    depends on that product only, not on how many ranks share it. The last batch is filled with chunks from the start of
+    the epoch's order (less than one global batch is seen twice; in training only, evaluation repeats nothing).
 
     The order is a function of (seed, epoch, groups) alone.
     """

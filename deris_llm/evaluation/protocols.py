@@ -63,7 +63,7 @@ class Protocol:
         return (
             f"protocol `{self.id}` ({self.fingerprint()}): IoU per phrase (`{self.text_field}` text) {where}, "
             f"binary at probability >= 0.5. The answer is {answer}. A miss is an empty mask and counts IoU 0; no "
-            f"phrase is dropped. mIoU is the mean over phrases, oIoU sum I / sum U, Pr@X the share with IoU >= X; percent."
+            f"phrase is dropped. mIoU: mean over phrases; oIoU: sum I / sum U; Pr@X: share with IoU >= X; percent."
         )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
-from timm.layers import Format
+from timm.layers.format import Format
 from torch import Tensor, nn
 from transformers.modeling_outputs import BackboneOutput
 
@@ -37,9 +39,12 @@ class TimmBackbone(nn.Module):
                 f"near names: {', '.join(near) or 'none'} (timm.list_models() has all)."
             )
         pretrained_cfg = timm.get_pretrained_cfg(name)
-        fixed = {"img_size": image_size} if pretrained_cfg is not None and pretrained_cfg.fixed_input_size else {}
-        self.model = timm.create_model(name, pretrained=pretrained, features_only=True, **fixed)
-        reductions = self.model.feature_info.reduction()
+        options: dict[str, Any] = {"features_only": True}
+        if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
+            options["img_size"] = image_size
+        self.model = timm.create_model(name, pretrained=pretrained, **options)
+        info: Any = self.model.feature_info
+        reductions = info.reduction()
         if not set(STRIDES) <= set(reductions):
             raise ValueError(
                 f"perception.backbone=timm:{name}: expected maps at strides {STRIDES}, got {tuple(reductions)}; "
@@ -47,7 +52,7 @@ class TimmBackbone(nn.Module):
             )
         self._levels = [reductions.index(stride) for stride in STRIDES]
         self._channels_last = Format(getattr(self.model, "output_fmt", None) or "NCHW") is Format.NHWC
-        self.channels: list[int] = [self.model.feature_info.channels()[level] for level in self._levels]
+        self.channels: list[int] = [info.channels()[level] for level in self._levels]
 
     def forward(self, image: Tensor) -> BackboneOutput:
         """Computes the pyramid.

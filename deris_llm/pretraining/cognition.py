@@ -1,9 +1,10 @@
 """Pre-training of the tiny LLaVA-OneVision on questions about synthetic scenes, grounding above all.
 
-Real transformers classes, one thread. Stage `vision`: the vision tower learns what lies in each patch (dense labels, linear
-heads that are thrown away). Stage `language`: everything learns to answer questions packed behind their image
+Real transformers classes, one thread. Stage `vision`: the vision tower learns what lies in each patch (dense labels,
+linear heads that are thrown away). Stage `language`: everything learns to answer questions packed behind their image
 (`questions.py`); the answer to "Where is {phrase}?" is one location token, so the hidden state of the last prompt token
-knows where the referent is. Letters in shapes: B images, G = 100 patches = grid cells, T tokens, K questions, D = hidden size.
+knows where the referent is. Letters in shapes: B images, G = 100 patches = grid cells, T tokens, K questions,
+D = hidden size.
 """
 
 import json
@@ -100,15 +101,15 @@ class CognitionRecipe:
         adam_factor: AdamW's share of these rates (embeddings, projector, biases, norms, heads).
         tower_factor: the vision tower's share of `language_rate` in stage `language`.
         dense_weight: weight of the dense patch loss in stage `language`.
-        pointer_weight: weight of the loss that makes the last prompt token's hidden state point at the referent's cells.
+        pointer_weight: weight of the loss that makes the last prompt token point at the referent's cells.
         warmup_steps: steps of linear warm-up in each stage.
         weight_decay: on matrices.
         gradient_clip: largest norm of the gradient.
     """
 
     seed: int = 7
-    vision_steps: int = 900
-    language_steps: int = 3400
+    vision_steps: int = 600
+    language_steps: int = 3000
     vision_batch: int = 64
     language_batch: int = 16
     row_length: int = 300
@@ -249,9 +250,10 @@ class TrainingData:
     Attributes:
         images: uint8 (N, 120, 120, 3).
         geometry: coverage and centres of the objects.
-        classes: int64 (N, G, 4), kind, colour, pattern, size of the object that covers most of a cell, from 1; 0 = none.
-        regressions: float32 (N, G, 4), centre's offset (x, y) from the cell's centre in the picture's sides times 4, share
-            of the cell, depth in [0, 1]; 0 where there is no object.
+        classes: int64 (N, G, 4), kind, colour, pattern, size of the object that covers most of a cell, from 1;
+            0 = none.
+        regressions: float32 (N, G, 4), centre's offset (x, y) from the cell's centre in quarters of the picture's
+            sides, share of the cell, depth in [0, 1]; 0 where there is no object.
         bank: the tokenised questions.
     """
 
@@ -340,7 +342,7 @@ def packed_hidden_states(
 
 
 def dense_loss(heads: TrainingHeads, features_BGD: Tensor, classes_BG4: Tensor, regressions_BG4: Tensor) -> Tensor:
-    """Sum of the four cross-entropies over all patches and the smooth L1 of the regressions over patches with an object."""
+    """Four cross-entropies over all patches, and the smooth L1 of the regressions over patches with an object."""
     output = heads.patch(features_BGD).float()
     *class_logits, regression = output.split((*heads.SIZES, heads.NUM_REGRESSIONS), dim=-1)
     loss = output.new_zeros(())
@@ -366,7 +368,7 @@ def pointer_loss(
     *,
     image_start: int,
 ) -> Tensor:
-    """Cross-entropy between where the last prompt token points and the visible pixels of its referent over the cells."""
+    """Cross-entropy between where the last prompt token points and the cells of its referent, by visible pixels."""
     grounding = np.isin(data.bank.tasks[batch.question_ids], (TASKS.index("ground"), TASKS.index("none")))
     rows = batch.question_rows[grounding]
     targets = data.bank.targets[batch.question_ids[grounding]].astype(np.int64)
@@ -395,7 +397,8 @@ def evaluate_vision(
         right += [
             int((logits.argmax(-1)[here] == classes[..., i][here]).sum()) for i, logits in enumerate(class_logits)
         ]
-    return {f"patch_{name}": round(n / occupied, 4) for name, n in zip(("kind", "colour", "pattern", "size"), right)}
+    names = ("patch_kind", "patch_colour", "patch_pattern", "patch_size")
+    return {name: round(float(count) / occupied, 4) for name, count in zip(names, right, strict=True)}
 
 
 @torch.no_grad()
@@ -410,10 +413,11 @@ def evaluate_answers(
     """Accuracy of the answers to one packed row of questions a scene, drawn alike at every call.
 
     Returns:
-        Shares in [0, 1]. `grounding`: the visible centre nearest to the middle of the predicted cell (argmax over the whole
-        vocabulary) is the referent's; `grounding_exact_cell`; `no_target`: `<none>` is predicted for phrases without a
-        referent; `false_none`: it is predicted for phrases with one; `by_style`, `by_family`: grounding of each;
-        `attribute`, `describe`, `count`, `exists`: all tokens of the answer are right. `counts`: questions of each task.
+        Shares in [0, 1]. `grounding`: the visible centre nearest to the middle of the predicted cell (argmax over the
+        whole vocabulary) is the referent's; `grounding_exact_cell`; `no_target`: `<none>` is predicted for phrases
+        without a referent; `false_none`: it is predicted for phrases with one; `by_style`, `by_family`: grounding of
+        each; `attribute`, `describe`, `count`, `exists`: all tokens of the answer are right. `counts`: questions of
+        each task.
     """
     first_cell = tokenizer.convert_tokens_to_ids(LOCATION_TOKENS[0])
     none_id = tokenizer.convert_tokens_to_ids(NO_TARGET_TOKEN)
@@ -527,7 +531,7 @@ class _Run:
         self.model = build_model(tokenizer).train()
         self.heads = TrainingHeads(self.model.config.text_config.hidden_size)
         self.history: list[dict[str, Any]] = []
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
         self.stage, self.step = STAGES[0], 0
         self.optimizers = build_optimizers(self.model, self.heads, recipe, stage=self.stage)
 
@@ -540,7 +544,13 @@ class _Run:
         aside = self.state_path.with_suffix(".partial")
         state = {
             "recipe": asdict(self.recipe),
-            "progress": {"stage": self.stage, "step": self.step, "seconds": self.seconds, "history": self.history},
+            "progress": {
+                "stage": self.stage,
+                "step": self.step,
+                "seconds": self.seconds,
+                "cpu_seconds": self.cpu_seconds,
+                "history": self.history,
+            },
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -553,11 +563,12 @@ class _Run:
         if state["recipe"] != asdict(self.recipe):
             raise ValueError(
                 f"pretrain_cognition: expected the unfinished run in {self.state_path.parent} to have the recipe "
-                f"{asdict(self.recipe)}, got {state['recipe']}; use the same settings, or delete that folder to start anew."
+                f"{asdict(self.recipe)}, got {state['recipe']}; use the same settings, or delete that folder."
             )
         progress = state["progress"]
         self.begin(progress["stage"])
-        self.step, self.seconds, self.history = progress["step"], progress["seconds"], progress["history"]
+        self.step, self.history = progress["step"], progress["history"]
+        self.seconds, self.cpu_seconds = progress["seconds"], progress["cpu_seconds"]
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -570,7 +581,6 @@ def pretrain_cognition(
     pool: Path,
     recipe: CognitionRecipe,
     *,
-    compiled: bool = False,
     evaluate_seconds: float = 300.0,
     command: str = "",
 ) -> dict[str, Any]:
@@ -581,8 +591,6 @@ def pretrain_cognition(
             checkpoint, written aside and renamed; the optimizers' state lies in `<out>.state` until the run ends.
         pool: folder with the pools `train` and `held_out`.
         recipe: everything that decides the weights.
-        compiled: torch.compile the forward pass: about 60 s once, then about 0.8 times the time a step. Needs a C++
-            compiler.
         evaluate_seconds: seconds between measurements on `held_out`, each followed by a checkpoint.
         command: the command that started the run, for the README.
 
@@ -607,9 +615,9 @@ def pretrain_cognition(
     if run.state_path.exists():
         run.load_state()
     if run.stage == "vision":
-        _train_stage(run, train, held_out, compiled=compiled, evaluate_seconds=evaluate_seconds, command=command)
+        _train_stage(run, train, held_out, evaluate_seconds=evaluate_seconds, command=command)
         run.begin("language")
-    _train_stage(run, train, held_out, compiled=compiled, evaluate_seconds=evaluate_seconds, command=command)
+    _train_stage(run, train, held_out, evaluate_seconds=evaluate_seconds, command=command)
 
     stored = LlavaOnevisionForConditionalGeneration.from_pretrained(
         out, dtype=torch.float32, attn_implementation="eager"
@@ -626,7 +634,6 @@ def _train_stage(
     train: TrainingData,
     held_out: TrainingData,
     *,
-    compiled: bool,
     evaluate_seconds: float,
     command: str,
 ) -> None:
@@ -635,13 +642,11 @@ def _train_stage(
     is_language = run.stage == "language"
     steps = recipe.language_steps if is_language else recipe.vision_steps
     step_loss = language_losses if is_language else vision_losses
-    features = torch.compile(vision_features) if compiled else vision_features
-    hidden_states = torch.compile(packed_hidden_states) if compiled else packed_hidden_states
     trained = [
         parameter for optimizer in run.optimizers for group in optimizer.param_groups for parameter in group["params"]
     ]
-    base_seconds, started = run.seconds, time.monotonic()
-    measured = reported = started
+    clock, cpu_clock = time.monotonic() - run.seconds, time.process_time() - run.cpu_seconds
+    measured = reported = time.monotonic()
     running: dict[str, float] = {}
     while run.step < steps:
         factor = learning_rate_factor(run.step, steps=steps, warmup_steps=recipe.warmup_steps)
@@ -649,13 +654,13 @@ def _train_stage(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
         with torch.autocast("cpu", torch.bfloat16):
-            losses = step_loss(run, train, features=features, hidden_states=hidden_states)
+            losses = step_loss(run, train)
         loss = sum(losses.values(), torch.zeros(()))
         if not torch.isfinite(loss):
+            found = {name: value.item() for name, value in losses.items()}
             raise ValueError(
-                f"pretrain_cognition, stage {run.stage}, step {run.step}: expected a finite loss, got "
-                f"{ {name: value.item() for name, value in losses.items()} }; the last checkpoint in {run.out} is whole. "
-                "Lower the learning rate and start again."
+                f"pretrain_cognition, stage {run.stage}, step {run.step}: expected a finite loss, got {found}. Lower the "
+                f"learning rate and start again; the last checkpoint in {run.out} is whole."
             )
         for optimizer in run.optimizers:
             optimizer.zero_grad()
@@ -667,15 +672,16 @@ def _train_stage(
         for name, value in losses.items():
             running[name] = value.item() if name not in running else 0.97 * running[name] + 0.03 * value.item()
         now = time.monotonic()
-        run.seconds = base_seconds + now - started
+        run.seconds, run.cpu_seconds = now - clock, time.process_time() - cpu_clock
         if now - reported > 30 or run.step == steps:
             reported = now
             parts = ", ".join(f"{name} {value:.3f}" for name, value in running.items())
             logger.info("cognition %s step %d/%d, %.0f s, %s", run.stage, run.step, steps, run.seconds, parts)
         if now - measured > evaluate_seconds or run.step == steps:
-            metrics: dict[str, Any] = evaluate_vision(run.model, run.heads, held_out)
-            if is_language:
-                metrics |= evaluate_answers(run.model, run.tokenizer, held_out, row_length=recipe.row_length)
+            with torch.autocast("cpu", torch.bfloat16):
+                metrics: dict[str, Any] = evaluate_vision(run.model, run.heads, held_out)
+                if is_language:
+                    metrics |= evaluate_answers(run.model, run.tokenizer, held_out, row_length=recipe.row_length)
             losses_now = {name: round(value, 4) for name, value in running.items()}
             run.history.append(
                 {"stage": run.stage, "step": run.step, "seconds": round(run.seconds), "losses": losses_now, **metrics}
@@ -685,17 +691,17 @@ def _train_stage(
             if is_language:
                 _save_model(run, final=None, command=command)
             measured = time.monotonic()
-            run.seconds = base_seconds + measured - started
+            run.seconds, run.cpu_seconds = measured - clock, time.process_time() - cpu_clock
 
 
-def vision_losses(run: _Run, data: TrainingData, *, features: Any, hidden_states: Any) -> dict[str, Tensor]:
+def vision_losses(run: _Run, data: TrainingData) -> dict[str, Tensor]:
     """The loss of a step of stage `vision`."""
     scenes, pixels = _draw_images(run, data, batch_size=run.recipe.vision_batch)
     classes, regressions = torch.from_numpy(data.classes[scenes]), torch.from_numpy(data.regressions[scenes])
-    return {"dense": dense_loss(run.heads, features(run.model, pixels), classes, regressions)}
+    return {"dense": dense_loss(run.heads, vision_features(run.model, pixels), classes, regressions)}
 
 
-def language_losses(run: _Run, data: TrainingData, *, features: Any, hidden_states: Any) -> dict[str, Tensor]:
+def language_losses(run: _Run, data: TrainingData) -> dict[str, Tensor]:
     """The weighted losses of a step of stage `language`."""
     recipe, bank = run.recipe, data.bank
     scenes, pixels = _draw_images(run, data, batch_size=recipe.language_batch)
@@ -704,8 +710,8 @@ def language_losses(run: _Run, data: TrainingData, *, features: Any, hidden_stat
     chosen = [draw_questions(bank, int(scene), room=room, rng=rng, shares=TASK_SHARES) for scene in scenes]
     batch = pack(bank, chosen, length=recipe.row_length)
     image_start = len(bank.prefix_before)
-    patches = features(run.model, pixels)
-    hidden = hidden_states(run.model, patches, batch, image_start=image_start)
+    patches = vision_features(run.model, pixels)
+    hidden = packed_hidden_states(run.model, patches, batch, image_start=image_start)
     classes, regressions = torch.from_numpy(data.classes[scenes]), torch.from_numpy(data.regressions[scenes])
     return {
         "answer": answer_loss(run.model, hidden, batch.labels),
@@ -750,6 +756,7 @@ def _save_model(run: _Run, *, final: dict[str, Any] | None, command: str) -> dic
         "stage": run.stage,
         "step": run.step,
         "seconds": round(run.seconds),
+        "cpu_seconds": round(run.cpu_seconds),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "final": final,
         "history": run.history,
@@ -778,8 +785,7 @@ def _readme(run: _Run, metrics: dict[str, Any]) -> str:
     table = "\n".join(rows)
     return f"""# Tiny LLaVA-OneVision
 
-{num_parameters:.2f} M parameters, fp16: SigLIP ({COGNITION_SIZE} px, patches of {PATCH_SIZE} px, {NUM_CELLS} image tokens),
-projector, Qwen2; byte-level BPE tokenizer of {len(run.tokenizer)} tokens. Pre-trained on the base crop only, to answer
+{num_parameters:.2f} M parameters, fp16: SigLIP ({COGNITION_SIZE} px, patches of {PATCH_SIZE} px), projector, Qwen2; byte-level BPE tokenizer of {len(run.tokenizer)} tokens. Pre-trained on the base crop only, to answer
 questions about synthetic scenes. Prompt, word for word:
 
     {PROMPT_TEMPLATE!r}
@@ -788,9 +794,11 @@ questions about synthetic scenes. Prompt, word for word:
 {GRID} x {GRID} grid that holds the visible centre of the referent, or by `{NO_TARGET_TOKEN}`.
 
 Made by `{metrics["command"] or "scripts/pretrain_tiny.py cognition"}`: seed {recipe.seed}, {recipe.vision_steps} steps of
-{recipe.vision_batch} images (vision tower on dense patch labels), {recipe.language_steps} steps of {recipe.language_batch}
-images with about a dozen questions each (everything), {metrics["seconds"] / 60:.0f} minutes on one core; stopped at step
-{metrics["step"]} of stage {metrics["stage"]}. Scenes come from a seed stream disjoint from every split.
+{recipe.vision_batch} images (vision tower on dense patch labels), {recipe.language_steps} steps of
+{recipe.language_batch} images with about a dozen questions each (everything). Written at step {metrics["step"]} of
+stage {metrics["stage"]}, after {metrics["cpu_seconds"] / 60:.0f} minutes of one core's time
+({metrics["seconds"] / 60:.0f} by the clock, on a machine busy with other work). Scenes come from a seed stream
+disjoint from every split.
 
 Measured on held-out scenes (shares; `grounding`: the object nearest to the predicted cell is the referent):
 

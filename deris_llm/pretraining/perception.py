@@ -53,7 +53,7 @@ def build_model() -> Mask2FormerForUniversalSegmentation:
         feature_size=96,
         mask_feature_size=96,
         hidden_dim=96,
-        encoder_layers=3,
+        encoder_layers=2,
         encoder_feedforward_dim=256,
         dim_feedforward=256,
         num_attention_heads=8,
@@ -169,7 +169,7 @@ def pretrain_perception(
     learning_rate: float = 4e-4,
     warmup_steps: int = 200,
     bf16: bool = True,
-    evaluate_every: int = 1000,
+    evaluate_every: int = 500,
     checkpoint_seconds: float = 300.0,
 ) -> dict[str, Any]:
     """Train the tiny Mask2Former; continues from `out` when an unfinished run is there.

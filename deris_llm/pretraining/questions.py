@@ -1,6 +1,6 @@
-"""Questions and answers about stored scenes, tokenised once and packed behind their image.
+r"""Questions and answers about stored scenes, tokenised once and packed behind their image.
 
-A packed row is `[<|im_start|>user\\n + image tokens + \\n | question 1 + answer 1 | ... | question K + answer K]`: every
+A packed row is `[<|im_start|>user\n + image tokens + \n | question 1 + answer 1 | ... | question K + answer K]`: each
 question sees the image prefix and itself, and its positions go on from the prefix's end, as if it stood there alone.
 Letters in shapes: B rows (images), T tokens of a row, N scenes, O objects of the scene with most, G = 100 grid cells.
 """

@@ -12,7 +12,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from deris_llm.data.sampler import TrainingBatchSampler
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -78,7 +77,11 @@ class ProgressLines(TrainerCallback):
             else:
                 logger.info("step %d of %d: %s", state.global_step, state.max_steps, said)
         elif "eval_mIoU" in logs:
-            logger.info("step %d: %s", state.global_step, ", ".join(f"{k.removeprefix('eval_')} {v:.2f}" for k, v in logs.items() if k.startswith("eval_")))
+            logger.info(
+                "step %d: %s",
+                state.global_step,
+                ", ".join(f"{k.removeprefix('eval_')} {v:.2f}" for k, v in logs.items() if k.startswith("eval_")),
+            )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leaves the bar where it stands."""

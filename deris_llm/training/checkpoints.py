@@ -26,9 +26,9 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -38,9 +38,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from deris_llm.config import RunConfig, config_to_dict, load_config, save_config
-from deris_llm.training.ranks import gathered, on_first_rank, rank, world_size
+from deris_llm.training.ranks import gathered, on_first_rank, rank, reduced, world_size
 from deris_llm.weights import resolve_weights
-
 
 if TYPE_CHECKING:
     from deris_llm.model import Deris
@@ -208,7 +207,11 @@ def save_training_state(
     """
     tensors = trainable_tensors(model)
     step, moments = _optimizer_moments(model, optimizer)
-    state = {"scheduler": scheduler.state_dict(), "images_per_step": images_per_step(config), "random": gathered(_random_state())}
+    state = {
+        "scheduler": scheduler.state_dict(),
+        "images_per_step": images_per_step(config),
+        "random": gathered(_random_state()),
+    }
 
     def write() -> None:
         with written_aside(folder) as partial:
@@ -217,7 +220,9 @@ def save_training_state(
             buffer = io.BytesIO()
             torch.save(state, buffer)
             (partial / STATE_FILE).write_bytes(buffer.getvalue())
-            (partial / TRAINER_STATE_FILE).write_bytes(json.dumps(dict(trainer_state), indent=2, sort_keys=True).encode())
+            (partial / TRAINER_STATE_FILE).write_bytes(
+                json.dumps(dict(trainer_state), indent=2, sort_keys=True).encode()
+            )
 
     on_first_rank(write)
 
@@ -232,13 +237,11 @@ def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     Under DeepSpeed with bf16 it is the optimizer's master weight. A collective: every rank calls it.
     """
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            whole = _whole(parameter)
-            if rank() == 0:
-                tensors[name] = whole
-    return tensors
+    return _whole(_trainable(model), [_fragment(parameter) for parameter in _trainable(model).values()])
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor], config: RunConfig) -> None:
@@ -248,30 +251,19 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor], config: RunConfig) 
     (folder / BASE_WEIGHTS_FILE).write_bytes(json.dumps(base_fingerprints(config), indent=2).encode())
 
 
-def _whole(parameter: nn.Parameter) -> Tensor:
-    from deepspeed.utils import safe_get_full_fp32_param  # noqa: PLC0415 - deepspeed takes seconds to import
-
-    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
-        return safe_get_full_fp32_param(parameter).detach().cpu()
-    return parameter.detach().float().cpu().clone()
-
-
 def _optimizer_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[float, dict[str, Tensor]]:
     """AdamW's step count and moments by parameter name, whole (on rank 0)."""
-    from deepspeed.utils import safe_get_full_optimizer_state  # noqa: PLC0415
-
-    state = base_optimizer(optimizer).state
-    steps = {float(entry["step"]) for entry in state.values() if entry}
+    base = base_optimizer(optimizer)
+    steps = {float(entry["step"]) for entry in base.state.values() if entry}
     if len(steps) != 1:
-        raise CheckpointError(f"optimizer state: expected one common step count, got {sorted(steps)}; save after an optimizer step")
+        raise CheckpointError(
+            f"optimizer state: expected one common step count, got {sorted(steps)}; save after an optimizer step"
+        )
+    trainable = _trainable(model)
     moments = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            for moment in _MOMENTS:
-                partitioned = hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
-                whole = safe_get_full_optimizer_state(parameter, moment) if partitioned else state[parameter][moment]
-                if rank() == 0:
-                    moments[f"{moment}/{name}"] = whole.detach().float().cpu()
+    for moment in _MOMENTS:
+        whole = _whole(trainable, [_fragment(parameter, base, moment) for parameter in trainable.values()])
+        moments.update({f"{moment}/{name}": values for name, values in whole.items()})
     return steps.pop(), moments
 
 
@@ -313,7 +305,7 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
         CheckpointError: names or shapes differ (the first ten are listed).
     """
     tensors = safetensors.torch.load_file(folder / TRAINABLE_FILE)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = _trainable(model)
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
     problems = [f"missing in the file: {name}" for name in shapes if name not in tensors]
     problems += [f"not trainable here: {name}" for name in tensors if name not in shapes]
@@ -403,20 +395,17 @@ def _restore_moments(model: nn.Module, optimizer: Any, folder: Path) -> None:
     with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
         step = float(file.metadata()["step"])
     base = base_optimizer(optimizer)
-    for flat in _optimizer_tensors(optimizer):  # DeepSpeed fills them at the first step; a resumed run needs them before
+    for flat in _optimizer_tensors(
+        optimizer
+    ):  # DeepSpeed fills them at the first step; a resumed run needs them before
         base.state[flat] = {
             "step": torch.tensor(step, device=flat.device if base.defaults.get("fused") else "cpu"),
             **{moment: torch.zeros_like(flat, memory_format=torch.preserve_format) for moment in _MOMENTS},
         }
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in _trainable(model).items():
         for moment in (None, *_MOMENTS):
             value = masters[name] if moment is None else moments[f"{moment}/{name}"]
-            target, start = _optimizer_fragment(parameter, base, moment)
-            if target is not None:
-                source = F.pad(value.flatten(), (0, max(0, start + target.numel() - value.numel())))
-                target.copy_(source[start : start + target.numel()].view_as(target))
+            _fill(_fragment(parameter, base, moment), value)
 
 
 def _optimizer_tensors(optimizer: Any) -> list[Tensor]:
@@ -429,23 +418,74 @@ def _optimizer_tensors(optimizer: Any) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _optimizer_fragment(parameter: nn.Parameter, base: torch.optim.Optimizer, moment: str | None) -> tuple[Tensor | None, int]:
-    """This rank's part of a parameter's master weight (moment None) or moment, and where in the parameter it starts."""
-    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state  # noqa: PLC0415
+class _Fragment(NamedTuple):
+    """What this rank has of a parameter's master weight, or of a moment of it."""
 
+    values: Tensor  # a view: writing into it changes the optimizer
+    start: int  # of the values in the flattened parameter; past its end there may be padding
+    is_partition: bool  # the other ranks have other parts, not copies
+
+
+def _fragment(
+    parameter: nn.Parameter, base: torch.optim.Optimizer | None = None, moment: str | None = None
+) -> _Fragment:
+    """Finds a master weight (moment None), or a moment in the torch optimizer ``base``.
+
+    DeepSpeed's `safe_get_full_optimizer_state` is not used under ZeRO-1 and 2: it is linked when the first group has taken
+    its first step, so the moments of the other groups are never found (0.19.8), nor those of a resumed run.
+    """
     if hasattr(parameter, "_z3_optimizer"):
-        local = safe_get_local_fp32_param(parameter) if moment is None else safe_get_local_optimizer_state(parameter, moment)
-        return local, rank() * local.numel()
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state  # noqa: PLC0415 - slow import
+
+        local = (
+            safe_get_local_fp32_param(parameter)
+            if moment is None
+            else safe_get_local_optimizer_state(parameter, moment)
+        )
+        return _Fragment(local, rank() * local.numel(), is_partition=True)
     if hasattr(parameter, "_hp_mapping"):
-        mapping = parameter._hp_mapping  # noqa: SLF001 - DeepSpeed's own accessors need a step to have been taken
+        mapping = parameter._hp_mapping  # noqa: SLF001
         if mapping is None:
-            return None, 0
+            return _Fragment(torch.empty(0, device=parameter.device), 0, is_partition=True)
         if moment is None:
-            return mapping.hp_fragment, mapping.lp_fragment_address.start
+            return _Fragment(mapping.hp_fragment, mapping.lp_fragment_address.start, is_partition=True)
+        assert base is not None, "moments are in the optimizer"
         flat = base.param_groups[mapping.param_group_index]["params"][0]
         at = mapping.hp_fragment_address
-        return base.state[flat][moment].narrow(0, at.start, at.numel), mapping.lp_fragment_address.start
-    return (parameter.data if moment is None else base.state[parameter][moment]), 0
+        return _Fragment(
+            base.state[flat][moment].narrow(0, at.start, at.numel), mapping.lp_fragment_address.start, is_partition=True
+        )
+    if moment is None:
+        return _Fragment(parameter.data, 0, is_partition=False)
+    assert base is not None, "moments are in the optimizer"
+    return _Fragment(base.state[parameter][moment], 0, is_partition=False)
+
+
+def _whole(parameters: Mapping[str, nn.Parameter], fragments: Sequence[_Fragment]) -> dict[str, Tensor]:
+    """All ranks' fragments together: in the parameters' shapes, float32, on the CPU, on rank 0 (empty on the others).
+
+    One collective for all of them: thousands of small ones take seconds where ranks share cores.
+    """
+    shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in parameters.items()}
+    device = (
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )  # where ranks can talk; offloaded fragments come from the CPU
+    flat = torch.zeros(sum(shape.numel() for shape in shapes.values()), dtype=torch.float32, device=device)
+    views = flat.split([shape.numel() for shape in shapes.values()])
+    for view, fragment in zip(views, fragments, strict=True):
+        if fragment.is_partition or rank() == 0:
+            inside = view[fragment.start : fragment.start + fragment.values.numel()]
+            inside.copy_(fragment.values.detach().flatten()[: inside.numel()])
+    reduced(flat)
+    return (
+        {name: view.view(shapes[name]).cpu() for name, view in zip(shapes, views, strict=True)} if rank() == 0 else {}
+    )
+
+
+def _fill(fragment: _Fragment, whole: Tensor) -> None:
+    number = fragment.values.numel()
+    source = F.pad(whole.flatten(), (0, number))[fragment.start : fragment.start + number]
+    fragment.values.copy_(source.view_as(fragment.values))
 
 
 @contextlib.contextmanager
@@ -498,7 +538,9 @@ def load_checkpoint(folder: str | Path, device: torch.device | str | None = None
     model = build_model(config, device=device)
     saved = json.loads((folder / BASE_WEIGHTS_FILE).read_text(encoding="utf-8"))
     now = base_fingerprints(config)
-    other = [f"{part}: {now[part]['weights']}" for part in now if saved.get(part, {}).get("files") != now[part]["files"]]
+    other = [
+        f"{part}: {now[part]['weights']}" for part in now if saved.get(part, {}).get("files") != now[part]["files"]
+    ]
     if other:
         raise CheckpointError(
             f"{folder}: expected the base weights it was trained on ({BASE_WEIGHTS_FILE}), got other files for {'; '.join(other)}. "

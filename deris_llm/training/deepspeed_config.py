@@ -25,13 +25,19 @@ def read_deepspeed_config(path: Path, config: RunConfig, *, num_ranks: int) -> d
     """
     if not path.is_file():
         shipped = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) if path.parent.is_dir() else ""
-        raise ValueError(f"--deepspeed {path}: expected a JSON file, found none there{f'; that folder has {shipped}' if shipped else ''}")
+        raise ValueError(
+            f"--deepspeed {path}: expected a JSON file, found none there{f'; that folder has {shipped}' if shipped else ''}"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"--deepspeed {path}: expected JSON, got {error}; compare it with ds_configs/zero2.json") from error
+        raise ValueError(
+            f"--deepspeed {path}: expected JSON, got {error}; compare it with ds_configs/zero2.json"
+        ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"--deepspeed {path}: expected a JSON object, got {type(content).__name__}; compare it with ds_configs/zero2.json")
+        raise ValueError(
+            f"--deepspeed {path}: expected a JSON object, got {type(content).__name__}; compare it with ds_configs/zero2.json"
+        )
     problems = contradictions(content, config, num_ranks=num_ranks)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
@@ -45,7 +51,10 @@ def contradictions(content: dict[str, Any], config: RunConfig, *, num_ranks: int
     found = [
         f'"{section}": the run config decides it ({fields}); remove the section from the JSON'
         for section, fields in (
-            ("optimizer", "AdamW with training.learning_rate, lora_learning_rate, pixel_decoder_learning_rate, weight_decay"),
+            (
+                "optimizer",
+                "AdamW with training.learning_rate, lora_learning_rate, pixel_decoder_learning_rate, weight_decay",
+            ),
             ("scheduler", "training.schedule, training.warmup_ratio"),
             ("amp", "training.precision"),
         )
@@ -55,7 +64,11 @@ def contradictions(content: dict[str, Any], config: RunConfig, *, num_ranks: int
     for key, value, names in (
         ("train_micro_batch_size_per_gpu", training.images_per_device, "training.images_per_device"),
         ("gradient_accumulation_steps", training.accumulation, "training.accumulation"),
-        ("train_batch_size", images_per_step, f"training.images_per_device x training.accumulation x {num_ranks} ranks"),
+        (
+            "train_batch_size",
+            images_per_step,
+            f"training.images_per_device x training.accumulation x {num_ranks} ranks",
+        ),
         ("gradient_clipping", training.max_grad_norm, "training.max_grad_norm"),
     ):
         if content.get(key, "auto") not in ("auto", value):
@@ -63,7 +76,9 @@ def contradictions(content: dict[str, Any], config: RunConfig, *, num_ranks: int
     for section, is_on in (("bf16", training.precision == "bf16"), ("fp16", False)):
         enabled = content.get(section, {}).get("enabled", "auto" if section == "bf16" else False)
         if enabled not in ("auto", is_on):
-            found.append(f'"{section}.enabled": {enabled} in the JSON, but training.precision is {training.precision}; write "auto"')
+            found.append(
+                f'"{section}.enabled": {enabled} in the JSON, but training.precision is {training.precision}; write "auto"'
+            )
     if training.precision == "bf16" and "bf16" not in content:
         found.append('"bf16": missing in the JSON, but training.precision is bf16; add {"enabled": "auto"}')
     zero = content.get("zero_optimization", {})

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-
 logger = logging.getLogger(__name__)
 
 CPU_RANKS = 2
@@ -49,11 +48,19 @@ def launch(
         ValueError: more GPUs are asked for than there are.
     """
     command = training_command(
-        config, overrides=overrides, output=output, deepspeed=deepspeed, resume=resume, fast_dev_run=fast_dev_run, gpus=gpus
+        config,
+        overrides=overrides,
+        output=output,
+        deepspeed=deepspeed,
+        resume=resume,
+        fast_dev_run=fast_dev_run,
+        gpus=gpus,
     )
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", "1")
-    logger.info("this stands for:\n  OMP_NUM_THREADS=%s %s", environment["OMP_NUM_THREADS"], shlex.join(["deepspeed", *command]))
+    logger.info(
+        "this stands for:\n  OMP_NUM_THREADS=%s %s", environment["OMP_NUM_THREADS"], shlex.join(["deepspeed", *command])
+    )
     process = subprocess.Popen([sys.executable, "-m", "deepspeed.launcher.runner", *command], env=environment)
 
     def forward(number: int, _: object) -> None:
@@ -79,7 +86,13 @@ def training_command(
 ) -> list[str]:
     """The arguments of ``deepspeed`` for `launch`."""
     root = source_root()
-    command = ["--num_gpus", str(num_ranks(gpus)), "--master_port", str(free_port()), str(root / "scripts" / "train.py")]
+    command = [
+        "--num_gpus",
+        str(num_ranks(gpus)),
+        "--master_port",
+        str(free_port()),
+        str(root / "scripts" / "train.py"),
+    ]
     command += ["--config", config, "--deepspeed", str(deepspeed or root / "ds_configs" / "zero2.json")]
     if overrides:
         command += ["--set", *overrides]
@@ -96,7 +109,9 @@ def num_ranks(gpus: int | None = None) -> int:
     if gpus is None:
         return found or CPU_RANKS
     if gpus < 1 or (found and gpus > found):
-        raise ValueError(f"--gpus: expected 1 to {found or 'any number of CPU ranks'}, got {gpus}; leave it out to use all")
+        raise ValueError(
+            f"--gpus: expected 1 to {found or 'any number of CPU ranks'}, got {gpus}; leave it out to use all"
+        )
     return gpus
 
 
@@ -104,7 +119,9 @@ def source_root() -> Path:
     """The checkout that holds ``scripts/`` and ``ds_configs/``."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "scripts" / "train.py").is_file():
-        raise ValueError(f"deris-llm train: expected scripts/train.py in {root}, found none; install the checkout: pip install -e .")
+        raise ValueError(
+            f"deris-llm train: expected scripts/train.py in {root}, found none; install the checkout: pip install -e ."
+        )
     return root
 
 

@@ -27,7 +27,9 @@ def rate_rules(config: RunConfig) -> tuple[RateRule, ...]:
     return (
         RateRule("lora", ("*.lora_*",), training.lora_learning_rate, optional=config.cognition.lora.r == 0),
         RateRule("pixel_decoder", CARRIED_OVER, training.pixel_decoder_learning_rate),
-        RateRule("backbone", BACKBONE, training.pixel_decoder_learning_rate, optional=config.perception.freeze_backbone),
+        RateRule(
+            "backbone", BACKBONE, training.pixel_decoder_learning_rate, optional=config.perception.freeze_backbone
+        ),
     )
 
 
@@ -110,8 +112,10 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, obje
 
 def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`; fused where there is a GPU."""
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.training.learning_rate, fused=torch.cuda.is_available())
+    return torch.optim.AdamW(
+        parameter_groups(model, config), lr=config.training.learning_rate, fused=torch.cuda.is_available()
+    )
 
 
-CARRIED_OVER = ("perception.pixel_decoder.*", "loopback.perception_layers.*")
+CARRIED_OVER = ("perception.pixel_decoder.*", "loopback.query_decoder.*")
 BACKBONE = ("perception.backbone.*",)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,6 @@ from deris_llm.config import RunConfig, load_config, save_config
 from deris_llm.training import checkpoints
 from deris_llm.training.deepspeed_config import read_deepspeed_config
 from deris_llm.training.ranks import barrier, on_first_rank, rank, world_size
-
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,7 +68,9 @@ def train(
     """
     if fast_dev_run:
         config, output, resume = _dev_config(config), output / FAST_DEV_RUN, "never"
-    deepspeed_content = None if deepspeed is None else read_deepspeed_config(deepspeed, config, num_ranks=_announced_ranks())
+    deepspeed_content = (
+        None if deepspeed is None else read_deepspeed_config(deepspeed, config, num_ranks=_announced_ranks())
+    )
     _check_environment(config, deepspeed)
     _join_ranks(uses_deepspeed=deepspeed is not None)
     if fast_dev_run:
@@ -89,7 +90,9 @@ def train(
     from deris_llm.training.callbacks import EpochOrder, ProgressLines  # noqa: PLC0415
     from deris_llm.training.trainer import DerisTrainer, training_arguments  # noqa: PLC0415
 
-    arguments = training_arguments(config, output, deepspeed_content)  # before the model: ZeRO-3 partitions while it is built
+    arguments = training_arguments(
+        config, output, deepspeed_content
+    )  # before the model: ZeRO-3 partitions while it is built
     mix = training_mix(config.data)
     logger.info("%s", mix.report)
     records = _evaluation_records(config)
@@ -188,7 +191,9 @@ def _start_from(config: RunConfig, output: Path, resume: str) -> Path | None:
     checkpoints.remove_incomplete(output)
     newest = checkpoints.newest_checkpoint(output)
     if resume == "never" and newest is not None:
-        raise ValueError(f"--resume never: expected an output folder without checkpoints, got {newest}; give another --output")
+        raise ValueError(
+            f"--resume never: expected an output folder without checkpoints, got {newest}; give another --output"
+        )
     if resume == "auto":
         checkpoint = newest
     elif resume == "never":
@@ -228,7 +233,14 @@ def _evaluated(
     from deris_llm.evaluation import evaluate  # noqa: PLC0415
 
     result = evaluate(
-        model, config, records, processor, device=device, rank=rank(), world_size=world_size(), title=config.training.eval_split
+        model,
+        config,
+        records,
+        processor,
+        device=device,
+        rank=rank(),
+        world_size=world_size(),
+        title=config.training.eval_split,
     )
     return result.numbers[config.evaluation.protocols[0]]
 
@@ -262,10 +274,14 @@ def _reloaded(
     _, model = checkpoints.load_checkpoint(folder, device)
     if saved:  # rank 0
         loaded = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-        differ = [name for name, tensor in saved.items() if not torch.equal(tensor.to(loaded[name].dtype), loaded[name])]
+        differ = [
+            name for name, tensor in saved.items() if not torch.equal(tensor.to(loaded[name].dtype), loaded[name])
+        ]
         assert not differ, f"{folder}: tensors differ after reloading: {differ[:10]}"
     metrics = _evaluated(model, config, records, processor, device)
-    logger.info("fast dev run: load, 2 steps, save, reload and evaluate work; mIoU %.2f on a few pictures", metrics["mIoU"])
+    logger.info(
+        "fast dev run: load, 2 steps, save, reload and evaluate work; mIoU %.2f on a few pictures", metrics["mIoU"]
+    )
     return metrics
 
 
@@ -289,20 +305,40 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="NAME|FILE", help="shipped run config (deris-llm config list) or a .yaml file")
     parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", help="override fields of the config (deris-llm config fields)"
+        "--config",
+        required=True,
+        metavar="NAME|FILE",
+        help="shipped run config (deris-llm config list) or a .yaml file",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the run (default runs/NAME of the config)")
-    parser.add_argument("--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON: ds_configs/zero1|zero2|zero3|zero3_offload.json")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="A.B=VALUE",
+        help="override fields of the config (deris-llm config fields)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of the run (default runs/NAME of the config)"
+    )
+    parser.add_argument(
+        "--deepspeed", type=Path, metavar="FILE", help="DeepSpeed JSON: ds_configs/zero1|zero2|zero3|zero3_offload.json"
+    )
     parser.add_argument(
         "--resume",
         default="auto",
         metavar="auto|never|DIR",
         help="auto (default): go on from the newest checkpoint in the output folder; never: refuse a folder that has one; or a checkpoint",
     )
-    parser.add_argument("--fast-dev-run", action="store_true", help="load, 2 steps, save, reload, evaluate a few pictures: about a minute")
-    parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)  # deepspeed's launcher gives it
+    parser.add_argument(
+        "--fast-dev-run",
+        action="store_true",
+        help="load, 2 steps, save, reload, evaluate a few pictures: about a minute",
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS
+    )  # deepspeed's launcher gives it
     return parser
 
 
@@ -319,7 +355,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     this_rank = os.environ.get("RANK", "0")
     logging.basicConfig(
         level=logging.INFO if this_rank == "0" else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s" if this_rank == "0" else f"rank {this_rank}: %(levelname)s %(message)s",
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        if this_rank == "0"
+        else f"rank {this_rank}: %(levelname)s %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )

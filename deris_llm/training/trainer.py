@@ -20,11 +20,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from deris_llm.config import RunConfig
 from deris_llm.criterion import Criterion, NonFiniteOutputError
 from deris_llm.data.loaders import TrainingLoader
+from deris_llm.structures import ReferringBatch
 from deris_llm.training import checkpoints
 from deris_llm.training.parameters import build_optimizer
 from deris_llm.training.ranks import any_rank, gathered, on_first_rank, rank, reduced, world_size
-from deris_llm.structures import ReferringBatch
-
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +143,10 @@ class DerisTrainer(Trainer):
         dtype = torch.bfloat16 if self.is_deepspeed_enabled and self.args.bf16 else None
         return inputs.to(self.args.device, dtype=dtype)
 
+    def floating_point_ops(self, inputs: ReferringBatch) -> int:
+        """Not estimated: the Trainer's rule is for one sequence model."""
+        return 0
+
     def _get_num_items_in_batch(self, batch_samples: list[ReferringBatch], device: torch.device) -> Tensor | None:
         """Mean number of targets of a micro-batch of this step, over all ranks: one collective a step, no wait."""
         self._micro_batch = 0
@@ -189,7 +192,9 @@ class DerisTrainer(Trainer):
 
     def _stop_not_finite(self, what: str, phrases_by_rank: list[list[str]]) -> NoReturn:
         newest = checkpoints.newest_checkpoint(self.output)
-        named = [f"  - rank {r}: {text}" for r, texts in enumerate(phrases_by_rank) for text in texts[:_NUM_PHRASES_NAMED]]
+        named = [
+            f"  - rank {r}: {text}" for r, texts in enumerate(phrases_by_rank) for text in texts[:_NUM_PHRASES_NAMED]
+        ]
         raise NonFiniteLossError(
             f"training step {self.state.global_step + 1}: expected a finite {what}, got NaN or infinity"
             + (" for these phrases\n" + "\n".join(named) + "\n" if named else "; ")
@@ -285,7 +290,9 @@ class _Meter:
         """Means over all ranks since the last call, and starts anew; every rank calls it."""
         names = sorted(self._sums)
         counts = [float(self._counts[name]) for name in ("micro_batches", "images", "phrases")]
-        values = torch.cat([torch.tensor(counts, device=device), torch.stack([self._sums[name].float() for name in names])])
+        values = torch.cat(
+            [torch.tensor(counts, device=device), torch.stack([self._sums[name].float() for name in names])]
+        )
         micro_batches, images, phrases, *sums = reduced(values).tolist()
         seconds = max(time.monotonic() - self._started - self._paused, 1e-9)
         peaks = reduced(torch.tensor(_peak_memory_gib(), device=device), "max").tolist()

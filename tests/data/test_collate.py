@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from deris_llm.cognition import build_processor
 from deris_llm.config import RunConfig
 from deris_llm.data import collate
 from deris_llm.data.collate import ReferringCollator
@@ -18,6 +19,7 @@ from deris_llm.data.loaders import evaluation_loader, train_loader
 from deris_llm.data.mix import training_mix
 from deris_llm.data.refer import read_split
 from deris_llm.structures import ReferringBatch
+from deris_llm.testing import tiny_config, tiny_weights
 
 
 def _config(root: Path, **sections: dict[str, Any]) -> RunConfig:
@@ -175,3 +177,12 @@ def test_a_phrases_row_does_not_depend_on_its_batch(refer_root: Path, processor:
         assert alone.targets is not None
         assert torch.equal(alone.targets.masks[0], whole.targets.masks[3 * i])
         assert torch.equal(alone.perception_image[0], whole.perception_image[whole.image_index[3 * i]])
+
+
+def test_with_the_real_processor(refer_root: Path, tmp_path: Path) -> None:
+    config = tiny_config(*tiny_weights(tmp_path), f"data.root={refer_root}", "training.images_per_device=3")
+    groups = group_by_image(training_mix(config.data).records)
+    batch = next(iter(train_loader(config, groups, build_processor(config))))
+    assert batch.cognition.input_ids.shape[0] == batch.num_phrases == len(batch.image_index)
+    assert batch.cognition.pixel_values.shape[0] == batch.perception_image.shape[0] == 3
+    assert (batch.cognition.text_feature_mask & ~batch.cognition.token_padding_mask).any(dim=1).all()

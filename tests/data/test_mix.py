@@ -33,9 +33,7 @@ def test_images_of_any_evaluation_split_leave(refer_root: Path) -> None:
     assert mix.report.num_images == 3
     assert mix.report.num_images_removed == 4
     assert mix.report.num_eval_images_kept == 0
-    assert [
-        (s.dataset, s.num_phrases, s.num_images, s.num_phrases_removed, s.num_images_removed) for s in mix.report.shares
-    ] == [
+    assert [dataclasses.astuple(share) for share in mix.report.shares] == [
         ("refcoco", 10, 2, 10, 2),
         ("refcoco+", 10, 2, 10, 2),
         ("refcocog_umd", 15, 3, 5, 1),

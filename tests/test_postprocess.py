@@ -1,0 +1,84 @@
+"""Selection of queries and masks at the asked sizes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deris_llm.postprocess import answer_masks, select_queries, upsampled_masks
+from deris_llm.structures import DerisOutput, RoundOutput
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "upstream_losses.json").read_text())
+SCORES = np.array([0.2, 0.95, 0.69, 0.71], dtype=np.float32)
+
+
+def _output(num_phrases: int = 3, num_queries: int = 4) -> DerisOutput:
+    generator = torch.Generator().manual_seed(0)
+    last = RoundOutput(
+        torch.randn(num_phrases, num_queries, 6, 6, generator=generator),
+        torch.logit(torch.tensor(SCORES)).expand(num_phrases, -1),
+    )
+    first = RoundOutput(torch.zeros(num_phrases, num_queries, 6, 6), torch.zeros(num_phrases, num_queries))
+    return DerisOutput((first, last), torch.tensor([0.0, 2.0, -2.0]))
+
+
+@pytest.mark.parametrize(
+    ("selection", "threshold", "expected"),
+    [
+        ("threshold", 0.7, (1, 3)),
+        ("threshold", 0.97, ()),
+        ("threshold_or_best", 0.7, (1, 3)),
+        ("threshold_or_best", 0.97, (1,)),
+        ("best", 0.1, (1,)),
+    ],
+)
+def test_selection(selection: str, threshold: float, expected: tuple[int, ...]) -> None:
+    assert select_queries(SCORES, score_threshold=threshold, selection=selection) == expected
+
+
+def test_upstreams_scores_and_selection() -> None:
+    two_logits = torch.tensor(GOLDEN["refer_logits"][3])
+    output = DerisOutput(
+        (RoundOutput(torch.zeros(2, 10, 4, 4), two_logits[..., 0] - two_logits[..., 1]),), torch.zeros(2)
+    )
+    for threshold, kept in GOLDEN["kept"].items():
+        answers = answer_masks(output, [(4, 4)] * 2, score_threshold=float(threshold), selection="threshold")
+        assert [len(answer.query_index) for answer in answers] == kept
+        np.testing.assert_allclose([a.referring_scores for a in answers], GOLDEN["scores"], atol=2e-6)
+
+
+def test_answer_is_the_union_of_the_selected_masks_of_the_last_round() -> None:
+    output, sizes = _output(), [(20, 31), (9, 7), (20, 31)]
+    answers = answer_masks(output, sizes, score_threshold=0.7, selection="threshold")
+    for phrase, (answer, size) in enumerate(zip(answers, sizes, strict=True)):
+        logits = torch.nn.functional.interpolate(output.final.mask_logits[[phrase]], size=size, mode="bilinear")[
+            0, [1, 3]
+        ]
+        np.testing.assert_array_equal(answer.instance_masks, (logits.sigmoid() >= 0.5).numpy())
+        np.testing.assert_array_equal(answer.mask, answer.instance_masks[0] | answer.instance_masks[1])
+        assert answer.query_index == (1, 3)
+    assert [a.presence for a in answers] == pytest.approx([0.5, 0.8808, 0.1192], abs=1e-4)
+
+
+def test_no_selected_query_gives_an_empty_mask_of_the_asked_size() -> None:
+    answers = answer_masks(_output(), [(5, 8), (5, 8), (3, 2)], score_threshold=0.99, selection="threshold")
+    assert [a.mask.shape for a in answers] == [(5, 8), (5, 8), (3, 2)]
+    assert not any(a.mask.any() for a in answers)
+    assert answers[2].instance_masks.shape == (0, 3, 2)
+
+
+def test_masks_by_size_equal_masks_one_by_one() -> None:
+    logits = _output().final.mask_logits
+    queries, sizes = [[0, 2], [], [3]], [(8, 8), (8, 8), (8, 8)]
+    together = upsampled_masks(logits, queries, sizes)
+    for phrase in range(3):
+        alone = upsampled_masks(logits[[phrase]], [queries[phrase]], [sizes[phrase]])[0]
+        np.testing.assert_array_equal(together[phrase], alone)
+
+
+def test_bf16_logits_are_upsampled_in_float32() -> None:
+    logits = _output().final.mask_logits.bfloat16()
+    drawn = upsampled_masks(logits, [[0]] * 3, [(12, 12)] * 3)
+    np.testing.assert_array_equal(drawn, upsampled_masks(logits.float(), [[0]] * 3, [(12, 12)] * 3))
