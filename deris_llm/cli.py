@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -157,12 +158,12 @@ def run_eval(arguments: argparse.Namespace) -> int:
         )
     load_config(source, arguments.set)
     ranks = num_ranks(arguments.gpus)
-    if ranks == 1:
-        return _evaluate_on_this_rank(arguments)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "deris_llm.cli", *arguments.argv]
-    sys.stdout.flush()
-    os.execve(sys.executable, command, {"OMP_NUM_THREADS": "1", **os.environ})  # signals reach the launcher itself
+    if ranks > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["-m", "deris_llm.cli", *arguments.argv]
+        sys.stdout.flush()
+        os.execve(sys.executable, command, {"OMP_NUM_THREADS": "1", **os.environ})  # signals reach the launcher itself
+    return _evaluate_on_this_rank(arguments)
 
 
 def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
@@ -229,11 +230,13 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from deris_llm.config import load_config
-    from deris_llm.planning import STAGES, plan_run, show_plan
 
     config = load_config(arguments.config, arguments.set)
-    stages = STAGES if arguments.zero is None else [s for s in STAGES if s.startswith(str(arguments.zero))]
-    plan = plan_run(config, gpus=arguments.gpus, stages=stages)
+    with contextlib.redirect_stdout(sys.stderr):  # libraries greet on stdout when they are imported
+        from deris_llm.planning import STAGES, plan_run, show_plan
+
+        stages = STAGES if arguments.zero is None else [s for s in STAGES if s.startswith(str(arguments.zero))]
+        plan = plan_run(config, gpus=arguments.gpus, stages=stages)
     if arguments.json:
         sys.stdout.write(json.dumps(plan.to_json(), indent=1) + "\n")
     else:

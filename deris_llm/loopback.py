@@ -77,7 +77,8 @@ class Loopback(nn.Module):
         scales = self.query_decoder.scale_tokens(perception.multi_scale_feats)
         text = self._text(cognition)
         mask_feats = self._mask_feats(perception, cognition, image_index)
-        query_feats = self.initial_embed(self.initial_queries.weight).expand(len(image_index), -1, -1)
+        numbers = torch.arange(self.query_decoder.num_queries, device=image_index.device)
+        query_feats = self.initial_embed(self.initial_queries(numbers)).expand(len(image_index), -1, -1)
 
         rounds: list[RoundOutput] = []
         for index, cognition_round in enumerate(self.cognition_rounds):
@@ -157,8 +158,9 @@ class MaskFeatsFusion(nn.Module):
         super().__init__()
         self.perception = nn.Conv2d(channels, channels, kernel_size=1)
         self.cognition = nn.Conv2d(channels, channels, kernel_size=1, bias=False)
+        for parameter in self.perception.parameters():
+            nn.init.zeros_(parameter)
         nn.init.dirac_(self.perception.weight)  # start from the F_p that the mask head was trained with
-        self.perception.bias.data.zero_()
         nn.init.xavier_uniform_(self.cognition.weight, gain=0.1)
 
     def forward(self, mask_feats: Tensor, image_feats: Tensor, image_of_row: Tensor) -> Tensor:

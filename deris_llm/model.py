@@ -77,7 +77,13 @@ class Deris(nn.Module):
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
 
-def build_model(config: RunConfig, *, weights: bool = True, device: str | torch.device | None = None) -> Deris:
+def build_model(
+    config: RunConfig,
+    *,
+    weights: bool = True,
+    device: str | torch.device | None = None,
+    allow_module: bool = True,
+) -> Deris:
     """Builds the model of a run, with what trains and what is frozen already set.
 
     The fresh parts draw from torch's global generator: seed first. Parameters have the run's precision; fp32 master
@@ -87,6 +93,7 @@ def build_model(config: RunConfig, *, weights: bool = True, device: str | torch.
         config: the run.
         weights: False builds the architecture alone, e.g. on `meta`, without network for the shipped run configs.
         device: where the parameters are to be; None = where torch puts them.
+        allow_module: False for a config that came with a checkpoint: its backend may not be any importable class.
 
     Raises:
         ValueError: weights that are missing or of another model, unknown names in the config.
@@ -94,7 +101,8 @@ def build_model(config: RunConfig, *, weights: bool = True, device: str | torch.
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.training.precision]
     on_device = contextlib.nullcontext() if device is None or weights else torch.device(device)
     with on_device:
-        cognition = resolve_backend(config.cognition.backend).build(config.cognition, weights=weights, dtype=dtype)
+        backend = resolve_backend(config.cognition.backend, allow_module=allow_module)
+        cognition = backend.build(config.cognition, weights=weights, dtype=dtype)
         perception, query_decoder = build_perception(
             config.perception,
             rounds=config.loopback.rounds,

@@ -13,7 +13,6 @@ import os
 import queue
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,14 +28,15 @@ from rich.console import Console
 from deris_llm import __version__
 from deris_llm.config import RunConfig, config_to_dict, load_config
 from deris_llm.evaluation.report import report_table, update_report
-from deris_llm.training.checkpoints import BEST, base_fingerprints, checkpoints_of
+from deris_llm.training.checkpoints import BEST, CheckpointError, base_fingerprints, check_same_run, newest_checkpoint
+from deris_llm.training.launch import CPU_RANKS, num_ranks
 
 CONFIG = "tiny-refcoco"
 DATA_SEED = 0
 STEP0_IMAGES = 24  # of each split: before fine-tuning the numbers are near zero and a sample says it
 QUIET_SECONDS = 20  # a stage that says nothing for so long gets a line from us
 _LIBRARY_NOISE = re.compile(
-    r"^\[\d{4}-\d\d-\d\d .*\] \[(INFO|WARNING)\]|^W\d{4} |UserWarning|FutureWarning|warnings\.warn"
+    r"^Loading weights: |^\[\d{4}-\d\d-\d\d .*\] \[(INFO|WARNING)\]|^W\d{4} |UserWarning|FutureWarning|warnings\.warn"
 )
 
 
@@ -91,9 +91,12 @@ def stages_of(
         overrides: what was given to make it, repeated to the commands.
         output: folder of everything that comes out but the data.
         worlds: options of `deris-llm data synth` that change its size.
-        gpus: ranks; None = every GPU, or two on the CPU.
+        gpus: ranks; None = every GPU, or two on the CPU. A step has the same images on any number of them.
     """
     train = output / "train"
+    images_per_step = config.training.images_per_device * CPU_RANKS
+    num_training_ranks = max(n for n in range(1, num_ranks(gpus) + 1) if images_per_step % n == 0)
+    images_per_device = f"training.images_per_device={images_per_step // num_training_ranks}"
     options = ("--config", CONFIG, *(("--set", *overrides) if overrides else ()))
     ranks = () if gpus is None else ("--gpus", str(gpus))
     made_of = {"version": __version__, "config": config_to_dict(config), "base": base_fingerprints(config)}
@@ -117,7 +120,18 @@ def stages_of(
         Stage(
             "train",
             "fine-tuning under DeepSpeed (ZeRO 2); an interrupted run goes on from its last checkpoint",
-            ("train", *options, "--output", str(train), *ranks),
+            (
+                "train",
+                "--config",
+                CONFIG,
+                "--set",
+                *overrides,
+                images_per_device,
+                "--output",
+                str(train),
+                "--gpus",
+                str(num_training_ranks),
+            ),
             made_of,
             "look at the message above; free some memory (each of two ranks takes about 2 GB) and disk space (1 GB)",
             lambda: _set_aside_other_run(train, config),
@@ -132,14 +146,18 @@ def stages_of(
     ]
 
 
-def run_stages(stages: Sequence[Stage], *, output: Path, log: Log) -> None:
+def run_stages(stages: Sequence[Stage], *, output: Path, log: Log) -> list[str]:
     """Runs what is not done yet.
+
+    Returns:
+        names of the stages that ran.
 
     Raises:
         StageError: a stage's command did not succeed; the stages before it are kept.
     """
     stamps = output / "stages"
     chain = hashlib.sha256()
+    ran: list[str] = []
     for number, stage in enumerate(stages, start=1):
         chain.update(json.dumps([stage.name, stage.depends_on], sort_keys=True).encode())
         wanted = chain.hexdigest()
@@ -159,6 +177,8 @@ def run_stages(stages: Sequence[Stage], *, output: Path, log: Log) -> None:
         seconds = round(time.monotonic() - started, 1)
         stamp.write_text(json.dumps({"made_of": wanted, "seconds": seconds}), encoding="utf-8")
         log.say(f"  {stage.name} took {seconds:.0f} s")
+        ran.append(stage.name)
+    return ran
 
 
 def _run_teed(stage: Stage, log: Log) -> int:
@@ -200,25 +220,28 @@ def _read_stamp(path: Path) -> dict[str, Any]:
 
 def _set_aside_other_run(train: Path, config: RunConfig) -> None:
     """A training folder of another config is renamed, not mixed and not deleted."""
-    saved = train / "config.yaml"
-    if not saved.is_file() or not checkpoints_of(train):
-        shutil.rmtree(train, ignore_errors=True)  # nothing was saved in it
-    elif load_config(saved) != config:
+    newest = newest_checkpoint(train) if train.is_dir() else None
+    if newest is None:
+        return
+    try:
+        check_same_run(newest, config)
+    except CheckpointError:
         number = 1
         while (aside := train.with_name(f"{train.name}-old-{number}")).exists():
             number += 1
         train.rename(aside)
 
 
-def show_results(output: Path, log: Log) -> None:
-    """Completes the report's timing, prints the table and says where everything is."""
+def show_results(output: Path, log: Log, *, with_table: bool) -> None:
+    """Completes the report's timing, prints the table (unless it was just printed) and says where everything is."""
     report_path = output / "report.json"
     timing = {path.stem: float(_read_stamp(path)["seconds"]) for path in (output / "stages").glob("*.json")}
     timing["total"] = sum(timing.values())
     report = update_report(report_path, timing=timing)
-    table = report_table(report, title=f"{CONFIG} on the synthetic world, percent")
-    log.console.print(table)
-    Console(file=log.file, width=200).print(table)
+    if with_table:
+        table = report_table(report)
+        log.console.print(table)
+        Console(file=log.file, width=200).print(table)
     sampled = sorted(
         {numbers["original"]["n_phrases"] for numbers in report["step0"].values() if "original" in numbers}
     )
@@ -280,8 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _note_install(arguments.output / "stages" / "install.json", arguments.install_seconds)
         config = load_config(CONFIG, arguments.set)
         stages = stages_of(config, arguments.set, output=arguments.output, worlds=sizes, gpus=arguments.gpus)
-        run_stages(stages, output=arguments.output, log=log)
-        show_results(arguments.output, log)
+        ran = run_stages(stages, output=arguments.output, log=log)
+        show_results(arguments.output, log, with_table="evaluate" not in ran)
     except StageError as failure:
         stage = failure.stage
         log.say(f"\nFAILED: step {stage.name!r} ({stage.about}), exit status {failure.status}", style="bold red")

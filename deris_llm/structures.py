@@ -29,6 +29,14 @@ class _TensorFields:
 
         return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
 
+    def pin_memory(self) -> Self:
+        """Page-locked copies of all tensors; torch's DataLoader calls it where it was told to pin."""
+
+        def pin(value: object) -> object:
+            return value.pin_memory() if isinstance(value, (Tensor, _TensorFields)) else value
+
+        return type(self)(**{f.name: pin(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True, eq=False)
 class CognitionInputs(_TensorFields):

@@ -100,7 +100,8 @@ def load_pretrained(
     """
     if not weights:
         return cls._from_config(config, dtype=dtype)
-    with _without_load_report():
+    # Under ZeRO-3 loading draws other random numbers than elsewhere; what is made fresh later must not depend on it.
+    with _without_load_report(), torch.random.fork_rng(devices=[]):
         model, info = _from_pretrained(
             cls, name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )

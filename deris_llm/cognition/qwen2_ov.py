@@ -18,9 +18,10 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, LlavaOnevisionConfig, LlavaOnevisionModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlavaOnevisionModel, PreTrainedTokenizerBase
 
 from deris_llm.cognition.base import CognitionBackend
+from deris_llm.cognition.shared_prefix import run_packed
 from deris_llm.config import CognitionConfig
 from deris_llm.structures import CognitionFeatures, CognitionInputs
 from deris_llm.weights import architecture_of, load_pretrained, resolve_weights
@@ -61,7 +62,7 @@ class Qwen2OneVisionProcessor:
         self.text_features = text_features
         self.max_phrase_tokens = max_phrase_tokens
         self.image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
-        self.pad_token_id = int(tokenizer.pad_token_id or 0)
+        self.pad_token_id: Any = tokenizer.pad_token_id
         self.num_cut = 0
 
     def __call__(
@@ -252,23 +253,26 @@ class Qwen2OneVision(CognitionBackend):
         embeddings_PLD = self.model.get_input_embeddings()(inputs.input_ids)
         image_tokens_IND = self._image_tokens(inputs.pixel_values).to(embeddings_PLD.dtype)
         embeddings_PLD = embeddings_PLD.masked_scatter(is_image_PL[..., None], image_tokens_IND[image_index])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.has_lora):
-            hidden_PLD = self._language_model_forward(embeddings_PLD, is_valid_PL)
-
-        if self.prompt_order == "image_first":  # the same for all phrases of an image: read it off its first phrase
-            images = torch.arange(len(inputs.pixel_values), device=image_index.device)
-            rows = torch.searchsorted(image_index, images).clamp(max=len(image_index) - 1)
-            image_feats_index = image_index
-        else:
-            rows = image_feats_index = torch.arange(len(image_index), device=image_index.device)
         side = int(image_tokens_IND.shape[1] ** 0.5)
-        image_feats = hidden_PLD[rows][is_image_PL[rows]].view(len(rows), side, side, -1).permute(0, 3, 1, 2)
-
-        text_feats, text_padding_mask = _left_aligned(hidden_PLD, inputs.text_feature_mask)
+        text_mask_PL = inputs.text_feature_mask
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.has_lora):
+            if self.prompt_order == "image_first":  # image tokens cannot see the phrase: run them once per image
+                prefix = int(is_image_PL[0].nonzero().max()) + 1
+                shared_ISD, hidden_PLD = run_packed(
+                    self.model.language_model, embeddings_PLD, is_valid_PL, image_index, prefix
+                )
+                image_hidden = shared_ISD[:, -side * side :]
+                image_feats_index = image_index
+                is_valid_PL, text_mask_PL = is_valid_PL[:, prefix:], text_mask_PL[:, prefix:]
+            else:
+                hidden_PLD = self._run_prompts(embeddings_PLD, is_valid_PL)
+                image_hidden = hidden_PLD[is_image_PL].view(len(hidden_PLD), side * side, -1)
+                image_feats_index = torch.arange(len(image_index), device=image_index.device)
+        text_feats, text_padding_mask = _left_aligned(hidden_PLD, text_mask_PL)
         positions = torch.arange(hidden_PLD.shape[1], device=hidden_PLD.device)
         last = (is_valid_PL * positions).argmax(dim=1)
         return CognitionFeatures(
-            image_feats=image_feats,
+            image_feats=image_hidden.unflatten(1, (side, side)).permute(0, 3, 1, 2),
             image_feats_index=image_feats_index,
             text_feats=text_feats,
             text_padding_mask=text_padding_mask,
@@ -282,11 +286,8 @@ class Qwen2OneVision(CognitionBackend):
         states = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
         return self.model.multi_modal_projector(states[self.model.config.vision_feature_layer])
 
-    def _language_model_forward(self, embeddings: Tensor, is_valid: Tensor) -> Tensor:
-        """Runs the language model over whole prompts: (P, L, D) -> (P, L, D).
-
-        Phrases of an image share the prompt up to the end of the image; running that prefix once belongs here.
-        """
+    def _run_prompts(self, embeddings: Tensor, is_valid: Tensor) -> Tensor:
+        """Runs the language model over whole prompts, each by itself: (P, L, D) -> (P, L, D)."""
         positions = (is_valid.long().cumsum(dim=1) - 1).clamp(min=0)
         outputs = self.model.language_model(
             inputs_embeds=embeddings, attention_mask=is_valid.long(), position_ids=positions, use_cache=False
@@ -297,7 +298,7 @@ class Qwen2OneVision(CognitionBackend):
 def _architecture(name: str) -> Any:
     """The config of a LLaVA-OneVision with Qwen2 (Any: transformers types its sub-configs as dicts)."""
     architecture: Any = architecture_of(name)
-    if not isinstance(architecture, LlavaOnevisionConfig) or architecture.text_config.model_type != "qwen2":
+    if architecture.model_type != "llava_onevision" or architecture.text_config.model_type != "qwen2":
         raise ValueError(
             f"cognition.weights={name}: expected the weights of a LLaVA-OneVision with Qwen2, got a "
             f"{architecture.model_type}; take e.g. llava-hf/llava-onevision-qwen2-7b-ov-hf or another backend."

@@ -54,6 +54,7 @@ def resolve_backend(name: str, *, allow_module: bool = True) -> type[CognitionBa
     return backend
 
 
-def build_processor(config: RunConfig) -> CognitionProcessor:
-    """Builds the processor of the run's backend."""
-    return resolve_backend(config.cognition.backend).build_processor(config.cognition)
+def build_processor(config: RunConfig, *, allow_module: bool = True) -> CognitionProcessor:
+    """Builds the processor of the run's backend; `allow_module` as in `resolve_backend`."""
+    backend = resolve_backend(config.cognition.backend, allow_module=allow_module)
+    return backend.build_processor(config.cognition)

@@ -143,6 +143,7 @@ def evaluate(
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     predictions: list[PhrasePrediction] = []
     failure: Exception | None = None
+    most_batches = _most_batches(len(loader)) if world_size > 1 and _is_partitioned(model) else len(loader)
     try:
         with _evaluation_mode(model), torch.no_grad(), autocast, _progress(enabled=progress and rank == 0) as bar:
             size = _shard_size(loader)
@@ -152,8 +153,8 @@ def evaluate(
                 bar.update(task, completed=len(predictions))
                 if progress and rank == 0 and not bar.console.is_terminal:
                     lines.update(len(predictions))
-            if world_size > 1 and _is_partitioned(model):
-                _keep_step(model, config, records, processor, len(loader), device, dtype)
+            if len(loader) < most_batches:
+                _keep_step(model, config, records, processor, most_batches - len(loader), device, dtype)
     except Exception as error:  # told to the other ranks before it is raised: they would wait for this one forever
         if world_size == 1:
             raise
@@ -317,22 +318,26 @@ def _is_partitioned(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
+def _most_batches(num_batches: int) -> int:
+    """Of all ranks; asked before the first forward, since under ZeRO-3 no other collective may come between forwards."""
+    counts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(counts, num_batches)
+    return max(counts)
+
+
 def _keep_step(
     model: nn.Module,
     config: RunConfig,
     records: Sequence[ReferringRecord],
     processor: CognitionProcessor,
-    num_done: int,
+    num_missing: int,
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> None:
     """Under ZeRO-3, goes on with forwards whose output nobody reads until the rank with most batches is done."""
-    counts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(counts, num_done)
-    if num_done < max(counts):
-        batch = next(iter(evaluation_loader(config, records, processor, with_targets=False))).to(device, dtype=dtype)
-        for _ in range(max(counts) - num_done):
-            model(batch)
+    batch = next(iter(evaluation_loader(config, records, processor, with_targets=False))).to(device, dtype=dtype)
+    for _ in range(num_missing):
+        model(batch)
 
 
 def _shard_size(loader: DataLoader[ReferringBatch]) -> int:

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from rich import box
 from rich.table import Table
 
 from deris_llm.evaluation.protocols import Protocol
@@ -32,9 +33,14 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
 """Table 1 of the DeRIS paper, percent."""
 
 PUBLISHED_NOTE = (
-    "Published columns: DeRIS paper, Table 1, on the real COCO pictures. DeRIS-7B: mIoU at 384 px (its appendix: "
-    "'For RIS, we use mIoU'); LISA-7B and GLaMM-7B: their authors report cIoU (here: oIoU) at the original size."
+    "orig., deris: protocols `original` and `deris`. Other data: published numbers on the real COCO pictures, DeRIS "
+    "paper, Table 1. DeRIS-7B: mIoU at 384 px (its appendix: 'For RIS, we use mIoU'); LISA-7B and GLaMM-7B: their "
+    "authors report cIoU (here: oIoU) at the original size."
 )
+
+_TABLE_METRICS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")
+
+_SHORT = {"original": "orig."}
 
 _EMPTY: dict[str, Any] = {"splits": {}, "control": {}, "step0": {}, "timing": {}, "versions": {}}
 
@@ -116,34 +122,29 @@ def report_table(report: Mapping[str, Any], *, title: str = "Referring image seg
         title: of the table.
     """
     has = {name: any(report[name].values()) for name in ("control", "step0")}
-    table = Table(title=title, caption=PUBLISHED_NOTE, caption_justify="left", header_style="bold", pad_edge=False)
-    table.add_column("split", no_wrap=True)
-    table.add_column("phrases", justify="right")
-    for heading in (
-        "mIoU\noriginal",
-        "oIoU\noriginal",
-        "Pr@0.5\noriginal",
-        "Pr@0.7\noriginal",
-        "Pr@0.9\noriginal",
-        "mIoU\nderis",
-        "oIoU\nderis",
-    ):
-        table.add_column(heading, justify="right", style="bold" if heading == "mIoU\noriginal" else "")
-    if has["control"]:
-        table.add_column("control\nmIoU", justify="right", style="yellow")
-    if has["step0"]:
-        table.add_column("step 0\nmIoU", justify="right", style="yellow")
+    table = Table(title=title, caption=PUBLISHED_NOTE, caption_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("\n\nsplit", no_wrap=True)
+    table.add_column("\n\nphrases", justify="right", no_wrap=True)
+    columns = [("original", metric) for metric in _TABLE_METRICS] + [("deris", metric) for metric in ("mIoU", "oIoU")]
+    for number, (protocol, metric) in enumerate(columns):
+        table.add_column(
+            f"\n{_SHORT.get(protocol, protocol)}\n{metric}",
+            justify="right",
+            style="" if number else "bold",
+            no_wrap=True,
+        )
+    for name, heading in (("control", "control"), ("step0", "step 0")):
+        if has[name]:
+            table.add_column(f"\n{heading}\nmIoU", justify="right", style="yellow", no_wrap=True)
     for method in PUBLISHED:
-        table.add_column(f"{method}\nother data:\nreal COCO", justify="right", style="dim")
+        table.add_column(f"other\ndata\n{method}", justify="right", style="dim", no_wrap=True)
 
     def cell(values: Mapping[str, float] | None, metric: str) -> str:
         return f"{values[metric]:.2f}" if values else "-"
 
     for split, found in report["splits"].items():
-        original, deris = found.get("original"), found.get("deris")
         row = [split, f"{next(iter(found.values()))['n_phrases']:,}"]
-        row += [cell(original, metric) for metric in ("mIoU", "oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")]
-        row += [cell(deris, metric) for metric in ("mIoU", "oIoU")]
+        row += [cell(found.get(protocol), metric) for protocol, metric in columns]
         row += [cell(report[name].get(split, {}).get("original"), "mIoU") for name in ("control", "step0") if has[name]]
         row += [f"{numbers[split]:.2f}" if split in numbers else "-" for numbers in PUBLISHED.values()]
         table.add_row(*row)

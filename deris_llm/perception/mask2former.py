@@ -124,13 +124,15 @@ class QueryDecoder(nn.Module):
             multi_scale_feats: three maps (I, C, h, w), strides 32, 16, 8.
         """
         sine = Mask2FormerSinePositionEmbedding(num_position_features=self.channels // 2, normalize=True)
+        # Embeddings are called, not read: under ZeRO-3 a parameter is whole only while its own module runs.
+        levels = self.level_embed(torch.arange(len(multi_scale_feats), device=multi_scale_feats[0].device))
         scales = []
         for level, feats in enumerate(multi_scale_feats):
             projected = self.input_projections[level](feats)
             positions = sine(projected[:1].shape, feats.device, torch.float32).to(feats.dtype)
             scales.append(
                 ScaleTokens(
-                    values=projected.flatten(2).transpose(1, 2) + self.level_embed.weight[level],
+                    values=projected.flatten(2).transpose(1, 2) + levels[level],
                     positions=positions.flatten(2).transpose(1, 2),
                     size=(feats.shape[-2], feats.shape[-1]),
                 )
@@ -160,7 +162,8 @@ class QueryDecoder(nn.Module):
         coarse_masks = F.interpolate(mask_logits.detach(), size=scale.size, mode="bilinear", align_corners=False)
         outside = coarse_masks.flatten(2) < 0  # sigmoid < 0.5
         outside &= ~outside.all(dim=-1, keepdim=True)
-        positions = self.query_positions.weight[: self.num_queries, None].expand(-1, query_feats.shape[0], -1)
+        positions = self.query_positions(torch.arange(self.num_queries, device=query_feats.device))
+        positions = positions[:, None].expand(-1, query_feats.shape[0], -1)
         (updated,) = self.layers[index](
             query_feats.transpose(0, 1),
             0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import timm
@@ -33,7 +34,7 @@ class TimmBackbone(nn.Module):
         """
         super().__init__()
         if not timm.is_model(name):
-            near = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:8]
+            near = difflib.get_close_matches(name, timm.list_models(), n=5)
             raise ValueError(
                 f"perception.backbone=timm:{name}: expected a model of timm {timm.__version__}, got an unknown name; "
                 f"near names: {', '.join(near) or 'none'} (timm.list_models() has all)."

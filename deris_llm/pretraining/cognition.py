@@ -14,7 +14,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,15 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from deris_llm.data.synthetic.vocabulary import COLOURS, KINDS, PATTERNS, SIZES
+from deris_llm.data.synthetic.vocabulary import (
+    COLOURS,
+    KIND_WORDS,
+    KINDS,
+    PATTERN_NOUNS,
+    PATTERNS,
+    SIZE_WORDS,
+    SIZES,
+)
 from deris_llm.pretraining.pool import COGNITION_SIZE, ScenePool
 from deris_llm.pretraining.questions import (
     GRID,
@@ -101,6 +109,7 @@ class CognitionRecipe:
         adam_factor: AdamW's share of these rates (embeddings, projector, biases, norms, heads).
         tower_factor: the vision tower's share of `language_rate` in stage `language`.
         dense_weight: weight of the dense patch loss in stage `language`.
+        word_weight: weight of the loss that puts the projected patches near the embeddings of the words for their object.
         pointer_weight: weight of the loss that makes the last prompt token point at the referent's cells.
         warmup_steps: steps of linear warm-up in each stage.
         weight_decay: on matrices.
@@ -109,7 +118,7 @@ class CognitionRecipe:
 
     seed: int = 7
     vision_steps: int = 600
-    language_steps: int = 3000
+    language_steps: int = 1300
     vision_batch: int = 64
     language_batch: int = 16
     row_length: int = 300
@@ -118,6 +127,7 @@ class CognitionRecipe:
     adam_factor: float = 0.4
     tower_factor: float = 0.3
     dense_weight: float = 0.3
+    word_weight: float = 0.3
     pointer_weight: float = 0.5
     warmup_steps: int = 100
     weight_decay: float = 0.02
@@ -138,7 +148,7 @@ def build_tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
     model = json.loads(backend.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
+        merges=cast(list[str], [tuple(merge) for merge in model["merges"]]),  # pairs, whatever the annotation says
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=list(SPECIAL_TOKENS[1:]),
@@ -188,8 +198,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> LlavaOnevisionForConditio
         intermediate_size=512,
         vision_use_head=False,
     )
-    eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    pad_token_id = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    vocabulary = tokenizer.get_vocab()
     text = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=192,
@@ -200,14 +209,14 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> LlavaOnevisionForConditio
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
+        eos_token_id=vocabulary["<|im_end|>"],
+        pad_token_id=vocabulary["<|endoftext|>"],
     )
     config = LlavaOnevisionConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_token_index=vocabulary["<image>"],
+        video_token_index=vocabulary["<video>"],
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         image_grid_pinpoints=[[COGNITION_SIZE, COGNITION_SIZE]],
@@ -254,6 +263,9 @@ class TrainingData:
             0 = none.
         regressions: float32 (N, G, 4), centre's offset (x, y) from the cell's centre in quarters of the picture's
             sides, share of the cell, depth in [0, 1]; 0 where there is no object.
+        centre_cells: int64 (N, G), grid cell of that object's visible centre; arbitrary where there is no object.
+        words: for kind, colour, pattern and size: ids (W,) of their words, and (classes + 1, W), the share of each word.
+        location_ids: int64 (G,), token ids of the cells.
         bank: the tokenised questions.
     """
 
@@ -261,7 +273,33 @@ class TrainingData:
     geometry: SceneGeometry
     classes: np.ndarray
     regressions: np.ndarray
+    centre_cells: np.ndarray
+    words: list[tuple[Tensor, Tensor]]
+    location_ids: Tensor
     bank: QuestionBank
+
+
+def attribute_words(tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
+    """Token ids and shares of the words for each kind, colour, pattern and size, as in `TrainingData.words`."""
+    patterns = {pattern: (pattern, *PATTERN_NOUNS.get(pattern, ())) for pattern in PATTERNS}
+    groups = []
+    for names, synonyms in (
+        (KINDS, KIND_WORDS),
+        (COLOURS, {colour: (colour,) for colour in COLOURS}),
+        (PATTERNS, patterns),
+        (SIZES, SIZE_WORDS),
+    ):
+        encoded = [
+            [tokenizer.encode(f" {word}", add_special_tokens=False) for word in synonyms[name]] for name in names
+        ]
+        owned = [[ids[0] for ids in words if len(ids) == 1] for words in encoded]
+        word_ids = [word for words in owned for word in words]
+        shares = torch.zeros(len(names) + 1, len(word_ids))
+        for position, words in enumerate(owned, 1):
+            for word in words:
+                shares[position, word_ids.index(word)] = 1 / len(words)
+        groups.append((torch.tensor(word_ids), shares))
+    return groups
 
 
 def max_objects_of(*pools: ScenePool) -> int:
@@ -299,6 +337,9 @@ def prepare_data(
         geometry=geometry,
         classes=attributes[scenes, owner],
         regressions=(regressions * (owner > 0)[..., None]).astype(np.float32),
+        centre_cells=geometry.centre_cells[scenes, np.maximum(owner - 1, 0)],
+        words=attribute_words(tokenizer),
+        location_ids=torch.tensor(tokenizer.convert_tokens_to_ids(list(LOCATION_TOKENS))),
         bank=build_question_bank(pool.records, geometry, tokenizer, seed=seed),
     )
 
@@ -327,15 +368,18 @@ def vision_features(model: LlavaOnevisionForConditionalGeneration, pixels: Tenso
 
 
 def packed_hidden_states(
-    model: LlavaOnevisionForConditionalGeneration, features_BGD: Tensor, batch: PackedBatch, *, image_start: int
+    model: LlavaOnevisionForConditionalGeneration, image_BGD: Tensor, batch: PackedBatch, *, image_start: int
 ) -> Tensor:
-    """Last hidden states (B, T, D) of packed rows whose image tokens begin at `image_start`."""
+    """Last hidden states (B, T, D) of packed rows whose image tokens, projected, begin at `image_start`."""
     text = model.model.language_model.embed_tokens(batch.input_ids)
-    image = model.model.multi_modal_projector(features_BGD).to(text.dtype)
-    inputs = torch.cat([text[:, :image_start], image, text[:, image_start + NUM_CELLS :]], dim=1)
+    inputs = torch.cat([text[:, :image_start], image_BGD.to(text.dtype), text[:, image_start + NUM_CELLS :]], dim=1)
+    # Additive: eager attention adds its mask, so a boolean one would mask nothing (SDPA takes either).
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.dtype
+    blocked = ~batch.attention_mask
+    mask = torch.zeros(blocked.shape, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
     return model.model.language_model(
         inputs_embeds=inputs,
-        attention_mask=batch.attention_mask,
+        attention_mask=mask,
         position_ids=batch.position_ids,
         use_cache=False,
     ).last_hidden_state
@@ -351,6 +395,26 @@ def dense_loss(heads: TrainingHeads, features_BGD: Tensor, classes_BG4: Tensor, 
     occupied = (classes_BG4[..., 0] > 0).unsqueeze(-1)
     error = functional.smooth_l1_loss(regression, regressions_BG4, reduction="none", beta=0.2)
     return loss + (error * occupied).sum() / occupied.sum().clamp(min=1)
+
+
+def word_loss(
+    model: LlavaOnevisionForConditionalGeneration, image_BGD: Tensor, data: TrainingData, scenes: np.ndarray
+) -> Tensor:
+    """Cross-entropies that align the projected patches with the embeddings of the words for their object.
+
+    Within the words for kinds, colours, patterns and sizes each, and within the location tokens (the cell of the object's
+    centre). Without it the language model needs hundreds of steps until its attention matches words with patches.
+    """
+    classes = torch.from_numpy(data.classes[scenes])
+    occupied = classes[..., 0] > 0
+    patches = functional.rms_norm(image_BGD[occupied].float(), image_BGD.shape[-1:])
+    embeddings = model.model.language_model.embed_tokens.weight
+    cells = torch.from_numpy(data.centre_cells[scenes])[occupied]
+    loss = functional.cross_entropy(patches @ embeddings[data.location_ids].T, cells)
+    for position, (word_ids, shares) in enumerate(data.words):
+        wanted = shares[classes[occupied][:, position]]
+        loss = loss + functional.cross_entropy(patches @ embeddings[word_ids].T, wanted)
+    return loss
 
 
 def answer_loss(model: LlavaOnevisionForConditionalGeneration, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
@@ -370,14 +434,15 @@ def pointer_loss(
 ) -> Tensor:
     """Cross-entropy between where the last prompt token points and the cells of its referent, by visible pixels."""
     grounding = np.isin(data.bank.tasks[batch.question_ids], (TASKS.index("ground"), TASKS.index("none")))
-    rows = batch.question_rows[grounding]
+    selected = torch.from_numpy(grounding)
+    rows = batch.question_rows[selected]
     targets = data.bank.targets[batch.question_ids[grounding]].astype(np.int64)
     coverage = data.geometry.coverage[scenes[rows.numpy()], targets + 1].astype(np.float32)
     coverage[targets < 0] = 0
     wanted = np.concatenate([coverage, (targets < 0)[:, None].astype(np.float32)], axis=1)
     wanted_KC = torch.from_numpy(wanted / wanted.sum(1, keepdims=True))
     image = hidden_BTD[:, image_start : image_start + NUM_CELLS]
-    logits_KC = heads.point(hidden_BTD[rows, batch.question_positions[grounding]], image[rows])
+    logits_KC = heads.point(hidden_BTD[rows, batch.question_positions[selected]], image[rows])
     return functional.cross_entropy(logits_KC, wanted_KC)
 
 
@@ -436,8 +501,8 @@ def evaluate_answers(
             for scene in scenes
         ]
         batch = pack(bank, chosen, length=row_length)
-        features = vision_features(model, pixel_values(data.images[scenes]))
-        hidden = packed_hidden_states(model, features, batch, image_start=image_start)
+        image = model.model.multi_modal_projector(vision_features(model, pixel_values(data.images[scenes])))
+        hidden = packed_hidden_states(model, image, batch, image_start=image_start)
         labelled = batch.labels != IGNORED
         tokens = torch.full_like(batch.labels, IGNORED)
         tokens[labelled] = model.lm_head(hidden[labelled]).argmax(-1)
@@ -529,7 +594,7 @@ class _Run:
         self.state_path = out.with_name(out.name + ".state") / STATE_FILE
         torch.manual_seed(recipe.seed)
         self.model = build_model(tokenizer).train()
-        self.heads = TrainingHeads(self.model.config.text_config.hidden_size)
+        self.heads = TrainingHeads(self.model.lm_head.in_features)
         self.history: list[dict[str, Any]] = []
         self.seconds = self.cpu_seconds = 0.0
         self.stage, self.step = STAGES[0], 0
@@ -711,10 +776,12 @@ def language_losses(run: _Run, data: TrainingData) -> dict[str, Tensor]:
     batch = pack(bank, chosen, length=recipe.row_length)
     image_start = len(bank.prefix_before)
     patches = vision_features(run.model, pixels)
-    hidden = packed_hidden_states(run.model, patches, batch, image_start=image_start)
+    image = run.model.model.multi_modal_projector(patches)
+    hidden = packed_hidden_states(run.model, image, batch, image_start=image_start)
     classes, regressions = torch.from_numpy(data.classes[scenes]), torch.from_numpy(data.regressions[scenes])
     return {
         "answer": answer_loss(run.model, hidden, batch.labels),
+        "word": recipe.word_weight * word_loss(run.model, image, data, scenes),
         "pointer": recipe.pointer_weight
         * pointer_loss(run.heads, hidden, batch, data, scenes, image_start=image_start),
         "dense": recipe.dense_weight * dense_loss(run.heads, patches, classes, regressions),
@@ -785,8 +852,9 @@ def _readme(run: _Run, metrics: dict[str, Any]) -> str:
     table = "\n".join(rows)
     return f"""# Tiny LLaVA-OneVision
 
-{num_parameters:.2f} M parameters, fp16: SigLIP ({COGNITION_SIZE} px, patches of {PATCH_SIZE} px), projector, Qwen2; byte-level BPE tokenizer of {len(run.tokenizer)} tokens. Pre-trained on the base crop only, to answer
-questions about synthetic scenes. Prompt, word for word:
+{num_parameters:.2f} M parameters, fp16: SigLIP ({COGNITION_SIZE} px, patches of {PATCH_SIZE} px), projector, Qwen2;
+byte-level BPE tokenizer of {len(run.tokenizer)} tokens. Pre-trained on the base crop only, to answer questions about
+synthetic scenes. Prompt, word for word:
 
     {PROMPT_TEMPLATE!r}
 

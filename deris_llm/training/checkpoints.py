@@ -485,7 +485,7 @@ def _whole(parameters: Mapping[str, nn.Parameter], fragments: Sequence[_Fragment
 def _fill(fragment: _Fragment, whole: Tensor) -> None:
     number = fragment.values.numel()
     source = F.pad(whole.flatten(), (0, number))[fragment.start : fragment.start + number]
-    fragment.values.copy_(source.view_as(fragment.values))
+    fragment.values.detach().copy_(source.view_as(fragment.values))
 
 
 @contextlib.contextmanager

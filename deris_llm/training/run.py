@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import shutil
@@ -72,10 +73,12 @@ def train(
         None if deepspeed is None else read_deepspeed_config(deepspeed, config, num_ranks=_announced_ranks())
     )
     _check_environment(config, deepspeed)
-    _join_ranks(uses_deepspeed=deepspeed is not None)
+    join_ranks(uses_deepspeed=deepspeed is not None)
     if fast_dev_run:
         on_first_rank(lambda: shutil.rmtree(output, ignore_errors=True))
     checkpoint = on_first_rank(lambda: _start_from(config, output, resume))
+    if checkpoint is not None and (finished := _finished(checkpoint)) is not None:
+        return finished
 
     # transformers and DeepSpeed are imported here, after the cheap checks: they take several seconds.
     from transformers import PrinterCallback, set_seed  # noqa: PLC0415
@@ -90,9 +93,8 @@ def train(
     from deris_llm.training.callbacks import EpochOrder, ProgressLines  # noqa: PLC0415
     from deris_llm.training.trainer import DerisTrainer, training_arguments  # noqa: PLC0415
 
-    arguments = training_arguments(
-        config, output, deepspeed_content
-    )  # before the model: ZeRO-3 partitions while it is built
+    # The arguments come before the model: under ZeRO-3 it is partitioned while it is built.
+    arguments = training_arguments(config, output, deepspeed_content)
     mix = training_mix(config.data)
     logger.info("%s", mix.report)
     records = _evaluation_records(config)
@@ -125,15 +127,33 @@ def train(
         progress.stop()
     newest = checkpoints.newest_checkpoint(output)
     assert newest is not None, "the Trainer saves at its last step"
-    best = output / checkpoints.BEST
-    metrics = _last_metrics(trainer)
-    steps = trainer.state.global_step
+    result = _result(newest)
     if fast_dev_run:
         saved = checkpoints.trainable_tensors(trainer.model)
         del trainer, model
         metrics = _reloaded(newest, config, records, processor, arguments.device, saved)
+        result = dataclasses.replace(result, metrics=metrics)
     barrier()
-    return TrainingResult(output, steps, newest, best if best.is_dir() else None, metrics)
+    return result
+
+
+def _result(checkpoint: Path) -> TrainingResult:
+    state = json.loads((checkpoint / checkpoints.TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+    evaluated = [entry for entry in state["log_history"] if "eval_mIoU" in entry]
+    metrics = (
+        {k.removeprefix("eval_"): v for k, v in evaluated[-1].items() if k.startswith("eval_")} if evaluated else {}
+    )
+    best = checkpoint.parent / checkpoints.BEST
+    return TrainingResult(checkpoint.parent, state["global_step"], checkpoint, best if best.is_dir() else None, metrics)
+
+
+def _finished(checkpoint: Path) -> TrainingResult | None:
+    """The result, where the checkpoint is that of the last step."""
+    state = json.loads((checkpoint / checkpoints.TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+    if state["global_step"] < state["max_steps"]:
+        return None
+    logger.info("%s is the end of the run: nothing is left to train", checkpoint)
+    return _result(checkpoint)
 
 
 def _dev_config(config: RunConfig) -> RunConfig:
@@ -169,10 +189,12 @@ def _check_environment(config: RunConfig, deepspeed: Path | None) -> None:
             )
 
 
-def _join_ranks(*, uses_deepspeed: bool) -> None:
+def join_ranks(*, uses_deepspeed: bool) -> None:
     """Makes the process group: NCCL on GPUs, gloo on CPU."""
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # two ranks that spin for the same cores are five times slower (measured on 2 cores)
+    if torch.cuda.is_available():  # before the first collective: each rank talks from its own GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if uses_deepspeed:
         import deepspeed  # noqa: PLC0415
@@ -250,13 +272,6 @@ def _check_trainer(trainer: DerisTrainer, *, uses_deepspeed: bool) -> None:
     assert trainer.args.world_size == world_size() == _announced_ranks(), (
         f"the launcher announced {_announced_ranks()} ranks, the process group has {world_size()}, the Trainer {trainer.args.world_size}"
     )
-
-
-def _last_metrics(trainer: DerisTrainer) -> dict[str, float]:
-    for entry in reversed(trainer.state.log_history):
-        if "eval_mIoU" in entry:
-            return {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
-    return {}
 
 
 def _reloaded(

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from deris_llm.config import RunConfig
@@ -111,6 +112,7 @@ class DerisTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.config = config
+        self.deris = model  # bare; `model_wrapped` is DeepSpeed's engine
         self.output = Path(arguments.output_dir)
         self.criterion = criterion
         self.loader = loader
@@ -136,7 +138,7 @@ class DerisTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with a rate for each parameter group."""
         if self.optimizer is None:
-            self.optimizer = build_optimizer(self.model if model is None else model, self.config)
+            self.optimizer = build_optimizer(self.deris, self.config)
         return self.optimizer
 
     def _prepare_inputs(self, inputs: ReferringBatch) -> ReferringBatch:
@@ -171,6 +173,7 @@ class DerisTrainer(Trainer):
         seed = np.random.SeedSequence([self.config.training.seed, self.state.global_step, number]).generate_state(1)[0]
         generator = torch.Generator(device=self.args.device).manual_seed(int(seed))
         output = model(inputs)
+        assert inputs.targets is not None, "the training loader's collator makes targets"
         try:
             losses = self.criterion(output, inputs.targets, num_targets=num_items_in_batch, generator=generator)
             is_bad, rows = ~torch.isfinite(losses.total.detach()), list(range(inputs.num_phrases))
@@ -183,9 +186,11 @@ class DerisTrainer(Trainer):
         self._meter.add(losses.parts, num_images=inputs.perception_image.shape[0], num_phrases=inputs.num_phrases)
         return (losses.total, output) if return_outputs else losses.total
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        norm = float(norm.item() if isinstance(norm, Tensor) else norm)
+        if norm is None:  # DeepSpeed without ZeRO does not tell it
+            return None
+        norm = float(norm)
         if not np.isfinite(norm):  # the same on every rank: a norm is of all gradients
             self._stop_not_finite("gradient norm", [])
         return norm
@@ -219,7 +224,7 @@ class DerisTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Evaluates on `eval_split`; a best mIoU writes the folder ``best``."""
         with self._meter.paused():
-            numbers = self.evaluation(self.model)
+            numbers = self.evaluation(self.deris)
             metrics = {f"eval_{name}": value for name, value in numbers.items()}
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -227,7 +232,7 @@ class DerisTrainer(Trainer):
                 self.state.best_metric = numbers["mIoU"]
                 self.state.best_global_step = self.state.global_step
                 saved = {"step": self.state.global_step, "split": self.config.training.eval_split, **numbers}
-                checkpoints.save_weights(self.output / checkpoints.BEST, self.model, self.config, saved)
+                checkpoints.save_weights(self.output / checkpoints.BEST, self.deris, self.config, saved)
         return metrics
 
     # -- checkpoints
@@ -235,9 +240,9 @@ class DerisTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._meter.paused():
             folder = checkpoints.checkpoint_folder(self.output, self.state.global_step)
-            checkpoints.save_training_state(
-                folder, self.model, self.optimizer, self.lr_scheduler, self.config, checkpoints.plain_state(self.state)
-            )
+            optimizer, schedule = self._optimizer_and_schedule()
+            state = checkpoints.plain_state(self.state)
+            checkpoints.save_training_state(folder, self.deris, optimizer, schedule, self.config, state)
             on_first_rank(lambda: checkpoints.keep_newest(self.output, self.config.training.keep_checkpoints))
             logger.info("saved %s", folder)
 
@@ -246,14 +251,21 @@ class DerisTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is not None:
-            checkpoints.restore_weights(self.model, Path(resume_from_checkpoint))
+            checkpoints.restore_weights(self.deris, Path(resume_from_checkpoint))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
+            optimizer, schedule = self._optimizer_and_schedule()
             checkpoints.restore_training_state(
-                Path(resume_from_checkpoint), self.model, self.optimizer, self.lr_scheduler, self.config
+                Path(resume_from_checkpoint), self.deris, optimizer, schedule, self.config
             )
         self._meter = _Meter()
         return prepared
+
+    def _optimizer_and_schedule(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        assert self.optimizer is not None and isinstance(self.lr_scheduler, LRScheduler), (
+            "made in _prepare_for_training"
+        )
+        return self.optimizer, self.lr_scheduler
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -55,6 +55,7 @@ def test_cases_are_random_worst_best_without_repetition(tmp_path: Path) -> None:
     iou = [c.prediction.overlaps["original"].iou for c in cases]
     assert max(iou[3:6]) < min(iou[6:])
     assert iou[6] == max(iou[6:])
+    assert len({c.record.image_id for c in cases}) == 9
     few = choose_cases([p for p, _ in pairs[:4]], {r.phrase_id: r for _, r in pairs}, protocol="original", num_each=3)
     assert len(few) == 4
 

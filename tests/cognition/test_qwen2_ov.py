@@ -1,0 +1,291 @@
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from deris_llm.cognition import build_processor, resolve_backend
+from deris_llm.cognition.qwen2_ov import Qwen2OneVision
+from deris_llm.structures import CognitionFeatures, CognitionInputs
+from deris_llm.testing import check_cognition_backend, relative_difference, synthetic_images, tiny_config
+
+TEXT_FIRST = (
+    "cognition.prompt_order=text_first",
+    'cognition.prompt="<|im_start|>user\\nWhere is {phrase}?<image>\\n<|im_end|>\\n"',
+)
+PHRASES = ["the small blue square on the left", "star", "a green ring behind the large triangle"]
+INDEX = [0, 0, 1]
+
+
+def build(config, backend=Qwen2OneVision, *, wake_lora: bool = True) -> Qwen2OneVision:
+    torch.manual_seed(0)
+    built = backend.build(config.cognition, weights=True, dtype=torch.float32)
+    if wake_lora:
+        for name, parameter in built.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.5)
+    return built
+
+
+@pytest.fixture(scope="module")
+def backend(overrides: list[str]) -> Qwen2OneVision:
+    return build(tiny_config(*overrides)).eval()
+
+
+@pytest.fixture(scope="module")
+def processor(overrides: list[str]):
+    return build_processor(tiny_config(*overrides))
+
+
+@pytest.fixture(scope="module")
+def inputs(processor) -> CognitionInputs:
+    return processor(synthetic_images(2), PHRASES, INDEX)
+
+
+@pytest.mark.parametrize("order", [(), TEXT_FIRST], ids=["image_first", "text_first"])
+@pytest.mark.parametrize("text_features", ["phrase_and_after", "phrase", "last"])
+def test_contract(overrides: list[str], order: tuple[str, ...], text_features: str):
+    config = tiny_config(*overrides, *order, f"cognition.text_features={text_features}")
+    # measured worst case 1e-6
+    check_cognition_backend(build(config), build_processor(config), tolerance=1e-5)
+
+
+class FlippedPadding(Qwen2OneVision):
+    def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
+        features = super().forward(inputs, image_index)
+        return replace(features, text_padding_mask=~features.text_padding_mask)
+
+
+class ReadsTheBatch(Qwen2OneVision):
+    def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
+        features = super().forward(inputs, image_index)
+        return replace(features, cls_feat=features.cls_feat - features.cls_feat.mean(dim=0))
+
+
+class IdleParameter(Qwen2OneVision):
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.idle = nn.Parameter(torch.zeros(2))
+
+
+class WrongWidth(Qwen2OneVision):
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.feature_dim += 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "rule"),
+    [
+        (FlippedPadding, "True = padding"),
+        (ReadsTheBatch, "cls_feat: the same, whatever shares the batch"),
+        (IdleParameter, "idle does not"),
+        (WrongWidth, "feature_dim"),
+    ],
+)
+def test_contract_rejects_broken_plugins(overrides: list[str], broken: type[Qwen2OneVision], rule: str):
+    config = tiny_config(*overrides)
+    with pytest.raises(AssertionError, match=rule):
+        check_cognition_backend(build(config, broken), build_processor(config))
+
+
+def test_contract_rejects_a_processor_that_takes_empty_phrases(overrides: list[str], processor):
+    class Lenient(type(processor)):
+        def encode(self, phrase: str) -> tuple[list[int], list[bool]]:
+            return super().encode(phrase.strip() or "star")
+
+    globals()["Lenient"] = Lenient
+    Lenient.__qualname__ = "Lenient"
+    lenient = Lenient.__new__(Lenient)
+    lenient.__dict__.update(processor.__dict__)
+    with pytest.raises(AssertionError, match="expected a ValueError of the processor for the phrase ''"):
+        check_cognition_backend(build(tiny_config(*overrides)), lenient)
+
+
+def test_prompt_is_tokenised_as_a_whole(processor, overrides: list[str]):
+    prompt = tiny_config(*overrides).cognition.prompt
+    for phrase in (*PHRASES, "chién, à gauche!", "?"):
+        ids, is_text = processor.encode(phrase)
+        assert ids.count(processor.image_token_id) == processor.num_image_tokens == 16
+        first = ids.index(processor.image_token_id)
+        without_repeats = ids[:first] + ids[first + 15 :]
+        assert without_repeats == processor.tokenizer(prompt.replace("{phrase}", phrase))["input_ids"]
+        text = processor.tokenizer.decode([token for token, chosen in zip(ids, is_text, strict=True) if chosen])
+        assert text.lstrip(" ") == f"{phrase}?<|im_end|>\n<|im_start|>assistant\n"  # " a" may be one token or two
+
+
+def test_which_tokens_become_text_features(overrides: list[str]):
+    def chosen(*more: str) -> str:
+        processor = build_processor(tiny_config(*overrides, *more))
+        ids, is_text = processor.encode("the red circle")
+        return processor.tokenizer.decode([token for token, choice in zip(ids, is_text, strict=True) if choice])
+
+    assert chosen("cognition.text_features=phrase") == " the red circle"  # tokens bring their space along
+    assert chosen("cognition.text_features=last") == "\n"
+    assert chosen(*TEXT_FIRST) == " the red circle?\n<|im_end|>\n"  # no image tokens
+
+
+def test_long_phrases_are_cut_with_one_warning(overrides: list[str], caplog: pytest.LogCaptureFixture):
+    processor = build_processor(
+        tiny_config(*overrides, "cognition.text_features=phrase", "cognition.max_phrase_tokens=5")
+    )
+    long = "the red circle on the left behind the yellow star"
+    with caplog.at_level(logging.WARNING, logger="deris_llm"):
+        cut = [processor.encode(text) for text in (long, "star", long)]
+    assert [sum(is_text) for _, is_text in cut] == [5, sum(cut[1][1]), 5]
+    kept = processor.tokenizer.decode([t for t, choice in zip(*cut[0], strict=True) if choice]).strip()
+    assert long.startswith(kept)
+    assert kept
+    assert caplog.text.count("is cut to cognition.max_phrase_tokens=5") == 1
+    assert processor.num_cut == 2
+
+
+@pytest.mark.parametrize(
+    ("phrase", "told"), [("", "empty"), (" \n", "empty"), ("a <image> b", "special token '<image>'")]
+)
+def test_unusable_phrases_are_told(processor, phrase: str, told: str):
+    with pytest.raises(ValueError, match=told):
+        processor(synthetic_images(1), ["star", phrase], [0, 0])
+
+
+def test_pictures_are_warped_and_normalised(processor):
+    picture = Image.fromarray(np.dstack([np.full((30, 70), value, np.uint8) for value in (0, 255, 51)]))
+    pixels = processor.pixels(picture)
+    assert pixels.shape == (3, 48, 48)
+    assert torch.allclose(pixels.mean(dim=(1, 2)), torch.tensor([-1.0, 1.0, -0.6]), atol=1e-6)
+    assert processor.pixels(picture.convert("L")).shape == (3, 48, 48)
+
+
+def test_features_are_the_hidden_states_of_the_published_forward(backend: Qwen2OneVision, inputs: CognitionInputs):
+    with torch.no_grad():
+        features = backend(inputs, torch.tensor(INDEX))
+        tower = backend.model.vision_tower(inputs.pixel_values[INDEX], output_hidden_states=True).hidden_states[-1]
+        tokens = backend.model.multi_modal_projector(tower)
+        hidden = backend.model(
+            input_ids=inputs.input_ids,
+            attention_mask=(~inputs.token_padding_mask).long(),
+            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=list(tokens))},
+            use_cache=False,
+        ).last_hidden_state
+    for number in range(3):
+        is_image = inputs.input_ids[number] == backend.model.config.image_token_id
+        maps = hidden[number, is_image].view(4, 4, 32).permute(2, 0, 1)  # row-major
+        assert relative_difference(features.image_feats[features.image_feats_index[number]], maps) < 1e-5
+        text = hidden[number, inputs.text_feature_mask[number]]
+        assert relative_difference(features.text_feats[number, : len(text)], text) < 1e-5
+        assert int((~features.text_padding_mask[number]).sum()) == len(text)
+        last = int((~inputs.token_padding_mask[number]).sum()) - 1
+        assert relative_difference(features.cls_feat[number], hidden[number, last]) < 1e-5
+
+
+def test_padding_on_either_side_and_of_any_length(backend: Qwen2OneVision, inputs: CognitionInputs):
+    lengths = (~inputs.token_padding_mask).sum(dim=1).tolist()
+    index = torch.tensor(INDEX)
+
+    def moved(tensor: Tensor, fill) -> Tensor:
+        rows = [
+            torch.cat([tensor.new_full((40 + 3 - n,), fill), row[:n]]) for n, row in zip(lengths, tensor, strict=True)
+        ]
+        return torch.stack(rows)
+
+    left = CognitionInputs(
+        pixel_values=inputs.pixel_values,
+        input_ids=moved(inputs.input_ids[:, :], 0),
+        token_padding_mask=moved(inputs.token_padding_mask, True),
+        text_feature_mask=moved(inputs.text_feature_mask, False),
+    )
+    with torch.no_grad():
+        ours, reference = backend(left, index), backend(inputs, index)
+    valid = ~reference.text_padding_mask
+    assert torch.equal(ours.text_padding_mask, reference.text_padding_mask)
+    for name in ("image_feats", "cls_feat"):
+        assert relative_difference(getattr(ours, name), getattr(reference, name)) < 1e-5
+    assert relative_difference(ours.text_feats[valid], reference.text_feats[valid]) < 1e-5
+
+
+def test_image_first_image_features_are_the_images_own(backend: Qwen2OneVision, processor):
+    image = synthetic_images(1)
+    with torch.no_grad():
+        one, other = (backend(processor(image, [phrase], [0]), torch.tensor([0])) for phrase in PHRASES[:2])
+        both = backend(processor(image, PHRASES[:2], [0, 0]), torch.tensor([0, 0]))
+    assert len(both.image_feats) == 1
+    assert relative_difference(one.image_feats, other.image_feats) < 1e-5
+    assert relative_difference(one.text_feats[:, -1], other.text_feats[:, -1]) > 1e-2
+
+
+def test_text_first_image_features_read_the_phrase(overrides: list[str]):
+    config = tiny_config(*overrides, *TEXT_FIRST)
+    inputs = build_processor(config)(synthetic_images(1), PHRASES[:2], [0, 0])
+    with torch.no_grad():
+        features = build(config).eval()(inputs, torch.tensor([0, 0]))
+    assert features.image_feats_index.tolist() == [0, 1]
+    assert relative_difference(features.image_feats[0], features.image_feats[1]) > 1e-2
+
+
+def test_lora_at_the_start_is_the_base_model(overrides: list[str], inputs: CognitionInputs):
+    with_lora = build(tiny_config(*overrides), wake_lora=False).eval()
+    base = build(tiny_config(*overrides, "cognition.lora.r=0")).eval()
+    with torch.no_grad():
+        ours, reference = (model(inputs, torch.tensor(INDEX)) for model in (with_lora, base))
+    for name in ("image_feats", "text_feats", "cls_feat"):
+        assert torch.equal(getattr(ours, name), getattr(reference, name))
+
+
+def test_without_lora_nothing_trains(overrides: list[str], inputs: CognitionInputs):
+    model = build(tiny_config(*overrides, "cognition.lora.r=0")).train()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.model.modules())
+    assert not model(inputs, torch.tensor(INDEX)).text_feats.requires_grad
+
+
+def test_with_lora_only_the_language_model_is_in_train_mode(backend: Qwen2OneVision):
+    backend.train()
+    assert all(module.training for module in backend.model.language_model.modules())
+    assert not any(module.training for module in backend.model.vision_tower.modules())
+    assert not any(module.training for module in backend.model.multi_modal_projector.modules())
+    backend.eval()
+    assert not any(module.training for module in backend.modules())
+
+
+def test_lora_dropout_and_scale_take_effect(overrides: list[str], inputs: CognitionInputs):
+    index = torch.tensor(INDEX)
+    dropping = build(tiny_config(*overrides, "cognition.lora.dropout=0.5")).train()
+    stronger = build(tiny_config(*overrides, "cognition.lora.alpha=64")).eval()
+    plain = build(tiny_config(*overrides)).eval()
+    with torch.no_grad():
+        reference = plain(inputs, index).cls_feat
+        assert torch.equal(dropping.eval()(inputs, index).cls_feat, reference)
+        assert relative_difference(dropping.train()(inputs, index).cls_feat, reference) > 1e-3
+        assert relative_difference(stronger(inputs, index).cls_feat, reference) > 1e-3
+
+
+def test_lora_targets_are_checked(overrides: list[str]):
+    config = tiny_config(*overrides, "cognition.lora.targets=[q_proj, quatsch]")
+    with pytest.raises(ValueError, match=r"expected names among .*q_proj.*got quatsch"):
+        build(config)
+    chosen = build(tiny_config(*overrides, "cognition.lora.targets=[down_proj]"), wake_lora=False)
+    assert {n.split(".")[-4] for n, p in chosen.named_parameters() if p.requires_grad} == {"down_proj"}
+
+
+def test_backend_of_a_tokenizer_without_the_image_token_is_refused(overrides: list[str], tmp_path):
+    import json
+    import shutil
+
+    folder = tmp_path / "llava"
+    shutil.copytree(tiny_config(*overrides).cognition.weights, folder)
+    architecture = json.loads((folder / "config.json").read_text())
+    architecture["image_token_index"] += 1
+    (folder / "config.json").write_text(json.dumps(architecture))
+    with pytest.raises(ValueError, match="fast tokenizer whose <image> is token"):
+        build_processor(tiny_config(*overrides, f"cognition.weights={folder}"))
+
+
+def test_resolved_backend_builds_on_meta_without_weights(overrides: list[str]):
+    config = tiny_config(*overrides).cognition
+    with torch.device("meta"):
+        model = resolve_backend(config.backend).build(config, weights=False, dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}

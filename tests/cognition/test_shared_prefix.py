@@ -1,0 +1,66 @@
+"""The packed language model equals one run per phrase."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from transformers import Qwen2Config, Qwen2Model
+
+from deris_llm.cognition.shared_prefix import pack_prompts, run_packed
+
+TOLERANCE = 2e-6  # measured worst case 6e-7 (hidden states of size 1)
+PREFIX, WIDTH = 7, 32
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def language_model(request: pytest.FixtureRequest) -> Qwen2Model:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=50, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation=request.param,
+    )  # fmt: skip
+    model = Qwen2Model(config).requires_grad_(False)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    inject_adapter_in_model(lora, model)
+    return model
+
+
+def _prompts(lengths: list[int], image_index: list[int], padding: int = 0) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    prefixes = torch.randn(max(image_index) + 1, PREFIX, WIDTH, generator=generator)
+    own = torch.randn(len(lengths), max(lengths) + padding, WIDTH, generator=generator)
+    embeddings = torch.cat([prefixes[image_index], own], dim=1)
+    is_valid = torch.arange(embeddings.shape[1]) < (PREFIX + torch.tensor(lengths))[:, None]
+    return embeddings, is_valid, torch.tensor(image_index)
+
+
+def _gradients(model: Qwen2Model) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_packed_equals_one_by_one_in_values_and_gradients(language_model: Qwen2Model, padding: int) -> None:
+    lengths = [4, 1, 6, 3, 2]
+    embeddings, is_valid, image_index = _prompts(lengths, [0, 0, 0, 1, 1], padding)
+    shared, own = run_packed(language_model, embeddings, is_valid, image_index, PREFIX)
+    weight = torch.linspace(-1, 1, WIDTH)
+    sum((own[p, :n] * weight).sum() for p, n in enumerate(lengths)).backward()
+    packed_gradients = _gradients(language_model)
+    for p, n in enumerate(lengths):
+        alone = language_model(inputs_embeds=embeddings[p : p + 1, : PREFIX + n]).last_hidden_state[0]
+        assert torch.allclose(shared[image_index[p]], alone[:PREFIX], atol=TOLERANCE)
+        assert torch.allclose(own[p, :n], alone[PREFIX:], atol=TOLERANCE)
+        (alone[PREFIX:] * weight).sum().backward()
+    for name, gradient in _gradients(language_model).items():
+        assert torch.allclose(packed_gradients[name], gradient, rtol=1e-4, atol=1e-5), name
+
+
+def test_a_phrase_sees_the_prefix_and_itself_at_the_positions_it_has_alone() -> None:
+    _, is_valid, image_index = _prompts([2, 3], [0, 0])
+    packed = pack_prompts(is_valid, image_index, 1, PREFIX)
+    assert packed.position_ids_IT[0].tolist() == [*range(PREFIX), 7, 8, 7, 8, 9]
+    last_of_second = packed.is_visible_ITT[0, PREFIX + 4]
+    assert last_of_second.tolist() == [True] * PREFIX + [False, False, True, True, True]

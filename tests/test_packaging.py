@@ -1,0 +1,93 @@
+"""What an installed package is made of."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import distribution
+from pathlib import Path
+
+import deris_llm
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def _all_requirements() -> list[str]:
+    project = PROJECT["project"]
+    return [*project["dependencies"], *(r for group in project["optional-dependencies"].values() for r in group)]
+
+
+def test_requirements_have_lower_bounds_only():
+    for requirement in _all_requirements():
+        assert re.fullmatch(r"[A-Za-z0-9_-]+(\[[a-z]+\])?>=[0-9.]+", requirement), requirement
+
+
+def test_every_import_of_the_package_is_declared():
+    names = {"PIL": "pillow", "yaml": "pyyaml", "qwen_vl_utils": "qwen-vl-utils"}
+    brought = {"tokenizers", "huggingface_hub"}  # parts of transformers
+    declared = {re.split(r"[>\[]", requirement)[0] for requirement in PROJECT["project"]["dependencies"]}
+    for path in (ROOT / "deris_llm").rglob("*.py"):
+        for module in re.findall(r"^\s*(?:import|from) ([a-zA-Z_0-9]+)", path.read_text(), flags=re.MULTILINE):
+            if module in sys.stdlib_module_names or module in brought | {"deris_llm", "__future__"}:
+                continue
+            assert names.get(module, module) in declared, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_entry_point_and_version():
+    installed = distribution("deris-llm")
+    assert installed.version == deris_llm.__version__
+    scripts = {entry.name: entry.value for entry in installed.entry_points if entry.group == "console_scripts"}
+    assert scripts == {"deris-llm": "deris_llm.cli:main"}
+
+
+def test_data_files_are_built_into_the_package(tmp_path):
+    """Run configs, architectures and the shipped weights travel with it."""
+    command = [sys.executable, "-c", "import setuptools; setuptools.setup()", "-q"]
+    egg_info, build = ["egg_info", "--egg-base", str(tmp_path)], ["build_py", "--build-lib", str(tmp_path / "built")]
+    subprocess.run([*command, *egg_info, *build], cwd=ROOT, check=True, capture_output=True)
+    wanted = [
+        path
+        for pattern in ("configs/*.yaml", "architectures/*.json", "builtin/**/*", "**/*.py")
+        for path in (ROOT / "deris_llm").glob(pattern)
+        if path.is_file()
+    ]
+    missing = [path for path in wanted if not (tmp_path / "built" / path.relative_to(ROOT)).is_file()]
+    assert not missing
+    assert {path.suffix for path in wanted} >= {".yaml", ".json", ".py"}
+
+
+def test_shipped_weights_stay_small():
+    sizes = [path.stat().st_size for path in (ROOT / "deris_llm" / "builtin").rglob("*") if path.is_file()]
+    assert sum(sizes) <= 12 * 2**20
+
+
+def test_no_path_of_a_machine_in_tracked_files():
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode:  # an unpacked archive
+        return
+    pattern = re.compile(r"/(home|root|work|tmp)/[a-z]")
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if (
+            path.suffix in {".py", ".sh", ".toml", ".yaml", ".json", ".md"}
+            and path.is_file()
+            and path.name != Path(__file__).name
+        ):
+            found = pattern.search(path.read_text(encoding="utf-8", errors="replace"))
+            assert found is None, f"{name}: {found}"
+
+
+def test_the_readme_lists_every_file():
+    tree = (ROOT / "README.md").read_text().partition("## What is where")[2].partition("## License")[0]
+    for folder in ("deris_llm", "scripts", "eval", "ds_configs"):
+        for path in (ROOT / folder).rglob("*"):
+            listed = path.name if path.name != "__init__.py" else path.parent.name
+            if path.suffix in {".py", ".sh", ".json", ".sbatch"} and not {"builtin", "architectures"} & set(path.parts):
+                assert f"{listed}" in tree, f"{path.relative_to(ROOT)} is missing in README.md, 'What is where'"

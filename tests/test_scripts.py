@@ -1,0 +1,164 @@
+"""The shell scripts and the quickstart's stages."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deris_llm.quickstart import Log, Stage, StageError, main, run_stages
+from deris_llm.testing import tiny_weights
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "scripts").glob("*.sh")) + [ROOT / ".ci" / "run"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts_parse_and_can_be_run(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    if not path.name.startswith("_"):
+        assert os.access(path, os.X_OK), f"chmod +x {path.name}"
+        assert path.read_text().startswith("#!/usr/bin/env bash\n")
+        assert "set -euo pipefail" in path.read_text()
+
+
+def _bash(script: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
+    prelude = (
+        f'set -euo pipefail; ROOT="{tmp_path}"; LOG="{tmp_path}/log"; : >"$LOG"; source "{ROOT}/scripts/_env.sh"; '
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    return subprocess.run(
+        ["bash", "-c", prelude + script], env={**kept, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_active_environment_is_used(tmp_path):
+    done = _bash('use_environment; echo "PYTHON=$PYTHON"', tmp_path, VIRTUAL_ENV=sys.prefix)
+    assert f"PYTHON={sys.prefix}/bin/python" in done.stdout
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_without_one_a_venv_is_made_once(tmp_path):
+    script = 'use_environment; echo "PYTHON=$PYTHON"; "$PYTHON" -c "import sys; print(sys.version_info >= (3, 11))"'
+    first = _bash(script, tmp_path)
+    assert f"PYTHON={tmp_path}/.venv/bin/python" in first.stdout
+    assert "True" in first.stdout
+    assert "making .venv" in first.stdout
+    assert "making .venv" not in _bash(script, tmp_path).stdout
+
+
+def test_no_python_is_said_with_what_to_do(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "tee", "printf"):
+        (tools / tool).symlink_to(next(Path(d) / tool for d in ("/usr/bin", "/bin") if (Path(d) / tool).exists()))
+    done = _bash("use_environment", tmp_path, PATH=str(tools))
+    assert done.returncode == 1
+    assert "no Python >= 3.11" in done.stdout
+    assert "What to do: install Python 3.11" in done.stdout
+
+
+def test_install_runs_once_and_again_when_pyproject_changes(tmp_path):
+    """With a stand-in for Python that logs what pip is asked for: no network, no environment is touched."""
+    asked = tmp_path / "asked"
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        f'if [[ "$1" == -m ]]; then echo "$*" >>"{asked}"; exit "${{PIP_STATUS:-0}}"; fi\n'
+        f'if [[ "$2" == *sys.prefix* ]]; then echo "{tmp_path}"; else echo "{tmp_path}/deris_llm"; fi\n'
+    )
+    python.chmod(0o755)
+    (tmp_path / "pyproject.toml").write_text("one")
+
+    def install(extras: str = "[dev]", **environment: str) -> subprocess.CompletedProcess:
+        return _bash(f'PYTHON="{python}"; install_package "{extras}"', tmp_path, **environment)
+
+    failed = install(PIP_STATUS="3")
+    assert failed.returncode == 1
+    assert "FAILED: pip could not install" in failed.stdout
+    assert "What to do: check the network" in failed.stdout
+    assert install().returncode == 0
+    assert len(asked.read_text().splitlines()) == 2
+    assert "-e .[dev]" in asked.read_text()
+    assert "installed already" in install().stdout
+    assert "installed already" in install(extras="").stdout
+    (tmp_path / "pyproject.toml").write_text("two")
+    assert "installed already" not in install(extras="").stdout
+    assert "installed already" in install(extras="").stdout
+    assert "installed already" not in install().stdout
+
+
+def _stage(name: str, marker: Path, *, depends_on: object = None) -> Stage:
+    """A real command of ours whose output file says that it ran."""
+    return Stage(name, "lists run configs", ("config", "list"), depends_on, "nothing", lambda: marker.write_text(name))
+
+
+def test_a_finished_stage_is_reused_until_what_it_depends_on_changes(tmp_path):
+    log = Log(tmp_path / "log")
+    marker = tmp_path / "marker"
+
+    def ran(*stages: Stage) -> bool:
+        marker.unlink(missing_ok=True)
+        run_stages(stages, output=tmp_path, log=log)
+        return marker.exists()
+
+    (tmp_path / "stages").mkdir()
+    assert ran(_stage("a", marker))
+    assert not ran(_stage("a", marker))
+    assert ran(_stage("a", marker, depends_on=1))
+    assert ran(_stage("a", marker, depends_on=1), _stage("b", marker))
+    assert not ran(_stage("a", marker, depends_on=1), _stage("b", marker))
+    assert ran(_stage("a", marker, depends_on=2), _stage("b", marker))
+    assert marker.read_text() == "b"  # a stage after a changed one is repeated too
+    assert "tiny-refcoco" in (tmp_path / "log").read_text()
+
+
+def test_a_failed_stage_is_no_finished_stage(tmp_path):
+    log = Log(tmp_path / "log")
+    (tmp_path / "stages").mkdir()
+    bad = Stage("a", "shows a config", ("config", "show", "--config", "no-such-one"), None, "nothing")
+    for _ in range(2):
+        with pytest.raises(StageError) as failure:
+            run_stages([bad], output=tmp_path, log=log)
+        assert failure.value.status == 2
+    assert "no such run config" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_whole_quickstart_on_a_small_world_and_again(tmp_path, capfd):
+    """Real commands, two ranks, DeepSpeed; random weights and three steps: the form of all that comes out, not its worth."""
+    overrides = [
+        *tiny_weights(tmp_path / "weights"), f"data.root={tmp_path / 'world'}", "training.max_steps=3", "training.save_every=2",
+        "data.phrases_per_image=2",
+    ]  # fmt: skip
+    output = tmp_path / "run"
+    arguments = ["--output", str(output), "--world", "6", "2", "2", "--set", *overrides]
+    assert main(arguments) == 0, capfd.readouterr().out
+    report = json.loads((output / "report.json").read_text())
+    splits = {
+        "refcoco/val", "refcoco/testA", "refcoco/testB", "refcoco+/val", "refcoco+/testA", "refcoco+/testB",
+        "refcocog_umd/val", "refcocog_umd/test",
+    }  # fmt: skip
+    assert set(report["splits"]) == set(report["step0"]) == splits
+    assert set(report["control"]) <= splits
+    for section in ("splits", "step0"):
+        for by_protocol in report[section].values():
+            for protocol in ("original", "deris"):
+                assert {"mIoU", "oIoU", "Pr@0.5", "Pr@0.9", "n_phrases", "n_images"} <= set(by_protocol[protocol])
+    assert {"data", "step0", "train", "evaluate", "total"} <= set(report["timing"])
+    assert {"python", "torch", "transformers"} <= set(report["versions"])
+    assert (output / "overlays.html").is_file()
+    for split in splits:
+        lines = (output / "predictions" / f"{split.replace('/', '_')}.jsonl").read_text().splitlines()
+        assert len(lines) == report["splits"][split]["original"]["n_phrases"]
+    written = (output / "train" / "best" / "trainable.safetensors").stat().st_mtime_ns
+
+    capfd.readouterr()
+    assert main(arguments) == 0
+    again = capfd.readouterr().out
+    assert again.count("done already") == 4
+    assert str(output / "report.json") in again
+    assert (output / "train" / "best" / "trainable.safetensors").stat().st_mtime_ns == written

@@ -1,0 +1,167 @@
+import json
+import os
+import resource
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+from deris_llm.model import build_model
+from deris_llm.testing import synthetic_batch, tiny_config
+from deris_llm.training import checkpoints
+from deris_llm.training.checkpoints import CheckpointError, load_checkpoint, save_weights, written_aside
+
+
+@pytest.fixture(scope="module")
+def config(run_overrides):
+    return tiny_config(*run_overrides)
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    torch.manual_seed(1)
+    return build_model(config).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(config, model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "best"
+    save_weights(folder, model, config, {"mIoU": 12.5})
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "best")
+
+
+def test_loading_gives_config_and_the_same_model(saved, config, model):
+    loaded_config, loaded = load_checkpoint(saved)
+    assert loaded_config == config
+    batch = synthetic_batch(config)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(batch).final.mask_logits, model(batch).final.mask_logits, rtol=0, atol=0)
+    assert not loaded.training
+
+
+def test_only_trainables_are_saved(saved, model):
+    names = set(safetensors.torch.load_file(saved / "trainable.safetensors"))
+    assert names == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert json.loads((saved / "metrics.json").read_text()) == {"mIoU": 12.5}
+
+
+def test_other_parameter_names_are_refused(copy):
+    tensors = safetensors.torch.load_file(copy / "trainable.safetensors")
+    tensors["loopback.somebody_elses.weight"] = tensors.pop("loopback.presence_head.weight")
+    tensors["loopback.referring_head.bias"] = torch.zeros(7)
+    safetensors.torch.save_file(tensors, copy / "trainable.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(copy)
+    assert "missing in the file: loopback.presence_head.weight" in str(caught.value)
+    assert "not trainable here: loopback.somebody_elses.weight" in str(caught.value)
+    assert "loopback.referring_head.bias: shape (7,) in the file, (1,) here" in str(caught.value)
+
+
+def test_at_most_ten_names_are_listed(copy):
+    safetensors.torch.save_file({"x": torch.zeros(1)}, copy / "trainable.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(copy)
+    assert str(caught.value).count("missing in the file") == 10
+
+
+def test_other_base_weights_are_refused(copy):
+    prints = json.loads((copy / "base_weights.json").read_text())
+    prints["perception"]["files"]["model.safetensors"] = "0" * 64
+    (copy / "base_weights.json").write_text(json.dumps(prints))
+    with pytest.raises(CheckpointError, match=r"expected the base weights it was trained on.*perception"):
+        load_checkpoint(copy)
+
+
+def test_a_folder_that_is_no_checkpoint_says_where_one_is(tmp_path, copy):
+    shutil.copytree(copy, tmp_path / "run" / "checkpoint-7")
+    with pytest.raises(CheckpointError, match=r"did you mean .*checkpoint-7\?"):
+        load_checkpoint(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"got no config\.yaml, trainable\.safetensors, base_weights\.json"):
+        load_checkpoint(tmp_path / "nothing")
+
+
+def test_fingerprint_changes_with_one_changed_weight(tmp_path):
+    tensor = torch.zeros(1 << 22)
+    safetensors.torch.save_file({"w": tensor}, tmp_path / "a.safetensors")
+    safetensors.torch.save_file({"w": tensor + 1e-3}, tmp_path / "b.safetensors")
+    a, again, b = (checkpoints.file_digest(tmp_path / f"{name}.safetensors") for name in ("a", "a", "b"))
+    assert a == again != b
+
+
+def test_an_error_while_saving_leaves_the_old_folder_whole(tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.yaml").write_text("old")
+    with pytest.raises(KeyboardInterrupt), written_aside(tmp_path / "best") as partial:
+        (partial / "config.yaml").write_text("new")
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+    assert (tmp_path / "best" / "config.yaml").read_text() == "old"
+
+
+def test_a_kill_while_saving_leaves_the_old_folder_and_its_remains_are_removed(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    child = os.fork()
+    if child == 0:
+        with written_aside(tmp_path / "checkpoint-4") as partial:
+            (partial / "config.yaml").write_text("half")
+            os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".partial-checkpoint-4", "checkpoint-2"]
+    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    checkpoints.remove_incomplete(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_replacing_keeps_only_the_new(tmp_path):
+    for text in ("old", "new"):
+        with written_aside(tmp_path / "best") as partial:
+            (partial / text).write_text(text)
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+    assert [p.name for p in (tmp_path / "best").iterdir()] == ["new"]
+
+
+def test_disk_full_is_a_clear_error_and_keeps_what_was_there(copy, config, model):
+    before = (copy / "trainable.safetensors").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow beyond this: the disk is "full"
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"expected to write it, got .*earlier checkpoints are whole\. Make room"
+        ):
+            save_weights(copy, model, config, {})
+        with pytest.raises(CheckpointError):
+            save_weights(copy.parent / "checkpoint-9", model, config, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (copy / "trainable.safetensors").read_bytes() == before
+    assert [p.name for p in copy.parent.iterdir()] == ["best"]
+
+
+def test_newest_are_kept_by_number_not_by_name(tmp_path):
+    for step in (2, 10, 9):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "best").mkdir()
+    (tmp_path / "checkpoint-old").mkdir()
+    checkpoints.keep_newest(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "checkpoint-10", "checkpoint-9", "checkpoint-old"]
+
+
+def test_another_config_is_refused_with_the_fields(saved, run_overrides):
+    other = tiny_config(
+        *run_overrides, "training.seed=7", "loopback.rounds=2", "training.log_every=3", "data.num_workers=1"
+    )
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.check_same_run(saved, other)
+    assert "2 fields differ" in str(caught.value)
+    assert "loopback.rounds: 3 there, 2 now" in str(caught.value)
+    assert "training.seed: 42 there, 7 now" in str(caught.value)
+
+
+def test_fields_that_may_differ_exist(config):
+    assert set(checkpoints._flat(checkpoints.config_to_dict(config))) >= checkpoints.MAY_DIFFER

@@ -1,0 +1,175 @@
+"""The whole of training, on two ranks under DeepSpeed and in this process without it."""
+
+import json
+import math
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+
+from deris_llm.config import load_config
+from deris_llm.training.checkpoints import load_checkpoint
+from deris_llm.training.run import train
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 2e-5  # relative; measured: ZeRO stages bit-equal in loss, one process against two ranks 1e-7 (loss) at most
+STRAIGHT = ("trainable.safetensors", "optimizer.safetensors")
+
+
+def tensors(folder, name):
+    return safetensors.torch.load_file(folder / name)
+
+
+@pytest.fixture(scope="module")
+def one_process(run_overrides, tmp_path_factory):
+    """The same steps without DeepSpeed: one rank, two micro-batches."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    config = load_config("tiny-refcoco", [*run_overrides, "training.accumulation=2"])
+    return train(config, output=output)
+
+
+def log(output):
+    state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_zero_stages_give_equal_losses(two_ranks, stage):
+    assert two_ranks.losses(f"zero{stage}") == pytest.approx(two_ranks.losses("zero0"), rel=TOLERANCE)
+    assert len(set(two_ranks.losses(f"zero{stage}"))) == 4
+
+
+@pytest.mark.parametrize("stage", (2, 3))
+def test_gradient_norms_agree(two_ranks, one_process, stage):
+    expected = [entry["grad_norm"] for entry in log(one_process.output)]
+    assert two_ranks.losses(f"zero{stage}", "grad_norm") == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_one_process_without_deepspeed_gives_the_losses_of_two_ranks(two_ranks, one_process):
+    assert [entry["loss"] for entry in log(one_process.output)] == pytest.approx(
+        two_ranks.losses("zero2"), rel=TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("run", ("zero2", "zero3", "bf16"))
+def test_two_steps_and_resume_are_four_straight(two_ranks, run):
+    assert two_ranks.losses(f"{run}_resumed") == two_ranks.losses(run)
+    assert two_ranks.losses(f"{run}_resumed", "grad_norm") == two_ranks.losses(run, "grad_norm")
+    for name in STRAIGHT:
+        straight, resumed = (tensors(two_ranks.folder / r / "checkpoint-4", name) for r in (run, f"{run}_resumed"))
+        assert straight.keys() == resumed.keys()
+        assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+
+
+def test_resuming_with_one_rank_instead_of_two(two_ranks, run_overrides, tmp_path):
+    shutil.copytree(two_ranks.folder / "zero2" / "checkpoint-2", tmp_path / "checkpoint-2")
+    config = load_config("tiny-refcoco", [*run_overrides, "training.accumulation=2"])
+    train(config, output=tmp_path)
+    assert [entry["loss"] for entry in log(tmp_path)] == pytest.approx(two_ranks.losses("zero2"), rel=1e-5)
+    straight, resumed = (
+        tensors(f / "checkpoint-4", "trainable.safetensors") for f in (two_ranks.folder / "zero2", tmp_path)
+    )
+    torch.testing.assert_close(resumed, straight, rtol=1e-5, atol=1e-5)
+
+
+def test_resuming_with_another_number_of_images_per_step_is_refused(two_ranks, run_overrides, tmp_path):
+    shutil.copytree(two_ranks.folder / "zero2" / "checkpoint-2", tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"expected 2 images per step as in the saved run, got 1 ="):
+        train(load_config("tiny-refcoco", run_overrides), output=tmp_path)
+
+
+def test_resuming_with_another_zero_stage(two_ranks):
+    assert two_ranks.losses("stage_changed") == pytest.approx(two_ranks.losses("zero3"), rel=TOLERANCE)
+
+
+def test_an_output_folder_of_another_config_is_refused(two_ranks):
+    assert "training.learning_rate: 0.001 there, 0.5 now" in two_ranks.error("other_config")
+    assert sorted(p.name for p in (two_ranks.folder / "other_config").glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+def test_a_nan_loss_stops_with_the_last_good_checkpoint(two_ranks):
+    said = two_ranks.error("diverged")
+    step = int(said.split("training step ")[1].split(":")[0])
+    assert f"the last good checkpoint is {two_ranks.folder / 'diverged' / f'checkpoint-{step - 1}'}" in said
+    assert "refcoco/train/" in said
+    assert "rank " in said
+    kept = tensors(two_ranks.folder / "diverged" / f"checkpoint-{step - 1}", "trainable.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in kept.values())
+    assert not (two_ranks.folder / "diverged" / f"checkpoint-{step}").exists()
+
+
+def test_bf16_keeps_float32_master_weights(two_ranks):
+    kept = tensors(two_ranks.folder / "bf16" / "checkpoint-4", "trainable.safetensors")
+    assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in kept.values())
+    assert two_ranks.losses("bf16") == pytest.approx(two_ranks.losses("zero2"), rel=0.05)
+
+
+def test_progress_is_said_without_a_terminal(two_ranks):
+    assert "step 4 of 4: loss " in two_ranks.said
+    assert "phrases/s, 0:00:00 left" in two_ranks.said
+
+
+def test_a_line_of_the_log_has_parts_rates_speed_and_memory(one_process):
+    entry = log(one_process.output)[0]
+    parts = {f"loss/{kind}/round{i}" for kind in ("mask_bce", "dice", "referring") for i in range(4)} | {
+        "loss/presence"
+    }
+    rates = {f"learning_rate/{group}" for group in ("lora", "pixel_decoder", "other")}
+    numbers = {
+        "loss",
+        "grad_norm",
+        "phrases_per_second",
+        "images_per_second",
+        "peak_gpu_memory_gib",
+        "peak_process_memory_gib",
+    }
+    assert parts | rates | numbers <= entry.keys()
+    assert all(math.isfinite(entry[name]) for name in parts | rates | numbers)
+    assert list((one_process.output / "tensorboard").glob("events.*"))
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts(one_process, run_overrides):
+    from deris_llm.criterion import build_criterion
+
+    criterion = build_criterion(load_config("tiny-refcoco", run_overrides))
+    for entry in log(one_process.output):
+        parts = {
+            name.removeprefix("loss/"): torch.tensor(value) for name, value in entry.items() if name.startswith("loss/")
+        }
+        assert float(criterion.weighted_total(parts)) == pytest.approx(entry["loss"], rel=1e-4)
+
+
+def test_the_best_checkpoint_is_written_and_loads(one_process):
+    assert one_process.best == one_process.output / "best"
+    said = json.loads((one_process.best / "metrics.json").read_text())
+    assert said["mIoU"] == one_process.metrics["mIoU"]
+    assert said["step"] == 4
+    config, model = load_checkpoint(one_process.best)
+    assert config.training.accumulation == 2
+    final = tensors(one_process.checkpoint, "trainable.safetensors")
+    assert all(torch.equal(p, final[name]) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_finished_run_is_not_trained_again(one_process, run_overrides):
+    config = load_config("tiny-refcoco", [*run_overrides, "training.accumulation=2"])
+    before = one_process.checkpoint.stat().st_mtime_ns
+    assert train(config, output=one_process.output) == one_process
+    assert one_process.checkpoint.stat().st_mtime_ns == before
+
+
+def test_resume_never_and_a_wrong_folder_are_refused(one_process, run_overrides, tmp_path):
+    config = load_config("tiny-refcoco", [*run_overrides, "training.accumulation=2"])
+    with pytest.raises(ValueError, match="--resume never: expected an output folder without checkpoints"):
+        train(config, output=one_process.output, resume="never")
+    with pytest.raises(ValueError, match=r"`best` holds no optimizer state"):
+        train(config, output=tmp_path, resume=str(one_process.output / "best"))
+
+
+def test_fast_dev_run_saves_reloads_and_evaluates(run_overrides, tmp_path):
+    result = train(load_config("tiny-refcoco", run_overrides), output=tmp_path, fast_dev_run=True)
+    assert result.steps == 2
+    assert result.checkpoint == tmp_path / "fast-dev-run" / "checkpoint-2"
+    assert result.metrics["n_images"] == 3
