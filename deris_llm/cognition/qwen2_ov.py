@@ -257,6 +257,7 @@ class Qwen2OneVision(CognitionBackend):
         text_mask_PL = inputs.text_feature_mask
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.has_lora):
             if self.prompt_order == "image_first":  # image tokens cannot see the phrase: run them once per image
+                assert not inputs.token_padding_mask[:, 0].any(), "a shared prefix needs prompts padded on the right"
                 prefix = int(is_image_PL[0].nonzero().max()) + 1
                 shared_ISD, hidden_PLD = run_packed(
                     self.model.language_model, embeddings_PLD, is_valid_PL, image_index, prefix

@@ -1,29 +1,18 @@
-"""What the Trainer calls on its way: the epoch's order, and progress that a person can read."""
+"""Progress that a person can read, on a terminal and in a log file."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from deris_llm.data.sampler import TrainingBatchSampler
-
 logger = logging.getLogger(__name__)
-
-
-class EpochOrder(TrainerCallback):
-    """Tells the sampler which epoch begins (the Trainer does not reach a sampler that is not wrapped)."""
-
-    def __init__(self, sampler: TrainingBatchSampler) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A resumed run begins inside an epoch: its whole part counts."""
-        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class ProgressLines(TrainerCallback):
@@ -92,6 +81,18 @@ class ProgressLines(TrainerCallback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Takes the bar off the terminal while something else shows its own."""
+        if self.bar is None:
+            yield
+            return
+        self.bar.stop()
+        try:
+            yield
+        finally:
+            self.bar.start()
 
     def _time_left(self, state: TrainerState) -> str:
         done = state.global_step - self._first_step

@@ -298,6 +298,24 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
         )
 
 
+def check_base_weights(folder: Path, config: RunConfig) -> None:
+    """Refuses base weights that are not those a checkpoint was trained on; they must have been loaded once (downloaded).
+
+    Raises:
+        CheckpointError: names the parts.
+    """
+    saved = json.loads((folder / BASE_WEIGHTS_FILE).read_text(encoding="utf-8"))
+    now = base_fingerprints(config)
+    other = [
+        f"{part}: {now[part]['weights']}" for part in now if saved.get(part, {}).get("files") != now[part]["files"]
+    ]
+    if other:
+        raise CheckpointError(
+            f"{folder}: expected the base weights it was trained on ({BASE_WEIGHTS_FILE}), got other files for {'; '.join(other)}. "
+            f"Give the original files under that name, or train again on these"
+        )
+
+
 def restore_weights(model: nn.Module, folder: Path) -> None:
     """Loads the trainable parameters of a checkpoint, strictly by name; works before and after DeepSpeed's engine exists.
 
@@ -380,7 +398,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _random_state() -> dict[str, Any]:
-    _, keys, *rest = np.random.get_state()  # noqa: NPY002 - libraries draw from the global generator
+    state: Any = np.random.get_state()  # noqa: NPY002 - libraries draw from the global generator
+    _, keys, *rest = state
     return {
         "python": random.getstate(),
         "numpy": {"keys": torch.from_numpy(keys.astype(np.int64)), "rest": rest},
@@ -444,7 +463,7 @@ def _fragment(
         )
         return _Fragment(local, rank() * local.numel(), is_partition=True)
     if hasattr(parameter, "_hp_mapping"):
-        mapping = parameter._hp_mapping  # noqa: SLF001
+        mapping: Any = getattr(parameter, "_hp_mapping")  # noqa: B009 - DeepSpeed puts it there
         if mapping is None:
             return _Fragment(torch.empty(0, device=parameter.device), 0, is_partition=True)
         if moment is None:
@@ -536,16 +555,7 @@ def load_checkpoint(folder: str | Path, device: torch.device | str | None = None
         )
     config = load_config(folder / CONFIG_FILE)
     model = build_model(config, device=device)
-    saved = json.loads((folder / BASE_WEIGHTS_FILE).read_text(encoding="utf-8"))
-    now = base_fingerprints(config)
-    other = [
-        f"{part}: {now[part]['weights']}" for part in now if saved.get(part, {}).get("files") != now[part]["files"]
-    ]
-    if other:
-        raise CheckpointError(
-            f"{folder}: expected the base weights it was trained on ({BASE_WEIGHTS_FILE}), got other files for {'; '.join(other)}. "
-            f"Give the original files under that name, or train again on these"
-        )
+    check_base_weights(folder, config)
     restore_weights(model, folder)
     return config, model.eval()
 

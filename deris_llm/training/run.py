@@ -90,7 +90,7 @@ def train(
     from deris_llm.data.loaders import train_loader  # noqa: PLC0415
     from deris_llm.data.mix import training_mix  # noqa: PLC0415
     from deris_llm.model import build_model  # noqa: PLC0415
-    from deris_llm.training.callbacks import EpochOrder, ProgressLines  # noqa: PLC0415
+    from deris_llm.training.callbacks import ProgressLines  # noqa: PLC0415
     from deris_llm.training.trainer import DerisTrainer, training_arguments  # noqa: PLC0415
 
     # The arguments come before the model: under ZeRO-3 it is partitioned while it is built.
@@ -100,14 +100,18 @@ def train(
     records = _evaluation_records(config)
     set_seed(config.training.seed)
     model = build_model(config)
+    if checkpoint is not None:
+        checkpoints.check_base_weights(checkpoint, config)
     processor = build_processor(config)
     loader = train_loader(config, group_by_image(mix.records), processor, rank=rank(), world_size=world_size())
     on_first_rank(lambda: save_config(config, output / checkpoints.CONFIG_FILE))
 
-    def evaluation(model: nn.Module) -> dict[str, float]:
-        return _evaluated(model, config, records, processor, arguments.device)
-
     progress = ProgressLines(enabled=rank() == 0)
+
+    def evaluation(model: nn.Module) -> dict[str, float]:
+        with progress.set_aside():
+            return _evaluated(model, config, records, processor, arguments.device)
+
     tensorboard = TensorBoardCallback()
     tensorboard.logging_dir = str(output / "tensorboard")
     trainer = DerisTrainer(
@@ -117,7 +121,7 @@ def train(
         build_criterion(config),
         loader,
         evaluation,
-        callbacks=[EpochOrder(loader.batch_sampler), tensorboard, progress],
+        callbacks=[tensorboard, progress],
     )
     trainer.remove_callback(PrinterCallback)
     _check_trainer(trainer, uses_deepspeed=deepspeed is not None)
@@ -129,7 +133,7 @@ def train(
     assert newest is not None, "the Trainer saves at its last step"
     result = _result(newest)
     if fast_dev_run:
-        saved = checkpoints.trainable_tensors(trainer.model)
+        saved = checkpoints.trainable_tensors(model)
         del trainer, model
         metrics = _reloaded(newest, config, records, processor, arguments.device, saved)
         result = dataclasses.replace(result, metrics=metrics)

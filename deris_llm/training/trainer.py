@@ -113,7 +113,7 @@ class DerisTrainer(Trainer):
     ) -> None:
         self.config = config
         self.deris = model  # bare; `model_wrapped` is DeepSpeed's engine
-        self.output = Path(arguments.output_dir)
+        self.output = Path(str(arguments.output_dir))
         self.criterion = criterion
         self.loader = loader
         self.evaluation = evaluation
@@ -262,9 +262,8 @@ class DerisTrainer(Trainer):
         return prepared
 
     def _optimizer_and_schedule(self) -> tuple[torch.optim.Optimizer, LRScheduler]:
-        assert self.optimizer is not None and isinstance(self.lr_scheduler, LRScheduler), (
-            "made in _prepare_for_training"
-        )
+        assert self.optimizer is not None, "made in _prepare_for_training"
+        assert isinstance(self.lr_scheduler, LRScheduler), "made in _prepare_for_training"
         return self.optimizer, self.lr_scheduler
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -1,5 +1,8 @@
+import json
 import logging
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -182,29 +185,41 @@ def test_features_are_the_hidden_states_of_the_published_forward(backend: Qwen2O
         assert relative_difference(features.cls_feat[number], hidden[number, last]) < 1e-5
 
 
-def test_padding_on_either_side_and_of_any_length(backend: Qwen2OneVision, inputs: CognitionInputs):
+def padded(inputs: CognitionInputs, length: int, *, left: bool) -> CognitionInputs:
     lengths = (~inputs.token_padding_mask).sum(dim=1).tolist()
-    index = torch.tensor(INDEX)
 
-    def moved(tensor: Tensor, fill) -> Tensor:
-        rows = [
-            torch.cat([tensor.new_full((40 + 3 - n,), fill), row[:n]]) for n, row in zip(lengths, tensor, strict=True)
-        ]
-        return torch.stack(rows)
+    def moved(tensor: Tensor, fill: int) -> Tensor:
+        rows = zip(lengths, tensor, strict=True)
+        parts = [(tensor.new_full((length - n,), fill), row[:n]) for n, row in rows]
+        return torch.stack([torch.cat(pair if left else pair[::-1]) for pair in parts])
 
-    left = CognitionInputs(
+    return CognitionInputs(
         pixel_values=inputs.pixel_values,
-        input_ids=moved(inputs.input_ids[:, :], 0),
+        input_ids=moved(inputs.input_ids, 0),
         token_padding_mask=moved(inputs.token_padding_mask, True),
         text_feature_mask=moved(inputs.text_feature_mask, False),
     )
+
+
+@pytest.mark.parametrize(
+    ("order", "left"), [((), False), (TEXT_FIRST, False), (TEXT_FIRST, True)], ids=["image_first", "text_first", "left"]
+)
+def test_padding_changes_nothing(overrides: list[str], order: tuple[str, ...], left: bool):
+    config, index = tiny_config(*overrides, *order), torch.tensor(INDEX)
+    model = build(config).eval()
+    inputs = build_processor(config)(synthetic_images(2), PHRASES, INDEX)
     with torch.no_grad():
-        ours, reference = backend(left, index), backend(inputs, index)
+        ours, reference = model(padded(inputs, 60, left=left), index), model(inputs, index)
     valid = ~reference.text_padding_mask
     assert torch.equal(ours.text_padding_mask, reference.text_padding_mask)
     for name in ("image_feats", "cls_feat"):
         assert relative_difference(getattr(ours, name), getattr(reference, name)) < 1e-5
     assert relative_difference(ours.text_feats[valid], reference.text_feats[valid]) < 1e-5
+
+
+def test_a_shared_prefix_refuses_padding_on_the_left(backend: Qwen2OneVision, inputs: CognitionInputs):
+    with pytest.raises(AssertionError, match="padded on the right"):
+        backend(padded(inputs, 60, left=True), torch.tensor(INDEX))
 
 
 def test_image_first_image_features_are_the_images_own(backend: Qwen2OneVision, processor):
@@ -271,10 +286,7 @@ def test_lora_targets_are_checked(overrides: list[str]):
     assert {n.split(".")[-4] for n, p in chosen.named_parameters() if p.requires_grad} == {"down_proj"}
 
 
-def test_backend_of_a_tokenizer_without_the_image_token_is_refused(overrides: list[str], tmp_path):
-    import json
-    import shutil
-
+def test_backend_of_a_tokenizer_without_the_image_token_is_refused(overrides: list[str], tmp_path: Path):
     folder = tmp_path / "llava"
     shutil.copytree(tiny_config(*overrides).cognition.weights, folder)
     architecture = json.loads((folder / "config.json").read_text())

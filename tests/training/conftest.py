@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -52,11 +53,12 @@ def run_overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def deepspeed_json(stage: int) -> dict:
+def deepspeed_json(stage: int | str) -> dict:
     """The shipped JSON of a ZeRO stage, with everything partitioned that a tiny model would otherwise keep whole."""
-    content = json.loads((ROOT / "ds_configs" / f"zero{max(stage, 1)}.json").read_text())
-    content["zero_optimization"]["stage"] = stage
-    if stage == 3:
+    content = json.loads((ROOT / "ds_configs" / f"zero{stage or 1}.json").read_text())
+    if stage == 0:
+        content["zero_optimization"]["stage"] = 0
+    if "stage3_param_persistence_threshold" in content["zero_optimization"]:
         content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return content
 
@@ -71,6 +73,7 @@ def two_ranks(run_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
     ]
     bf16 = [*run_overrides, "training.precision=bf16", "cognition.gradient_checkpointing=true"]
     plan += [entry("bf16", bf16, 3), entry("bf16_resumed", bf16, 3, resume_from="bf16/checkpoint-2")]
+    plan.append(entry("offload", run_overrides, "3_offload"))
     plan.append(entry("stage_changed", run_overrides, 1, resume_from="zero3/checkpoint-2"))
     plan.append(
         entry("other_config", [*run_overrides, "training.learning_rate=0.5"], 2, resume_from="zero2/checkpoint-2")
@@ -91,28 +94,25 @@ def two_ranks(run_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
     return Runs(folder, run_worker(folder))
 
 
-def entry(name: str, overrides: list[str], stage: int, resume_from: str = "") -> dict:
+def entry(name: str, overrides: list[str], stage: int | str, resume_from: str = "") -> dict:
     return {"name": name, "overrides": overrides, "deepspeed": deepspeed_json(stage), "resume_from": resume_from}
 
 
 def run_worker(folder: Path) -> str:
-    command = [
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(free_port()),
-        str(Path(__file__).parent / "worker.py"),
-        str(folder),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    worker = str(Path(__file__).parent / "worker.py")
+    command = ["--num_gpus", "2", "--master_port", str(free_port()), worker, str(folder)]
+    process = subprocess.Popen(
         [sys.executable, "-m", "deepspeed.launcher.runner", *command],
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
-        check=False,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stdout[-8000:]
-    return done.stdout
+    try:
+        said, _ = process.communicate(timeout=1200)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said[-8000:]
+    return said

@@ -97,9 +97,14 @@ def test_fingerprint_changes_with_one_changed_weight(tmp_path):
 def test_an_error_while_saving_leaves_the_old_folder_whole(tmp_path):
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "config.yaml").write_text("old")
-    with pytest.raises(KeyboardInterrupt), written_aside(tmp_path / "best") as partial:
-        (partial / "config.yaml").write_text("new")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with written_aside(tmp_path / "best") as partial:
+            (partial / "config.yaml").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
     assert (tmp_path / "best" / "config.yaml").read_text() == "old"
 

@@ -12,7 +12,7 @@ from deris_llm.config import load_config
 from deris_llm.training.checkpoints import load_checkpoint
 from deris_llm.training.run import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # one job on two ranks, about a minute on two idle cores
 
 TOLERANCE = 2e-5  # relative; measured: ZeRO stages bit-equal in loss, one process against two ranks 1e-7 (loss) at most
 STRAIGHT = ("trainable.safetensors", "optimizer.safetensors")
@@ -158,6 +158,19 @@ def test_a_finished_run_is_not_trained_again(one_process, run_overrides):
     before = one_process.checkpoint.stat().st_mtime_ns
     assert train(config, output=one_process.output) == one_process
     assert one_process.checkpoint.stat().st_mtime_ns == before
+
+
+def test_resuming_in_a_later_epoch_goes_on_with_its_order(run_overrides, tmp_path):
+    config = load_config(
+        "tiny-refcoco",
+        [*run_overrides, "training.images_per_device=8", "training.max_steps=6", "training.save_every=5"],
+    )
+    straight = train(config, output=tmp_path)
+    assert json.loads((straight.checkpoint / "trainer_state.json").read_text())["epoch"] > 1.2
+    expected = tensors(straight.checkpoint, "trainable.safetensors")
+    shutil.rmtree(straight.checkpoint)
+    resumed = tensors(train(config, output=tmp_path).checkpoint, "trainable.safetensors")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
 def test_resume_never_and_a_wrong_folder_are_refused(one_process, run_overrides, tmp_path):
