@@ -18,7 +18,6 @@ from typing import Any, Literal, Union
 
 import yaml
 
-
 _YAML_SUFFIXES = (".yaml", ".yml")
 
 
@@ -36,7 +35,9 @@ def section(kind: type) -> Any:
 
 @dataclass(frozen=True)
 class DataConfig:
-    root: str = option("data", "folder that holds images/ and one folder per dataset (refcoco, refcoco+, refcocog, ...)")
+    root: str = option(
+        "data", "folder that holds images/ and one folder per dataset (refcoco, refcoco+, refcocog, ...)"
+    )
     train: tuple[str, ...] = option(("refcoco", "refcoco+", "refcocog_umd"), "datasets whose train splits are mixed")
     eval: tuple[str, ...] = option(
         (
@@ -46,7 +47,9 @@ class DataConfig:
         ),
         "splits evaluated at the end of a run, `dataset/split`; their images leave the training mix",
     )  # fmt: skip
-    exclude_eval_images: bool = option(True, "drop training images that belong to any evaluation split of any mixed dataset")
+    exclude_eval_images: bool = option(
+        True, "drop training images that belong to any evaluation split of any mixed dataset"
+    )
     phrase_field: Literal["sent", "raw"] = option("sent", "which text of a REFER sentence is the phrase")
     phrases_per_image: int = option(4, "phrases drawn of an image in a training step; they share its features")
     num_workers: int = option(4, "loader processes per rank; 0 loads in the training process")
@@ -59,10 +62,14 @@ class PerceptionConfig:
         "Hugging Face id or folder of a Mask2Former: backbone, pixel decoder, first decoder layers are taken; "
         "`builtin:tiny-mask2former` is shipped",
     )
-    backbone: str = option("mask2former", "`mask2former` = the Swin of `weights`; `timm:NAME` = that timm model instead")
+    backbone: str = option(
+        "mask2former", "`mask2former` = the Swin of `weights`; `timm:NAME` = that timm model instead"
+    )
     image_size: int = option(384, "px; pictures are warped to this square for the perception branch; multiple of 32")
     freeze_backbone: bool = option(True, "keep the backbone (Swin) as it is; saves its gradients and optimizer state")
-    activation_checkpointing: bool = option(False, "recompute the pixel decoder in the backward pass: less memory, slower")
+    activation_checkpointing: bool = option(
+        False, "recompute the pixel decoder in the backward pass: less memory, slower"
+    )
 
 
 @dataclass(frozen=True)
@@ -70,12 +77,16 @@ class LoraConfig:
     r: int = option(8, "rank of the low-rank update; 0 = no LoRA, the language model stays frozen")
     alpha: int = option(16, "the update is scaled by alpha / r")
     dropout: float = option(0.0, "dropout before the low-rank update")
-    targets: tuple[str, ...] = option(("q_proj", "k_proj", "v_proj", "o_proj"), "linears of the language model that get LoRA")
+    targets: tuple[str, ...] = option(
+        ("q_proj", "k_proj", "v_proj", "o_proj"), "linears of the language model that get LoRA"
+    )
 
 
 @dataclass(frozen=True)
 class CognitionConfig:
-    backend: str = option("qwen2_ov", "built-in name, entry point of `deris_llm.cognition_backends`, or `package.module:Class`")
+    backend: str = option(
+        "qwen2_ov", "built-in name, entry point of `deris_llm.cognition_backends`, or `package.module:Class`"
+    )
     weights: str = option(
         "llava-hf/llava-onevision-qwen2-7b-ov-hf",
         "Hugging Face id or folder of the image-text model; `builtin:tiny-llava-onevision` is shipped",
@@ -126,7 +137,9 @@ class TrainingConfig:
     accumulation: int = option(1, "micro-batches per optimizer step")
     learning_rate: float = option(4e-5, "AdamW rate of everything without a rate of its own")
     lora_learning_rate: float = option(4e-5, "AdamW rate of the LoRA weights")
-    pixel_decoder_learning_rate: float = option(4e-5, "AdamW rate of the pixel decoder and the carried-over decoder layers")
+    pixel_decoder_learning_rate: float = option(
+        4e-5, "AdamW rate of the pixel decoder and the carried-over decoder layers"
+    )
     weight_decay: float = option(0.01, "AdamW's; none on biases, norms and embeddings")
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly from 0")
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "shape of the rate after warm-up")
@@ -144,7 +157,9 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    protocols: tuple[str, ...] = option(("original", "deris"), "ids of the evaluation protocols whose numbers are reported")
+    protocols: tuple[str, ...] = option(
+        ("original", "deris"), "ids of the evaluation protocols whose numbers are reported"
+    )
     score_threshold: float = option(0.7, "queries with a referring probability above this join the answer")
     selection: Literal["threshold", "threshold_or_best", "best"] = option(
         "threshold_or_best",
@@ -175,12 +190,16 @@ class ConfigError(ValueError):
     def __init__(self, where: str, problems: list[str]) -> None:
         self.problems = problems
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        super().__init__(f"{where}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the run config\n{listed}")
+        super().__init__(
+            f"{where}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the run config\n{listed}"
+        )
 
 
 def config_names() -> list[str]:
     """Names of the shipped run configs."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("deris_llm.configs").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in resources.files("deris_llm.configs").iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def load_config(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
@@ -213,7 +232,9 @@ def load_config(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) 
     return config_from_dict(tree, where=str(name_or_path), problems=problems)
 
 
-def config_from_dict(tree: dict[str, Any], *, where: str = "run config", problems: list[str] | None = None) -> RunConfig:
+def config_from_dict(
+    tree: dict[str, Any], *, where: str = "run config", problems: list[str] | None = None
+) -> RunConfig:
     """Builds and checks a config from nested plain values (what `config_to_dict` gives).
 
     Raises:
@@ -275,7 +296,9 @@ def contradictions(config: RunConfig) -> list[str]:
         if name.count("/") != 1:
             found.append(f"data.eval: expected `dataset/split` like refcoco/val, got {name!r}")
     if config.training.eval_split.count("/") != 1:
-        found.append(f"training.eval_split: expected `dataset/split` like refcoco/val, got {config.training.eval_split!r}")
+        found.append(
+            f"training.eval_split: expected `dataset/split` like refcoco/val, got {config.training.eval_split!r}"
+        )
     if config.cognition.lora.r == 0 and config.cognition.lora.dropout > 0:
         found.append("cognition.lora.dropout has no effect with cognition.lora.r=0: set it to 0 or give a rank")
     positive = {
@@ -294,7 +317,9 @@ def contradictions(config: RunConfig) -> list[str]:
     }
     found.extend(f"{name}: expected more than 0, got {value}" for name, value in positive.items() if value <= 0)
     if not 0 < config.evaluation.score_threshold < 1:
-        found.append(f"evaluation.score_threshold: expected a probability in (0, 1), got {config.evaluation.score_threshold}")
+        found.append(
+            f"evaluation.score_threshold: expected a probability in (0, 1), got {config.evaluation.score_threshold}"
+        )
     return found
 
 
@@ -305,12 +330,17 @@ def _read_yaml_tree(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
         if not shipped.is_file():
             close = difflib.get_close_matches(name_or_path, config_names(), n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ConfigError(str(name_or_path), [f"no such run config; {hint}shipped: {', '.join(config_names())}; or give a .yaml path"])
+            raise ConfigError(
+                str(name_or_path),
+                [f"no such run config; {hint}shipped: {', '.join(config_names())}; or give a .yaml path"],
+            )
         text = shipped.read_text(encoding="utf-8")
     elif path.is_file():
         text = path.read_text(encoding="utf-8")
     else:
-        raise ConfigError(str(name_or_path), [f"no such file; shipped run configs by name: {', '.join(config_names())}"])
+        raise ConfigError(
+            str(name_or_path), [f"no such file; shipped run configs by name: {', '.join(config_names())}"]
+        )
     if name_or_path in seen:
         raise ConfigError(name_or_path, [f"`base:` goes round in a circle: {' -> '.join((*seen, name_or_path))}"])
     try:
@@ -346,7 +376,9 @@ def _build(kind: type, tree: Any, prefix: str, problems: list[str]) -> Any:
             close = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
             elsewhere = [name for name, *_ in iter_fields() if name.rsplit(".", 1)[-1] == key]
             hint = f"; did you mean {prefix}{close[0]}?" if close else f"; fields here: {', '.join(hints)}"
-            problems.append(f"{prefix}{key}: unknown field{'; did you mean ' + elsewhere[0] + '?' if elsewhere else hint}")
+            problems.append(
+                f"{prefix}{key}: unknown field{'; did you mean ' + elsewhere[0] + '?' if elsewhere else hint}"
+            )
         elif dataclasses.is_dataclass(hints[key]):
             values[key] = _build(typing.cast(type, hints[key]), value, f"{prefix}{key}.", problems)
         else:

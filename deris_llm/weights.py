@@ -82,6 +82,7 @@ def load_pretrained(
     dtype: torch.dtype,
     may_be_fresh: tuple[str, ...] = (),
     left_in_file: tuple[str, ...] = (),
+    attention: dict[str, str] | None = None,
 ) -> _ModelT:
     """Builds a transformers model and loads it strictly; works under ZeRO-3 and on the meta device.
 
@@ -94,16 +95,23 @@ def load_pretrained(
         may_be_fresh: globs over parameter names that may be missing in the file or have another shape there; they are
             then freshly initialised, and the log says so.
         left_in_file: globs over names in the file that the model does not take.
+        attention: transformers' `attn_implementation` by part of the model; None = transformers' choice.
 
     Raises:
         ValueError: the file lacks other parameters, holds unknown ones, or shapes differ.
     """
     if not weights:
-        return cls._from_config(config, dtype=dtype)
+        return cls._from_config(config, dtype=dtype, attn_implementation=attention)
     # Under ZeRO-3 loading draws other random numbers than elsewhere; what is made fresh later must not depend on it.
     with _without_load_report(), torch.random.fork_rng(devices=[]):
         model, info = _from_pretrained(
-            cls, name, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            cls,
+            name,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     fresh = _matching({*info["missing_keys"], *mismatched}, may_be_fresh)

@@ -9,6 +9,7 @@ phrase and the tokens after it the text features. No lm_head, no generation.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any, Literal, Self
@@ -19,6 +20,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaOnevisionModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
 
 from deris_llm.cognition.base import CognitionBackend
 from deris_llm.cognition.shared_prefix import run_packed
@@ -199,6 +201,7 @@ class Qwen2OneVision(CognitionBackend):
             weights=weights,
             dtype=dtype,
             left_in_file=("*lm_head.weight",),
+            attention=attention_kernels(dtype, prompt_order=config.prompt_order),
         )
         return cls(
             model,
@@ -294,6 +297,27 @@ class Qwen2OneVision(CognitionBackend):
             inputs_embeds=embeddings, attention_mask=is_valid.long(), position_ids=positions, use_cache=False
         )
         return outputs.last_hidden_state
+
+
+def attention_kernels(dtype: torch.dtype, *, prompt_order: Literal["image_first", "text_first"]) -> dict[str, str]:
+    """FlashAttention 2 where it is installed and can be used, else PyTorch's SDPA; the log says it once.
+
+    Phrases packed behind one image need a mask of their own, which FlashAttention 2 does not take: with the image first
+    it serves the vision tower only.
+
+    Returns:
+        transformers' `attn_implementation` for the vision tower and the language model.
+    """
+    has_flash = torch.cuda.is_available() and dtype is torch.bfloat16 and is_flash_attn_2_available()
+    vision = "flash_attention_2" if has_flash else "sdpa"
+    text = "flash_attention_2" if has_flash and prompt_order == "text_first" else "sdpa"
+    _say_once(f"attention: {vision} in the vision tower, {text} in the language model")
+    return {"vision_config": vision, "text_config": text}
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.info(message)
 
 
 def _architecture(name: str) -> Any:

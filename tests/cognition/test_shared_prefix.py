@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import Qwen2Config, Qwen2Model
 
+from deris_llm.cognition.qwen2_ov import attention_kernels
 from deris_llm.cognition.shared_prefix import pack_prompts, run_packed
 
 TOLERANCE = 2e-6  # measured worst case 6e-7 (hidden states of size 1)
@@ -64,3 +65,10 @@ def test_a_phrase_sees_the_prefix_and_itself_at_the_positions_it_has_alone() -> 
     assert packed.position_ids_IT[0].tolist() == [*range(PREFIX), 7, 8, 7, 8, 9]
     last_of_second = packed.is_visible_ITT[0, PREFIX + 4]
     assert last_of_second.tolist() == [True] * PREFIX + [False, False, True, True, True]
+
+
+def test_without_flash_attention_everything_runs_on_sdpa() -> None:
+    assert attention_kernels(torch.float32, prompt_order="text_first") == {
+        "vision_config": "sdpa",
+        "text_config": "sdpa",
+    }

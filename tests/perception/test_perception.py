@@ -1,4 +1,7 @@
+import logging
+
 import pytest
+import timm
 import torch
 from transformers import Mask2FormerForUniversalSegmentation
 
@@ -144,6 +147,26 @@ def test_timm_backbone_feeds_a_pixel_decoder_of_its_channels(config: PerceptionC
     feats = perception(image)
     assert feats.mask_feats.shape == (2, 32, 16, 16)
     assert [tuple(scale.shape) for scale in feats.multi_scale_feats] == [(2, 32, s, s) for s in (2, 4, 8)]
+
+
+def test_with_a_timm_backbone_the_rest_of_the_weights_is_still_loaded(
+    config: PerceptionConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    """Only what reads the backbone's channels starts fresh; timm's own weights would need the network."""
+    create_model = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, **options: create_model(name, **{**options, "pretrained": False})
+    )
+    with caplog.at_level(logging.WARNING, logger="deris_llm"):
+        perception, decoder = build(changed(config, backbone="timm:resnet18"))
+    reference, reference_decoder = build(config)
+    ours, theirs = perception.pixel_decoder.state_dict(), reference.pixel_decoder.state_dict()
+    differ = {
+        name for name in ours if ours[name].shape != theirs[name].shape or not torch.equal(ours[name], theirs[name])
+    }
+    assert differ == {"adapter_1.0.weight", *(f"input_projections.{level}.0.weight" for level in range(3))}
+    assert all(name in caplog.text for name in differ)
+    assert all(torch.equal(a, b) for a, b in zip(decoder.parameters(), reference_decoder.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
