@@ -4,7 +4,7 @@
     python scripts/pretrain_tiny.py all --out tiny --seed 7
 
 draws the pool of scenes (about 10 minutes on two cores), pre-trains the tiny Mask2Former-Swin and the tiny
-LLaVA-OneVision (each about 70-90 minutes on one core) and leaves `tiny/tiny-mask2former-swin` and
+LLaVA-OneVision (each about 70-90 minutes on one core) and leaves `tiny/tiny-mask2former` and
 `tiny/tiny-llava-onevision`. A run that was stopped continues where it was when the same command is given again.
 """
 
@@ -24,7 +24,7 @@ from deris_llm.pretraining.pool import HELD_OUT_FIRST_INDEX, write_pool
 
 logger = logging.getLogger("pretrain_tiny")
 
-PERCEPTION_FOLDER = "tiny-mask2former-swin"
+PERCEPTION_FOLDER = "tiny-mask2former"
 COGNITION_FOLDER = "tiny-llava-onevision"
 
 
@@ -100,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--pool", type=Path, help="folder with train/ and held_out/; default: pool/ in --out")
         if name in ("perception", "all"):
             command.add_argument(
-                "--perception-steps", type=int, default=6000, help="optimizer steps of the Mask2Former"
+                "--perception-steps", type=int, default=4200, help="optimizer steps of the Mask2Former"
             )
         if name in ("cognition", "all"):
             _add_cognition_arguments(command)

@@ -118,14 +118,14 @@ def test_packed_questions_equal_questions_alone(bank, tokenizer, attention):
     torch.manual_seed(0)
     model = build_model(tokenizer).eval()
     model.set_attn_implementation(attention)
-    features = vision_features(model, torch.randn(2, 3, 120, 120))
+    features = vision_features(model, torch.randn(1, 3, 120, 120))
     image = model.model.multi_modal_projector(features)
     start = len(bank.prefix_before)
-    batch = pack(bank, drawn(bank, range(2)), length=ROW_LENGTH)
+    batch = pack(bank, drawn(bank, range(1)), length=ROW_LENGTH)
     packed, _ = packed_hidden_states(model, image, batch, image_start=start)
     for row, position, question in zip(
         batch.question_rows.tolist(), batch.question_positions.tolist(), batch.question_ids.tolist(), strict=True
     ):
-        alone = pack(bank, [[question]], length=ROW_LENGTH)
+        alone = pack(bank, [[question]], length=160)
         hidden, _ = packed_hidden_states(model, image[row : row + 1], alone, image_start=start)
         torch.testing.assert_close(hidden[0, alone.question_positions[0]], packed[row, position], atol=2e-5, rtol=0)

@@ -15,6 +15,7 @@ from deris_llm.training.run import train
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # one job on two ranks, about a minute on two idle cores
 
 TOLERANCE = 2e-5  # relative; measured: ZeRO stages bit-equal in loss, one process against two ranks 1e-7 (loss) at most
+SAME = {"rtol": 0, "atol": 1e-8}  # measured: ZeRO-3 bit-equal; ZeRO-2 3e-10 in six biases (sums over unaligned memory)
 STRAIGHT = ("trainable.safetensors", "optimizer.safetensors")
 
 
@@ -55,12 +56,12 @@ def test_one_process_without_deepspeed_gives_the_losses_of_two_ranks(two_ranks, 
 
 @pytest.mark.parametrize("run", ("zero2", "zero3", "bf16"))
 def test_two_steps_and_resume_are_four_straight(two_ranks, run):
-    assert two_ranks.losses(f"{run}_resumed") == two_ranks.losses(run)
-    assert two_ranks.losses(f"{run}_resumed", "grad_norm") == two_ranks.losses(run, "grad_norm")
+    for number in ("loss", "grad_norm"):
+        expected = two_ranks.losses(run, number)
+        assert two_ranks.losses(f"{run}_resumed", number) == pytest.approx(expected, rel=1e-7)
     for name in STRAIGHT:
         straight, resumed = (tensors(two_ranks.folder / r / "checkpoint-4", name) for r in (run, f"{run}_resumed"))
-        assert straight.keys() == resumed.keys()
-        assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+        torch.testing.assert_close(resumed, straight, **SAME)
 
 
 def test_resuming_with_one_rank_instead_of_two(two_ranks, run_overrides, tmp_path):
@@ -170,7 +171,7 @@ def test_resuming_in_a_later_epoch_goes_on_with_its_order(run_overrides, tmp_pat
     expected = tensors(straight.checkpoint, "trainable.safetensors")
     shutil.rmtree(straight.checkpoint)
     resumed = tensors(train(config, output=tmp_path).checkpoint, "trainable.safetensors")
-    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    torch.testing.assert_close(resumed, expected, **SAME)
 
 
 def test_resume_never_and_a_wrong_folder_are_refused(one_process, run_overrides, tmp_path):

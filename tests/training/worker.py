@@ -5,6 +5,7 @@ trained in FOLDER/NAME; what was raised goes to FOLDER/NAME/error.txt.
 """
 
 import json
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from deris_llm.training.run import join_ranks, leave_ranks, train
 def main() -> None:
     folder = Path(sys.argv[-1])
     join_ranks(uses_deepspeed=True)
+    logging.basicConfig(level=logging.INFO if rank() == 0 else logging.WARNING)
     for entry in json.loads((folder / "plan.json").read_text()):
         output = folder / entry["name"]
         if rank() == 0:
