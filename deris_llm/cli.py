@@ -190,7 +190,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
         report = run_evaluation(
             config,
             model,
-            build_processor(config),
+            build_processor(config, allow_module=_trusts_backend(arguments)),
             arguments.splits or config.data.eval,
             out=output,
             control=arguments.control,
@@ -218,11 +218,16 @@ def _model_to_evaluate(arguments: argparse.Namespace, device: torch.device) -> t
     from deris_llm.training.checkpoints import load_checkpoint
 
     if arguments.checkpoint is not None:
-        config, model = load_checkpoint(arguments.checkpoint, device)
+        config, model = load_checkpoint(arguments.checkpoint, device, allow_module=_trusts_backend(arguments))
         return load_config(arguments.checkpoint / "config.yaml", arguments.set) if arguments.set else config, model
     config = load_config(arguments.config, arguments.set)
     set_seed(config.training.seed)  # the fresh parts are those that training would start from
     return config, build_model(config, device=device).eval()
+
+
+def _trusts_backend(arguments: argparse.Namespace) -> bool:
+    """Whether `package.module:Class` may be imported: a run config is the user's own, a checkpoint's must be named again."""
+    return arguments.checkpoint is None or any(text.startswith("cognition.backend=") for text in arguments.set)
 
 
 def run_plan(arguments: argparse.Namespace) -> int:

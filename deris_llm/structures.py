@@ -42,7 +42,7 @@ class _TensorFields:
 class CognitionInputs(_TensorFields):
     """What a backend's processor makes of I images and P phrases.
 
-    ``input_ids`` is the whole prompt of each phrase, image placeholders included; padding may be on either side.
+    ``input_ids`` is the whole prompt of each phrase, image placeholders included, padded on the right.
     """
 
     pixel_values: Tensor  # float (I, 3, h_px, w_px), normalised as the backend wants it; or a backend's own packing

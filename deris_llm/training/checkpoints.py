@@ -529,12 +529,16 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # -- reading a checkpoint for use ------------------------------------------------------------------------------------
 
 
-def load_checkpoint(folder: str | Path, device: torch.device | str | None = None) -> tuple[RunConfig, Deris]:
+def load_checkpoint(
+    folder: str | Path, device: torch.device | str | None = None, *, allow_module: bool = False
+) -> tuple[RunConfig, Deris]:
     """Builds the model of a checkpoint: base weights of its config, then the trained parameters, strictly.
 
     Args:
         folder: ``checkpoint-STEP`` or ``best`` of a run.
         device: where the model goes; None = CPU.
+        allow_module: whether a cognition backend named `package.module:Class` in its config may be imported; a
+            checkpoint of somebody else could name any code.
 
     Returns:
         the run config and the model in evaluation mode.
@@ -554,7 +558,7 @@ def load_checkpoint(folder: str | Path, device: torch.device | str | None = None
             f"{', '.join(absent)}{hint or '; give the folder `best` or `checkpoint-STEP` of a run'}"
         )
     config = load_config(folder / CONFIG_FILE)
-    model = build_model(config, device=device)
+    model = build_model(config, device=device, allow_module=allow_module)
     check_base_weights(folder, config)
     restore_weights(model, folder)
     return config, model.eval()

@@ -290,7 +290,7 @@ def _reloaded(
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noqa: PLC0415
 
     unset_hf_deepspeed_config()  # a model for use is not partitioned
-    _, model = checkpoints.load_checkpoint(folder, device)
+    _, model = checkpoints.load_checkpoint(folder, device, allow_module=True)  # our own
     if saved:  # rank 0
         loaded = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         differ = [

@@ -170,3 +170,10 @@ def test_another_config_is_refused_with_the_fields(saved, run_overrides):
 
 def test_fields_that_may_differ_exist(config):
     assert set(checkpoints._flat(checkpoints.config_to_dict(config))) >= checkpoints.MAY_DIFFER
+
+
+def test_a_checkpoint_cannot_name_code_to_import(copy):
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("backend: qwen2_ov", "backend: antigravity:Class"))
+    with pytest.raises(ValueError, match=r"got the module path 'antigravity:Class', which could run any code"):
+        load_checkpoint(copy)
