@@ -14,7 +14,7 @@ from deris_llm.training.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # one job on two ranks, about a minute on two idle cores
 
-TOLERANCE = 2e-5  # relative; measured: ZeRO stages bit-equal in loss, one process against two ranks 1e-7 (loss) at most
+TOLERANCE = 1e-6  # relative; measured: losses equal to the last digit over all stages and one process, gradient norms 2e-7
 SAME = {"rtol": 0, "atol": 1e-8}  # measured: ZeRO-3 bit-equal; ZeRO-2 3e-10 in six biases (sums over unaligned memory)
 STRAIGHT = ("trainable.safetensors", "optimizer.safetensors")
 
@@ -36,10 +36,10 @@ def log(output):
     return [entry for entry in state["log_history"] if "loss" in entry]
 
 
-@pytest.mark.parametrize("stage", (1, 2, 3))
-def test_zero_stages_give_equal_losses(two_ranks, stage):
-    assert two_ranks.losses(f"zero{stage}") == pytest.approx(two_ranks.losses("zero0"), rel=TOLERANCE)
-    assert len(set(two_ranks.losses(f"zero{stage}"))) == 4
+@pytest.mark.parametrize("run", ("zero1", "zero2", "zero3", "offload"))
+def test_zero_stages_give_equal_losses(two_ranks, run):
+    assert two_ranks.losses(run) == pytest.approx(two_ranks.losses("zero0"), rel=TOLERANCE)
+    assert len(set(two_ranks.losses(run))) == 4
 
 
 @pytest.mark.parametrize("stage", (2, 3))
