@@ -129,9 +129,12 @@ def build_parser() -> argparse.ArgumentParser:
 def run_train(arguments: argparse.Namespace) -> int:
     """Starts a training run."""
     from deris_llm.config import load_config
+    from deris_llm.data.refer import check_split
     from deris_llm.training.launch import launch
 
-    load_config(arguments.config, arguments.set)  # what is wrong with it is said once, not by every rank
+    config = load_config(arguments.config, arguments.set)  # what is wrong is said once, not by every rank
+    for name in (*(f"{dataset}/train" for dataset in config.data.train), *config.data.eval, config.training.eval_split):
+        check_split(config.data.root, name)
     return launch(
         arguments.config,
         overrides=arguments.set,
@@ -146,6 +149,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 def run_eval(arguments: argparse.Namespace) -> int:
     """Evaluates; with several ranks this process becomes torchrun, which runs this command again on each."""
     from deris_llm.config import load_config
+    from deris_llm.data.refer import check_split
     from deris_llm.training.launch import num_ranks
 
     if "RANK" in os.environ:
@@ -156,7 +160,9 @@ def run_eval(arguments: argparse.Namespace) -> int:
             f"--checkpoint {arguments.checkpoint}: expected the folder `best` or `checkpoint-STEP` of a run, got one without "
             "config.yaml; see the run's output folder"
         )
-    load_config(source, arguments.set)
+    config = load_config(source, arguments.set)
+    for name in arguments.splits or config.data.eval:
+        check_split(config.data.root, name)
     ranks = num_ranks(arguments.gpus)
     if ranks > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]

@@ -20,7 +20,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaOnevisionModel, PreTrainedTokenizerBase
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from deris_llm.cognition.base import CognitionBackend
 from deris_llm.cognition.shared_prefix import run_packed

@@ -59,15 +59,26 @@ def read_split(root: str | Path, name: str, *, phrase_field: Literal["sent", "ra
     Raises:
         DataError: a missing or misnamed file, an unknown dataset or split, or unusable records (all in one error).
     """
+    check_split(root, name)
+    dataset, _, split = name.partition("/")
+    return list(_read_split(Path(root), dataset, split, phrase_field, _stamps(Path(root), dataset)))
+
+
+def check_split(root: str | Path, name: str) -> None:
+    """Checks that ``dataset/split`` is there; its records are not looked at.
+
+    Raises:
+        DataError: a missing or misnamed file or folder, an unknown dataset or split.
+    """
     dataset, _, split = name.partition("/")
     existing = split_names(root, dataset)
+    find_image_folder(root)
     if split not in existing:
         near = difflib.get_close_matches(split, existing, n=1)
         raise DataError(
             f"split {name!r}: expected one of {', '.join(f'{dataset}/{known}' for known in existing)}, got {split!r}."
             + (f" Did you mean {dataset}/{near[0]}?" if near else "")
         )
-    return list(_read_split(Path(root), dataset, split, phrase_field, _stamps(Path(root), dataset)))
 
 
 def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def build_model() -> Mask2FormerForUniversalSegmentation:
         num_heads=[1, 2, 4, 8],
         window_size=4,
         drop_path_rate=0.0,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
+        out_features=["stage1", "stage2", "stage3", "stage4"],  # pyright: ignore[reportCallIssue] (a backbone's option, typed nowhere)
     )
     config = Mask2FormerConfig(
         backbone_config=backbone,
@@ -262,7 +262,7 @@ def training_loss(model: Mask2FormerForUniversalSegmentation, batch: dict[str, A
         output.class_queries_logits.float(),
         batch["mask_labels"],
         batch["class_labels"],
-        predictions,
+        predictions,  # pyright: ignore[reportArgumentType] (it is a list)
     )
     return model.get_loss(losses)
 
