@@ -37,6 +37,7 @@ STAGES = ("0", "1", "2", "3", "3 + offload")
 ADAM_BYTES = 12  # per trainable parameter under ZeRO: fp32 master, first and second moment
 BUCKET_ELEMENTS = 13_000_000  # reduce_bucket_size of ds_configs/*.json
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: so many stay gathered at once
+MATCHING_COPIES = 5  # float32 tensors of all queries' points that live at once in the matcher (measured: 5.1)
 TEXT_TOKENS = 30  # of prompt and phrase, besides the image's, where no tokenizer is at hand
 TYPICAL_PHRASE = "the woman in the red jacket on the left"
 
@@ -96,7 +97,8 @@ class RunPlan:
     precision: str
     images_per_device: int
     phrases_per_device: int
-    tokens_per_phrase: int
+    tokens_per_phrase: int  # of a whole prompt, image tokens included
+    shared_tokens: int  # of these, how many run once for all phrases of an image in a step
     parts: tuple[Part, ...]
     lora_modules: int
     lora_parameters: int
@@ -239,7 +241,10 @@ def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES
         raise ValueError(f"--gpus: expected 1 or more, got {gpus}; give the number of GPUs the run would have")
     model = build_model(config, weights=False, device="meta").train()
     batch = shape_batch(config)
-    activations = simulate_step(model, batch)
+    activations = simulate_step(model, batch) + matching_bytes(config)
+    prompt = batch.cognition.input_ids[0]
+    is_image = prompt == prompt.mode().values  # by far the most frequent token
+    shared = int(is_image.nonzero().max()) + 1 if config.cognition.prompt_order == "image_first" else 0
     lora = {name: p.numel() for name, p in model.named_parameters() if ".lora_" in name}
     return RunPlan(
         name=config.name,
@@ -247,12 +252,13 @@ def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES
         precision=config.training.precision,
         images_per_device=len(batch.perception_image),
         phrases_per_device=batch.num_phrases,
-        tokens_per_phrase=batch.cognition.input_ids.shape[1],
+        tokens_per_phrase=len(prompt),
+        shared_tokens=shared,
         parts=tuple(_parts(model)),
         lora_modules=sum(".lora_A." in name for name in lora),
         lora_parameters=sum(lora.values()),
         memory=tuple(memory_per_gpu(model, stage, gpus=gpus, activations=activations) for stage in stages),
-        epoch=_epoch(config, gpus=gpus, tokens_per_phrase=batch.cognition.input_ids.shape[1]),
+        epoch=_epoch(config, gpus=gpus, tokens_per_phrase=len(prompt), shared_tokens=shared),
     )
 
 
@@ -291,8 +297,7 @@ def _cognition_inputs(config: RunConfig, num_images: int, image_index: list[int]
 def simulate_step(model: nn.Module, batch: ReferringBatch) -> int:
     """Peak bytes that a micro-batch allocates, forward and backward, besides weights and their gradients.
 
-    The loss is stood in for by a sum of all outputs: matching and point sampling work on a few thousand points a mask,
-    some MB, after the forward's peak.
+    The loss is stood in for by a sum of all outputs; `matching_bytes` has what the criterion needs besides.
 
     Args:
         model: on the meta device, in training mode.
@@ -317,6 +322,13 @@ def simulate_step(model: nn.Module, batch: ReferringBatch) -> int:
     return simulation.peak
 
 
+def matching_bytes(config: RunConfig) -> int:
+    """Bytes that the matcher works on, on top of the activations: every query of every round at `num_points` points."""
+    num_phrases = config.training.images_per_device * config.data.phrases_per_image
+    num_masks = num_phrases * config.loopback.num_queries * (config.loopback.rounds + 1)
+    return MATCHING_COPIES * 4 * num_masks * config.criterion.num_points
+
+
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
@@ -328,7 +340,7 @@ def memory_per_gpu(model: nn.Module, stage: str, *, gpus: int, activations: int)
         model: with trainable and frozen parameters set.
         stage: one of `STAGES`.
         gpus: processes that share the partitions.
-        activations: from `simulate_step`.
+        activations: from `simulate_step` and `matching_bytes`.
     """
     level, offload = int(stage[0]), stage.endswith("offload")
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -377,7 +389,7 @@ def _parts(model: Deris) -> Iterator[Part]:
         yield Part(part, total, trainable)
 
 
-def _epoch(config: RunConfig, *, gpus: int, tokens_per_phrase: int) -> Epoch:
+def _epoch(config: RunConfig, *, gpus: int, tokens_per_phrase: int, shared_tokens: int) -> Epoch:
     per_image = config.data.phrases_per_image
     folders = {dataset: dataset.removesuffix("_umd").removesuffix("_google") for dataset in config.data.train}
     if not any((Path(config.data.root) / folder).is_dir() for folder in folders.values()):
@@ -396,7 +408,8 @@ def _epoch(config: RunConfig, *, gpus: int, tokens_per_phrase: int) -> Epoch:
     per_step = config.training.images_per_device * config.training.accumulation * gpus
     steps = -(-shown // per_step)
     total_steps = config.training.max_steps if config.training.max_steps > 0 else round(steps * config.training.epochs)
-    return Epoch(source, phrases, shown, steps, phrases * tokens_per_phrase, total_steps)
+    tokens = shown * shared_tokens + phrases * (tokens_per_phrase - shared_tokens)
+    return Epoch(source, phrases, shown, steps, tokens, total_steps)
 
 
 def show_plan(plan: RunPlan, console: Console) -> None:
@@ -422,8 +435,9 @@ def show_plan(plan: RunPlan, console: Console) -> None:
     console.print(memory)
     console.print(
         f"for a micro-batch of {plan.images_per_device} image(s) x {plan.phrases_per_device // plan.images_per_device} phrases of "
-        f"{plan.tokens_per_phrase} tokens. Counted from shapes, checked against the CPU; not measured on a GPU: add the CUDA "
-        "context (about 0.5 GiB) and leave 10-20 % for workspaces and fragmentation.\n",
+        f"{plan.tokens_per_phrase} tokens, {plan.shared_tokens} of them once per image.\n"
+        "Counted from shapes, checked against the CPU; "
+        "not measured on a GPU: add the CUDA context (about 0.5 GiB) and leave 10-20 % for workspaces and fragmentation.\n",
         highlight=False,
     )
     epoch = plan.epoch

@@ -48,7 +48,7 @@ def test_every_one_loads_with_every_run_config(name, run, tmp_path):
         ({"optimizer": {"type": "AdamW"}}, '"optimizer": the run config decides it (AdamW with training.learning_rate'),
         ({"scheduler": {"type": "WarmupLR"}}, '"scheduler": the run config decides it (training.schedule'),
         ({"train_batch_size": 64}, '"train_batch_size": 64 in the JSON, but training.images_per_device x'),
-        ({"train_micro_batch_size_per_gpu": 3}, "training.images_per_device is 8"),
+        ({"train_micro_batch_size_per_gpu": 3}, "training.images_per_device is 4"),
         ({"gradient_accumulation_steps": 2}, "training.accumulation is 1"),
         ({"gradient_clipping": 0.5}, "training.max_grad_norm is 1.0"),
         ({"bf16": {"enabled": True}}, "but training.precision is fp32"),
@@ -69,7 +69,7 @@ def test_contradictions_name_both(change, said):
 
 def test_equal_numbers_are_no_contradiction():
     content = json.loads((FOLDER / "zero2.json").read_text())
-    content |= {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 8, "gradient_clipping": 1.0}
+    content |= {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 1.0}
     assert contradictions(content, load_config("tiny-refcoco"), num_ranks=2) == []
 
 

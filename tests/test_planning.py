@@ -17,6 +17,7 @@ from deris_llm.planning import (
     BUCKET_ELEMENTS,
     STAGES,
     ShapeSimulation,
+    matching_bytes,
     memory_per_gpu,
     plan_run,
     shape_batch,
@@ -73,8 +74,8 @@ def test_weights_gradients_and_optimizer_are_the_sums_of_the_tensors(overrides, 
 def test_activations_are_those_of_the_same_step_on_real_tensors(overrides, checkpointing):
     """The peak counted on shapes against real tensors on the CPU.
 
-    Measured over both cases and two more batch sizes: the peak of live storages is 0.9-1.8 % lower, that with the real
-    criterion 0.7-3.7 % higher, and what autograd saved for the backward pass is 85-91 % of the peak.
+    Measured over both cases: planned 3 % below and 2 % above the peak of live storages, with the criterion 2.9 % below and
+    1.8 % above; what autograd saved for the backward pass is 80-96 % of the peak.
     """
     config = tiny_config(*overrides, f"cognition.gradient_checkpointing={checkpointing}")
     planned = simulate_step(build_model(config, weights=False, device="meta").train(), shape_batch(config))
@@ -101,7 +102,7 @@ def test_activations_are_those_of_the_same_step_on_real_tensors(overrides, check
     with ShapeSimulation() as with_criterion:
         build_criterion(config)(model(batch), batch.targets).total.backward()
     assert planned == pytest.approx(real.peak, rel=0.05)
-    assert planned == pytest.approx(with_criterion.peak, rel=0.08)
+    assert planned + matching_bytes(config) == pytest.approx(with_criterion.peak, rel=0.05)
     assert 0.7 * planned < sum(saved.values()) <= planned
 
 
@@ -143,7 +144,9 @@ def test_the_7b_is_planned_without_its_weights():
     assert totals["0"] > totals["1"] > totals["2"] > totals["3"] > totals["3 + offload"]
     assert plan.epoch.phrases == 120_624 + 120_191 + 80_512
     assert "published" in plan.epoch.source
-    assert plan.epoch.tokens == plan.epoch.phrases * plan.tokens_per_phrase
+    own = plan.tokens_per_phrase - plan.shared_tokens
+    assert 0 < own < plan.tokens_per_phrase
+    assert plan.epoch.tokens == plan.epoch.images * plan.shared_tokens + plan.epoch.phrases * own
     assert json.loads(json.dumps(plan.to_json()))["memory"][0]["total"] == plan.memory[0].total
 
 
