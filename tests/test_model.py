@@ -215,7 +215,7 @@ def test_synthetic_batch_is_what_it_says(config: RunConfig):
     assert batch.targets.phrase_index.tolist() == sorted([*range(6), *range(6)])
 
 
-@pytest.mark.parametrize("name", ["tiny-random", "deris-0.5b-refcoco", "deris-7b-refcoco"])
+@pytest.mark.parametrize("name", ["tiny-random", "tiny-refcoco", "deris-0.5b-refcoco", "deris-7b-refcoco"])
 def test_trainable_parameters_are_the_golden_ones(name: str, overrides: list[str]):
     """What trains is a tested fact: names with layer numbers as *, each with its count and its number of parameters."""
     config = tiny_config(*overrides) if name == "tiny-random" else load_config(name)
