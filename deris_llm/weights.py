@@ -61,12 +61,18 @@ def resolve_weights(name: str) -> str:
     )
 
 
-def architecture_of(name: str) -> PreTrainedConfig:
+def architecture_of(name: str, *, weights: bool = False) -> PreTrainedConfig:
     """Reads the architecture (a transformers config) of some weights.
 
     The architectures of the run configs' Hugging Face ids are shipped as JSON in `deris_llm/architectures`, so that a
-    model can be built without its weights (`deris-llm plan`) and without network.
+    model can be built without its weights (`deris-llm plan`) and without network. They were written by hand.
+
+    Args:
+        name: see `resolve_weights`.
+        weights: True reads the config that lies beside the weights, which is what they were trained with.
     """
+    if weights:
+        return _from_pretrained(AutoConfig, name)
     shipped = resources.files("deris_llm.architectures").joinpath(f"{name.replace('/', '--')}.json")
     if shipped.is_file():
         return AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8")))

@@ -193,7 +193,7 @@ class Qwen2OneVision(CognitionBackend):
     @classmethod
     def build(cls, config: CognitionConfig, *, weights: bool, dtype: torch.dtype) -> Self:
         """See `CognitionBackend`."""
-        architecture = _architecture(config.weights)
+        architecture = _architecture(config.weights, weights=weights)
         model = load_pretrained(
             LlavaOnevisionModel,
             config.weights,
@@ -215,7 +215,7 @@ class Qwen2OneVision(CognitionBackend):
     @classmethod
     def build_processor(cls, config: CognitionConfig) -> Qwen2OneVisionProcessor:
         """See `CognitionBackend`."""
-        architecture = _architecture(config.weights)
+        architecture = _architecture(config.weights, weights=True)
         tokenizer = AutoTokenizer.from_pretrained(resolve_weights(config.weights))
         image_token_id = tokenizer.get_vocab().get(IMAGE_TOKEN)
         if image_token_id != architecture.image_token_index or not tokenizer.is_fast:
@@ -320,9 +320,9 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-def _architecture(name: str) -> Any:
+def _architecture(name: str, *, weights: bool) -> Any:
     """The config of a LLaVA-OneVision with Qwen2 (Any: transformers types its sub-configs as dicts)."""
-    architecture: Any = architecture_of(name)
+    architecture: Any = architecture_of(name, weights=weights)
     if architecture.model_type != "llava_onevision" or architecture.text_config.model_type != "qwen2":
         raise ValueError(
             f"cognition.weights={name}: expected the weights of a LLaVA-OneVision with Qwen2, got a "

@@ -191,7 +191,7 @@ def build_perception(
     Raises:
         ValueError: the weights are of another model, or lack what is asked for.
     """
-    source = architecture_of(config.weights)
+    source = architecture_of(config.weights, weights=weights)
     _check_architecture(config.weights, source, num_queries)
     assert isinstance(source, Mask2FormerConfig)
     architecture = copy.deepcopy(source)
