@@ -10,7 +10,7 @@ from transformers import Qwen2Config, Qwen2Model
 from deris_llm.cognition.qwen2_ov import attention_kernels
 from deris_llm.cognition.shared_prefix import pack_prompts, run_packed
 
-TOLERANCE = 2e-6  # measured worst case 6e-7 (hidden states of size 1)
+TOLERANCE = 2e-6  # measured worst case 2.4e-7 (hidden states of size 1); gradients 3.7e-7 relative
 PREFIX, WIDTH = 7, 32
 
 
