@@ -415,7 +415,8 @@ def word_loss(
     """Cross-entropies that align the projected patches with the embeddings of the words for their object.
 
     Within the words for kinds, colours, patterns and sizes each, and within the location tokens (the cell of the object's
-    centre). Without it the language model needs hundreds of steps until its attention matches words with patches.
+    centre). Meant to spare the language model from finding out which words go with which patches;
+    no run measured its share.
     """
     classes = torch.from_numpy(data.classes[scenes])
     occupied = classes[..., 0] > 0
