@@ -67,6 +67,14 @@ class PerceptionConfig:
     )
     image_size: int = option(384, "px; pictures are warped to this square for the perception branch; multiple of 32")
     freeze_backbone: bool = option(True, "keep the backbone (Swin) as it is; saves its gradients and optimizer state")
+    pixel_decoder: Literal["mask2former", "deris-2025"] = option(
+        "mask2former", "deris-2025: biases and one more ReLU in the finest (FPN) step, as the released DeRIS weights have"
+    )
+    resize: Literal["antialias", "opencv"] = option(
+        "antialias",
+        "how pictures and target masks are warped: Pillow's antialiased bilinear and cell centres, or OpenCV's bilinear "
+        "and nearest, byte-equal to the public code",
+    )
     activation_checkpointing: bool = option(
         False, "recompute the pixel decoder in the backward pass: less memory, slower"
     )
@@ -104,8 +112,20 @@ class CognitionConfig:
         "which tokens become text features; in a causal LLM the tokens after the phrase have read all of it",
     )
     max_phrase_tokens: int = option(40, "longer phrases are cut (with a count in the log)")
+    tuning: Literal["lora", "full"] = option(
+        "lora", "lora: the image-text model is frozen but for `lora`; full: all of it trains (BEiT-3, BERT, ViLT)"
+    )
     lora: LoraConfig = section(LoraConfig)
     gradient_checkpointing: bool = option(True, "recompute the language model's layers in the backward pass")
+    tokenizer: str = option("", "beit3: path of the sentencepiece model `beit3.spm`; empty = beside the weights")
+    image_size: int = option(
+        0, "beit3: px of the square picture; 0 = what the weights were made for, else position tables are resized"
+    )
+    drop_path: float = option(0.0, "beit3: stochastic depth of the last layer, linear from 0 at the first")
+    resize: Literal["antialias", "opencv"] = option("antialias", "beit3: as `perception.resize`, for its picture")
+    normalisation: Literal["half", "imagenet"] = option(
+        "half", "beit3: mean = deviation = 0.5 as in its pre-training, or ImageNet's as in the public DeRIS code"
+    )
 
 
 @dataclass(frozen=True)
@@ -114,6 +134,30 @@ class LoopbackConfig:
     num_queries: int = option(10, "mask slots per phrase: 10 for RefCOCO, 20 for gRefCOCO")
     dim_feedforward: int = option(2048, "width of the FFN in the cognition layers")
     num_heads: int = option(8, "attention heads in the cognition layers")
+    prior_attention: Literal["queries", "batch", "self"] = option(
+        "queries",
+        "whom a query attends to when the mask priors are exchanged: the phrase's other queries (paper eq. 5); the same "
+        "slot of the batch's other phrases (the public code: answers then depend on the batch); itself alone (what the "
+        "public code does at batch 1: the reading of released weights in deployment)",
+    )
+    text_positions: Literal["sine", "integer_sine"] = option(
+        "sine", "integer_sine: frequencies cut to integers, so that one pair is left (public code)"
+    )
+    text_padding: Literal["hidden", "minus_100"] = option(
+        "hidden", "how the loopback's text attention treats padding: not at all, or with -100 on its logit (public code)"
+    )
+    referring_head: Literal["binary", "two_way"] = option(
+        "binary", "one logit per query, or two (referred, not) whose difference is that logit (public code)"
+    )
+    presence_head: Literal["linear", "text_decoder"] = option(
+        "linear",
+        "presence from the last cognition queries by one linear (paper eq. 1), or by a text decoder of three layers (public code)",
+    )
+    mask_upsampling: Literal["direct", "x4_align_corners"] = option(
+        "direct",
+        "mask logits are read at their own resolution, or upsampled x4 with align_corners=True before anything reads "
+        "them (public code); in training and evaluation",
+    )
 
 
 @dataclass(frozen=True)
@@ -135,14 +179,21 @@ class TrainingConfig:
     max_steps: int = option(-1, "optimizer steps; -1 = by epochs")
     images_per_device: int = option(1, "I: images in a micro-batch of one rank")
     accumulation: int = option(1, "micro-batches per optimizer step")
-    learning_rate: float = option(4e-5, "AdamW rate of everything without a rate of its own")
-    lora_learning_rate: float = option(4e-5, "AdamW rate of the LoRA weights")
-    pixel_decoder_learning_rate: float = option(
-        4e-5, "AdamW rate of the pixel decoder and the carried-over decoder layers"
-    )
-    weight_decay: float = option(0.01, "AdamW's; none on biases, norms and embeddings")
+    optimizer: Literal["adamw", "adam"] = option("adamw", "adam adds weight decay to the gradient instead of the step")
+    betas: tuple[float, ...] = option((0.9, 0.999), "decay rates of the optimizer's two running means")
+    eps: float = option(1e-8, "added to the optimizer's denominator")
+    amsgrad: bool = option(False, "divide by the largest second moment so far, not by the current one")
+    learning_rate: float = option(4e-5, "rate of everything without a rate of its own")
+    lora_learning_rate: float = option(4e-5, "rate of the LoRA weights")
+    cognition_learning_rate: float = option(4e-5, "rate of the image-text model's own weights under cognition.tuning=full")
+    pixel_decoder_learning_rate: float = option(4e-5, "rate of the pixel decoder and the carried-over decoder layers")
+    weight_decay: float = option(0.01, "none on biases, norms and embeddings")
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly from 0")
-    schedule: Literal["cosine", "linear", "constant"] = option("cosine", "shape of the rate after warm-up")
+    schedule: Literal["cosine", "linear", "constant", "epochs"] = option(
+        "cosine", "shape of the rate after warm-up; epochs: constant within an epoch, see the next two fields"
+    )
+    decay_epochs: tuple[int, ...] = option((), "schedule=epochs: the rate falls to a tenth after each of these epochs")
+    first_epoch_factor: float = option(1.0, "schedule=epochs: factor on the rate in the first epoch")
     max_grad_norm: float = option(1.0, "gradients are clipped to this L2 norm")
     precision: Literal["bf16", "fp32"] = option("bf16", "bf16 needs a GPU with it; fp32 is what CPU runs use")
     eval_every: int = option(1000, "steps between evaluations on `eval_split`; 0 = only at the end")
@@ -175,6 +226,11 @@ class RunConfig:
     """A complete run. Paper: DeRIS (ICCV 2025), section 4.1 and appendix C for the 7B's values."""
 
     name: str = option("unnamed", "name of the run; part of the output folder")
+    compat: Literal["none", "deris-2025"] = option(
+        "none",
+        "deris-2025: every switch that makes the model, loss and preprocessing equal to the public DeRIS code "
+        "(deris_llm/configs/compat/deris-2025.yaml); fields that the run config gives itself win",
+    )
     data: DataConfig = section(DataConfig)
     perception: PerceptionConfig = section(PerceptionConfig)
     cognition: CognitionConfig = section(CognitionConfig)
@@ -241,7 +297,7 @@ def config_from_dict(
         ConfigError: all problems at once.
     """
     problems = [] if problems is None else problems
-    config = _build(RunConfig, tree, "", problems)
+    config = _build(RunConfig, _with_compat(tree), "", problems)
     if not problems:
         problems.extend(contradictions(config))
     if problems:
@@ -321,6 +377,15 @@ def contradictions(config: RunConfig) -> list[str]:
             f"evaluation.score_threshold: expected a probability in (0, 1), got {config.evaluation.score_threshold}"
         )
     return found
+
+
+def _with_compat(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree over the preset that its field `compat` names; an unknown name is reported with the other fields."""
+    name = tree.get("compat", "none") if isinstance(tree, dict) else "none"
+    preset = resources.files("deris_llm.configs").joinpath("compat", f"{name}.yaml")
+    if not isinstance(name, str) or not preset.is_file():
+        return tree
+    return _merged(yaml.safe_load(preset.read_text(encoding="utf-8")), tree)
 
 
 def _read_yaml_tree(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
