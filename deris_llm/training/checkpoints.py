@@ -1,16 +1,25 @@
 """Checkpoints: the trainable tensors and the state of a run, the same files whatever the ZeRO stage and number of ranks.
 
-A folder ``checkpoint-STEP`` holds
+A folder ``checkpoint-STEP`` of a run holds
 
     config.yaml             the complete run config
     trainable.safetensors   every trainable parameter by name, float32 (under bf16 the optimizer's master weights)
     base_weights.json       fingerprints of the weights the frozen part came from
-    optimizer.safetensors   ``exp_avg/NAME`` and ``exp_avg_sq/NAME`` of AdamW, float32; its metadata has the step
+    optimizer.safetensors   ``exp_avg/NAME``, ``exp_avg_sq/NAME`` and, with AMSGrad, ``max_exp_avg_sq/NAME``, float32; its
+                            metadata has the step
     state.pt                scheduler, random states by rank, images per step
     trainer_state.json      the Trainer's own: step, epoch, log history, best metric
 
 and ``best`` the first three and ``metrics.json``. DeepSpeed's own format is not used: it holds the frozen 15 GB, is tied
 to the number of ranks and the stage, and its way out of that (universal checkpoints) mixes up the groups' rates (0.19.8).
+
+A *full* checkpoint needs no base weights; it is what conversions of other people's files write:
+
+    config.yaml             the complete run config
+    model.safetensors       every parameter and saved buffer by name, frozen ones too
+    beit3.spm               the tokenizer, where the backend needs one of its own (wins over `cognition.tokenizer`)
+
+Both kinds are read by `load_checkpoint`, and a new run can take its first weights from either (`training.start_from`).
 
 A folder is written aside and renamed when it is complete and on disk: a folder with a final name is whole.
 """
@@ -34,7 +43,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deris_llm.config import RunConfig, config_to_dict, load_config, save_config
@@ -48,6 +57,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 TRAINABLE_FILE = "trainable.safetensors"
+MODEL_FILE = "model.safetensors"
+TOKENIZER_FILE = "beit3.spm"
 BASE_WEIGHTS_FILE = "base_weights.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.pt"
@@ -225,6 +236,32 @@ def save_training_state(
             )
 
     on_first_rank(write)
+
+
+def save_full_checkpoint(
+    folder: Path, model: nn.Module, config: RunConfig, extra_files: Mapping[str, Path] | None = None
+) -> None:
+    """Writes a full checkpoint, which needs no base weights to be loaded. One process calls it.
+
+    Args:
+        folder: final name; a folder of that name is replaced, and stays whole until the new one is complete.
+        model: the bare model, in one piece (no ZeRO), every tensor with the values to keep and in the dtype to keep.
+        config: that builds this model; saved with it.
+        extra_files: name in the folder -> file that is copied there, e.g. ``beit3.spm``, the tokenizer.
+
+    Raises:
+        CheckpointError: a file could not be written.
+    """
+    # Copies, not views: two names of one tensor are two tensors in the file.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
+    with written_aside(folder) as partial:
+        save_config(config, partial / CONFIG_FILE)
+        for name, source in (extra_files or {}).items():
+            shutil.copyfile(source, partial / name)
+        try:
+            safetensors.torch.save_file(tensors, partial / MODEL_FILE, {"format": "pt"})
+        except SafetensorError as error:  # its way to say that the disk is full
+            raise OSError(str(error)) from error
 
 
 def images_per_step(config: RunConfig) -> int:
