@@ -68,7 +68,8 @@ class PerceptionConfig:
     image_size: int = option(384, "px; pictures are warped to this square for the perception branch; multiple of 32")
     freeze_backbone: bool = option(True, "keep the backbone (Swin) as it is; saves its gradients and optimizer state")
     pixel_decoder: Literal["mask2former", "deris-2025"] = option(
-        "mask2former", "deris-2025: biases and one more ReLU in the finest (FPN) step, as the released DeRIS weights have"
+        "mask2former",
+        "deris-2025: biases and one more ReLU in the finest (FPN) step, as the released DeRIS weights have",
     )
     resize: Literal["antialias", "opencv"] = option(
         "antialias",
@@ -144,7 +145,8 @@ class LoopbackConfig:
         "sine", "integer_sine: frequencies cut to integers, so that one pair is left (public code)"
     )
     text_padding: Literal["hidden", "minus_100"] = option(
-        "hidden", "how the loopback's text attention treats padding: not at all, or with -100 on its logit (public code)"
+        "hidden",
+        "how the loopback's text attention treats padding: not at all, or with -100 on its logit (public code)",
     )
     referring_head: Literal["binary", "two_way"] = option(
         "binary", "one logit per query, or two (referred, not) whose difference is that logit (public code)"
@@ -175,6 +177,11 @@ class CriterionConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
+    start_from: str = option(
+        "",
+        "checkpoint folder whose weights a new run starts from: `best` or `checkpoint-STEP` of a run, or a full one that "
+        "`deris-llm convert` wrote (then no base weights are read); keep it in place, checkpoints name it; empty = base weights",
+    )
     epochs: float = option(10.0, "passes over the training phrases; ignored when max_steps > 0")
     max_steps: int = option(-1, "optimizer steps; -1 = by epochs")
     images_per_device: int = option(1, "I: images in a micro-batch of one rank")
@@ -185,7 +192,9 @@ class TrainingConfig:
     amsgrad: bool = option(False, "divide by the largest second moment so far, not by the current one")
     learning_rate: float = option(4e-5, "rate of everything without a rate of its own")
     lora_learning_rate: float = option(4e-5, "rate of the LoRA weights")
-    cognition_learning_rate: float = option(4e-5, "rate of the image-text model's own weights under cognition.tuning=full")
+    cognition_learning_rate: float = option(
+        4e-5, "rate of the image-text model's own weights under cognition.tuning=full"
+    )
     pixel_decoder_learning_rate: float = option(4e-5, "rate of the pixel decoder and the carried-over decoder layers")
     weight_decay: float = option(0.01, "none on biases, norms and embeddings")
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly from 0")

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -59,6 +60,7 @@ CONFIG_FILE = "config.yaml"
 TRAINABLE_FILE = "trainable.safetensors"
 MODEL_FILE = "model.safetensors"
 TOKENIZER_FILE = "beit3.spm"
+BASE_CHECKPOINT = "checkpoint"  # the part of `base_weights.json` that a run has instead of `weights` of its config
 BASE_WEIGHTS_FILE = "base_weights.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.pt"
@@ -68,7 +70,6 @@ BEST = "best"
 
 _PREFIX = "checkpoint-"
 _PARTIAL = ".partial-"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _CHUNK = 1 << 16
 _NUM_CHUNKS = 64
 
@@ -90,6 +91,8 @@ MAY_DIFFER = frozenset(
     }
 )
 """Config fields that may change when a run goes on: they do not change what is learned (images per step is checked)."""
+
+_NAMES_OF_FILES = frozenset({"cognition.weights", "cognition.tokenizer", "perception.weights"})
 
 
 class CheckpointError(ValueError):
@@ -285,11 +288,11 @@ def _write_weights(folder: Path, tensors: dict[str, Tensor], config: RunConfig) 
     # Bytes are made first and written by Python, so that a full disk is an OSError whatever library made them.
     save_config(config, folder / CONFIG_FILE)
     (folder / TRAINABLE_FILE).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
-    (folder / BASE_WEIGHTS_FILE).write_bytes(json.dumps(base_fingerprints(config), indent=2).encode())
+    (folder / BASE_WEIGHTS_FILE).write_bytes(json.dumps(fingerprints_of_run(config), indent=2).encode())
 
 
 def _optimizer_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[float, dict[str, Tensor]]:
-    """AdamW's step count and moments by parameter name, whole (on rank 0)."""
+    """The optimizer's step count and every moment it has, by parameter name, whole (on rank 0)."""
     base = base_optimizer(optimizer)
     steps = {float(entry["step"]) for entry in base.state.values() if entry}
     if len(steps) != 1:
@@ -298,10 +301,16 @@ def _optimizer_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> tu
         )
     trainable = _trainable(model)
     moments = {}
-    for moment in _MOMENTS:
+    for moment in moment_names(base):
         whole = _whole(trainable, [_fragment(parameter, base, moment) for parameter in trainable.values()])
         moments.update({f"{moment}/{name}": values for name, values in whole.items()})
     return steps.pop(), moments
+
+
+def moment_names(base: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The moments that torch's Adam or AdamW keeps of a parameter, by their names in its state."""
+    largest = ("max_exp_avg_sq",) if base.defaults["amsgrad"] else ()
+    return ("exp_avg", "exp_avg_sq", *largest)
 
 
 def base_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -341,8 +350,11 @@ def check_base_weights(folder: Path, config: RunConfig) -> None:
     Raises:
         CheckpointError: names the parts.
     """
-    saved = json.loads((folder / BASE_WEIGHTS_FILE).read_text(encoding="utf-8"))
-    now = base_fingerprints(config)
+    saved = _recorded_base(folder)
+    if BASE_CHECKPOINT in saved:
+        now = _checkpoint_fingerprint(Path(saved[BASE_CHECKPOINT]["weights"]))
+    else:
+        now = _parts_fingerprints(config)
     other = [
         f"{part}: {now[part]['weights']}" for part in now if saved.get(part, {}).get("files") != now[part]["files"]
     ]
@@ -359,27 +371,50 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: names or shapes differ (the first ten are listed).
     """
-    tensors = safetensors.torch.load_file(folder / TRAINABLE_FILE)
-    parameters = _trainable(model)
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
-    problems = [f"missing in the file: {name}" for name in shapes if name not in tensors]
-    problems += [f"not trainable here: {name}" for name in tensors if name not in shapes]
-    problems += [
-        f"{name}: shape {tuple(tensors[name].shape)} in the file, {shapes[name]} here"
-        for name in shapes
-        if name in tensors and tuple(tensors[name].shape) != shapes[name]
-    ]
-    if problems:
-        listed = "\n".join(f"  - {problem}" for problem in problems[:10])
+    _load_strictly(_trainable(model), folder / TRAINABLE_FILE, "trainable parameters", others="not trainable")
+
+
+def restore_full_weights(model: nn.Module, folder: Path) -> None:
+    """Loads every parameter and saved buffer of a full checkpoint, strictly by name; for all ZeRO stages as `restore_weights`.
+
+    Raises:
+        CheckpointError: names or shapes differ (the first ten are listed).
+    """
+    names = model.state_dict().keys()
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    _load_strictly(
+        {name: tensors[name] for name in names}, folder / MODEL_FILE, "parameters and buffers", others="unknown"
+    )
+
+
+def _load_strictly(tensors: Mapping[str, Tensor], path: Path, what: str, *, others: str) -> None:
+    """Copies a file's values into tensors of exactly its names and shapes; `what` they are, and what any other one is."""
+    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+            problems = [f"missing in the file: {name}" for name in shapes if name not in saved]
+            problems += [f"{others} here: {name}" for name in saved if name not in shapes]
+            problems += [
+                f"{name}: shape {saved[name]} in the file, {shape} here"
+                for name, shape in shapes.items()
+                if name in saved and saved[name] != shape
+            ]
+            if problems:
+                listed = "\n".join(f"  - {problem}" for problem in problems[:10])
+                raise CheckpointError(
+                    f"{path}: expected exactly the model's {len(shapes)} {what}, got {len(problems)} differences\n{listed}\n"
+                    f"Use the config that is saved beside it"
+                )
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    with _writable(tensor):
+                        if tensor.numel():
+                            tensor.copy_(file.get_tensor(name))
+    except SafetensorError as error:
         raise CheckpointError(
-            f"{folder / TRAINABLE_FILE}: expected exactly the model's {len(shapes)} trainable parameters, got "
-            f"{len(problems)} differences\n{listed}\nUse the config that is saved beside it"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            with _writable(parameter):
-                if parameter.numel():
-                    parameter.copy_(tensors[name])
+            f"{path}: expected a safetensors file, got {error}; copy it again, or take another checkpoint"
+        ) from error
 
 
 def restore_training_state(
@@ -399,7 +434,7 @@ def restore_training_state(
         config: this run's.
 
     Raises:
-        CheckpointError: the number of images per step is another one.
+        CheckpointError: the number of images per step is another one, or the file lacks a moment of the optimizer.
     """
     state = read_state(folder)
     if state["images_per_step"] != images_per_step(config):
@@ -451,15 +486,26 @@ def _restore_moments(model: nn.Module, optimizer: Any, folder: Path) -> None:
     with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
         step = float(file.metadata()["step"])
     base = base_optimizer(optimizer)
+    names = moment_names(base)
+    missing = [
+        f"{moment}/{name}" for moment in names for name in _trainable(model) if f"{moment}/{name}" not in moments
+    ]
+    if missing:
+        listed = "\n".join(f"  - {name}" for name in missing[:10])
+        raise CheckpointError(
+            f"{folder / OPTIMIZER_FILE}: expected {', '.join(names)} of every trainable parameter, got a file without "
+            f"{len(missing)} of them\n{listed}\nThe optimizer cannot go on without them: go on from another checkpoint, or start a "
+            f"new run from these weights with training.start_from={folder}"
+        )
     for flat in _optimizer_tensors(
         optimizer
     ):  # DeepSpeed fills them at the first step; a resumed run needs them before
         base.state[flat] = {
             "step": torch.tensor(step, device=flat.device if base.defaults.get("fused") else "cpu"),
-            **{moment: torch.zeros_like(flat, memory_format=torch.preserve_format) for moment in _MOMENTS},
+            **{moment: torch.zeros_like(flat, memory_format=torch.preserve_format) for moment in names},
         }
     for name, parameter in _trainable(model).items():
-        for moment in (None, *_MOMENTS):
+        for moment in (None, *names):
             value = masters[name] if moment is None else moments[f"{moment}/{name}"]
             _fill(_fragment(parameter, base, moment), value)
 
@@ -545,7 +591,7 @@ def _fill(fragment: _Fragment, whole: Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _writable(parameter: nn.Parameter) -> Iterator[None]:
+def _writable(parameter: Tensor) -> Iterator[None]:
     """Gathers a parameter that ZeRO-3 has partitioned; on leaving, rank 0's values are spread."""
     if not hasattr(parameter, "ds_id"):
         yield
@@ -569,16 +615,16 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def load_checkpoint(
     folder: str | Path, device: torch.device | str | None = None, *, allow_module: bool = False
 ) -> tuple[RunConfig, Deris]:
-    """Builds the model of a checkpoint: base weights of its config, then the trained parameters, strictly.
+    """Builds the model of a checkpoint: of a run, base weights and then the trained parameters; of a full one, all from it.
 
     Args:
-        folder: ``checkpoint-STEP`` or ``best`` of a run.
+        folder: ``checkpoint-STEP`` or ``best`` of a run, or a full checkpoint.
         device: where the model goes; None = CPU.
         allow_module: whether a cognition backend named `package.module:Class` in its config may be imported; a
             checkpoint of somebody else could name any code.
 
     Returns:
-        the run config and the model in evaluation mode.
+        the run config (`checkpoint_config`) and the model in evaluation mode.
 
     Raises:
         CheckpointError: no checkpoint, other base weights than those it was trained on, or other parameter names.
@@ -586,34 +632,188 @@ def load_checkpoint(
     from deris_llm.model import build_model  # noqa: PLC0415 - transformers takes seconds to import
 
     folder = Path(folder)
-    absent = [name for name in (CONFIG_FILE, TRAINABLE_FILE, BASE_WEIGHTS_FILE) if not (folder / name).is_file()]
+    check_is_checkpoint(folder)
+    config = checkpoint_config(folder)
+    base = folder if is_full(folder) else recorded_base_checkpoint(folder)
+    if base is not None and base != folder:
+        check_base_weights(folder, config)  # before the work of building on it
+    model = build_model(config, weights=base is None, allow_module=allow_module)
+    if base is None:
+        check_base_weights(folder, config)  # after: only now they are sure to be on this machine
+    else:
+        restore_full_weights(model, base)
+    if base != folder:
+        restore_weights(model, folder)
+    return config, model.to(device or "cpu").eval()
+
+
+def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run config of a checkpoint, with the tokenizer that lies in its folder or in that of the checkpoint it is based on.
+
+    Args:
+        folder: either kind of checkpoint.
+        overrides: ``section.field=value``; they win.
+    """
+    config = load_config(folder / CONFIG_FILE, overrides)
+    base = folder if is_full(folder) else recorded_base_checkpoint(folder)
+    if any(text.partition("=")[0].strip() == "cognition.tokenizer" for text in overrides):
+        return config
+    return config if base is None else with_tokenizer_of(base, config, wins=base == folder)
+
+
+def with_tokenizer_of(folder: Path, config: RunConfig, *, wins: bool = False) -> RunConfig:
+    """The config with the tokenizer in a full checkpoint's folder, if there is one.
+
+    Args:
+        folder: of a full checkpoint.
+        config: whose `cognition.tokenizer` is filled in.
+        wins: also over one that the config names itself.
+    """
+    path = folder / TOKENIZER_FILE
+    if not path.is_file() or (config.cognition.tokenizer and not wins):
+        return config
+    return dataclasses.replace(config, cognition=dataclasses.replace(config.cognition, tokenizer=str(path)))
+
+
+def is_full(folder: Path) -> bool:
+    """Whether a checkpoint folder holds every tensor, not only the trained ones."""
+    return (folder / MODEL_FILE).is_file()
+
+
+def check_is_checkpoint(folder: Path, where: str = "") -> None:
+    """Refuses a folder that is no checkpoint of either kind.
+
+    Args:
+        folder: that somebody gave.
+        where: what named it, for the message.
+
+    Raises:
+        CheckpointError: says what is missing and, where one is inside, which folder was probably meant.
+    """
+    wanted = (CONFIG_FILE,) if is_full(folder) else (CONFIG_FILE, TRAINABLE_FILE, BASE_WEIGHTS_FILE)
+    absent = [name for name in wanted if not (folder / name).is_file()]
     if absent:
         inside = newest_checkpoint(folder) if folder.is_dir() else None
         hint = f"; did you mean {folder / BEST if (folder / BEST).is_dir() else inside}?" if inside else ""
         raise CheckpointError(
-            f"{folder}: expected a checkpoint folder with {CONFIG_FILE}, {TRAINABLE_FILE} and {BASE_WEIGHTS_FILE}, got no "
-            f"{', '.join(absent)}{hint or '; give the folder `best` or `checkpoint-STEP` of a run'}"
+            f"{where}{folder}: expected a checkpoint folder with {CONFIG_FILE}, {TRAINABLE_FILE} and {BASE_WEIGHTS_FILE} (of a run) "
+            f"or {CONFIG_FILE} and {MODEL_FILE} (full), got no {', '.join(absent)}"
+            f"{hint or '; give the folder `best` or `checkpoint-STEP` of a run, or one that `deris-llm convert` wrote'}"
         )
-    config = load_config(folder / CONFIG_FILE)
-    model = build_model(config, device=device, allow_module=allow_module)
-    check_base_weights(folder, config)
-    restore_weights(model, folder)
-    return config, model.eval()
+
+
+# -- starting from another run's weights -----------------------------------------------------------------------------
+
+
+def first_weights_folder(config: RunConfig) -> Path | None:
+    """The checkpoint that `training.start_from` names, checked, or None.
+
+    Raises:
+        CheckpointError: it is no checkpoint.
+    """
+    if not config.training.start_from:
+        return None
+    folder = Path(config.training.start_from).expanduser()
+    check_is_checkpoint(folder, "training.start_from=")
+    return folder
+
+
+def base_checkpoint(config: RunConfig) -> Path | None:
+    """The full checkpoint that a new run's frozen weights come from, or None where they come from the `weights` it names.
+
+    Starting from a checkpoint of another run means to stand on what that one stands on.
+    """
+    folder = first_weights_folder(config)
+    if folder is None or is_full(folder):
+        return folder
+    return recorded_base_checkpoint(folder)
+
+
+def restore_first_weights(model: nn.Module, config: RunConfig) -> None:
+    """Gives a new run's model the weights of `training.start_from`, strictly by name; before DeepSpeed's engine exists.
+
+    Where the model reads its inputs or answers otherwise than the checkpoint was trained for, the log lists the fields.
+
+    Args:
+        model: built without weights where `base_checkpoint` says so, else with the base weights of its config.
+        config: of the new run.
+
+    Raises:
+        CheckpointError: other base weights than the checkpoint's, or other names or shapes.
+    """
+    folder = first_weights_folder(config)
+    if folder is None:
+        return
+    then, now = (_flat(config_to_dict(c)) for c in (load_config(folder / CONFIG_FILE), config))
+    differ = [
+        f"{name}: {then.get(name)!r} there, {now[name]!r} now"
+        for name in now
+        if name.startswith(("perception.", "cognition.", "loopback.")) and then.get(name) != now[name]
+        and name not in MAY_DIFFER | _NAMES_OF_FILES
+    ]  # fmt: skip
+    if differ:
+        logger.warning("training.start_from=%s was trained with other settings: %s", folder, "; ".join(differ))
+    if not is_full(folder):
+        check_base_weights(folder, config)
+    base = base_checkpoint(config)
+    if base is not None:
+        restore_full_weights(model, base)
+    if base != folder:
+        restore_weights(model, folder)
+    logger.info("starting from the weights of %s", folder)
 
 
 # -- base weights ----------------------------------------------------------------------------------------------------
 
 
 def base_fingerprints(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """What the frozen parts were loaded from: for each part, its ``weights`` name and a digest of each weight file.
+    """What a run's frozen parts are loaded from: for each part, its ``weights`` name and a digest of each weight file.
 
-    A timm backbone is named only: timm keeps its files where it likes.
+    They are the `weights` of the config, or the full checkpoint that `training.start_from` leads to. A timm backbone is
+    named only: timm keeps its files where it likes.
     """
+    base = base_checkpoint(config)
+    return _parts_fingerprints(config) if base is None else _checkpoint_fingerprint(base)
+
+
+@functools.cache
+def fingerprints_of_run(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """`base_fingerprints`, taken once in a process: folders that a run was started from may go away while it trains."""
+    return base_fingerprints(config)
+
+
+def recorded_base_checkpoint(folder: Path) -> Path | None:
+    """The full checkpoint that a run's checkpoint stands on, or None where it stands on the `weights` of its config.
+
+    Raises:
+        CheckpointError: it is not where it was.
+    """
+    recorded = _recorded_base(folder).get(BASE_CHECKPOINT)
+    if recorded is None:
+        return None
+    base = Path(recorded["weights"])
+    if not is_full(base):
+        raise CheckpointError(
+            f"{folder}: expected the full checkpoint it was trained on at {base}, got no {MODEL_FILE} there; put it back, or write "
+            f"its new place into {folder / BASE_WEIGHTS_FILE}"
+        )
+    return base
+
+
+def _recorded_base(folder: Path) -> dict[str, dict[str, Any]]:
+    return json.loads((folder / BASE_WEIGHTS_FILE).read_text(encoding="utf-8"))
+
+
+def _parts_fingerprints(config: RunConfig) -> dict[str, dict[str, Any]]:
     parts = {"cognition": config.cognition.weights, "perception": config.perception.weights}
     found = {part: {"weights": name, "files": _file_digests(name)} for part, name in parts.items()}
     if config.perception.backbone.startswith("timm:"):
         found["backbone"] = {"weights": config.perception.backbone, "files": {}}
     return found
+
+
+def _checkpoint_fingerprint(folder: Path) -> dict[str, dict[str, Any]]:
+    return {BASE_CHECKPOINT: {"weights": str(folder), "files": {MODEL_FILE: file_digest(folder / MODEL_FILE)}}}
 
 
 def file_digest(path: Path) -> str:

@@ -76,7 +76,7 @@ def train(
     join_ranks(uses_deepspeed=deepspeed is not None)
     if fast_dev_run:
         on_first_rank(lambda: shutil.rmtree(output, ignore_errors=True))
-    checkpoint = on_first_rank(lambda: _start_from(config, output, resume))
+    checkpoint = on_first_rank(lambda: _resume_from(config, output, resume))
     if checkpoint is not None and (finished := _finished(checkpoint)) is not None:
         return finished
 
@@ -99,10 +99,18 @@ def train(
     logger.info("%s", mix.report)
     records = _evaluation_records(config)
     set_seed(config.training.seed)
-    model = build_model(config)
-    if checkpoint is not None:
+    base = (
+        checkpoints.base_checkpoint(config) if checkpoint is None else checkpoints.recorded_base_checkpoint(checkpoint)
+    )
+    model = build_model(config, weights=base is None)
+    if checkpoint is None:
+        checkpoints.restore_first_weights(model, config)
+    else:
         checkpoints.check_base_weights(checkpoint, config)
-    processor = build_processor(config)
+        if base is not None:
+            checkpoints.restore_full_weights(model, base)
+    on_first_rank(lambda: checkpoints.fingerprints_of_run(config))  # now: its folders may be gone at the first save
+    processor = build_processor(config if base is None else checkpoints.with_tokenizer_of(base, config))
     loader = train_loader(config, group_by_image(mix.records), processor, rank=rank(), world_size=world_size())
     on_first_rank(lambda: save_config(config, output / checkpoints.CONFIG_FILE))
 
@@ -211,8 +219,9 @@ def join_ranks(*, uses_deepspeed: bool) -> None:
         dist.init_process_group(backend)
 
 
-def _start_from(config: RunConfig, output: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from, checked, or None for a new run."""
+def _resume_from(config: RunConfig, output: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, checked, or None for a new run; `training.start_from` is checked in both cases."""
+    checkpoints.first_weights_folder(config)
     output.mkdir(parents=True, exist_ok=True)
     checkpoints.remove_incomplete(output)
     newest = checkpoints.newest_checkpoint(output)
