@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor, nn
@@ -24,13 +23,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from deris_llm.cognition import build_processor
+from deris_llm.cognition import PlannedInputs, resolve_backend
 from deris_llm.config import RunConfig
 from deris_llm.data.dataset import group_by_image
 from deris_llm.data.mix import training_mix
 from deris_llm.model import Deris, build_model
-from deris_llm.structures import CognitionInputs, DerisOutput, ReferringBatch
-from deris_llm.weights import architecture_of
+from deris_llm.structures import DerisOutput, ReferringBatch
 
 GIB = 2**30
 STAGES = ("0", "1", "2", "3", "3 + offload")
@@ -38,7 +36,6 @@ ADAM_BYTES = 12  # per trainable parameter under ZeRO: fp32 master, first and se
 BUCKET_ELEMENTS = 13_000_000  # reduce_bucket_size of ds_configs/*.json
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: so many stay gathered at once
 MATCHING_COPIES = 5  # float32 tensors of all queries' points that live at once in the matcher (measured: 5.1)
-TEXT_TOKENS = 30  # of prompt and phrase, besides the image's, where no tokenizer is at hand
 TYPICAL_PHRASE = "the woman in the red jacket on the left"
 
 # Train splits: refs, phrases, images (REFER's own; what `deris-llm data check` compares with).
@@ -240,11 +237,10 @@ def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES
     if gpus < 1:
         raise ValueError(f"--gpus: expected 1 or more, got {gpus}; give the number of GPUs the run would have")
     model = build_model(config, weights=False, device="meta").train()
-    batch = shape_batch(config)
+    planned = plan_cognition(config)
+    batch = shape_batch(config, planned)
     activations = simulate_step(model, batch) + matching_bytes(config)
-    prompt = batch.cognition.input_ids[0]
-    is_image = prompt == prompt.mode().values  # by far the most frequent token
-    shared = int(is_image.nonzero().max()) + 1 if config.cognition.prompt_order == "image_first" else 0
+    tokens, shared = planned.tokens_per_phrase, planned.shared_tokens
     lora = {name: p.numel() for name, p in model.named_parameters() if ".lora_" in name}
     return RunPlan(
         name=config.name,
@@ -252,46 +248,36 @@ def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES
         precision=config.training.precision,
         images_per_device=len(batch.perception_image),
         phrases_per_device=batch.num_phrases,
-        tokens_per_phrase=len(prompt),
+        tokens_per_phrase=tokens,
         shared_tokens=shared,
         parts=tuple(_parts(model)),
         lora_modules=sum(".lora_A." in name for name in lora),
         lora_parameters=sum(lora.values()),
         memory=tuple(memory_per_gpu(model, stage, gpus=gpus, activations=activations) for stage in stages),
-        epoch=_epoch(config, gpus=gpus, tokens_per_phrase=len(prompt), shared_tokens=shared),
+        epoch=_epoch(config, gpus=gpus, tokens_per_phrase=tokens, shared_tokens=shared),
     )
 
 
-def shape_batch(config: RunConfig) -> ReferringBatch:
+def plan_cognition(config: RunConfig) -> PlannedInputs:
+    """What the cognition backend would read in a full micro-batch of one GPU."""
+    per_image = config.data.phrases_per_image
+    image_index = [number // per_image for number in range(config.training.images_per_device * per_image)]
+    return resolve_backend(config.cognition.backend).plan_inputs(config.cognition, TYPICAL_PHRASE, image_index)
+
+
+def shape_batch(config: RunConfig, planned: PlannedInputs) -> ReferringBatch:
     """A full micro-batch of one GPU: token ids for real, pictures as shapes."""
-    num_images = config.training.images_per_device
-    num_phrases = num_images * config.data.phrases_per_image
-    image_index = [number // config.data.phrases_per_image for number in range(num_phrases)]
+    num_images, per_image = config.training.images_per_device, config.data.phrases_per_image
+    num_phrases = num_images * per_image
     size = config.perception.image_size
+    inputs = planned.inputs
     return ReferringBatch(
         perception_image=torch.empty(num_images, 3, size, size, device="meta"),
-        cognition=_cognition_inputs(config, num_images, image_index),
-        image_index=torch.tensor(image_index),
+        cognition=dataclasses.replace(inputs, pixel_values=inputs.pixel_values.to("meta")),
+        image_index=torch.arange(num_images).repeat_interleave(per_image),
         phrase_ids=tuple(f"plan/train/{number}" for number in range(num_phrases)),
         phrases=(TYPICAL_PHRASE,) * num_phrases,
     )
-
-
-def _cognition_inputs(config: RunConfig, num_images: int, image_index: list[int]) -> CognitionInputs:
-    name = config.cognition.weights
-    if config.cognition.backend == "qwen2_ov" and not (name.startswith("builtin:") or Path(name).is_dir()):
-        architecture = architecture_of(name)  # shipped as JSON; the tokenizer is not
-        vision = architecture.vision_config
-        num_image_tokens = (vision.image_size // vision.patch_size) ** 2
-        input_ids = torch.zeros(len(image_index), num_image_tokens + TEXT_TOKENS, dtype=torch.long)
-        input_ids[:, TEXT_TOKENS // 2 :][:, :num_image_tokens] = architecture.image_token_index
-        text_features = torch.zeros_like(input_ids, dtype=torch.bool)
-        text_features[:, -TEXT_TOKENS // 2 :] = True
-        pixels = torch.empty(num_images, 3, vision.image_size, vision.image_size, device="meta")
-        return CognitionInputs(pixels, input_ids, torch.zeros_like(text_features), text_features)
-    pictures = [Image.new("RGB", (640, 480))] * num_images
-    inputs = build_processor(config)(pictures, [TYPICAL_PHRASE] * len(image_index), image_index)
-    return dataclasses.replace(inputs, pixel_values=inputs.pixel_values.to("meta"))
 
 
 def simulate_step(model: nn.Module, batch: ReferringBatch) -> int:

@@ -64,8 +64,9 @@ def resolve_weights(name: str) -> str:
 def architecture_of(name: str, *, weights: bool = False) -> PreTrainedConfig:
     """Reads the architecture (a transformers config) of some weights.
 
-    The architectures of the run configs' Hugging Face ids are shipped as JSON in `deris_llm/architectures`, so that a
-    model can be built without its weights (`deris-llm plan`) and without network. They were written by hand.
+    The architectures that the run configs name are shipped as JSON in `deris_llm/architectures`, so that a model can be
+    built without its weights (`deris-llm plan`) and without network. They were written by hand. That of a folder which
+    is not there (yet), such as `weights/beit3-base-patch16-224`, is found by the last part of its path.
 
     Args:
         name: see `resolve_weights`.
@@ -73,9 +74,11 @@ def architecture_of(name: str, *, weights: bool = False) -> PreTrainedConfig:
     """
     if weights:
         return _from_pretrained(AutoConfig, name)
-    shipped = resources.files("deris_llm.architectures").joinpath(f"{name.replace('/', '--')}.json")
-    if shipped.is_file():
-        return AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8")))
+    by_name = [name.replace("/", "--")] if Path(name).is_dir() else [name.replace("/", "--"), Path(name).name]
+    for stem in by_name:
+        shipped = resources.files("deris_llm.architectures").joinpath(f"{stem}.json")
+        if shipped.is_file():
+            return AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8")))
     return _from_pretrained(AutoConfig, name)
 
 

@@ -19,6 +19,7 @@ from deris_llm.planning import (
     ShapeSimulation,
     matching_bytes,
     memory_per_gpu,
+    plan_cognition,
     plan_run,
     shape_batch,
     show_plan,
@@ -78,11 +79,15 @@ def test_activations_are_those_of_the_same_step_on_real_tensors(overrides, check
     1.8 % above; what autograd saved for the backward pass is 80-96 % of the peak.
     """
     config = tiny_config(*overrides, f"cognition.gradient_checkpointing={checkpointing}")
-    planned = simulate_step(build_model(config, weights=False, device="meta").train(), shape_batch(config))
+    planned = simulate_step(
+        build_model(config, weights=False, device="meta").train(), shape_batch(config, plan_cognition(config))
+    )
 
     model = build_model(config).train()
     batch = _real_batch(config)
-    batch = ReferringBatch(**{**vars(batch), "cognition": _same_length(batch, shape_batch(config))})
+    batch = ReferringBatch(
+        **{**vars(batch), "cognition": _same_length(batch, shape_batch(config, plan_cognition(config)))}
+    )
     outside = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
 
@@ -119,7 +124,9 @@ def _same_length(batch, shapes):
 def test_checkpointing_and_smaller_batches_need_less(overrides):
     def peak(*more):
         config = tiny_config(*overrides, *more)
-        return simulate_step(build_model(config, weights=False, device="meta").train(), shape_batch(config))
+        return simulate_step(
+            build_model(config, weights=False, device="meta").train(), shape_batch(config, plan_cognition(config))
+        )
 
     assert peak("cognition.gradient_checkpointing=true") < peak("cognition.gradient_checkpointing=false")
     assert (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from PIL import Image
@@ -33,6 +33,14 @@ class CognitionProcessor(Protocol):
         ...
 
 
+class PlannedInputs(NamedTuple):
+    """Inputs of the sizes that a run has, for `deris-llm plan`."""
+
+    inputs: CognitionInputs  # pixel values may lie on `meta`
+    tokens_per_phrase: int  # through the image-text model, image tokens included
+    shared_tokens: int  # of these, how many run once for all phrases of an image
+
+
 class CognitionBackend(nn.Module, abc.ABC):
     """An image-text model with what trains and what is frozen already set.
 
@@ -51,6 +59,22 @@ class CognitionBackend(nn.Module, abc.ABC):
     @abc.abstractmethod
     def build_processor(cls, config: CognitionConfig) -> CognitionProcessor:
         """Builds the processor that goes with the model."""
+
+    @classmethod
+    def plan_inputs(cls, config: CognitionConfig, phrase: str, image_index: Sequence[int]) -> PlannedInputs:
+        """Inputs for counting memory and tokens without a run.
+
+        A backend overrides this to need no tokenizer, or where it shares tokens between phrases; here the real
+        processor prepares blank pictures.
+
+        Args:
+            config: of the run.
+            phrase: every phrase of the batch.
+            image_index: as in `CognitionProcessor`, of a full micro-batch.
+        """
+        pictures = [Image.new("RGB", (640, 480))] * (max(image_index) + 1)
+        inputs = cls.build_processor(config)(pictures, [phrase] * len(image_index), image_index)
+        return PlannedInputs(inputs, tokens_per_phrase=inputs.input_ids.shape[1], shared_tokens=0)
 
     @abc.abstractmethod
     def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:

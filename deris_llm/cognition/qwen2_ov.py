@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlavaOnevisionModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from deris_llm.cognition.base import CognitionBackend
+from deris_llm.cognition.base import CognitionBackend, PlannedInputs
 from deris_llm.cognition.shared_prefix import run_packed
 from deris_llm.config import CognitionConfig
 from deris_llm.structures import CognitionFeatures, CognitionInputs
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
 PHRASE_SLOT = "{phrase}"
+PLANNED_TEXT_TOKENS = 30  # of prompt and phrase, besides the image's, where no tokenizer is at hand
 
 
 class Qwen2OneVisionProcessor:
@@ -234,6 +236,27 @@ class Qwen2OneVision(CognitionBackend):
             text_features=config.text_features,
             max_phrase_tokens=config.max_phrase_tokens,
         )
+
+    @classmethod
+    def plan_inputs(cls, config: CognitionConfig, phrase: str, image_index: Sequence[int]) -> PlannedInputs:
+        """See `CognitionBackend`; without weights at hand the architecture suffices, as shipped for the run configs."""
+        name = config.weights
+        if name.startswith("builtin:") or Path(name).is_dir():
+            inputs = super().plan_inputs(config, phrase, image_index).inputs
+        else:
+            architecture = _architecture(name, weights=False)
+            vision = architecture.vision_config
+            num_image_tokens = (vision.image_size // vision.patch_size) ** 2
+            input_ids = torch.zeros(len(image_index), num_image_tokens + PLANNED_TEXT_TOKENS, dtype=torch.long)
+            input_ids[:, PLANNED_TEXT_TOKENS // 2 :][:, :num_image_tokens] = architecture.image_token_index
+            text_features = torch.zeros_like(input_ids, dtype=torch.bool)
+            text_features[:, -PLANNED_TEXT_TOKENS // 2 :] = True
+            pixels = torch.empty(max(image_index) + 1, 3, vision.image_size, vision.image_size, device="meta")
+            inputs = CognitionInputs(pixels, input_ids, torch.zeros_like(text_features), text_features)
+        prompt = inputs.input_ids[0]
+        is_image = prompt == prompt.mode().values  # by far the most frequent token
+        shared = int(is_image.nonzero().max()) + 1 if config.prompt_order == "image_first" else 0
+        return PlannedInputs(inputs, tokens_per_phrase=len(prompt), shared_tokens=shared)
 
     def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
         """Sets the mode; the frozen parts stay in eval."""

@@ -9,7 +9,10 @@ from importlib.metadata import entry_points
 from deris_llm.cognition.base import CognitionBackend, CognitionProcessor
 from deris_llm.config import RunConfig
 
-BUILT_IN = {"qwen2_ov": "deris_llm.cognition.qwen2_ov:Qwen2OneVision"}
+BUILT_IN = {
+    "qwen2_ov": "deris_llm.cognition.qwen2_ov:Qwen2OneVision",
+    "beit3": "deris_llm.cognition.beit3:Beit3",
+}
 ENTRY_POINT_GROUP = "deris_llm.cognition_backends"
 
 
