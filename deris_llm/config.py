@@ -114,7 +114,9 @@ class CognitionConfig:
     )
     max_phrase_tokens: int = option(40, "longer phrases are cut (with a count in the log)")
     tuning: Literal["lora", "full"] = option(
-        "lora", "lora: the image-text model is frozen but for `lora`; full: all of it trains (BEiT-3, BERT, ViLT)"
+        "lora",
+        "lora: the image-text model is frozen but for `lora`; full: all of it trains and `lora` is not used (of a "
+        "LLaVA-OneVision the language model; that of the 7B has 7.07e9 parameters)",
     )
     lora: LoraConfig = section(LoraConfig)
     gradient_checkpointing: bool = option(True, "recompute the language model's layers in the backward pass")
@@ -385,16 +387,90 @@ def contradictions(config: RunConfig) -> list[str]:
         found.append(
             f"evaluation.score_threshold: expected a probability in (0, 1), got {config.evaluation.score_threshold}"
         )
+    return found + _optimisation_contradictions(config) + _cognition_contradictions(config)
+
+
+def _optimisation_contradictions(config: RunConfig) -> list[str]:
+    training = config.training
+    found: list[str] = []
+    if len(training.betas) != 2 or not all(0 <= beta < 1 for beta in training.betas):
+        found.append(f"training.betas: expected two numbers in [0, 1), got {list(training.betas)}")
+    if training.eps <= 0:
+        found.append(f"training.eps: expected more than 0, got {training.eps}")
+    for name in ("lora_learning_rate", "cognition_learning_rate", "pixel_decoder_learning_rate", "weight_decay"):
+        if getattr(training, name) < 0:
+            found.append(f"training.{name}: expected 0 or more, got {getattr(training, name)}")
+    if config.cognition.tuning == "lora" and _is_set(config, "training.cognition_learning_rate"):
+        found.append(
+            "training.cognition_learning_rate cannot take effect with cognition.tuning=lora, where the image-text model is "
+            "frozen: remove it, or set cognition.tuning=full"
+        )
+    if not 0 <= training.warmup_ratio <= 1:
+        found.append(f"training.warmup_ratio: expected a share of the steps in [0, 1], got {training.warmup_ratio}")
+    if training.schedule != "epochs":
+        found.extend(
+            f"training.{name} cannot take effect with training.schedule={training.schedule}: remove it, or set "
+            "training.schedule=epochs"
+            for name in ("decay_epochs", "first_epoch_factor")
+            if _is_set(config, f"training.{name}")
+        )
+        return found
+    if training.warmup_ratio:
+        found.append(
+            f"training.warmup_ratio={training.warmup_ratio} cannot take effect with training.schedule=epochs, which is constant "
+            "within an epoch: set it to 0 (training.first_epoch_factor is that schedule's warm-up)"
+        )
+    if training.first_epoch_factor <= 0:
+        found.append(f"training.first_epoch_factor: expected more than 0, got {training.first_epoch_factor}")
+    decays = training.decay_epochs
+    if list(decays) != sorted(set(decays)) or any(epoch < 1 for epoch in decays):
+        found.append(f"training.decay_epochs: expected increasing numbers from 1, got {list(decays)}")
+    elif training.max_steps <= 0 and decays and decays[-1] >= training.epochs:
+        found.append(
+            f"training.decay_epochs: expected epochs before the last of training.epochs={training.epochs:g} (the rate falls after "
+            f"them), got {list(decays)}"
+        )
     return found
+
+
+READ_BY_BEIT3_ONLY = ("tokenizer", "image_size", "drop_path", "resize", "normalisation")
+"""Fields of `cognition` that the other built-in backends do not read; a plugin may read any field."""
+
+
+def _cognition_contradictions(config: RunConfig) -> list[str]:
+    cognition = config.cognition
+    found = [
+        f"cognition.{name}={getattr(cognition, name)} cannot take effect with cognition.backend={cognition.backend}, which does "
+        "not read it: remove it, or set cognition.backend=beit3"
+        for name in READ_BY_BEIT3_ONLY
+        if cognition.backend in ("qwen2_ov", "qwen_vl", "bert", "vilt") and _is_set(config, f"cognition.{name}")
+    ]
+    if not 0 <= cognition.drop_path < 1:
+        found.append(f"cognition.drop_path: expected a probability in [0, 1), got {cognition.drop_path}")
+    if cognition.image_size < 0:
+        found.append(f"cognition.image_size: expected px, or 0 for that of the weights, got {cognition.image_size}")
+    return found
+
+
+def _is_set(config: RunConfig, name: str) -> bool:
+    """Whether a field has another value than its default and the one that the `compat` preset gives to all runs."""
+    defaults = {field: default for field, _, default, _ in iter_fields()}
+    values: list[Any] = [config, _compat_tree(config.compat)]
+    for key in name.split("."):
+        values = [getattr(values[0], key), values[1].get(key, {})]
+    value, preset = values
+    return value != defaults[name] and value != preset
 
 
 def _with_compat(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree over the preset that its field `compat` names; an unknown name is reported with the other fields."""
     name = tree.get("compat", "none") if isinstance(tree, dict) else "none"
+    return _merged(_compat_tree(name), tree) if isinstance(name, str) and isinstance(tree, dict) else tree
+
+
+def _compat_tree(name: str) -> dict[str, Any]:
     preset = resources.files("deris_llm.configs").joinpath("compat", f"{name}.yaml")
-    if not isinstance(name, str) or not preset.is_file():
-        return tree
-    return _merged(yaml.safe_load(preset.read_text(encoding="utf-8")), tree)
+    return yaml.safe_load(preset.read_text(encoding="utf-8")) if preset.is_file() else {}
 
 
 def _read_yaml_tree(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def test_every_one_loads_with_every_run_config(name, run, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"optimizer": {"type": "AdamW"}}, '"optimizer": the run config decides it (AdamW with training.learning_rate'),
+        ({"optimizer": {"type": "AdamW"}}, '"optimizer": the run config decides it (adamw with training.betas'),
         ({"scheduler": {"type": "WarmupLR"}}, '"scheduler": the run config decides it (training.schedule'),
         ({"train_batch_size": 64}, '"train_batch_size": 64 in the JSON, but training.images_per_device x'),
         ({"train_micro_batch_size_per_gpu": 3}, "training.images_per_device is 4"),

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision with Qwen2 ("Qwen2-OV"): SigLIP, a projector and a causal language model with LoRA.
+"""LLaVA-OneVision with Qwen2 ("Qwen2-OV"): SigLIP, a projector and a causal language model with LoRA, or trained whole.
 
 I images, P phrases, L tokens of a prompt, N image tokens (27 x 27 at 384 px), D width of the language model.
 
@@ -153,22 +153,25 @@ class Qwen2OneVisionProcessor:
 
 
 class Qwen2OneVision(CognitionBackend):
-    """transformers' `LlavaOnevisionModel`, frozen but for LoRA in its language model."""
+    """transformers' `LlavaOnevisionModel`, frozen but for LoRA in its language model, or but for the language model."""
 
     def __init__(
         self,
         model: LlavaOnevisionModel,
         *,
+        tuning: Literal["lora", "full"] = "lora",
         lora_r: int,
         lora_alpha: int,
         lora_dropout: float,
         lora_targets: Sequence[str],
         prompt_order: Literal["image_first", "text_first"],
     ) -> None:
-        """Freezes the model and puts LoRA into its language model.
+        """Freezes the model and puts LoRA into its language model, or lets the language model train.
 
         Args:
             model: loaded, or on the meta device.
+            tuning: full: the language model with its embeddings trains, LoRA options are ignored; the vision tower and
+                the projector stay frozen in both cases.
             lora_r: rank; 0 = none, the language model stays frozen.
             lora_alpha: the update is scaled by alpha / r.
             lora_dropout: before the update.
@@ -178,10 +181,12 @@ class Qwen2OneVision(CognitionBackend):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.prompt_order = prompt_order
-        self.has_lora = lora_r > 0
+        self.is_trained = tuning == "full" or lora_r > 0
         architecture: Any = model.config
         self.feature_dim = architecture.text_config.hidden_size
-        if self.has_lora:
+        if tuning == "full":
+            model.language_model.requires_grad_(True)
+        elif lora_r > 0:
             _check_lora_targets(model.language_model, lora_targets)
             lora = LoraConfig(
                 r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=list(lora_targets)
@@ -207,6 +212,7 @@ class Qwen2OneVision(CognitionBackend):
         )
         return cls(
             model,
+            tuning=config.tuning,
             lora_r=config.lora.r,
             lora_alpha=config.lora.alpha,
             lora_dropout=config.lora.dropout,
@@ -262,7 +268,7 @@ class Qwen2OneVision(CognitionBackend):
         """Sets the mode; the frozen parts stay in eval."""
         super().train(mode)
         self.model.eval()
-        self.model.language_model.train(mode and self.has_lora)
+        self.model.language_model.train(mode and self.is_trained)
         return self
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
@@ -281,7 +287,7 @@ class Qwen2OneVision(CognitionBackend):
         embeddings_PLD = embeddings_PLD.masked_scatter(is_image_PL[..., None], image_tokens_IND[image_index])
         side = int(image_tokens_IND.shape[1] ** 0.5)
         text_mask_PL = inputs.text_feature_mask
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.has_lora):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
             if self.prompt_order == "image_first":  # image tokens cannot see the phrase: run them once per image
                 assert not inputs.token_padding_mask[:, 0].any(), "a shared prefix needs prompts padded on the right"
                 prefix = int(is_image_PL[0].nonzero().max()) + 1

@@ -53,9 +53,9 @@ def contradictions(content: dict[str, Any], config: RunConfig, *, num_ranks: int
         for section, fields in (
             (
                 "optimizer",
-                "AdamW with training.learning_rate, lora_learning_rate, pixel_decoder_learning_rate, weight_decay",
+                f"{training.optimizer} with training.betas, eps, amsgrad, weight_decay and the rates training.*learning_rate",
             ),
-            ("scheduler", "training.schedule, training.warmup_ratio"),
+            ("scheduler", "training.schedule, warmup_ratio, decay_epochs, first_epoch_factor"),
             ("amp", "training.precision"),
         )
         if section in content

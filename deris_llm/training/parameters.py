@@ -24,8 +24,11 @@ class RateRule:
 def rate_rules(config: RunConfig) -> tuple[RateRule, ...]:
     """The rates of a run; a parameter no rule matches has `training.learning_rate`."""
     training = config.training
+    tunes_all = config.cognition.tuning == "full"
     return (
-        RateRule("lora", ("*.lora_*",), training.lora_learning_rate, optional=config.cognition.lora.r == 0),
+        RateRule("cognition", COGNITION, training.cognition_learning_rate)
+        if tunes_all
+        else RateRule("lora", LORA, training.lora_learning_rate, optional=config.cognition.lora.r == 0),
         RateRule("pixel_decoder", CARRIED_OVER, training.pixel_decoder_learning_rate),
         RateRule(
             "backbone", BACKBONE, training.pixel_decoder_learning_rate, optional=config.perception.freeze_backbone
@@ -110,12 +113,22 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, obje
     ]
 
 
-def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; fused where there is a GPU."""
-    return torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.training.learning_rate, fused=torch.cuda.is_available()
+def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Adam:
+    """The run's Adam or AdamW (torch's own) over `parameter_groups`; fused where there is a GPU."""
+    training = config.training
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[training.optimizer]
+    first, second = training.betas
+    return kind(
+        parameter_groups(model, config),
+        lr=training.learning_rate,
+        betas=(first, second),
+        eps=training.eps,
+        amsgrad=training.amsgrad,
+        fused=torch.cuda.is_available(),
     )
 
 
+LORA = ("*.lora_*",)
+COGNITION = ("cognition.*",)  # its own weights; what reads its features is in the loopback
 CARRIED_OVER = ("perception.pixel_decoder.*", "loopback.query_decoder.*")
 BACKBONE = ("perception.backbone.*",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import resource
 import time
 from collections import defaultdict
@@ -25,10 +26,11 @@ from deris_llm.structures import ReferringBatch
 from deris_llm.training import checkpoints
 from deris_llm.training.parameters import build_optimizer
 from deris_llm.training.ranks import any_rank, gathered, on_first_rank, rank, reduced, world_size
+from deris_llm.training.schedule import by_epochs
 
 logger = logging.getLogger(__name__)
 
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup", "epochs": "constant"}
 _NUM_PHRASES_NAMED = 10
 _NEVER = 10**9  # steps
 
@@ -136,10 +138,26 @@ class DerisTrainer(Trainer):
         return self.loader
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with a rate for each parameter group."""
+        """The run's optimizer, with a rate for each parameter group."""
         if self.optimizer is None:
             self.optimizer = build_optimizer(self.deris, self.config)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """The schedule of transformers, or ours by epochs, whose length comes from the loader."""
+        training = self.config.training
+        if training.schedule != "epochs":
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            target = self.optimizer if optimizer is None else optimizer
+            assert target is not None, "the optimizer is made first"
+            self.lr_scheduler = by_epochs(
+                target,
+                steps_per_epoch=math.ceil(len(self.loader) / training.accumulation),
+                decay_epochs=training.decay_epochs,
+                first_epoch_factor=training.first_epoch_factor,
+            )
+        return self.lr_scheduler
 
     def _prepare_inputs(self, inputs: ReferringBatch) -> ReferringBatch:
         dtype = torch.bfloat16 if self.is_deepspeed_enabled and self.args.bf16 else None

@@ -301,3 +301,13 @@ def test_resolved_backend_builds_on_meta_without_weights(overrides: list[str]):
     with torch.device("meta"):
         model = resolve_backend(config.backend).build(config, weights=False, dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("order", [(), TEXT_FIRST], ids=["image_first", "text_first"])
+def test_tuned_whole_the_language_model_trains_and_the_towers_do_not(overrides: list[str], order: tuple[str, ...]):
+    config = tiny_config(*overrides, *order, "cognition.tuning=full")
+    model = build(config)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.startswith("model.language_model.")}
+    assert not any("lora_" in name for name in trained)
+    check_cognition_backend(model, build_processor(config), tolerance=1e-5)

@@ -75,3 +75,15 @@ def test_without_lora_its_rule_may_match_nothing(run_overrides):
     with torch.device("meta"):
         model = build_model(config, weights=False, device="meta")
     assert not any(group["name"].startswith("lora") for group in parameter_groups(model, config))
+
+
+def test_tuned_whole_the_cognition_branch_has_its_own_rate(run_overrides):
+    config = tiny_config(*run_overrides, "cognition.tuning=full", "training.cognition_learning_rate=0.4")
+    with torch.device("meta"):
+        model = build_model(config, weights=False, device="meta")
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in parameter_groups(model, config) for p in group["params"]}
+    assert rates.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    cognition = {name for name in rates if name.startswith("cognition.")}
+    assert cognition
+    assert {name for name in rates if rates[name] == 0.4} == cognition
