@@ -16,8 +16,10 @@ from deris_llm.data.collate import ReferringCollator
 from deris_llm.data.dataset import ImageGroup, group_by_image
 from deris_llm.data.errors import DataError
 from deris_llm.data.loaders import evaluation_loader, train_loader
+from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.mix import training_mix
 from deris_llm.data.refer import read_split
+from deris_llm.data.transforms import load_image, perception_pixels, warp_mask
 from deris_llm.structures import ReferringBatch
 from deris_llm.testing import tiny_config, tiny_weights
 
@@ -72,6 +74,27 @@ def test_a_batch(refer_root: Path, processor: Any) -> None:
             True
         )
         assert torch.equal(mask, expected)
+
+
+def test_resize_reaches_pictures_and_masks(refer_root: Path, processor: Any) -> None:
+    """conftest's pictures are 40 x 30 px: at 64 px the two ways of warping differ in both."""
+    groups = group_by_image(read_split(refer_root, "refcoco/train"))[:1]
+    batches = {
+        resize: ReferringCollator(_config(refer_root, perception={"resize": resize}), processor)(groups)
+        for resize in ("antialias", "opencv")
+    }
+    record = groups[0].records[0]
+    image = load_image(record.image_path)
+    for resize, batch in batches.items():
+        assert torch.equal(batch.perception_image[0], perception_pixels(image, 64, resize))
+        mask = decode_segmentation(record.instances[0].segmentation, record.height, record.width)
+        assert batch.targets is not None
+        assert (batch.targets.masks[0].numpy() == warp_mask(mask, 64, resize)).all()
+    one, other = batches.values()
+    assert one.targets is not None
+    assert other.targets is not None
+    assert not torch.equal(one.perception_image, other.perception_image)
+    assert not torch.equal(one.targets.masks, other.targets.masks)
 
 
 def test_phrases_with_no_or_several_targets(refer_root: Path, processor: Any) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroup, group_by_image
 from deris_llm.data.errors import DataError
 from deris_llm.data.refer import read_split
-from deris_llm.data.transforms import load_image, perception_pixels, warp_mask
+from deris_llm.data.transforms import Resize, load_image, perception_pixels, warp_mask, warp_picture
 
 
 def test_group_by_image_joins_datasets_and_keeps_order(refer_root: Path) -> None:
@@ -65,9 +65,10 @@ def test_a_resized_picture_is_refused(tmp_path: Path) -> None:
         load_image(tmp_path / "a.png", size_hw=(30, 40))
 
 
-def test_perception_pixels_are_normalised_rgb() -> None:
+@pytest.mark.parametrize("resize", ["antialias", "opencv"])
+def test_perception_pixels_are_normalised_rgb(resize: Resize) -> None:
     image = Image.new("RGB", (50, 20), (255, 0, 128))
-    pixels = perception_pixels(image, 32)
+    pixels = perception_pixels(image, 32, resize)
     assert pixels.shape == (3, 32, 32)
     assert pixels.dtype == torch.float32
     expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (128 / 255 - 0.406) / 0.225]
@@ -80,16 +81,48 @@ def test_warped_mask_stays_on_the_warped_object() -> None:
     mask[9:30, 20:51] = True
     image = Image.fromarray(np.repeat((mask * 255).astype(np.uint8)[..., None], 3, axis=2))
     for size in (32, 160):
-        warped = warp_mask(mask, size)
+        warped = warp_mask(mask, size, "antialias")
         assert warped.shape == (size, size)
         assert warped.dtype == bool
-        bright = perception_pixels(image, size)[0] > (0.5 - 0.485) / 0.229
+        bright = perception_pixels(image, size, "antialias")[0] > (0.5 - 0.485) / 0.229
         # measured 0.0017 at most; mirrored or transposed masks differ by 0.2 and more
         assert (warped != bright.numpy()).mean() < 0.01
         assert abs(warped.mean() - mask.mean()) < 0.02
 
 
-def test_warping_to_the_own_size_changes_nothing() -> None:
-    mask = np.random.default_rng(0).random((48, 48)) > 0.5
-    assert (warp_mask(mask, 48) == mask).all()
-    assert (warp_mask(mask, 96)[::2, ::2] == mask).all()
+@pytest.mark.parametrize("resize", ["antialias", "opencv"])
+def test_warping_to_the_own_size_changes_nothing(resize: Resize) -> None:
+    generator = np.random.default_rng(0)
+    mask = generator.random((48, 48)) > 0.5
+    assert (warp_mask(mask, 48, resize) == mask).all()
+    assert (warp_mask(mask, 96, resize)[::2, ::2] == mask).all()
+    picture = generator.integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    assert (warp_picture(Image.fromarray(picture), 48, resize) == picture).all()
+
+
+def test_opencv_does_not_antialias() -> None:
+    """Stripes of one pixel: Pillow averages them to grey, OpenCV's bilinear sees two neighbours at most."""
+    stripes = np.zeros((40, 40, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255
+    image = Image.fromarray(stripes)
+    assert np.ptp(warp_picture(image, 8, "antialias")[2:-2, 2:-2]) <= 11  # measured
+    assert np.ptp(warp_picture(image, 13, "opencv")) > 100
+
+
+def test_opencv_bilinear_is_the_plain_formula() -> None:
+    """Against a slow re-write in float64; OpenCV interpolates uint8 in fixed point, so it is within one grey level."""
+    picture = np.random.default_rng(3).integers(0, 256, (23, 41, 3), dtype=np.uint8)
+    size = 30
+    expected = np.zeros((size, size, 3))
+    for y in range(size):
+        for x in range(size):
+            at_y, at_x = (y + 0.5) * 23 / size - 0.5, (x + 0.5) * 41 / size - 0.5
+            top, left = int(np.floor(at_y)), int(np.floor(at_x))
+            for row, column, weight in (
+                (top, left, (1 - at_y + top) * (1 - at_x + left)),
+                (top, left + 1, (1 - at_y + top) * (at_x - left)),
+                (top + 1, left, (at_y - top) * (1 - at_x + left)),
+                (top + 1, left + 1, (at_y - top) * (at_x - left)),
+            ):
+                expected[y, x] += weight * picture[min(max(row, 0), 22), min(max(column, 0), 40)]
+    assert np.abs(warp_picture(Image.fromarray(picture), size, "opencv") - expected).max() < 1
