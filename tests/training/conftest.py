@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +93,17 @@ def two_ranks(run_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
     )
     (folder / "plan.json").write_text(json.dumps(plan))
     return Runs(folder, run_worker(folder))
+
+
+@pytest.fixture(scope="session")
+def ranks_job() -> Callable[[Path, list[tuple[str, list[str], int | str, str]]], Runs]:
+    """Trains (name, overrides, ZeRO stage, checkpoint to go on from) one after the other, in one job on two ranks."""
+
+    def run(folder: Path, plan: list[tuple[str, list[str], int | str, str]]) -> Runs:
+        (folder / "plan.json").write_text(json.dumps([entry(*each) for each in plan]))
+        return Runs(folder, run_worker(folder))
+
+    return run
 
 
 def entry(name: str, overrides: list[str], stage: int | str, resume_from: str = "") -> dict:
