@@ -436,7 +436,7 @@ class Beit3(CognitionBackend):
     @classmethod
     def build_processor(cls, config: CognitionConfig) -> Beit3Processor:
         """See `CognitionBackend`."""
-        architecture = _architecture(config, weights=True)
+        architecture = _architecture(config, weights=False)  # a full checkpoint brings no base weights
         path = _tokenizer_path(config)
         tokenizer = SentencePieceProcessor(model_file=str(path))
         known = tokenizer.get_piece_size() + PIECE_OFFSET
