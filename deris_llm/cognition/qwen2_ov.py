@@ -17,13 +17,14 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaOnevisionModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from deris_llm.cognition.base import CognitionBackend, PlannedInputs
+from deris_llm.cognition.lora import add_lora
+from deris_llm.cognition.prompts import PromptTokenizer, left_aligned, padded
 from deris_llm.cognition.shared_prefix import run_packed
 from deris_llm.config import CognitionConfig
 from deris_llm.structures import CognitionFeatures, CognitionInputs
@@ -32,7 +33,6 @@ from deris_llm.weights import architecture_of, load_pretrained, resolve_weights
 logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
-PHRASE_SLOT = "{phrase}"
 PLANNED_TEXT_TOKENS = 30  # of prompt and phrase, besides the image's, where no tokenizer is at hand
 
 
@@ -52,39 +52,34 @@ class Qwen2OneVisionProcessor:
         """Keeps what is needed to prepare batches.
 
         Args:
-            tokenizer: a fast one (it must know the characters of each token), with the token `<image>`.
+            tokenizer: see `PromptTokenizer`; with the token `<image>`.
             image_size: px, side of the vision tower's input.
             num_image_tokens: N.
             prompt: holds `{phrase}` and `<image>` once each.
             text_features: which tokens become text features.
             max_phrase_tokens: longer phrases are cut at the end of this many tokens.
         """
-        self.tokenizer = tokenizer
         self.image_size = image_size
         self.num_image_tokens = num_image_tokens
-        self.before, self.after = prompt.split(PHRASE_SLOT)
-        self.text_features = text_features
-        self.max_phrase_tokens = max_phrase_tokens
-        self.image_token_id = tokenizer.get_vocab()[IMAGE_TOKEN]
-        self.pad_token_id: Any = tokenizer.pad_token_id
-        self.num_cut = 0
+        self.prompts = PromptTokenizer(
+            tokenizer,
+            prompt=prompt,
+            image_token=IMAGE_TOKEN,
+            text_features=text_features,
+            max_phrase_tokens=max_phrase_tokens,
+        )
 
     def __call__(
         self, images: Sequence[Image.Image], phrases: Sequence[str], image_index: Sequence[int]
     ) -> CognitionInputs:
         """See `CognitionProcessor`. Prompts are padded on the right."""
-        prompts = [self.encode(phrase) for phrase in phrases]
-        lengths = torch.tensor([len(ids) for ids, _ in prompts])
-        shape = (len(phrases), int(lengths.max()))
-        input_ids = torch.full(shape, self.pad_token_id)
-        text_feature_mask = torch.zeros(shape, dtype=torch.bool)
-        for row, (ids, chosen) in enumerate(prompts):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            text_feature_mask[row, : len(ids)] = torch.tensor(chosen)
+        input_ids, padding_mask, text_feature_mask = padded(
+            [self.encode(phrase) for phrase in phrases], self.prompts.pad_token_id
+        )
         return CognitionInputs(
             pixel_values=torch.stack([self.pixels(image) for image in images]),
             input_ids=input_ids,
-            token_padding_mask=torch.arange(shape[1]) >= lengths[:, None],
+            token_padding_mask=padding_mask,
             text_feature_mask=text_feature_mask,
         )
 
@@ -94,62 +89,8 @@ class Qwen2OneVisionProcessor:
         return torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1).contiguous() / 127.5 - 1
 
     def encode(self, phrase: str) -> tuple[list[int], list[bool]]:
-        """Tokenises the whole prompt with a phrase, image placeholders repeated.
-
-        Returns:
-            token ids, and for each whether it is one of the text features.
-
-        Raises:
-            ValueError: the phrase is empty or holds one of the model's special tokens.
-        """
-        special = [token for token in self.tokenizer.all_special_tokens if token in phrase]
-        if not phrase.strip() or special:
-            raise ValueError(
-                f"phrase {phrase!r}: expected some words, got "
-                + (f"the model's special token {special[0]!r} in it" if special else "an empty text")
-                + "; correct or drop this phrase."
-            )
-        ids, is_phrase = self._tokenise(phrase)
-        if sum(is_phrase) > self.max_phrase_tokens:
-            self.num_cut += 1
-            if self.num_cut == 1:
-                logger.warning(
-                    "phrase %r has %d tokens and is cut to cognition.max_phrase_tokens=%d; later ones are cut silently",
-                    phrase, sum(is_phrase), self.max_phrase_tokens,
-                )  # fmt: skip
-            ids, is_phrase = self._tokenise_cut(phrase)
-        if self.text_features == "phrase":
-            chosen = is_phrase
-        elif self.text_features == "last":
-            chosen = [False] * (len(ids) - 1) + [True]
-        else:
-            first = is_phrase.index(True)
-            chosen = [position >= first and token != self.image_token_id for position, token in enumerate(ids)]
-        repeats = [self.num_image_tokens if token == self.image_token_id else 1 for token in ids]
-        return (
-            [token for token, times in zip(ids, repeats, strict=True) for _ in range(times)],
-            [choice for choice, times in zip(chosen, repeats, strict=True) for _ in range(times)],
-        )
-
-    def _tokenise(self, phrase: str) -> tuple[list[int], list[bool]]:
-        encoded = self.tokenizer(
-            self.before + phrase + self.after, add_special_tokens=False, return_offsets_mapping=True
-        )
-        start, end = len(self.before), len(self.before) + len(phrase)
-        return encoded["input_ids"], [first < end and last > start for first, last in encoded["offset_mapping"]]
-
-    def _tokenise_cut(self, phrase: str) -> tuple[list[int], list[bool]]:
-        """Shortens the phrase character by character from where its last allowed token ends."""
-        offsets = self.tokenizer(phrase, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        end = offsets[min(self.max_phrase_tokens, len(offsets)) - 1][1]
-        for length in range(end, 0, -1):
-            ids, is_phrase = self._tokenise(phrase[:length])
-            if sum(is_phrase) <= self.max_phrase_tokens:
-                return ids, is_phrase
-        raise ValueError(
-            f"phrase {phrase!r}: expected its first character to fit cognition.max_phrase_tokens="
-            f"{self.max_phrase_tokens}, got more tokens; raise the limit."
-        )
+        """Token ids of the prompt with a phrase, and for each whether it is a text feature."""
+        return self.prompts.encode(phrase, self.num_image_tokens)
 
 
 class Qwen2OneVision(CognitionBackend):
@@ -187,14 +128,9 @@ class Qwen2OneVision(CognitionBackend):
         if tuning == "full":
             model.language_model.requires_grad_(True)
         elif lora_r > 0:
-            _check_lora_targets(model.language_model, lora_targets)
-            lora = LoraConfig(
-                r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=list(lora_targets)
+            add_lora(
+                model.language_model, lora_targets, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, dtype=model.dtype
             )
-            inject_adapter_in_model(lora, model.language_model)
-            for name, module in model.language_model.named_modules():
-                if "lora_" in name:
-                    module.to(model.dtype)  # peft does so itself, but not on the meta device
         self.train(self.training)
 
     @classmethod
@@ -301,7 +237,7 @@ class Qwen2OneVision(CognitionBackend):
                 hidden_PLD = self._run_prompts(embeddings_PLD, is_valid_PL)
                 image_hidden = hidden_PLD[is_image_PL].view(len(hidden_PLD), side * side, -1)
                 image_feats_index = torch.arange(len(image_index), device=image_index.device)
-        text_feats, text_padding_mask = _left_aligned(hidden_PLD, text_mask_PL)
+        text_feats, text_padding_mask = left_aligned(hidden_PLD, text_mask_PL)
         positions = torch.arange(hidden_PLD.shape[1], device=hidden_PLD.device)
         last = (is_valid_PL * positions).argmax(dim=1)
         return CognitionFeatures(
@@ -358,25 +294,3 @@ def _architecture(name: str, *, weights: bool) -> Any:
             f"{architecture.model_type}; take e.g. llava-hf/llava-onevision-qwen2-7b-ov-hf or another backend."
         )
     return architecture
-
-
-def _check_lora_targets(language_model: torch.nn.Module, targets: Sequence[str]) -> None:
-    linears = {
-        name.rsplit(".", 1)[-1]
-        for name, module in language_model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    if not targets or (unknown := set(targets) - linears):
-        raise ValueError(
-            f"cognition.lora.targets: expected names among {', '.join(sorted(linears))}, got "
-            f"{', '.join(sorted(unknown)) if targets else 'none'}; correct them, or set cognition.lora.r=0 for no LoRA."
-        )
-
-
-def _left_aligned(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves the chosen tokens (P, L) of hidden (P, L, D) to the left, in order; also gives their padding mask."""
-    lengths = chosen.sum(dim=1)
-    width = int(lengths.max())
-    order = (~chosen).long().argsort(dim=1, stable=True)[:, :width]
-    padding_mask = torch.arange(width, device=hidden.device) >= lengths[:, None]
-    return hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1])), padding_mask

@@ -1,6 +1,7 @@
 """Phrases of an image behind one copy of what they share: `[prefix | phrase 1 | phrase 2 | ... | padding]`.
 
-I images, P phrases, L tokens of a prompt, S of them shared (template and image), T tokens of a packed row, D width.
+I images, P phrases, L tokens of a prompt, S of the longest prefix (template and image), O of the longest own part (what
+follows), T of a packed row, D width.
 
 In a causal language model with the image first, the hidden states of the image do not depend on the phrase. Packed, the
 prefix runs once per image instead of once per phrase: with 729 image tokens and seven phrases of 30 tokens the model sees
@@ -10,50 +11,66 @@ separate runs up to rounding, in training too.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class PackedPrompts(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PackedPrompts:
     """Which token of which phrase lies where."""
 
-    place_PL: Tensor  # int64 (P, L - S): where a phrase's own token lies in its image's row; padding lies at 0
-    is_own_PL: Tensor  # bool (P, L - S): a phrase's own token, False = padding
-    position_ids_IT: Tensor  # int64 (I, T)
+    place_PO: Tensor  # int64 (P, O): where a phrase's own token lies in its image's row; padding lies at 0
+    is_own_PO: Tensor  # bool (P, O): a phrase's own token, False = padding
+    rows_PO: Tensor  # int64 (P, O): the row of a phrase's tokens
     is_visible_ITT: Tensor  # bool (I, T, T), True = the query (second axis) sees the key (third axis)
 
+    def laid_out(self, prefix: Tensor, own: Tensor) -> Tensor:
+        """Values of the prefixes' tokens (I, S, ...) and of own tokens (P, O, ...) in rows (I, T, ...), 0 at the end."""
+        rows = own.new_zeros(*self.is_visible_ITT.shape[:2], *own.shape[2:])
+        rows[:, : prefix.shape[1]] = prefix
+        rows[self.rows_PO[self.is_own_PO], self.place_PO[self.is_own_PO]] = own[self.is_own_PO]
+        return rows
 
-def pack_prompts(is_valid: Tensor, image_index: Tensor, num_images: int, prefix_length: int) -> PackedPrompts:
+    def own(self, rows: Tensor) -> Tensor:
+        """The own tokens' values (P, O, ...) in rows (I, T, ...); those of padding are meaningless."""
+        return rows[self.rows_PO, self.place_PO]
+
+    def additive_mask(self, dtype: torch.dtype) -> Tensor:
+        """Attention mask (I, 1, T, T), 0 where the key is visible.
+
+        Additive: eager attention adds its mask, so a boolean one would hide nothing there.
+        """
+        mask = torch.zeros_like(self.is_visible_ITT, dtype=dtype)
+        return mask.masked_fill(~self.is_visible_ITT, torch.finfo(dtype).min)[:, None]
+
+
+def pack_prompts(is_own: Tensor, is_prefix: Tensor, image_index: Tensor) -> PackedPrompts:
     """Lays the phrases of each image side by side behind their prefix.
 
     Args:
-        is_valid: bool (P, L), prompts padded on the right.
+        is_own: bool (P, O), True = a phrase's own token, padding on the right.
+        is_prefix: bool (I, S), True = a token of the prefix, padding on the right: nobody sees it.
         image_index: int64 (P,), non-decreasing.
-        num_images: I.
-        prefix_length: S.
     """
-    is_own = is_valid[:, prefix_length:]
+    num_images, prefix_length = is_prefix.shape
     lengths = is_own.sum(dim=1)
     ends = lengths.cumsum(dim=0)
     totals = torch.zeros(num_images, dtype=torch.long, device=ends.device).index_add(0, image_index, lengths)
     row_starts = totals.cumsum(dim=0) - totals
     starts = prefix_length + ends - lengths - row_starts[image_index]
-    own_positions = torch.arange(is_own.shape[1], device=ends.device)
-    place = torch.where(is_own, starts[:, None] + own_positions, 0)
+    place = torch.where(is_own, starts[:, None] + torch.arange(is_own.shape[1], device=ends.device), 0)
 
     length = prefix_length + int(totals.max())
-    rows = image_index[:, None].expand_as(place)[is_own]
-    position_ids = torch.arange(length, device=ends.device).expand(num_images, -1).clone()
-    position_ids[rows, place[is_own]] = (prefix_length + own_positions).expand_as(place)[is_own]
+    rows = image_index[:, None].expand_as(place)
     owner = torch.full((num_images, length), -1, device=ends.device)  # -1 = padding, which sees padding
-    owner[:, :prefix_length] = 0
+    owner[:, :prefix_length] = torch.where(is_prefix, 0, -1)
     phrases = torch.arange(1, len(place) + 1, device=ends.device)[:, None].expand_as(place)
-    owner[rows, place[is_own]] = phrases[is_own]
+    owner[rows[is_own], place[is_own]] = phrases[is_own]
     is_causal = torch.ones(length, length, dtype=torch.bool, device=ends.device).tril()
     is_visible = is_causal & ((owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None]))
-    return PackedPrompts(place, is_own, position_ids, is_visible)
+    return PackedPrompts(place, is_own, rows, is_visible)
 
 
 def run_packed(
@@ -74,19 +91,21 @@ def run_packed(
         meaningless.
     """
     num_images = int(image_index[-1]) + 1
-    packed = pack_prompts(is_valid, image_index, num_images, prefix_length)
-    first_phrase = torch.searchsorted(image_index, torch.arange(num_images, device=image_index.device))
-    inputs = embeddings.new_zeros(*packed.position_ids_IT.shape, embeddings.shape[-1])
-    inputs[:, :prefix_length] = embeddings[first_phrase, :prefix_length]
-    rows = image_index[:, None].expand_as(packed.place_PL)
-    inputs[rows[packed.is_own_PL], packed.place_PL[packed.is_own_PL]] = embeddings[:, prefix_length:][packed.is_own_PL]
-    # Additive: eager attention adds its mask, so a boolean one would hide nothing there.
-    hidden_mask = torch.zeros_like(packed.is_visible_ITT, dtype=embeddings.dtype)
-    hidden_mask = hidden_mask.masked_fill(~packed.is_visible_ITT, torch.finfo(embeddings.dtype).min)
+    positions = torch.arange(is_valid.shape[1], device=image_index.device)
+    is_prefix = torch.ones(num_images, prefix_length, dtype=torch.bool, device=image_index.device)
+    packed = pack_prompts(is_valid[:, prefix_length:], is_prefix, image_index)
+    first_phrase = first_phrases(image_index, num_images)
     hidden = language_model(
-        inputs_embeds=inputs,
-        attention_mask=hidden_mask[:, None],
-        position_ids=packed.position_ids_IT,
+        inputs_embeds=packed.laid_out(embeddings[first_phrase, :prefix_length], embeddings[:, prefix_length:]),
+        attention_mask=packed.additive_mask(embeddings.dtype),
+        position_ids=packed.laid_out(
+            positions[:prefix_length].expand(num_images, -1), positions[prefix_length:].expand(len(embeddings), -1)
+        ),
         use_cache=False,
     ).last_hidden_state
-    return hidden[:, :prefix_length], hidden[rows, packed.place_PL]
+    return hidden[:, :prefix_length], packed.own(hidden)
+
+
+def first_phrases(image_index: Tensor, num_images: int) -> Tensor:
+    """The first phrase of each image: int64 (I,)."""
+    return torch.searchsorted(image_index, torch.arange(num_images, device=image_index.device))

@@ -113,11 +113,11 @@ def test_prompt_is_tokenised_as_a_whole(processor, overrides: list[str]):
     prompt = tiny_config(*overrides).cognition.prompt
     for phrase in (*PHRASES, "chién, à gauche!", "?"):
         ids, is_text = processor.encode(phrase)
-        assert ids.count(processor.image_token_id) == processor.num_image_tokens == 16
-        first = ids.index(processor.image_token_id)
+        assert ids.count(processor.prompts.image_token_id) == processor.num_image_tokens == 16
+        first = ids.index(processor.prompts.image_token_id)
         without_repeats = ids[:first] + ids[first + 15 :]
-        assert without_repeats == processor.tokenizer(prompt.replace("{phrase}", phrase))["input_ids"]
-        text = processor.tokenizer.decode([token for token, chosen in zip(ids, is_text, strict=True) if chosen])
+        assert without_repeats == processor.prompts.tokenizer(prompt.replace("{phrase}", phrase))["input_ids"]
+        text = processor.prompts.tokenizer.decode([token for token, chosen in zip(ids, is_text, strict=True) if chosen])
         assert text.lstrip(" ") == f"{phrase}?<|im_end|>\n<|im_start|>assistant\n"  # " a" may be one token or two
 
 
@@ -125,7 +125,7 @@ def test_which_tokens_become_text_features(overrides: list[str]):
     def chosen(*more: str) -> str:
         processor = build_processor(tiny_config(*overrides, *more))
         ids, is_text = processor.encode("the red circle")
-        return processor.tokenizer.decode([token for token, choice in zip(ids, is_text, strict=True) if choice])
+        return processor.prompts.tokenizer.decode([token for token, choice in zip(ids, is_text, strict=True) if choice])
 
     assert chosen("cognition.text_features=phrase") == " the red circle"  # tokens bring their space along
     assert chosen("cognition.text_features=last") == "\n"
@@ -140,11 +140,11 @@ def test_long_phrases_are_cut_with_one_warning(overrides: list[str], caplog: pyt
     with caplog.at_level(logging.WARNING, logger="deris_llm"):
         cut = [processor.encode(text) for text in (long, "star", long)]
     assert [sum(is_text) for _, is_text in cut] == [5, sum(cut[1][1]), 5]
-    kept = processor.tokenizer.decode([t for t, choice in zip(*cut[0], strict=True) if choice]).strip()
+    kept = processor.prompts.tokenizer.decode([t for t, choice in zip(*cut[0], strict=True) if choice]).strip()
     assert long.startswith(kept)
     assert kept
     assert caplog.text.count("is cut to cognition.max_phrase_tokens=5") == 1
-    assert processor.num_cut == 2
+    assert processor.prompts.num_cut == 2
 
 
 @pytest.mark.parametrize(

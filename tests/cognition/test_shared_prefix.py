@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import Qwen2Config, Qwen2Model
+from transformers.modeling_outputs import BaseModelOutput
 
 from deris_llm.cognition.qwen2_ov import attention_kernels
 from deris_llm.cognition.shared_prefix import pack_prompts, run_packed
@@ -59,12 +60,35 @@ def test_packed_equals_one_by_one_in_values_and_gradients(language_model: Qwen2M
         assert torch.allclose(packed_gradients[name], gradient, rtol=1e-4, atol=1e-5), name
 
 
+class Recorder(torch.nn.Module):
+    """Keeps what a language model is given."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **given: object) -> object:
+        self.given = given
+        return BaseModelOutput(last_hidden_state=inputs_embeds)
+
+
 def test_a_phrase_sees_the_prefix_and_itself_at_the_positions_it_has_alone() -> None:
-    _, is_valid, image_index = _prompts([2, 3], [0, 0])
-    packed = pack_prompts(is_valid, image_index, 1, PREFIX)
-    assert packed.position_ids_IT[0].tolist() == [*range(PREFIX), 7, 8, 7, 8, 9]
-    last_of_second = packed.is_visible_ITT[0, PREFIX + 4]
+    embeddings, is_valid, image_index = _prompts([2, 3], [0, 0])
+    recorder = Recorder()
+    shared, own = run_packed(recorder, embeddings, is_valid, image_index, PREFIX)
+    assert recorder.given["position_ids"].tolist() == [[*range(PREFIX), 7, 8, 7, 8, 9]]
+    assert torch.equal(shared[0], embeddings[0, :PREFIX])
+    assert torch.equal(own[0, :2], embeddings[0, PREFIX : PREFIX + 2])
+    assert torch.equal(own[1], embeddings[1, PREFIX:])
+    last_of_second = recorder.given["attention_mask"][0, 0, PREFIX + 4] == 0
     assert last_of_second.tolist() == [True] * PREFIX + [False, False, True, True, True]
+
+
+def test_nobody_sees_the_padding_of_a_shorter_prefix() -> None:
+    is_prefix = torch.tensor([[True, True, True], [True, False, False]])
+    packed = pack_prompts(torch.ones(3, 2, dtype=torch.bool), is_prefix, torch.tensor([0, 0, 1]))
+    assert packed.is_visible_ITT[1, 4].tolist() == [True, False, False, True, True, False, False]
+    assert packed.is_visible_ITT[0, 6].tolist() == [True] * 3 + [False, False, True, True]
+    assert packed.is_visible_ITT.any(dim=-1).all()  # a row of softmax over nothing would be NaN
+    numbers = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    assert packed.laid_out(10 * is_prefix, numbers).tolist() == [[10, 10, 10, 1, 2, 3, 4], [10, 0, 0, 5, 6, 0, 0]]
+    assert torch.equal(packed.own(packed.laid_out(10 * is_prefix, numbers)), numbers)
 
 
 def test_without_flash_attention_everything_runs_on_sdpa() -> None:

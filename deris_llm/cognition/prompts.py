@@ -1,0 +1,147 @@
+"""A phrase in the prompt of an image-text language model, as tokens.
+
+P phrases, L tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+PHRASE_SLOT = "{phrase}"
+
+
+class PromptTokenizer:
+    """Tokenises whole prompts, phrase included, and says which tokens are text features."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt: str,
+        image_token: str,
+        text_features: Literal["phrase_and_after", "phrase", "last"],
+        max_phrase_tokens: int,
+    ) -> None:
+        """Keeps what is needed to encode phrases.
+
+        Args:
+            tokenizer: a fast one (it must know the characters of each token), with the image token.
+            prompt: holds `{phrase}` and the image token once each.
+            image_token: placeholder of one image token.
+            text_features: which tokens become text features.
+            max_phrase_tokens: longer phrases are cut at the end of this many tokens.
+        """
+        self.tokenizer = tokenizer
+        self.before, self.after = prompt.split(PHRASE_SLOT)
+        self.text_features = text_features
+        self.max_phrase_tokens = max_phrase_tokens
+        self.image_token_id = tokenizer.get_vocab()[image_token]
+        self.pad_token_id: Any = tokenizer.pad_token_id
+        self.num_cut = 0
+
+    def encode(self, phrase: str, num_image_tokens: int) -> tuple[list[int], list[bool]]:
+        """Tokenises the prompt with a phrase, the image token repeated.
+
+        Args:
+            phrase: as it is.
+            num_image_tokens: of the picture.
+
+        Returns:
+            token ids, and for each whether it is one of the text features.
+
+        Raises:
+            ValueError: the phrase is empty or holds one of the model's special tokens.
+        """
+        special = [token for token in self.tokenizer.all_special_tokens if token in phrase]
+        if not phrase.strip() or special:
+            raise ValueError(
+                f"phrase {phrase!r}: expected some words, got "
+                + (f"the model's special token {special[0]!r} in it" if special else "an empty text")
+                + "; correct or drop this phrase."
+            )
+        ids, is_phrase = self._tokenise(phrase)
+        if sum(is_phrase) > self.max_phrase_tokens:
+            self.num_cut += 1
+            if self.num_cut == 1:
+                logger.warning(
+                    "phrase %r has %d tokens and is cut to cognition.max_phrase_tokens=%d; later ones are cut silently",
+                    phrase, sum(is_phrase), self.max_phrase_tokens,
+                )  # fmt: skip
+            ids, is_phrase = self._tokenise_cut(phrase)
+        if self.text_features == "phrase":
+            chosen = is_phrase
+        elif self.text_features == "last":
+            chosen = [False] * (len(ids) - 1) + [True]
+        else:
+            first = is_phrase.index(True)
+            chosen = [position >= first and token != self.image_token_id for position, token in enumerate(ids)]
+        repeats = [num_image_tokens if token == self.image_token_id else 1 for token in ids]
+        return (
+            [token for token, times in zip(ids, repeats, strict=True) for _ in range(times)],
+            [choice for choice, times in zip(chosen, repeats, strict=True) for _ in range(times)],
+        )
+
+    def _tokenise(self, phrase: str) -> tuple[list[int], list[bool]]:
+        encoded = self.tokenizer(
+            self.before + phrase + self.after, add_special_tokens=False, return_offsets_mapping=True
+        )
+        start, end = len(self.before), len(self.before) + len(phrase)
+        return encoded["input_ids"], [first < end and last > start for first, last in encoded["offset_mapping"]]
+
+    def _tokenise_cut(self, phrase: str) -> tuple[list[int], list[bool]]:
+        """Shortens the phrase character by character from where its last allowed token ends."""
+        offsets = self.tokenizer(phrase, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        end = offsets[min(self.max_phrase_tokens, len(offsets)) - 1][1]
+        for length in range(end, 0, -1):
+            ids, is_phrase = self._tokenise(phrase[:length])
+            if sum(is_phrase) <= self.max_phrase_tokens:
+                return ids, is_phrase
+        raise ValueError(
+            f"phrase {phrase!r}: expected its first character to fit cognition.max_phrase_tokens="
+            f"{self.max_phrase_tokens}, got more tokens; raise the limit."
+        )
+
+
+def padded(prompts: Sequence[tuple[list[int], list[bool]]], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pads on the right.
+
+    Args:
+        prompts: P pairs of token ids and, for each token, whether it is a text feature.
+        pad_token_id: put where a prompt has ended.
+
+    Returns:
+        input_ids int64 (P, L), token_padding_mask bool (P, L), text_feature_mask bool (P, L), see `CognitionInputs`.
+    """
+    lengths = torch.tensor([len(ids) for ids, _ in prompts])
+    shape = (len(prompts), int(lengths.max()))
+    input_ids = torch.full(shape, pad_token_id)
+    text_feature_mask = torch.zeros(shape, dtype=torch.bool)
+    for row, (ids, chosen) in enumerate(prompts):
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+        text_feature_mask[row, : len(ids)] = torch.tensor(chosen)
+    return input_ids, torch.arange(shape[1]) >= lengths[:, None], text_feature_mask
+
+
+def left_aligned(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves the chosen tokens to the left, in their order.
+
+    Args:
+        hidden: float (P, L, D).
+        chosen: bool (P, L), at least one True per row.
+
+    Returns:
+        float (P, most chosen, D) and its padding mask, bool, True = padding.
+    """
+    lengths = chosen.sum(dim=1)
+    width = int(lengths.max())
+    order = (~chosen).long().argsort(dim=1, stable=True)[:, :width]
+    padding_mask = torch.arange(width, device=hidden.device) >= lengths[:, None]
+    return hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1])), padding_mask
