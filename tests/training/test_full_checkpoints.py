@@ -9,13 +9,21 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from sentencepiece import SentencePieceTrainer
 
 from deris_llm.cli import main
-from deris_llm.config import load_config
+from deris_llm.cognition import build_processor
+from deris_llm.config import load_config, save_config
 from deris_llm.model import build_model
-from deris_llm.testing import synthetic_batch, tiny_config
+from deris_llm.testing import synthetic_batch, synthetic_images, tiny_config
 from deris_llm.training import checkpoints
-from deris_llm.training.checkpoints import CheckpointError, load_checkpoint, save_full_checkpoint, save_weights
+from deris_llm.training.checkpoints import (
+    CheckpointError,
+    load_checkpoint,
+    save_full_checkpoint,
+    save_weights,
+    written_aside,
+)
 from deris_llm.training.run import train
 
 
@@ -146,7 +154,7 @@ def test_disk_full_is_a_clear_error_and_leaves_the_old_folder_whole(copy, config
 
 def test_the_tokenizer_in_the_folder_wins_but_not_over_the_command_line(copy):
     assert checkpoints.checkpoint_config(copy).cognition.tokenizer == str(copy / "beit3.spm")
-    said = checkpoints.checkpoint_config(copy, ["cognition.tokenizer=mine.spm"])
+    said = checkpoints.checkpoint_config(copy, ["cognition.backend=beit3", "cognition.tokenizer=mine.spm"])
     assert said.cognition.tokenizer == "mine.spm"
     (copy / "beit3.spm").unlink()
     assert checkpoints.checkpoint_config(copy).cognition.tokenizer == ""
@@ -267,3 +275,22 @@ def test_a_start_that_is_no_checkpoint_is_refused_before_anything_is_loaded(over
     with pytest.raises(CheckpointError, match=r"training\.start_from=.*did you mean .*checkpoint-3\?"):
         train(config, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_beit3_from_a_full_checkpoint_reads_only_that_folder(tmp_path, monkeypatch):
+    """The weights it was converted from are nowhere; their architecture is known by name."""
+    monkeypatch.chdir(tmp_path)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the red circle on the left\na small blue square\nsecond green ring from the right\n" * 20)
+    SentencePieceTrainer.train(  # type: ignore[attr-defined]
+        input=str(corpus), model_prefix=str(tmp_path / "tiny"), vocab_size=25, minloglevel=2
+    )
+    folder = tmp_path / "deris-b"
+    with written_aside(folder) as partial:
+        save_config(load_config("deris-b-refcoco"), partial / "config.yaml")
+        shutil.copyfile(tmp_path / "tiny.model", partial / "beit3.spm")
+        (partial / "model.safetensors").write_bytes(safetensors.torch.save({}))  # not read here
+    config = checkpoints.checkpoint_config(folder)
+    assert not Path(config.cognition.weights).exists()
+    inputs = build_processor(config)(synthetic_images(1), ["the red circle"], [0])
+    assert inputs.pixel_values.shape == (1, 3, 224, 224)
