@@ -12,19 +12,25 @@ A round i = 0..N on queries q:
     q      = Linear([q_p ; q_c]), the C1 of eq. 2; not in the last round
 
 The attention mask of a perception layer comes from the masks of the round before, as upstream.
+
+Where the public code differs from the paper (parity/NOTES.md), a switch computes its way for its released weights; the
+preset `compat: deris-2025` of a run config sets them all. Each is named where it bites: `prior_attention`,
+`text_positions`, `text_padding`, `referring_head`, `presence_head`, `mask_upsampling`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deris_llm.perception import QueryDecoder
-from deris_llm.structures import CognitionFeatures, DerisOutput, PerceptionFeatures, RoundOutput
+from deris_llm.structures import CognitionFeatures, DerisOutput, MaskUpsampling, PerceptionFeatures, RoundOutput
+
+PriorAttention = Literal["queries", "batch", "self"]
 
 PRIOR_STRIDE = 4  # the mask prior is pooled on a grid this much coarser than the masks (upstream: 24 of 96 cells)
 REFERRING_PRIOR = 0.1  # probability every query starts with: about one of ten is the referent
@@ -34,7 +40,19 @@ class Loopback(nn.Module):
     """Rounds of perception and cognition on a set of queries."""
 
     def __init__(
-        self, query_decoder: QueryDecoder, *, cognition_dim: int, rounds: int, num_heads: int, dim_feedforward: int
+        self,
+        query_decoder: QueryDecoder,
+        *,
+        cognition_dim: int,
+        rounds: int,
+        num_heads: int,
+        dim_feedforward: int,
+        prior_attention: PriorAttention = "queries",
+        text_positions: Literal["sine", "integer_sine"] = "sine",
+        text_padding: Literal["hidden", "minus_100"] = "hidden",
+        referring_head: Literal["binary", "two_way"] = "binary",
+        presence_head: Literal["linear", "text_decoder"] = "linear",
+        mask_upsampling: MaskUpsampling = "direct",
     ) -> None:
         """Makes the fresh parts around the perception layers.
 
@@ -44,27 +62,47 @@ class Loopback(nn.Module):
             rounds: N.
             num_heads: of the cognition layers.
             dim_feedforward: of the cognition layers.
+            prior_attention: see `CognitionRound`.
+            text_positions: see `sine_positions`.
+            text_padding: whether the text attention of a round hides padded tokens, or adds -100 to their logits.
+            referring_head: `two_way` has a logit for referred and one for not; their difference is the referring logit,
+                and its BCE is the two-way cross entropy.
+            presence_head: `linear` reads the last cognition queries (paper eq. 1), `text_decoder` is a
+                `PresenceDecoder` on the queries that one more fusion makes of the last round.
+            mask_upsampling: how whoever reads the masks upsamples them; the rounds themselves read them as they are.
         """
         super().__init__()
         channels = query_decoder.channels
         self.query_decoder = query_decoder
         self.rounds = rounds
+        self.prior_attention: PriorAttention = prior_attention
+        self.text_positions = text_positions
+        self.text_padding = text_padding
+        self.mask_upsampling: MaskUpsampling = mask_upsampling
         self.vis_embed = nn.Linear(cognition_dim, channels)
         self.text_embed = nn.Linear(cognition_dim, channels)
         self.initial_queries = nn.Embedding(query_decoder.num_queries, cognition_dim)
         self.initial_embed = nn.Linear(cognition_dim, channels)
         self.mask_feats_fusion = MaskFeatsFusion(channels)
         self.cognition_rounds = nn.ModuleList(
-            CognitionRound(channels, num_heads=num_heads, dim_feedforward=dim_feedforward) for _ in range(rounds + 1)
+            CognitionRound(
+                channels, num_heads=num_heads, dim_feedforward=dim_feedforward, prior_attention=prior_attention
+            )
+            for _ in range(rounds + 1)
         )
-        self.query_fusions = nn.ModuleList(nn.Linear(2 * channels, channels) for _ in range(rounds))
-        self.referring_head = nn.Linear(channels, 1)
+        num_fusions = rounds + (presence_head == "text_decoder")
+        self.query_fusions = nn.ModuleList(nn.Linear(2 * channels, channels) for _ in range(num_fusions))
+        self.referring_head = nn.Linear(channels, 2 if referring_head == "two_way" else 1)
+        self.presence_decoder = (
+            PresenceDecoder(channels, num_heads=num_heads) if presence_head == "text_decoder" else None
+        )
         self.presence_head = nn.Linear(channels, 1)
         _init_linears(self.vis_embed, self.text_embed, self.initial_embed, self.query_fusions)
         for head in (self.referring_head, self.presence_head):
             nn.init.normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
-        nn.init.constant_(self.referring_head.bias, -math.log(1 / REFERRING_PRIOR - 1))
+        with torch.no_grad():
+            self.referring_head.bias[0] = -math.log(1 / REFERRING_PRIOR - 1)
 
     def forward(self, perception: PerceptionFeatures, cognition: CognitionFeatures, image_index: Tensor) -> DerisOutput:
         """Runs all rounds.
@@ -86,17 +124,29 @@ class Loopback(nn.Module):
                 scale = scales[(index - 1) % len(scales)]
                 query_feats = self.query_decoder(index - 1, query_feats, rounds[-1].mask_logits, scale, image_index)
             mask_logits = mask_feats.logits(self.query_decoder.mask_embeddings(query_feats))
-            perception_queries, cognition_queries = cognition_round(query_feats, mask_feats.prior(mask_logits), text)
-            rounds.append(RoundOutput(mask_logits, self.referring_head(cognition_queries).squeeze(-1)))
-            if index < self.rounds:
+            prior = None if self.prior_attention == "self" else mask_feats.prior(mask_logits)
+            perception_queries, cognition_queries = cognition_round(query_feats, prior, text)
+            rounds.append(RoundOutput(mask_logits, self._referring_logits(cognition_queries)))
+            if index < len(self.query_fusions):
                 query_feats = self.query_fusions[index](torch.cat([perception_queries, cognition_queries], dim=-1))
+        if self.presence_decoder is not None:
+            cognition_queries = self.presence_decoder(query_feats, text.values, cognition.text_padding_mask)
         presence_logit = self.presence_head(cognition_queries).squeeze(-1).mean(dim=1)  # eq. 1
-        return DerisOutput(tuple(rounds), presence_logit)
+        return DerisOutput(tuple(rounds), presence_logit, self.mask_upsampling)
+
+    def _referring_logits(self, cognition_queries: Tensor) -> Tensor:
+        logits = self.referring_head(cognition_queries)
+        return logits[..., 0] - logits[..., 1] if logits.shape[-1] == 2 else logits.squeeze(-1)
 
     def _text(self, cognition: CognitionFeatures) -> TextTokens:
         values = self.text_embed(cognition.text_feats.to(self.text_embed.weight.dtype))
-        keys = values + sine_positions(values.shape[1], values.shape[2], device=values.device).to(values.dtype)
-        return TextTokens(values=values, keys=keys, is_valid=~cognition.text_padding_mask)
+        positions = sine_positions(
+            values.shape[1], values.shape[2], device=values.device, integer_frequencies=self.text_positions != "sine"
+        )
+        mask = ~cognition.text_padding_mask
+        if self.text_padding == "minus_100":
+            mask = -100.0 * cognition.text_padding_mask.to(values.dtype)
+        return TextTokens(values=values, keys=values + positions.to(values.dtype), mask=mask)
 
     def _mask_feats(
         self, perception: PerceptionFeatures, cognition: CognitionFeatures, image_index: Tensor
@@ -121,7 +171,7 @@ class TextTokens(NamedTuple):
 
     values: Tensor  # float (P, L, C)
     keys: Tensor  # float (P, L, C), positions added
-    is_valid: Tensor  # bool (P, L), False = padding
+    mask: Tensor  # (P, L): bool, False = padding that nobody reads; or float, added to the attention's logits
 
 
 class MaskFeats(NamedTuple):
@@ -180,14 +230,25 @@ class MaskFeatsFusion(nn.Module):
 
 
 class CognitionRound(nn.Module):
-    """The cognition half of a round: the masks inform the queries, then the queries read the phrase; post-norm.
+    """The cognition half of a round: the masks inform the queries, then the queries read the phrase; post-norm."""
 
-    Upstream's mask-prior attention runs over the batch instead of the queries (parity/NOTES.md 2) and its text padding
-    is only discouraged; here both are as the paper says.
-    """
+    def __init__(
+        self, channels: int, *, num_heads: int, dim_feedforward: int, prior_attention: PriorAttention = "queries"
+    ) -> None:
+        """Makes a round's own weights.
 
-    def __init__(self, channels: int, *, num_heads: int, dim_feedforward: int) -> None:
+        Args:
+            channels: C.
+            num_heads: of the attentions.
+            dim_feedforward: width of the FFN.
+            prior_attention: whom a query attends to in the attention that the mask prior is a position term of.
+                `queries`: the queries of its phrase (paper eq. 5). `batch`: the queries of the same slot of all phrases in
+                the batch, what the public code does (parity/NOTES.md 2): answers then depend on the batch. `self`:
+                itself, what the public code computes at batch 1: the prior has no effect, and query and key weights are
+                unused and frozen.
+        """
         super().__init__()
+        self.prior_attention_over: PriorAttention = prior_attention
         self.prior_attention = Attention(channels, num_heads)
         self.prior_norm = nn.LayerNorm(channels)
         self.self_attention = Attention(channels, num_heads)
@@ -199,24 +260,65 @@ class CognitionRound(nn.Module):
         )
         self.feedforward_norm = nn.LayerNorm(channels)
         _init_linears(self.feedforward)
+        if prior_attention == "self":
+            self.prior_attention.q_proj.requires_grad_(False)
+            self.prior_attention.k_proj.requires_grad_(False)
 
-    def forward(self, query_feats: Tensor, mask_prior: Tensor, text: TextTokens) -> tuple[Tensor, Tensor]:
+    def forward(self, query_feats: Tensor, mask_prior: Tensor | None, text: TextTokens) -> tuple[Tensor, Tensor]:
         """Runs the two blocks.
 
         Args:
             query_feats: float (P, Q, C).
-            mask_prior: float (P, Q, C), position term of the first attention.
+            mask_prior: float (P, Q, C), position term of the first attention; None where it has no effect.
             text: of the P phrases.
 
         Returns:
             Queries after the mask prior and after the text, float (P, Q, C) each.
         """
-        placed = query_feats + mask_prior
-        perception_queries = self.prior_norm(query_feats + self.prior_attention(placed, placed, query_feats))
+        perception_queries = self.prior_norm(query_feats + self._exchange_priors(query_feats, mask_prior))
         queries = perception_queries
         queries = self.self_norm(queries + self.self_attention(queries, queries, queries))
-        queries = self.text_norm(queries + self.text_attention(queries, text.keys, text.values, text.is_valid))
+        queries = self.text_norm(queries + self.text_attention(queries, text.keys, text.values, text.mask))
         return perception_queries, self.feedforward_norm(queries + self.feedforward(queries))
+
+    def _exchange_priors(self, query_feats: Tensor, mask_prior: Tensor | None) -> Tensor:
+        if mask_prior is None:  # attention to oneself: the softmax over one key is 1
+            return self.prior_attention.out_proj(self.prior_attention.v_proj(query_feats))
+        placed = query_feats + mask_prior
+        if self.prior_attention_over == "batch":
+            placed, values = placed.transpose(0, 1), query_feats.transpose(0, 1)
+            return self.prior_attention(placed, placed, values).transpose(0, 1)
+        return self.prior_attention(placed, placed, query_feats)
+
+
+class PresenceDecoder(nn.TransformerDecoder):
+    """Three post-norm decoder layers (queries among themselves, text, FFN) and a norm, as the public code has.
+
+    Source: parity/NOTES.md 2, "existence head"; no positions anywhere, dropout in attention weights and FFN alone.
+    """
+
+    def __init__(self, channels: int, *, num_heads: int, dim_feedforward: int = 512, dropout: float = 0.1) -> None:
+        layer = nn.TransformerDecoderLayer(
+            channels, num_heads, dim_feedforward=dim_feedforward, dropout=dropout, batch_first=True
+        )
+        layer.dropout1.p = layer.dropout2.p = 0.0  # on the attentions' outputs
+        super().__init__(layer, num_layers=3, norm=nn.LayerNorm(channels))
+        for parameter in self.parameters():
+            if parameter.dim() > 1:  # torch copies one layer's initial weights to all
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, query_feats: Tensor, text_values: Tensor, text_padding_mask: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Lets the queries read the phrase.
+
+        Args:
+            query_feats: float (P, Q, C).
+            text_values: float (P, L, C).
+            text_padding_mask: bool (P, L), True = padding.
+
+        Returns:
+            float (P, Q, C).
+        """
+        return super().forward(query_feats, text_values, memory_key_padding_mask=text_padding_mask)
 
 
 class Attention(nn.Module):
@@ -236,14 +338,14 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(channels, channels)
         _init_linears(self)
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, is_valid: Tensor | None = None) -> Tensor:
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attends.
 
         Args:
             queries: float (P, Q, C).
             keys: float (P, K, C).
             values: float (P, K, C).
-            is_valid: bool (P, K), False = nobody reads this key.
+            mask: (P, K): bool, False = nobody reads this key; or float, added to the logits of this key.
 
         Returns:
             float (P, Q, C).
@@ -252,17 +354,25 @@ class Attention(nn.Module):
             projection(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, tokens in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
         ]
-        mask = None if is_valid is None else is_valid[:, None, None, :]
-        attended = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(*heads, attn_mask=None if mask is None else mask[:, None, None, :])
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
-def sine_positions(length: int, channels: int, *, device: torch.device | None = None) -> Tensor:
+def sine_positions(
+    length: int, channels: int, *, device: torch.device | None = None, integer_frequencies: bool = False
+) -> Tensor:
     """1-D sine positions, float32 (length, channels): sin and cos of p / 10000^(2i / channels), interleaved.
 
-    Upstream casts the inverse frequencies to integers, so that only i = 0 survives (parity/NOTES.md 3); not so here.
+    Args:
+        length: number of positions, from 0.
+        channels: even.
+        device: where they are made.
+        integer_frequencies: cut the inverse frequencies to integers, as the public code does (parity/NOTES.md 3): all but
+            the first become 0, and position p is [sin p, cos p, 0, 1, 0, 1, ...].
     """
     frequencies = 10000 ** (-torch.arange(0, channels, 2, device=device, dtype=torch.float32) / channels)
+    if integer_frequencies:
+        frequencies = frequencies.trunc()
     angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequencies
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 

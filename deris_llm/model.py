@@ -110,12 +110,19 @@ def build_model(
             weights=weights,
             dtype=dtype,
         )
+        options = config.loopback
         loopback = Loopback(
             query_decoder,
             cognition_dim=cognition.feature_dim,
-            rounds=config.loopback.rounds,
-            num_heads=config.loopback.num_heads,
-            dim_feedforward=config.loopback.dim_feedforward,
+            rounds=options.rounds,
+            num_heads=options.num_heads,
+            dim_feedforward=options.dim_feedforward,
+            prior_attention=options.prior_attention,
+            text_positions=options.text_positions,
+            text_padding=options.text_padding,
+            referring_head=options.referring_head,
+            presence_head=options.presence_head,
+            mask_upsampling=options.mask_upsampling,
         ).to(dtype)
         model = Deris(cognition, perception, loopback)
     if config.cognition.gradient_checkpointing:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deris_llm.structures import DerisOutput
+from deris_llm.structures import DerisOutput, MaskUpsampling
 
 Selection = Literal["threshold", "threshold_or_best", "best"]
 
@@ -49,7 +49,7 @@ def answer_masks(
     scores = output.final.referring_logits.float().sigmoid().cpu().numpy()
     presence = output.presence_logit.float().sigmoid().tolist()
     selected = [select_queries(row, score_threshold=score_threshold, selection=selection) for row in scores]
-    masks = upsampled_masks(output.final.mask_logits, selected, sizes_hw)
+    masks = upsampled_masks(output, selected, sizes_hw)
     return [
         PhraseAnswer(
             mask=np.logical_or.reduce(phrase_masks, axis=0),
@@ -80,22 +80,37 @@ def select_queries(scores: np.ndarray, *, score_threshold: float, selection: Sel
     return above
 
 
-def upsampled_masks(
-    mask_logits: Tensor, queries: Sequence[Sequence[int]], sizes_hw: Sequence[tuple[int, int]]
-) -> list[np.ndarray]:
-    """Binary masks of chosen queries: sigmoid >= 0.5 after bilinear upsampling of the logits (align_corners=False).
-
-    Only these masks are upsampled, those of equal size together. Upstream upsamples x4 with align_corners=True, which
-    belongs to its weights; ours are trained on logits read with align_corners=False.
+def readable_logits(mask_logits: Tensor, upsampling: MaskUpsampling) -> Tensor:
+    """Mask logits as whoever compares or draws them is to read them, bilinearly between cells, align_corners=False.
 
     Args:
-        mask_logits: float (P, Q, h, w).
+        mask_logits: float (N, M, h, w).
+        upsampling: `direct` leaves them as they are; `x4_align_corners` upsamples first, as belongs to released weights.
+
+    Returns:
+        float (N, M, h, w) or (N, M, 4h, 4w).
+    """
+    if upsampling == "direct":
+        return mask_logits
+    return functional.interpolate(mask_logits, scale_factor=4, mode="bilinear", align_corners=True)
+
+
+def upsampled_masks(
+    output: DerisOutput, queries: Sequence[Sequence[int]], sizes_hw: Sequence[tuple[int, int]]
+) -> list[np.ndarray]:
+    """Binary masks of chosen queries of the last round: sigmoid >= 0.5 after bilinear upsampling of the logits.
+
+    Only these masks are upsampled, those of equal size together.
+
+    Args:
+        output: P phrases.
         queries: P lists of queries.
         sizes_hw: P sizes (h, w) in px.
 
     Returns:
         P arrays, bool (S, h, w).
     """
+    mask_logits = output.final.mask_logits
     wanted: dict[tuple[int, int], list[int]] = defaultdict(list)
     for phrase, size in enumerate(sizes_hw):
         wanted[size].append(phrase)
@@ -106,13 +121,9 @@ def upsampled_masks(
         if len(rows) == 0:
             drawn = np.zeros((0, *size), dtype=bool)
         else:
-            logits = mask_logits[rows, columns].float().unsqueeze(1)
-            drawn = (
-                (functional.interpolate(logits, size=size, mode="bilinear", align_corners=False) >= 0)
-                .squeeze(1)
-                .cpu()
-                .numpy()
-            )
+            logits = readable_logits(mask_logits[rows, columns].float().unsqueeze(1), output.mask_upsampling)
+            upsampled = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            drawn = (upsampled >= 0).squeeze(1).cpu().numpy()
         ends = np.cumsum([len(queries[p]) for p in phrases])
         for phrase, part in zip(phrases, np.split(drawn, ends[:-1]), strict=True):
             masks[phrase] = part

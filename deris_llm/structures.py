@@ -10,10 +10,15 @@ image alone is computed once per image.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
+
+
+MaskUpsampling = Literal["direct", "x4_align_corners"]
+"""How mask logits at 1/4 are read: `direct`, interpolated between their own cells; or, what the released DeRIS weights
+were trained with, after bilinear upsampling x4 with align_corners=True (`postprocess.readable_logits`)."""
 
 
 class _TensorFields:
@@ -113,6 +118,7 @@ class DerisOutput(_TensorFields):
 
     rounds: tuple[RoundOutput, ...]  # N + 1 rounds: round 0 is that of the initial queries
     presence_logit: Tensor  # float (P,), > 0 = a target exists
+    mask_upsampling: MaskUpsampling = "direct"  # how the masks of all rounds are to be read
 
     @property
     def final(self) -> RoundOutput:

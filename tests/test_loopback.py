@@ -201,7 +201,7 @@ def test_mask_prior_takes_effect_with_a_single_phrase():
     """Upstream's has none at batch size 1 (parity/NOTES.md 2)."""
     torch.manual_seed(0)
     cognition_round = CognitionRound(32, num_heads=4, dim_feedforward=48)
-    text = TextTokens(randn(1, 4, 32), randn(1, 4, 32, seed=1), torch.ones(1, 4, dtype=torch.bool))
+    text = TextTokens(randn(1, 4, 32), randn(1, 4, 32, seed=1), mask=torch.ones(1, 4, dtype=torch.bool))
     queries, prior = randn(1, 5, 32, seed=2), randn(1, 5, 32, seed=3)
     with torch.no_grad():
         placed, read = cognition_round(queries, prior, text)

@@ -1,6 +1,7 @@
 """Selection of queries and masks at the asked sizes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,15 +71,31 @@ def test_no_selected_query_gives_an_empty_mask_of_the_asked_size() -> None:
 
 
 def test_masks_by_size_equal_masks_one_by_one() -> None:
-    logits = _output().final.mask_logits
+    output = _output()
     queries, sizes = [[0, 2], [], [3]], [(8, 8), (8, 8), (8, 8)]
-    together = upsampled_masks(logits, queries, sizes)
+    together = upsampled_masks(output, queries, sizes)
     for phrase in range(3):
-        alone = upsampled_masks(logits[[phrase]], [queries[phrase]], [sizes[phrase]])[0]
+        final = RoundOutput(output.final.mask_logits[[phrase]], output.final.referring_logits[[phrase]])
+        one = DerisOutput((final,), output.presence_logit[[phrase]])
+        alone = upsampled_masks(one, [queries[phrase]], [sizes[phrase]])[0]
         np.testing.assert_array_equal(together[phrase], alone)
 
 
 def test_bf16_logits_are_upsampled_in_float32() -> None:
-    logits = _output().final.mask_logits.bfloat16()
-    drawn = upsampled_masks(logits, [[0]] * 3, [(12, 12)] * 3)
-    np.testing.assert_array_equal(drawn, upsampled_masks(logits.float(), [[0]] * 3, [(12, 12)] * 3))
+    final = _output().final
+    half = DerisOutput((RoundOutput(final.mask_logits.bfloat16(), final.referring_logits),), torch.zeros(3))
+    full = DerisOutput((RoundOutput(half.final.mask_logits.float(), final.referring_logits),), torch.zeros(3))
+    queries, sizes = [[0]] * 3, [(12, 12)] * 3
+    np.testing.assert_array_equal(upsampled_masks(half, queries, sizes), upsampled_masks(full, queries, sizes))
+
+
+def test_released_weights_are_read_after_aligned_upsampling() -> None:
+    """At x4 the masks are upstream's; elsewhere they are interpolated from there."""
+    output = _output()
+    height, width = output.final.mask_logits.shape[2:]
+    released = replace(output, mask_upsampling="x4_align_corners")
+    x4 = torch.nn.functional.interpolate(output.final.mask_logits, scale_factor=4, mode="bilinear", align_corners=True)
+    drawn = upsampled_masks(released, [[1]] * 3, [(4 * height, 4 * width)] * 3)
+    np.testing.assert_array_equal(np.stack(drawn)[:, 0], x4[:, 1].numpy() >= 0)
+    direct = upsampled_masks(output, [[1]] * 3, [(4 * height, 4 * width)] * 3)
+    assert (np.stack(drawn) != np.stack(direct)).any()

@@ -15,7 +15,8 @@ from deris_llm.config import RunConfig
 from deris_llm.criterion.losses import mask_bce, mask_dice, presence_bce, referring_bce
 from deris_llm.criterion.matcher import MatchingWeights, NonFiniteOutputError, match
 from deris_llm.criterion.point_sampling import random_points, sample_points, uncertain_points
-from deris_llm.structures import DerisOutput, ReferringTargets
+from deris_llm.postprocess import readable_logits
+from deris_llm.structures import DerisOutput, MaskUpsampling, ReferringTargets, RoundOutput
 
 __all__ = ["Criterion", "LossBreakdown", "NonFiniteOutputError", "build_criterion"]
 
@@ -90,7 +91,7 @@ class Criterion:
         """
         with torch.autocast(output.presence_logit.device.type, enabled=False):
             output = DerisOutput(
-                rounds=tuple(r.to(dtype=torch.float32) for r in output.rounds),
+                rounds=tuple(_readable(r.to(dtype=torch.float32), output.mask_upsampling) for r in output.rounds),
                 presence_logit=output.presence_logit.float(),
             )
             matching_points = self._matching_points(output, points, generator)
@@ -181,6 +182,10 @@ class Criterion:
                 logits, is_referent > 0, negative_weight=self.referring_negative_weight
             )
         return parts
+
+
+def _readable(output: RoundOutput, upsampling: MaskUpsampling) -> RoundOutput:
+    return RoundOutput(readable_logits(output.mask_logits, upsampling), output.referring_logits)
 
 
 def _has_target(output: DerisOutput, targets: ReferringTargets) -> Tensor:

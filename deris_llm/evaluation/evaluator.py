@@ -197,7 +197,7 @@ def predict_batch(
     for protocol in protocols:
         sizes = [protocol.size_hw(*size) for size in original_sizes]
         answers = originals if sizes == original_sizes else answer_masks(output, sizes, **answering)
-        oracles = upsampled_masks(output.final.mask_logits, oracle_queries, sizes)
+        oracles = upsampled_masks(output, oracle_queries, sizes)
         compared = [protocol.resampled_truth(truth) for truth in truths]
         overlaps[protocol.id] = [overlap(a.mask, truth) for a, truth in zip(answers, compared, strict=True)]
         oracle_overlaps[protocol.id] = [overlap(o[0], truth) for o, truth in zip(oracles, compared, strict=True)]

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from deris_llm.config import RunConfig
+from deris_llm.data.transforms import warp_mask
 from deris_llm.postprocess import Selection
 
 
@@ -27,7 +28,8 @@ class Protocol:
     size: Literal["original", "fixed"]  # where masks are compared: at the picture's own size, or all at `fixed_px`
     fixed_px: int | None  # side of the square for size = fixed; pictures are warped to it, their aspect is not kept
     truth_resampling: Literal["none", "nearest"]  # nearest: OpenCV's, source = floor(target * scale)
-    prediction_resampling: Literal["bilinear"] = "bilinear"  # logits, align_corners=False, then sigmoid >= 0.5
+    # logits, align_corners=False, then sigmoid >= 0.5; for released DeRIS weights after x4 with align_corners=True
+    prediction_resampling: Literal["bilinear", "x4_align_corners_bilinear"] = "bilinear"
     text_field: Literal["sent", "raw"] = "sent"  # which text of a REFER sentence is the phrase
     score_threshold: float = 0.7  # queries with a greater referring score are joined
     selection: Selection = "threshold_or_best"  # what happens when no query passes
@@ -39,7 +41,7 @@ class Protocol:
 
     def resampled_truth(self, truth: np.ndarray) -> np.ndarray:
         """Brings a ground-truth mask, bool (h, w) at the original size, to `size_hw`."""
-        return truth if self.fixed_px is None else _resized_as_opencv_nearest(truth, self.fixed_px, self.fixed_px)
+        return truth if self.fixed_px is None else warp_mask(truth, self.fixed_px, "opencv")
 
     def fingerprint(self) -> str:
         """Eight hex digits over all fields, the same on every machine."""
@@ -54,6 +56,8 @@ class Protocol:
             else f"at {self.fixed_px}x{self.fixed_px} px, the picture warped, aspect not kept; mask logits are "
             f"upsampled to it bilinearly, the ground truth is resized to it with OpenCV's nearest neighbour"
         )
+        if self.prediction_resampling != "bilinear":
+            where += ", after x4 with align_corners=True as the released DeRIS weights have it"
         above = f"the union of the queries that score above {self.score_threshold}"
         answer = {
             "threshold": f"{above}, else an empty mask",
@@ -70,8 +74,8 @@ class Protocol:
 PROTOCOLS: Mapping[str, Protocol] = {
     # LISA, GLaMM, Sa2VA and most others compare at the original size.
     "original": Protocol(id="original", size="original", fixed_px=None, truth_resampling="none"),
-    # Upstream's DeRIS: 384 px, threshold 0.7 by its test script. Two differences remain, both named: upstream has no
-    # fallback to the best query (`selection`), and upsamples x4 with align_corners=True, which belongs to its weights.
+    # Upstream's DeRIS: 384 px, threshold 0.7 by its test script. Two differences remain, both named and both gone with
+    # `compat: deris-2025`: no fallback to the best query (`selection`), x4 upsampling with align_corners=True.
     "deris": Protocol(id="deris", size="fixed", fixed_px=384, truth_resampling="nearest"),
 }
 """The protocols by id, with the values they have when a run config says nothing else."""
@@ -96,13 +100,7 @@ def protocols_of(config: RunConfig) -> tuple[Protocol, ...]:
             text_field=config.data.phrase_field,
             score_threshold=config.evaluation.score_threshold,
             selection=config.evaluation.selection,
+            prediction_resampling="bilinear" if config.loopback.mask_upsampling == "direct" else "x4_align_corners_bilinear",
         )
         for name in config.evaluation.protocols
     )
-
-
-def _resized_as_opencv_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    old_height, old_width = mask.shape
-    rows = np.minimum((np.arange(height) * (old_height / height)).astype(np.int64), old_height - 1)
-    columns = np.minimum((np.arange(width) * (old_width / width)).astype(np.int64), old_width - 1)
-    return mask[np.ix_(rows, columns)]

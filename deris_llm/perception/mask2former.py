@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Mask2FormerConfig, PreTrainedConfig
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoder,
+    Mask2FormerPixelDecoderEncoderLayer,
     Mask2FormerPixelLevelModule,
     Mask2FormerPreTrainedModel,
     Mask2FormerSinePositionEmbedding,
@@ -27,6 +28,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from deris_llm.config import PerceptionConfig
+from deris_llm.perception.deformable_attention import DeformableAttention
 from deris_llm.perception.timm_backbone import TimmBackbone, timm_channels
 from deris_llm.structures import PerceptionFeatures
 from deris_llm.weights import architecture_of, load_pretrained
@@ -143,6 +145,16 @@ class QueryDecoder(nn.Module):
         """Turns queries (P, Q, C) into the vectors (P, Q, C) whose product with F_mask is the mask logits."""
         return self.mask_embed(self.norm(query_feats))
 
+    def outside(self, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Says which cells of a map lie outside each query's mask: bool (P, Q, h*w), sigmoid < 0.5; without gradient.
+
+        Args:
+            mask_logits: float (P, Q, H/4, W/4).
+            size: h, w of the map.
+        """
+        coarse_masks = F.interpolate(mask_logits.detach(), size=size, mode="bilinear", align_corners=False)
+        return coarse_masks.flatten(2) < 0
+
     def forward(
         self, index: int, query_feats: Tensor, mask_logits: Tensor, scale: ScaleTokens, image_index: Tensor
     ) -> Tensor:
@@ -159,8 +171,7 @@ class QueryDecoder(nn.Module):
         Returns:
             float (P, Q, C).
         """
-        coarse_masks = F.interpolate(mask_logits.detach(), size=scale.size, mode="bilinear", align_corners=False)
-        outside = coarse_masks.flatten(2) < 0  # sigmoid < 0.5
+        outside = self.outside(mask_logits, scale.size)
         outside &= ~outside.all(dim=-1, keepdim=True)
         positions = self.query_positions(torch.arange(self.num_queries, device=query_feats.device))
         positions = positions[:, None].expand(-1, query_feats.shape[0], -1)
@@ -228,9 +239,15 @@ def build_perception(
             f"perception.backbone: expected `mask2former` or `timm:NAME`, got {config.backbone!r}; "
             "write timm:swin_small_patch4_window7_224 for timm's Swin-S."
         )
+    pixel_decoder = parts.pixel_level_module.decoder
+    for layer in pixel_decoder.encoder.layers:
+        assert isinstance(layer, Mask2FormerPixelDecoderEncoderLayer)
+        layer.add_module("self_attn", DeformableAttention(layer.self_attn))
+    if config.pixel_decoder == "deris-2025":
+        _add_fpn_biases_and_relu(pixel_decoder)
     perception = Perception(
         backbone,
-        parts.pixel_level_module.decoder,
+        pixel_decoder,
         freeze_backbone=config.freeze_backbone,
         checkpointing=config.activation_checkpointing,
     )
@@ -238,6 +255,17 @@ def build_perception(
         parts.transformer_module, num_queries=num_queries, num_heads=architecture.num_attention_heads
     )
     return perception, decoder
+
+
+def _add_fpn_biases_and_relu(decoder: Mask2FormerPixelDecoder) -> None:
+    """Makes the finest (FPN) step that of the public DeRIS code, which Mask2Former has not (parity/NOTES.md 4).
+
+    Both convolutions get a bias, 0 until it is trained or loaded, and the lateral branch a ReLU after its norm.
+    """
+    for lateral, output in zip(decoder.lateral_convolutions, decoder.output_convolutions, strict=True):
+        for convolution in (lateral[0], output[0]):
+            convolution.bias = nn.Parameter(convolution.weight.new_zeros(convolution.out_channels))
+        lateral.append(nn.ReLU())
 
 
 def _check_architecture(name: str, source: PreTrainedConfig, num_queries: int) -> None:

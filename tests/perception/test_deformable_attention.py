@@ -1,0 +1,97 @@
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
+)
+
+from deris_llm.perception.deformable_attention import DeformableAttention, sample_by_grid, sample_by_rows
+
+SIZES = [(2, 3), (4, 6), (8, 12)]  # h, w
+NUM_CELLS = sum(h * w for h, w in SIZES)
+HEADS, POINTS, WIDTH = 2, 4, 8
+
+
+def inputs(num_images: int = 2, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Points up to two cells outside of the maps, on the borders and exactly on cells among them."""
+    generator = torch.Generator().manual_seed(0)
+    by_level = [
+        torch.rand(num_images, NUM_CELLS, HEADS, POINTS, 2, generator=generator, dtype=dtype)
+        * torch.tensor([w + 4.0, h + 4.0], dtype=dtype)
+        - 2.5
+        for h, w in SIZES
+    ]
+    points = torch.stack(by_level, dim=3)
+    points[:, 0, :, :, 0] = torch.tensor([-1.0, 0.0], dtype=dtype)
+    points[:, 1, :, :, 1] = points[:, 1, :, :, 1].round()
+    points[:, 2] = 1e4  # far outside
+    points[:, 3] = -1e4
+    values = torch.randn(num_images, NUM_CELLS, HEADS, WIDTH, generator=generator, dtype=dtype)
+    weights = torch.rand(num_images, NUM_CELLS, HEADS, len(SIZES), POINTS, generator=generator, dtype=dtype)
+    return values, points, weights
+
+
+def slowly(values: Tensor, points: Tensor, weights: Tensor) -> Tensor:
+    """One point after the other."""
+    out = torch.zeros(*values.shape[:2], HEADS, WIDTH, dtype=values.dtype)
+    start = 0
+    for level, (height, width) in enumerate(SIZES):
+        table = values[:, start : start + height * width].unflatten(1, (height, width))
+        start += height * width
+        for (i, s, a, k), weight in ((n, weights[n[0], n[1], n[2], level, n[3]]) for n in numbers(weights)):
+            x, y = points[i, s, a, level, k].tolist()
+            for column in (int(x // 1), int(x // 1) + 1):
+                for row in (int(y // 1), int(y // 1) + 1):
+                    share = (1 - abs(x - column)) * (1 - abs(y - row))
+                    if 0 <= column < width and 0 <= row < height:
+                        out[i, s, a] += weight * share * table[i, row, column, a]
+    return out.flatten(2)
+
+
+def numbers(weights: Tensor) -> list[list[int]]:
+    return [n.tolist() for n in torch.ones(*weights.shape[:3], POINTS).nonzero()]
+
+
+@pytest.mark.parametrize("sample", [sample_by_rows, sample_by_grid])
+def test_equals_reading_point_by_point(sample):
+    values, points, weights = inputs()
+    ours = sample(values, SIZES, points, weights)
+    # Measured: 1.2e-6 (rows compute in float32), 2e-13 (grid).
+    torch.testing.assert_close(ours, slowly(values, points, weights), rtol=0, atol=1e-5)
+
+
+def test_gradients_of_both_formulations_are_equal():
+    found = []
+    for sample in (sample_by_rows, sample_by_grid):
+        given = [tensor.float().requires_grad_() for tensor in inputs()]
+        sample(given[0], SIZES, given[1], given[2]).square().sum().backward()
+        found.append([tensor.grad for tensor in given])
+    is_between_cells = ((inputs()[1] % 1) - 0.5).abs() < 0.49  # the slope jumps at a cell
+    for number, (ours, reference) in enumerate(zip(*found, strict=True)):
+        if number == 1:
+            ours, reference = ours[is_between_cells], reference[is_between_cells]
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_images_do_not_mix():
+    values, points, weights = inputs(3)
+    together = sample_by_rows(values, SIZES, points, weights)
+    alone = sample_by_rows(values[2:], SIZES, points[2:], weights[2:])
+    assert torch.equal(together[2:], alone)
+
+
+def test_module_equals_that_of_transformers():
+    torch.manual_seed(0)
+    theirs = Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(HEADS * WIDTH, HEADS, len(SIZES), POINTS)
+    torch.nn.init.normal_(theirs.sampling_offsets.bias, std=2)
+    ours = DeformableAttention(theirs)
+    assert dict(ours.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
+    cells, places = torch.randn(2, NUM_CELLS, HEADS * WIDTH), torch.randn(1, NUM_CELLS, HEADS * WIDTH)
+    reference_points = torch.rand(1, NUM_CELLS, 1, 2).expand(2, -1, len(SIZES), -1)
+    arguments = {
+        "position_embeddings": places, "reference_points": reference_points, "spatial_shapes_list": SIZES,
+    }  # fmt: skip
+    with torch.no_grad():
+        expected, _ = theirs(cells, encoder_hidden_states=cells, **arguments)
+        got, _ = ours(cells, **arguments)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
