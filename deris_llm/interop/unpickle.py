@@ -1,7 +1,8 @@
-"""Reads pickles of plain data and runs nothing: REFER's ``refs(unc).p`` come from anywhere.
+"""Reads pickles and runs nothing of them: REFER's ``refs(unc).p`` and everybody's weights come from anywhere.
 
-A pickle is a program. It can only call what it can name, so a reader that resolves no name at all builds nothing but
-what the format's own opcodes build: None, bool, int, float, str, bytes, list, tuple, dict and set.
+A pickle is a program. It can only call what it can name. A reader that resolves no name builds nothing but what the
+format's own opcodes build: None, bool, int, float, str, bytes, list, tuple, dict and set. A reader that resolves a few
+names to stand-ins of ours (`RestrictedUnpickler`) adds what those stand-ins check and return.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
+import pickletools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +20,7 @@ MAX_PICKLE_BYTES = 512 * 2**20
 
 
 # What a damaged or hostile stream makes the unpickler raise; none of them comes from code of the file.
-_DAMAGE = (
+DAMAGE = (
     pickle.UnpicklingError,
     EOFError,
     ValueError,
@@ -32,6 +35,106 @@ _DAMAGE = (
 
 class UnsafePickleError(ValueError):
     """A pickle that asks for more than plain data."""
+
+
+class StandIn:
+    """What a name of a pickle resolves to: a function of ours that checks its arguments before it makes anything.
+
+    The pickle cannot change it: it has no attributes, and the opcode that would set them (BUILD) is refused.
+    """
+
+    __slots__ = ("_function", "_name")
+
+    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+        """Takes the name that a message gives, and the function."""
+        self._name = name
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> NoReturn:
+        raise UnsafePickleError(f"a change of {self._name}")
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Resolves the names it is given, and no other."""
+
+    def __init__(
+        self,
+        path: Path,
+        data: bytes,
+        *,
+        allowed: Mapping[str, Any],
+        expected: str,
+        advice: str,
+        encoding: str = "utf-8",
+        storage: Callable[[object], Any] | None = None,
+    ) -> None:
+        """Prepares one pickle.
+
+        Args:
+            path: for messages.
+            data: the pickle; see `pickle_end` for what must have been checked where a hostile one must not fill memory.
+            allowed: `module.name` -> what it resolves to, a `StandIn` or a constant.
+            expected: what the file should be, for the message of a refusal.
+            advice: what to do instead, for the same.
+            encoding: of texts of Python 2.
+            storage: what a persistent id stands for; None refuses them.
+        """
+        super().__init__(io.BytesIO(data), encoding=encoding)
+        self._path = path
+        self._allowed = allowed
+        self._expected = expected
+        self._advice = advice
+        self._storage = storage
+
+    def load(self) -> Any:
+        """Reads the pickle.
+
+        Raises:
+            UnsafePickleError: it asks for a name that is not allowed, a persistent id or an extension code, or uses what
+                is allowed in another way than its writers do.
+        """
+        copyreg.clear_extension_cache()  # a cached extension code would be handed out without asking find_class
+        try:
+            return super().load()
+        except UnsafePickleError as error:
+            raise UnsafePickleError(
+                f"{self._path}: expected {self._expected}, got one that asks for {error}. "
+                f"It was refused before anything of it ran. {self._advice}"
+            ) from None
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        if f"{module}.{name}" not in self._allowed:
+            raise UnsafePickleError(f"the global {module}.{name}")
+        return self._allowed[f"{module}.{name}"]
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        if self._storage is None:
+            raise UnsafePickleError("a persistent id")
+        return self._storage(pid)
+
+
+def pickle_end(data: bytes) -> int:
+    """Walks the opcodes of a pickle without running them.
+
+    C's unpickler keeps its memo in an array as long as the largest index written into it: a pickle of twenty bytes can
+    make it fill 64 GB. Pickles number their memo as they go.
+
+    Returns:
+        the offset after its end; `data` may go on.
+
+    Raises:
+        UnsafePickleError: a memo index that no pickle of this length needs.
+        ValueError: it breaks off, or these are no opcodes.
+    """
+    end = 0
+    for count, (opcode, argument, offset) in enumerate(pickletools.genops(io.BytesIO(data))):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument is not None and int(argument) > count:
+            raise UnsafePickleError(f"place {int(argument):,} of its memo after {count:,} instructions")
+        end = (offset or 0) + 1
+    return end
 
 
 def load_plain_pickle(path: str | Path, *, max_bytes: int = MAX_PICKLE_BYTES) -> Any:
@@ -51,8 +154,6 @@ def load_plain_pickle(path: str | Path, *, max_bytes: int = MAX_PICKLE_BYTES) ->
             "Check that this is the annotation file (REFER's have about 40 MB at most)"
         )
     data = path.read_bytes()
-    # A cached extension code would be handed out without asking find_class.
-    copyreg.clear_extension_cache()
     try:
         return _loads(path, data, "utf-8")
     except UnicodeDecodeError:
@@ -60,33 +161,21 @@ def load_plain_pickle(path: str | Path, *, max_bytes: int = MAX_PICKLE_BYTES) ->
 
 
 def _loads(path: Path, data: bytes, encoding: str) -> Any:
+    unpickler = RestrictedUnpickler(
+        path,
+        data,
+        allowed={},
+        expected="a pickle of plain lists, dicts, texts and numbers",
+        advice="Do not open it with pickle; get the file from its official source, or, if you made it, write it again "
+        "with plain values (e.g. int(x) instead of numpy.int64)",
+        encoding=encoding,
+    )
     try:
-        return _PlainUnpickler(path, data, encoding).load()
+        return unpickler.load()
     except (UnsafePickleError, UnicodeDecodeError):
         raise
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ValueError(
             f"{path}: expected a whole pickle of plain data, got {len(data):,} bytes that break off or are damaged "
             f"({type(error).__name__}: {error}). Download or write the file again"
         ) from error
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Resolves no name."""
-
-    def __init__(self, path: Path, data: bytes, encoding: str) -> None:
-        super().__init__(io.BytesIO(data), encoding=encoding)
-        self._path = path
-
-    def find_class(self, module: str, name: str, /) -> NoReturn:
-        self._refuse(f"the global {module}.{name}")
-
-    def persistent_load(self, pid: Any, /) -> NoReturn:
-        self._refuse("a persistent id")
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise UnsafePickleError(
-            f"{self._path}: expected a pickle of plain lists, dicts, texts and numbers, got one that asks for {what}. "
-            "It was refused before anything of it ran. Do not open it with pickle; get the file from its official "
-            "source, or, if you made it, write it again with plain values (e.g. int(x) instead of numpy.int64)"
-        )

@@ -1,0 +1,679 @@
+"""Reads weight files that come from anywhere, without running or believing anything in them.
+
+torch's zip and legacy formats, safetensors, and detectron2's pickles of numpy arrays. `torch.load` is not used: it makes
+a tensor as large as the file says, and `weights_only=True` refuses the metrics (numpy scalars) that training scripts
+keep beside their weights. Here a file's pickle is first read into descriptions of tensors (`RestrictedUnpickler`; every
+name in `_ALLOWED` resolves to a stand-in of ours), all sizes are checked against the bytes that are there, and only the
+tensors of the state dict are made, as views of the mapped file. Entries that are not wanted (optimizer, metrics, ...)
+are never made.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+import mmap
+import re
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from deris_llm.interop.unpickle import DAMAGE, RestrictedUnpickler, StandIn, UnsafePickleError, pickle_end
+
+STATE_KEYS = ("state_dict", "model")
+"""Where a state dict is in a file that holds more: DeRIS; BEiT-3 and detectron2."""
+
+_MAX_PICKLE = 64 * 2**20  # of names and shapes; the longest key list in use makes 0.3 MB
+_MAX_ARRAY_PICKLE = 16 * 2**30
+_HALF = (torch.float16, torch.bfloat16)
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+_GUARD = "Do not open it with torch.load or pickle; get the file from its official source"
+
+
+class WeightFileError(ValueError):
+    """A weight file that cannot be used; says where, what was expected, what was found and what to do."""
+
+
+class WeightFile(NamedTuple):
+    """What was read of a weight file."""
+
+    tensors: dict[str, Tensor]  # CPU; views of the file (copy on write) where its layout allows
+    ignored: tuple[str, ...]  # entries beside the state dict that were not read: optimizer, epoch, metrics, ...
+    num_half: int  # tensors that were fp16 or bf16 in the file and are float32 now
+
+
+class _Content(NamedTuple):
+    """A file, read into descriptions."""
+
+    value: Any
+    make: Callable[[Any], Tensor | None]  # description -> tensor; None for what is none
+
+
+def read_weight_file(path: str | Path, *, allow_half: bool = False) -> WeightFile:
+    """Reads the state dict of a weight file; nothing in the file is imported, called or believed.
+
+    Args:
+        path: a .pth, .pt, .bin or .zip that torch.save wrote (zip or legacy format), a .safetensors, or detectron2's
+            .pkl of numpy arrays. What it is, its content says, not its name.
+        allow_half: take fp16 and bf16 tensors, as float32.
+
+    Returns:
+        the state dict under `state_dict` or `model`, or the whole file where it is one. `module.` of distributed
+        training is taken off where every name has it.
+
+    Raises:
+        WeightFileError: no such file, another kind of file, cut off or damaged, sizes that do not fit, no state dict,
+            values in it that are no tensors, or half precision without `allow_half`.
+        UnsafePickleError: its pickle asks for anything but tensors and plain values.
+    """
+    path = Path(path)
+    data = _mapped(path)  # lives as long as a tensor that views it
+    kind = _kind(path, data)
+    if kind == "zip":
+        content, make = _zip_content(path, data)
+    elif kind == "pickle":
+        content, make = _pickle_content(path, data)
+    else:
+        content, make = _safetensors_content(path)
+    found, ignored = _state_dict(path, content)
+    tensors: dict[str, Tensor] = {}
+    strange = []
+    for name, value in found.items():
+        tensor = make(value)
+        if isinstance(name, str) and tensor is not None:
+            tensors[name] = tensor
+        else:
+            strange.append(f"{_shortened(name)} ({_described(value)})")
+    if strange:
+        raise WeightFileError(
+            f"{path}: expected a state dict of tensors by name, got {len(strange):,} other entries in it: "
+            f"{', '.join(strange[:10])}; give the file of a model's weights."
+        )
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    half = [name for name, tensor in tensors.items() if tensor.dtype in _HALF]
+    if half and not allow_half:
+        raise WeightFileError(
+            f"{path}: expected weights in float32, got {len(half):,} of {len(tensors):,} tensors in half precision "
+            f"(e.g. {half[0]}: {tensors[half[0]].dtype}), whose results differ from the published ones; give the float32 "
+            "file, or --allow-half to convert them to float32."
+        )
+    tensors.update({name: tensors[name].float() for name in half})
+    return WeightFile(tensors, ignored, len(half))
+
+
+# -- what kind of file ------------------------------------------------------------------------------------------------
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    if not path.exists():
+        raise WeightFileError(f"{path}: expected a weight file, got nothing of that name; correct the path.")
+    if path.is_dir():
+        raise WeightFileError(
+            f"{path}: expected a weight file, got a folder; give the file in it (.pth, .pkl, .zip, .safetensors). "
+            "A folder in Hugging Face form needs no conversion."
+        )
+    if path.stat().st_size == 0:
+        raise WeightFileError(f"{path}: expected a weight file, got an empty one; download it again.")
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def _kind(path: Path, data: mmap.mmap) -> str:
+    """`zip`, `pickle` or `safetensors`; refuses what is none of them with its name."""
+    head = bytes(data[:512])
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head.startswith(b"version https://git-lfs"):
+        size = re.search(rb"size (\d+)", head)
+        found = f"a git-lfs pointer ({int(size[1]):,} bytes are meant)" if size else "a git-lfs pointer"
+        advice = "fetch the file itself, e.g. with `git lfs pull`."
+    elif head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return "zip"
+    elif len(data) > 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= len(data) - 8:
+        return "safetensors"
+    elif head.startswith(b"\x80"):
+        return "pickle"
+    elif text[:1] == b"<":
+        found, advice = "an HTML or XML page", "the download gave a web page: log in or take the file's direct link."
+    elif text[:1] in (b"{", b"["):
+        found, advice = "a JSON text", "give the weights that belong to it."
+    elif head[257:262] == b"ustar":
+        found, advice = (
+            "a tar archive",
+            "unpack it and give the weight file inside (or torch's own format of before 2017: save it again).",
+        )
+    elif head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!", b"\x28\xb5\x2f\xfd")):
+        found, advice = "a compressed archive", "unpack it and give the weight file inside."
+    elif path.suffix == ".safetensors":
+        found, advice = "one whose header is damaged or cut off", "download it again."
+    else:
+        found = f"{len(data):,} bytes of another kind (they start with {head[:8]!r})"
+        advice = "give a file that torch.save, safetensors or detectron2 wrote."
+    raise WeightFileError(
+        f"{path}: expected a weight file (torch's .pth, .pt, .bin or .zip, .safetensors, detectron2's .pkl), got {found}; "
+        f"{advice}"
+    )
+
+
+def _state_dict(path: Path, content: Any) -> tuple[Mapping[Any, Any], tuple[str, ...]]:
+    """Finds the state dict, and names what lies beside it."""
+    if not isinstance(content, dict):
+        raise WeightFileError(
+            f"{path}: expected a dict of tensors, or one under {' or '.join(STATE_KEYS)}, got {_described(content)}; "
+            "give the file of a model's weights."
+        )
+    for key in STATE_KEYS:
+        if isinstance(content.get(key), dict):
+            found, ignored = content[key], tuple(str(other) for other in content if other != key)
+            break
+    else:
+        if not any(isinstance(value, Tensor | _TensorSpec | _Array) for value in content.values()):
+            raise WeightFileError(
+                f"{path}: expected a dict of tensors, or one under {' or '.join(STATE_KEYS)}, got one with the keys "
+                f"{', '.join(repr(key) for key in list(content)[:10]) or 'none'}; give the file of a model's weights."
+            )
+        found, ignored = content, ()
+    if not found:
+        raise WeightFileError(f"{path}: expected a state dict with tensors, got an empty one; download it again.")
+    return found, ignored
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, _TensorSpec):
+        return "a tensor"
+    if isinstance(value, _Array):
+        return f"an array of {value.dtype}"
+    return type(value).__name__.lstrip("_")
+
+
+# -- stand-ins of what pickles of weights name ------------------------------------------------------------------------
+
+
+class _StorageType(NamedTuple):
+    dtype: torch.dtype
+
+
+class _Storage(NamedTuple):
+    """A run of values in the file."""
+
+    dtype: torch.dtype
+    key: str
+    numel: int  # values that the pickle says it has
+    start: int  # first value of it that a tensor sees (views of the legacy format), else 0
+
+
+class _TensorSpec(NamedTuple):
+    """A tensor as its pickle describes it, checked against the size of its storage."""
+
+    storage: _Storage
+    offset: int  # values from the storage's start
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Plain(dict):
+    """What OrderedDict, Counter and their attributes become: a dict whose attributes nobody can set."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        """Drops attributes (`_metadata` of a state dict)."""
+
+
+class _NumpyType:
+    """A numpy dtype of numbers; `BUILD` brings its byte order."""
+
+    __slots__ = ("code", "order")
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+        self.order = "<"
+
+    def __setstate__(self, state: object) -> None:
+        """Takes the byte order of numpy's (version, order, subarray, names, fields, ...)."""
+        if not isinstance(state, tuple) or len(state) < 5 or state[1] not in ("<", ">", "|", "=") or any(state[2:5]):
+            raise UnsafePickleError("a numpy dtype that is no plain number")
+        self.order = state[1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(("<" if self.order == "=" else self.order) + self.code)
+
+
+class _Array:
+    """A numpy array as its pickle describes it; made only once shape, type and bytes agree."""
+
+    __slots__ = ("dtype", "is_fortran", "raw", "shape")
+
+    def __init__(self) -> None:
+        self.shape: tuple[int, ...] = ()
+        self.dtype = np.dtype(np.float32)
+        self.is_fortran = False
+        self.raw: bytes | bytearray | None = None
+
+    def fill(self, shape: object, kind: object, raw: object, *, is_fortran: bool) -> _Array:
+        sizes = _integers(shape, "a numpy array's shape")
+        if not isinstance(kind, _NumpyType):
+            raise UnsafePickleError("a numpy array without a plain dtype")
+        if not isinstance(raw, bytes | bytearray):
+            raise UnsafePickleError("a numpy array whose content is not bytes")
+        if math.prod(sizes) * kind.dtype.itemsize != len(raw):
+            raise UnsafePickleError(
+                f"a numpy array of shape {sizes} and dtype {kind.dtype} ({math.prod(sizes) * kind.dtype.itemsize:,} bytes) "
+                f"while it brings {len(raw):,} bytes"
+            )
+        self.shape, self.dtype, self.is_fortran, self.raw = sizes, kind.dtype, is_fortran, raw
+        return self
+
+    def __setstate__(self, state: object) -> None:
+        """Takes numpy's (version, shape, dtype, is Fortran order, bytes)."""
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise UnsafePickleError("a numpy array in an unknown form")
+        self.fill(state[1], state[2], state[4], is_fortran=bool(state[3]))
+
+    def tensor(self) -> Tensor | None:
+        if self.raw is None or self.dtype.kind not in "fiub":
+            return None
+        values = np.frombuffer(self.raw, self.dtype).reshape(self.shape, order="F" if self.is_fortran else "C")
+        return torch.from_numpy(np.array(values, dtype=self.dtype.newbyteorder("="), order="C"))
+
+
+def _integers(value: object, what: str) -> tuple[int, ...]:
+    if not isinstance(value, tuple | list) or not all(type(item) is int and item >= 0 for item in value):
+        raise UnsafePickleError(f"{what} that is no list of whole numbers")
+    if len(value) > 8:
+        raise UnsafePickleError(f"{what} of {len(value):,} axes")
+    return tuple(value)
+
+
+def _plain_dict(items: object = ()) -> _Plain:
+    if isinstance(items, dict):
+        return _Plain(items)
+    if not isinstance(items, list | tuple) or not all(
+        isinstance(item, list | tuple) and len(item) == 2 for item in items
+    ):
+        raise UnsafePickleError("a dict of something that is no list of pairs")
+    return _Plain(tuple(item) for item in items)
+
+
+def _plain_set(items: object = ()) -> set[Any]:
+    if not isinstance(items, list | tuple):
+        raise UnsafePickleError("a set of something that is no list")
+    return set(items)
+
+
+def _plain_tuple(items: object = ()) -> tuple[Any, ...]:
+    if not isinstance(items, list | tuple):
+        raise UnsafePickleError("a torch.Size of something that is no list")
+    return tuple(items)
+
+
+def _device(name: object, index: object = None) -> str:
+    return f"{name}:{index}" if index is not None else str(name)
+
+
+def _encoded(text: object, encoding: object = "utf-8") -> bytes:
+    """`_codecs.encode`, by which protocol 2 writes bytes."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise UnsafePickleError(f"_codecs.encode with {encoding!r}")
+    return codecs.latin_1_encode(text)[0]
+
+
+def _numpy_type(code: object, *_: object) -> _NumpyType:
+    if not isinstance(code, str) or not re.fullmatch(r"f[248]|[iu][1248]|b1", code):
+        raise UnsafePickleError(f"the numpy dtype {code!r}, which is no plain number")
+    return _NumpyType(code)
+
+
+def _numpy_scalar(kind: object, raw: object) -> object:
+    array = _Array().fill((), kind, raw, is_fortran=False)
+    return np.frombuffer(array.raw or b"", array.dtype)[0].item()
+
+
+def _numpy_array(subtype: object, shape: object, typecode: object) -> _Array:
+    """`_reconstruct`, which numpy always calls with these arguments and fills by BUILD."""
+    if subtype != "numpy.ndarray" or shape != (0,) or typecode not in (b"b", "b"):
+        raise UnsafePickleError("a numpy array in an unknown form")
+    return _Array()
+
+
+def _numpy_from_buffer(raw: object, kind: object, shape: object, order: object) -> _Array:
+    return _Array().fill(shape, kind, raw, is_fortran=order == "F")
+
+
+def _tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> _TensorSpec:
+    """`_rebuild_tensor_v2`: requires_grad, hooks and metadata are dropped."""
+    if not isinstance(storage, _Storage):
+        raise UnsafePickleError("a tensor whose storage is none")
+    if type(offset) is not int or offset < 0:
+        raise UnsafePickleError("a tensor whose offset is no whole number")
+    sizes, strides = _integers(size, "a tensor's shape"), _integers(stride, "a tensor's stride")
+    if len(sizes) != len(strides):
+        raise UnsafePickleError("a tensor whose shape and stride differ in length")
+    last = offset + sum((length - 1) * step for length, step in zip(sizes, strides, strict=True))
+    numel = math.prod(sizes)
+    if numel and (last >= storage.numel or numel > storage.numel):
+        raise UnsafePickleError(
+            f"a tensor of shape {sizes}, stride {strides} and offset {offset:,} in a storage of {storage.numel:,} values"
+        )
+    return _TensorSpec(storage, offset, sizes, strides)
+
+
+def _parameter(tensor: object, *_: object) -> _TensorSpec:
+    """`_rebuild_parameter`: a parameter is its tensor."""
+    if not isinstance(tensor, _TensorSpec):
+        raise UnsafePickleError("a parameter of something that is no tensor")
+    return tensor
+
+
+_STORAGE_TYPES = {
+    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
+_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _plain_dict,
+    "collections.Counter": _plain_dict,
+    "builtins.set": _plain_set,
+    "__builtin__.set": _plain_set,  # protocol 2 gives names of Python 2
+    "torch.Size": _plain_tuple,
+    "torch.device": _device,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "_codecs.encode": _encoded,
+    "numpy.dtype": _numpy_type,
+    **{
+        f"numpy.{core}.multiarray.{name}": function
+        for core in ("core", "_core")
+        for name, function in (("scalar", _numpy_scalar), ("_reconstruct", _numpy_array))
+    },
+    **{f"numpy.{core}.numeric._frombuffer": _numpy_from_buffer for core in ("core", "_core")},
+}
+_ALLOWED: dict[str, Any] = {
+    **{name: StandIn(name, function) for name, function in _FUNCTIONS.items()},
+    "numpy.ndarray": "numpy.ndarray",
+    **{f"torch.{name}": _StorageType(dtype) for name, dtype in _STORAGE_TYPES.items()},
+    **{f"torch.{name}": f"torch.{name}" for name in _DTYPES},
+}
+"""All that a pickle of weights may name, and what it gets instead. Nothing here is torch's or numpy's own."""
+
+
+def _storage_of(pid: object) -> _Storage:
+    """What torch's persistent ids stand for: ("storage", type, key, location, values[, view])."""
+    if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
+        raise UnsafePickleError(f"the persistent id {_shortened(pid)}")
+    kind, key, numel = pid[1], pid[2], pid[4]
+    if not isinstance(kind, _StorageType) or not isinstance(key, str) or type(numel) is not int or numel < 0:
+        raise UnsafePickleError(f"the persistent id {_shortened(pid)}")
+    start = 0
+    if len(pid) == 6 and pid[5] is not None:  # the legacy format's view: (key, offset, size)
+        if not isinstance(pid[5], tuple) or len(pid[5]) != 3:
+            raise UnsafePickleError(f"the persistent id {_shortened(pid)}")
+        start, length = _integers(pid[5][1:], "a storage's view")
+        if start + length > numel:
+            raise UnsafePickleError(f"values {start:,} to {start + length:,} of a storage of {numel:,} values")
+        numel = length
+    return _Storage(kind.dtype, key, numel, start)
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+def _unpickled(path: Path, data: bytes, *, storage: Callable[[object], Any] | None) -> Any:
+    unpickler = RestrictedUnpickler(
+        path, data, allowed=_ALLOWED, expected="a file of tensors and plain values", advice=f"{_GUARD}.",
+        storage=storage,
+    )  # fmt: skip
+    try:
+        return unpickler.load()
+    except UnsafePickleError:
+        raise
+    except DAMAGE as error:
+        _raise_damaged(path, error)
+
+
+def _raise_damaged(path: Path, error: Exception | str) -> NoReturn:
+    detail = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    raise WeightFileError(
+        f"{path}: expected a whole weight file, got one that breaks off or is damaged ({detail}); download it again."
+    ) from (error if isinstance(error, Exception) else None)
+
+
+# -- torch's zip format -----------------------------------------------------------------------------------------------
+
+
+class _Extent(NamedTuple):
+    start: int  # byte in the file
+    length: int  # bytes
+
+
+def _zip_content(path: Path, data: mmap.mmap) -> _Content:
+    entries = _zip_entries(path, data)
+    folders = {name.split("/")[0] for name in entries}
+    pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(folders) != 1 or len(pickles) != 1:
+        raise WeightFileError(
+            f"{path}: expected a zip that torch.save wrote (one folder with data.pkl), got one with "
+            f"{', '.join(list(entries)[:10]) or 'nothing in it'}; if it is an ordinary archive, unpack it and give the "
+            "weight file inside."
+        )
+    folder = next(iter(folders))
+    if f"{folder}/constants.pkl" in entries or any(name.startswith(f"{folder}/code/") for name in entries):
+        raise UnsafePickleError(
+            f"{path}: expected a file of tensors, got a TorchScript archive, which is a program; nothing of it ran. "
+            "Give the model's state dict, saved with torch.save"
+        )
+    order = entries.get(f"{folder}/byteorder")
+    if order is not None and bytes(data[order.start : order.start + order.length]) != b"little":
+        raise WeightFileError(
+            f"{path}: expected little-endian values, got another byte order; save it again on such a machine."
+        )
+    extent = entries[pickles[0]]
+    if extent.length > _MAX_PICKLE:
+        raise WeightFileError(
+            f"{path}: expected names and shapes of at most {_MAX_PICKLE:,} bytes, got {pickles[0]} of {extent.length:,} "
+            "bytes; give the file of a model's weights."
+        )
+    pickled = bytes(data[extent.start : extent.start + extent.length])
+    _checked_end(path, pickled)
+
+    def storage(pid: object) -> _Storage:
+        found = _storage_of(pid)
+        name = f"{folder}/data/{found.key}"
+        if name not in entries:
+            raise UnsafePickleError(f"the storage {name!r}, which the file does not have")
+        if found.numel * found.dtype.itemsize > entries[name].length:
+            raise UnsafePickleError(
+                f"{found.numel:,} values of {found.dtype} ({found.numel * found.dtype.itemsize:,} bytes) of the storage "
+                f"{name!r}, which has {entries[name].length:,} bytes"
+            )
+        return found
+
+    content = _unpickled(path, pickled, storage=storage)
+
+    def make(value: Any) -> Tensor | None:
+        if not isinstance(value, _TensorSpec):
+            return _made_array(value)
+        return _made(value, data, entries[f"{folder}/data/{value.storage.key}"].start)
+
+    return _Content(content, make)
+
+
+def _zip_entries(path: Path, data: mmap.mmap) -> dict[str, _Extent]:
+    """Where each entry's bytes are; nothing is unpacked.
+
+    Raises:
+        WeightFileError: cut off, compressed, encrypted, overlapping or reaching beyond the file, or a name that leaves
+            its folder.
+    """
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            infos, end = archive.infolist(), archive.start_dir
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error) as error:
+        _raise_damaged(path, error)
+    entries: dict[str, _Extent] = {}
+    for info in infos:
+        where = f"its entry {_shortened(info.filename)}"
+        parts = info.orig_filename.replace("\\", "/").split("/")
+        if ".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in info.orig_filename:
+            _raise_hostile(path, f"{where} has a name that leads out of its folder")
+        if info.filename in entries:
+            _raise_hostile(path, f"{where} is there twice")
+        if info.flag_bits & 0x1:
+            _raise_hostile(path, f"{where} is encrypted")
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            _raise_hostile(
+                path, f"{where} is compressed ({info.compress_size:,} bytes that become {info.file_size:,}), which torch.save never does"
+            )  # fmt: skip
+        header = bytes(data[info.header_offset : info.header_offset + 30])
+        if len(header) != 30 or header[:4] != b"PK\x03\x04":
+            _raise_damaged(path, f"{where} has no header")
+        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        start = info.header_offset + 30 + name_length + extra_length
+        if start + info.file_size > end:
+            _raise_hostile(
+                path, f"{where} has {info.file_size:,} bytes at {start:,} in a file whose entries end at {end:,}"
+            )
+        entries[info.filename] = _Extent(start, info.file_size)
+    reached = 0
+    for extent in sorted(entry for entry in entries.values() if entry.length):
+        if extent.start < reached:
+            _raise_hostile(path, "its entries overlap")
+        reached = extent.start + extent.length
+    return entries
+
+
+def _raise_hostile(path: Path, what: str) -> NoReturn:
+    raise WeightFileError(
+        f"{path}: expected a zip as torch.save writes it, got one in which {what}; nothing was unpacked. "
+        "Get the file from its official source."
+    )
+
+
+# -- pickles: torch's legacy format, detectron2's arrays --------------------------------------------------------------
+
+
+def _pickle_content(path: Path, data: mmap.mmap) -> _Content:
+    head = bytes(data[: 2**10])
+    try:
+        first = pickle_end(head)
+        is_legacy = _unpickled(path, head[:first], storage=None) == _LEGACY_MAGIC
+    except (UnsafePickleError, *DAMAGE):  # not a short pickle: then it is one of arrays, read below
+        is_legacy = False
+    if is_legacy:
+        return _legacy_content(path, data, first)
+    if len(data) > _MAX_ARRAY_PICKLE:
+        raise WeightFileError(
+            f"{path}: expected a pickle of arrays of at most {_MAX_ARRAY_PICKLE:,} bytes, got {len(data):,}; give the file "
+            "of a model's weights."
+        )
+    pickled = bytes(data)
+    end = _checked_end(path, pickled)
+    if end != len(pickled):
+        _raise_damaged(path, f"{len(pickled) - end:,} bytes follow its end")
+    return _Content(_unpickled(path, pickled, storage=None), _made_array)
+
+
+def _legacy_content(path: Path, data: mmap.mmap, position: int) -> _Content:
+    """After the magic number: protocol, machine, the content, the storages' keys; then each storage's length and bytes."""
+    parts = []
+    declared: dict[str, _Storage] = {}
+
+    def storage(pid: object) -> _Storage:
+        found = _storage_of(pid)
+        if found.numel * found.dtype.itemsize > len(data):
+            raise UnsafePickleError(
+                f"{found.numel:,} values of {found.dtype} ({found.numel * found.dtype.itemsize:,} bytes) in a file of "
+                f"{len(data):,} bytes"
+            )
+        if declared.setdefault(found.key, found).dtype != found.dtype:
+            raise UnsafePickleError(f"the storage {found.key!r} with two types")
+        return found
+
+    for number in range(4):
+        window = bytes(data[position : position + _MAX_PICKLE])
+        end = _checked_end(path, window)
+        parts.append(_unpickled(path, window[:end], storage=storage if number == 2 else None))
+        position += end
+    protocol, machine, content, keys = parts
+    if protocol != _LEGACY_PROTOCOL or not isinstance(machine, dict) or not machine.get("little_endian", False):
+        raise WeightFileError(
+            f"{path}: expected torch's legacy format, protocol {_LEGACY_PROTOCOL}, little-endian, got protocol "
+            f"{_shortened(protocol)} of {_shortened(machine)}; save it again with a current torch."
+        )
+    if not isinstance(keys, list) or len(set(map(str, keys))) != len(keys) or set(keys) != set(declared):
+        _raise_damaged(path, "its list of storages is not that of its tensors")
+    extents: dict[str, _Extent] = {}
+    for key in keys:
+        numel = int.from_bytes(data[position : position + 8], "little", signed=True)
+        length = numel * declared[key].dtype.itemsize
+        if position + 8 > len(data) or numel < 0 or position + 8 + length > len(data):
+            _raise_damaged(path, f"storage {key!r} of {numel:,} values at byte {position:,} of {len(data):,}")
+        extents[key] = _Extent(position + 8, length)
+        position += 8 + length
+
+    def make(value: Any) -> Tensor | None:
+        if not isinstance(value, _TensorSpec):
+            return _made_array(value)
+        extent = extents[value.storage.key]
+        if (value.storage.start + value.storage.numel) * value.storage.dtype.itemsize > extent.length:
+            _raise_damaged(path, f"storage {value.storage.key!r} has {extent.length:,} bytes, too few for its tensors")
+        return _made(value, data, extent.start)
+
+    return _Content(content, make)
+
+
+def _checked_end(path: Path, pickled: bytes) -> int:
+    try:
+        return pickle_end(pickled)
+    except UnsafePickleError as error:
+        raise UnsafePickleError(
+            f"{path}: expected a file of tensors and plain values, got one that asks for {error}. "
+            f"It was refused before anything of it ran. {_GUARD}."
+        ) from None
+    except DAMAGE as error:
+        _raise_damaged(path, error)
+
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def _made(spec: _TensorSpec, data: mmap.mmap, start: int) -> Tensor:
+    """The tensor of a checked description: a view of the mapped file, or a copy where its place is not aligned."""
+    storage, itemsize = spec.storage, spec.storage.dtype.itemsize
+    if math.prod(spec.size) == 0:
+        return torch.empty(spec.size, dtype=storage.dtype)
+    start += storage.start * itemsize
+    if start % itemsize:
+        flat = torch.frombuffer(data, dtype=torch.uint8, count=storage.numel * itemsize, offset=start).clone()
+        flat = flat.view(storage.dtype)
+    else:
+        flat = torch.frombuffer(data, dtype=storage.dtype, count=storage.numel, offset=start)
+    return flat.as_strided(spec.size, spec.stride, spec.offset)
+
+
+def _made_array(value: Any) -> Tensor | None:
+    return value.tensor() if isinstance(value, _Array) else None
+
+
+def _safetensors_content(path: Path) -> _Content:
+    try:
+        return _Content(safetensors.torch.load_file(path), lambda value: value)
+    except (safetensors.SafetensorError, json.JSONDecodeError, OSError, ValueError) as error:
+        _raise_damaged(path, error)
