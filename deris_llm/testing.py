@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import pickle
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
@@ -23,6 +25,7 @@ from transformers import (
 )
 
 from deris_llm.cognition import CognitionBackend, CognitionProcessor, build_processor
+from deris_llm.cognition.beit3 import TOKENIZER_FILE, Beit3Config, Beit3Model
 from deris_llm.config import RunConfig, load_config
 from deris_llm.structures import CognitionFeatures, CognitionInputs, ReferringBatch, ReferringTargets
 
@@ -62,6 +65,34 @@ def tiny_weights(folder: Path) -> list[str]:
         "data.num_workers=0",
         "training.precision=fp32",
         "training.images_per_device=2",
+    ]
+
+
+def tiny_beit3(folder: Path) -> list[str]:
+    """Writes a tiny BEiT-3 with random weights and a tokenizer of its own.
+
+    Returns:
+        overrides for `tiny_config` that make it the cognition backend, all of it trained.
+    """
+    tokenizer = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(_CORPUS), model_writer=tokenizer, vocab_size=100, model_type="bpe", minloglevel=2
+    )
+    config = Beit3Config(
+        vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=48,
+        patch_size=12, max_text_positions=64,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Beit3Model(config)
+        for parameter in model.parameters():  # larger than fresh ones, so that differences show
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+        model.save_pretrained(folder / "beit3")
+    (folder / "beit3" / TOKENIZER_FILE).write_bytes(tokenizer.getvalue())
+    return [
+        "cognition.backend=beit3",
+        f"cognition.weights={folder / 'beit3'}",
+        "cognition.tuning=full",
     ]
 
 

