@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Make the two tiny backbones that ship inside the package, from a seed, on pictures disjoint from every split.
+"""Make the tiny backbones that ship inside the package, from a seed, on pictures disjoint from every split.
 
     python scripts/pretrain_tiny.py all --out tiny --seed 7
 
-draws the pool of scenes (about 10 minutes on two cores), pre-trains the tiny Mask2Former-Swin and the tiny
-LLaVA-OneVision (each about 70-90 minutes on one core) and leaves `tiny/tiny-mask2former` and
-`tiny/tiny-llava-onevision`. A run that was stopped continues where it was when the same command is given again.
+draws the pool of scenes (about 10 minutes on two cores), pre-trains the tiny Mask2Former-Swin, the tiny LLaVA-OneVision
+(each about 70-90 minutes on one core) and the tiny BEiT-3 (about 40), and leaves `tiny/tiny-mask2former`,
+`tiny/tiny-llava-onevision` and `tiny/tiny-beit3`. A run that was stopped continues where it was when the same command is given again.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a second thread makes a tiny model's step slower
 
+from deris_llm.pretraining.beit3 import Beit3Recipe, pretrain_beit3
 from deris_llm.pretraining.cognition import CognitionRecipe, pretrain_cognition
 from deris_llm.pretraining.perception import pretrain_perception
 from deris_llm.pretraining.pool import HELD_OUT_FIRST_INDEX, write_pool
@@ -26,6 +27,7 @@ logger = logging.getLogger("pretrain_tiny")
 
 PERCEPTION_FOLDER = "tiny-mask2former"
 COGNITION_FOLDER = "tiny-llava-onevision"
+BEIT3_FOLDER = "tiny-beit3"
 
 
 def run_pool(arguments: argparse.Namespace) -> None:
@@ -66,21 +68,34 @@ def run_cognition(arguments: argparse.Namespace) -> None:
     )
 
 
+def run_beit3(arguments: argparse.Namespace) -> None:
+    """Pre-train the tiny BEiT-3."""
+    pretrain_beit3(
+        arguments.out / BEIT3_FOLDER,
+        arguments.pool or arguments.out / "pool",
+        Beit3Recipe(seed=arguments.seed),
+        evaluate_seconds=arguments.evaluate_seconds,
+        command=shlex.join(["python", "scripts/pretrain_tiny.py", *sys.argv[1:]]),
+    )
+
+
 def run_all(arguments: argparse.Namespace) -> None:
-    """Draw the pool, then pre-train both, one after the other."""
+    """Draw the pool, then pre-train all three, one after the other."""
     run_pool(arguments)
     run_perception(arguments)
     run_cognition(arguments)
+    run_beit3(arguments)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: one subcommand a stage, and `all`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="{pool,perception,cognition,all}")
+    commands = parser.add_subparsers(required=True, metavar="{pool,perception,cognition,beit3,all}")
     for name, function in (
         ("pool", run_pool),
         ("perception", run_perception),
         ("cognition", run_cognition),
+        ("beit3", run_beit3),
         ("all", run_all),
     ):
         command = commands.add_parser(
@@ -104,6 +119,8 @@ def build_parser() -> argparse.ArgumentParser:
             )
         if name in ("cognition", "all"):
             _add_cognition_arguments(command)
+        if name in ("cognition", "beit3", "all"):
+            command.add_argument("--evaluate-seconds", type=float, default=300.0, help="time between measurements")
     return parser
 
 
@@ -114,7 +131,6 @@ def _add_cognition_arguments(command: argparse.ArgumentParser) -> None:
         if field.name != "seed" and field.default is not MISSING:
             flag = "--" + field.name.replace("_", "-")
             group.add_argument(flag, type=type(field.default), default=field.default, help="field of CognitionRecipe")
-    command.add_argument("--evaluate-seconds", type=float, default=300.0, help="time between measurements")
 
 
 def main() -> None:

@@ -257,18 +257,32 @@ class TrainingHeads(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingData:
-    """A pool with everything precomputed that a step reads.
+class SceneLabels:
+    """What lies where in the scenes of a pool.
 
     Attributes:
-        images: uint8 (N, 120, 120, 3).
-        geometry: coverage and centres of the objects.
         attributes: int64 (N, objects, 4), kind, colour, pattern, size of each object, from 1.
         classes: int64 (N, G, 4), kind, colour, pattern, size of the object that covers most of a cell, from 1;
             0 = none.
         regressions: float32 (N, G, 4), centre's offset (x, y) from the cell's centre in quarters of the picture's
             sides, share of the cell, depth in [0, 1]; 0 where there is no object.
         centre_cells: int64 (N, G), grid cell of that object's visible centre; arbitrary where there is no object.
+    """
+
+    attributes: np.ndarray
+    classes: np.ndarray
+    regressions: np.ndarray
+    centre_cells: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """A pool with everything precomputed that a step reads.
+
+    Attributes:
+        images: uint8 (N, 120, 120, 3).
+        geometry: coverage and centres of the objects.
+        labels: of objects and cells.
         words: for kind, colour, pattern and size: ids (W,) of their words, and (classes + 1, W), the share of each word.
         location_ids: int64 (G,), token ids of the cells.
         bank: the tokenised questions.
@@ -276,10 +290,7 @@ class TrainingData:
 
     images: np.ndarray
     geometry: SceneGeometry
-    attributes: np.ndarray
-    classes: np.ndarray
-    regressions: np.ndarray
-    centre_cells: np.ndarray
+    labels: SceneLabels
     words: list[tuple[Tensor, Tensor]]
     location_ids: Tensor
     bank: QuestionBank
@@ -313,10 +324,8 @@ def max_objects_of(*pools: ScenePool) -> int:
     return max(len(record["objects"]) for pool in pools for record in pool.records)
 
 
-def prepare_data(
-    pool: ScenePool, geometry: SceneGeometry, tokenizer: PreTrainedTokenizerBase, *, seed: int
-) -> TrainingData:
-    """Label the cells and tokenise the questions of a pool."""
+def scene_labels(pool: ScenePool, geometry: SceneGeometry) -> SceneLabels:
+    """Label the objects and the cells of a pool."""
     num_scenes, num_ids, _ = geometry.coverage.shape
     attributes = np.zeros((num_scenes, num_ids, 4), np.int64)
     depths = np.zeros((num_scenes, num_ids), np.float32)
@@ -338,13 +347,22 @@ def prepare_data(
     cell_centres = np.stack(np.meshgrid(along, along), axis=-1).reshape(NUM_CELLS, 2)
     offsets = (geometry.centres[scenes, np.maximum(owner - 1, 0)] - cell_centres) * 4
     regressions = np.concatenate([offsets, owner_share[..., None], depths[scenes, owner][..., None]], axis=-1)
-    return TrainingData(
-        images=pool.images_120,
-        geometry=geometry,
+    return SceneLabels(
         attributes=attributes[:, 1:],
         classes=attributes[scenes, owner],
         regressions=(regressions * (owner > 0)[..., None]).astype(np.float32),
         centre_cells=geometry.centre_cells[scenes, np.maximum(owner - 1, 0)],
+    )
+
+
+def prepare_data(
+    pool: ScenePool, geometry: SceneGeometry, tokenizer: PreTrainedTokenizerBase, *, seed: int
+) -> TrainingData:
+    """Label the cells and tokenise the questions of a pool."""
+    return TrainingData(
+        images=pool.images_120,
+        geometry=geometry,
+        labels=scene_labels(pool, geometry),
         words=attribute_words(tokenizer),
         location_ids=torch.tensor(tokenizer.convert_tokens_to_ids(list(LOCATION_TOKENS))),
         bank=build_question_bank(pool.records, geometry, tokenizer, seed=seed),
@@ -418,11 +436,11 @@ def word_loss(
     centre). Meant to spare the language model from finding out which words go with which patches;
     no run measured its share.
     """
-    classes = torch.from_numpy(data.classes[scenes])
+    classes = torch.from_numpy(data.labels.classes[scenes])
     occupied = classes[..., 0] > 0
     patches = functional.rms_norm(image_BGD[occupied].float(), image_BGD.shape[-1:])
     embeddings = model.model.language_model.embed_tokens.weight
-    cells = torch.from_numpy(data.centre_cells[scenes])[occupied]
+    cells = torch.from_numpy(data.labels.centre_cells[scenes])[occupied]
     loss = functional.cross_entropy(patches @ embeddings[data.location_ids].T, cells)
     for position, (word_ids, shares) in enumerate(data.words):
         wanted = shares[classes[occupied][:, position]]
@@ -472,10 +490,15 @@ def referent_loss(
     asked = np.isin(data.bank.tasks[batch.question_ids], TASKS.index("ground")) & (targets >= 0)
     selected = torch.from_numpy(asked)
     rows = batch.question_rows[selected]
-    wanted = torch.from_numpy(data.attributes[scenes[rows.numpy()], targets[asked]])
+    wanted = torch.from_numpy(data.labels.attributes[scenes[rows.numpy()], targets[asked]])
     last_prompt = middle_BTD[rows, batch.question_positions[selected]].float()
-    logits = heads.referent(functional.rms_norm(last_prompt, last_prompt.shape[-1:])).float()
-    parts = zip(logits.split(heads.SIZES, dim=-1), wanted.T, strict=True)
+    return attribute_loss(heads, functional.rms_norm(last_prompt, last_prompt.shape[-1:]), wanted)
+
+
+def attribute_loss(heads: TrainingHeads, token_KD: Tensor, attributes_K4: Tensor) -> Tensor:
+    """Cross-entropies of kind, colour, pattern and size that the referent head reads off tokens."""
+    logits = heads.referent(token_KD).float()
+    parts = zip(logits.split(heads.SIZES, dim=-1), attributes_K4.T, strict=True)
     return sum((functional.cross_entropy(part, classes) for part, classes in parts), logits.new_zeros(()))
 
 
@@ -489,7 +512,7 @@ def evaluate_vision(
     for start in range(0, len(data.images), batch_size):
         features = vision_features(model, pixel_values(data.images[start : start + batch_size]))
         class_logits = heads.patch(features).split((*heads.SIZES, heads.NUM_REGRESSIONS), dim=-1)[:4]
-        classes = torch.from_numpy(data.classes[start : start + batch_size])
+        classes = torch.from_numpy(data.labels.classes[start : start + batch_size])
         here = classes[..., 0] > 0
         occupied += int(here.sum())
         right += [
@@ -559,24 +582,25 @@ def evaluate_answers(
     no_target = tasks == TASKS.index("none")
     families, styles = bank.families[questions], bank.styles[questions]
     metrics: dict[str, Any] = {
-        "grounding": _share(hit[ground]),
-        "grounding_exact_cell": _share(right[ground]),
-        "no_target": _share(predicted[no_target] == none_id),
-        "false_none": _share(predicted[ground] == none_id),
-        "by_style": {style: _share(hit[ground & (styles == i)]) for i, style in enumerate(STYLES)},
+        "grounding": share_of(hit[ground]),
+        "grounding_exact_cell": share_of(right[ground]),
+        "no_target": share_of(predicted[no_target] == none_id),
+        "false_none": share_of(predicted[ground] == none_id),
+        "by_style": {style: share_of(hit[ground & (styles == i)]) for i, style in enumerate(STYLES)},
         "by_family": {
-            name: _share(hit[ground & (families == i)])
+            name: share_of(hit[ground & (families == i)])
             for i, name in enumerate(bank.family_names)
             if (ground & (families == i)).any()
         },
     }
     for task in ("attribute", "describe", "count", "exists"):
-        metrics[task] = _share(right[tasks == TASKS.index(task)])
+        metrics[task] = share_of(right[tasks == TASKS.index(task)])
     metrics["counts"] = {task: int((tasks == i).sum()) for i, task in enumerate(TASKS)}
     return metrics
 
 
-def _share(right: np.ndarray) -> float:
+def share_of(right: np.ndarray) -> float:
+    """Mean of booleans, rounded; 0 of none."""
     return round(float(right.mean()), 4) if len(right) else 0.0
 
 
@@ -721,7 +745,7 @@ def pretrain_cognition(
         out, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     final = evaluate_answers(stored, tokenizer, held_out, row_length=recipe.row_length)
-    logger.info("cognition: finished after %.0f s, stored model: %s", run.seconds, _line(final))
+    logger.info("cognition: finished after %.0f s, stored model: %s", run.seconds, line_of(final))
     metrics = _save_model(run, final=final, command=command)
     shutil.rmtree(run.state_path.parent)
     return metrics
@@ -784,7 +808,7 @@ def _train_stage(
             run.history.append(
                 {"stage": run.stage, "step": run.step, "seconds": round(run.seconds), "losses": losses_now, **metrics}
             )
-            logger.info("cognition %s step %d/%d, held-out: %s", run.stage, run.step, steps, _line(metrics))
+            logger.info("cognition %s step %d/%d, held-out: %s", run.stage, run.step, steps, line_of(metrics))
             run.save_state()
             if is_language:
                 _save_model(run, final=None, command=command)
@@ -795,7 +819,10 @@ def _train_stage(
 def vision_losses(run: _Run, data: TrainingData) -> dict[str, Tensor]:
     """The loss of a step of stage `vision`."""
     scenes, pixels = _draw_images(run, data, batch_size=run.recipe.vision_batch)
-    classes, regressions = torch.from_numpy(data.classes[scenes]), torch.from_numpy(data.regressions[scenes])
+    classes, regressions = (
+        torch.from_numpy(data.labels.classes[scenes]),
+        torch.from_numpy(data.labels.regressions[scenes]),
+    )
     return {"dense": dense_loss(run.heads, vision_features(run.model, pixels), classes, regressions)}
 
 
@@ -811,7 +838,10 @@ def language_losses(run: _Run, data: TrainingData) -> dict[str, Tensor]:
     patches = vision_features(run.model, pixels)
     image = run.model.model.multi_modal_projector(patches)
     hidden, middle = packed_hidden_states(run.model, image, batch, image_start=image_start)
-    classes, regressions = torch.from_numpy(data.classes[scenes]), torch.from_numpy(data.regressions[scenes])
+    classes, regressions = (
+        torch.from_numpy(data.labels.classes[scenes]),
+        torch.from_numpy(data.labels.regressions[scenes]),
+    )
     return {
         "answer": answer_loss(run.model, hidden, batch.labels),
         "word": recipe.word_weight * word_loss(run.model, image, data, scenes),
@@ -832,11 +862,12 @@ def _draw_images(run: _Run, data: TrainingData, *, batch_size: int) -> tuple[np.
     return scenes, pixel_values(data.images[scenes], rng)
 
 
-def _line(metrics: dict[str, Any]) -> str:
+def line_of(metrics: dict[str, Any]) -> str:
+    """Measurements in one line of the log."""
     parts = []
     for name, value in metrics.items():
         if isinstance(value, dict):
-            parts.append(f"{name} [{_line(value)}]")
+            parts.append(f"{name} [{line_of(value)}]")
         else:
             parts.append(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}")
     return ", ".join(parts)
