@@ -34,6 +34,19 @@ def section(kind: type) -> Any:
 
 
 @dataclass(frozen=True)
+class ConversionConfig:
+    rate: float = option(
+        0.0, "probability that a training phrase with a target is swapped for one of another picture; paper: 0.15, GRES"
+    )
+    threshold: float = option(0.6, "only phrases whose similarity to the replaced one is below this are taken")
+    min_words: int = option(2, "only phrases of more words than this are taken")
+    mode: Literal["words", "characters"] = option(
+        "words", "what similarity compares: words (paper, appendix D.1) or characters (public code)"
+    )
+    max_tries: int = option(50, "phrases drawn before the phrase is left as it is")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     root: str = option(
         "data", "folder that holds images/ and one folder per dataset (refcoco, refcoco+, refcocog, ...)"
@@ -53,6 +66,7 @@ class DataConfig:
     phrase_field: Literal["sent", "raw"] = option("sent", "which text of a REFER sentence is the phrase")
     phrases_per_image: int = option(4, "phrases drawn of an image in a training step; they share its features")
     num_workers: int = option(4, "loader processes per rank; 0 loads in the training process")
+    conversion: ConversionConfig = section(ConversionConfig)
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,17 @@ class CognitionConfig:
     resize: Literal["antialias", "opencv"] = option("antialias", "beit3: as `perception.resize`, for its picture")
     normalisation: Literal["half", "imagenet"] = option(
         "half", "beit3: mean = deviation = 0.5 as in its pre-training, or ImageNet's as in the public DeRIS code"
+    )
+    min_pixels: int = option(
+        256 * 28 * 28,
+        "qwen_vl: px, area; smaller pictures are enlarged to it, aspect kept (an image token covers 28 x 28 px, of "
+        "Qwen3-VL 32 x 32): more pixels are more tokens, memory and time",
+    )
+    max_pixels: int = option(576 * 28 * 28, "qwen_vl: px, area; larger pictures are reduced to it, aspect kept")
+    grid: int = option(
+        24,
+        "qwen_vl, vilt: rows and columns of the image features; each picture's own map is resampled to this square "
+        "before the loopback reads it",
     )
 
 
@@ -208,7 +233,7 @@ class TrainingConfig:
     max_grad_norm: float = option(1.0, "gradients are clipped to this L2 norm")
     precision: Literal["bf16", "fp32"] = option("bf16", "bf16 needs a GPU with it; fp32 is what CPU runs use")
     eval_every: int = option(1000, "steps between evaluations on `eval_split`; 0 = only at the end")
-    eval_split: str = option("refcoco/val", "split whose mIoU selects the best checkpoint")
+    eval_split: str = option("refcoco/val", "split whose mIoU (gRefCOCO: cIoU) selects the best checkpoint")
     eval_max_images: int = option(0, "images of `eval_split` used at intervals; 0 = all")
     save_every: int = option(1000, "steps between checkpoints")
     keep_checkpoints: int = option(2, "newest checkpoints kept, the best one besides")
@@ -368,8 +393,16 @@ def contradictions(config: RunConfig) -> list[str]:
         )
     if config.cognition.lora.r == 0 and config.cognition.lora.dropout > 0:
         found.append("cognition.lora.dropout has no effect with cognition.lora.r=0: set it to 0 or give a rank")
+    conversion = config.data.conversion
+    if not 0 <= conversion.rate <= 1:
+        found.append(f"data.conversion.rate: expected a probability in [0, 1], got {conversion.rate}")
+    if not 0 < conversion.threshold <= 1:
+        found.append(f"data.conversion.threshold: expected a similarity in (0, 1], got {conversion.threshold}")
+    if conversion.min_words < 0:
+        found.append(f"data.conversion.min_words: expected 0 or more, got {conversion.min_words}")
     positive = {
         "data.phrases_per_image": config.data.phrases_per_image,
+        "data.conversion.max_tries": conversion.max_tries,
         "loopback.rounds": config.loopback.rounds,
         "loopback.num_queries": config.loopback.num_queries,
         "training.images_per_device": config.training.images_per_device,
@@ -433,18 +466,41 @@ def _optimisation_contradictions(config: RunConfig) -> list[str]:
     return found
 
 
-READ_BY_BEIT3_ONLY = ("tokenizer", "image_size", "drop_path", "resize", "normalisation")
-"""Fields of `cognition` that the other built-in backends do not read; a plugin may read any field."""
+_BUILT_IN_BACKENDS = ("qwen2_ov", "qwen_vl", "beit3", "vilt", "bert")
+_LANGUAGE_MODELS = ("qwen2_ov", "qwen_vl")
+READERS_OF_COGNITION_FIELDS = {
+    "prompt": _LANGUAGE_MODELS,
+    "prompt_order": _LANGUAGE_MODELS,
+    "text_features": _LANGUAGE_MODELS,
+    "tokenizer": ("beit3",),
+    "image_size": ("beit3",),
+    "drop_path": ("beit3",),
+    "resize": ("beit3",),
+    "normalisation": ("beit3",),
+    "min_pixels": ("qwen_vl",),
+    "max_pixels": ("qwen_vl",),
+    "grid": ("qwen_vl", "vilt"),
+}
+"""Fields of `cognition` that not every built-in backend reads, and which do; a plugin may read any field."""
 
 
 def _cognition_contradictions(config: RunConfig) -> list[str]:
     cognition = config.cognition
     found = [
-        f"cognition.{name}={getattr(cognition, name)} cannot take effect with cognition.backend={cognition.backend}, which does "
-        "not read it: remove it, or set cognition.backend=beit3"
-        for name in READ_BY_BEIT3_ONLY
-        if cognition.backend in ("qwen2_ov", "qwen_vl", "bert", "vilt") and _is_set(config, f"cognition.{name}")
+        f"cognition.{name}={getattr(cognition, name)} cannot take effect with cognition.backend={cognition.backend}, which "
+        f"does not read it: remove it, or set cognition.backend={' or '.join(readers)}"
+        for name, readers in READERS_OF_COGNITION_FIELDS.items()
+        if cognition.backend in _BUILT_IN_BACKENDS
+        and cognition.backend not in readers
+        and _is_set(config, f"cognition.{name}")
     ]
+    if not 0 < cognition.min_pixels <= cognition.max_pixels:
+        found.append(
+            f"cognition.max_pixels: expected at least cognition.min_pixels, and both more than 0, got "
+            f"{cognition.min_pixels} to {cognition.max_pixels}"
+        )
+    if cognition.grid <= 0:
+        found.append(f"cognition.grid: expected more than 0, got {cognition.grid}")
     if not 0 <= cognition.drop_path < 1:
         found.append(f"cognition.drop_path: expected a probability in [0, 1), got {cognition.drop_path}")
     if cognition.image_size < 0:

@@ -65,7 +65,7 @@ class ProgressLines(TrainerCallback):
                 self.bar.update(self._task, said=said)
             else:
                 logger.info("step %d of %d: %s", state.global_step, state.max_steps, said)
-        elif "eval_mIoU" in logs:
+        elif "eval_n_phrases" in logs:
             logger.info(
                 "step %d: %s",
                 state.global_step,

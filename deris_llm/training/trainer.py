@@ -8,7 +8,7 @@ import math
 import resource
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +31,7 @@ from deris_llm.training.schedule import by_epochs
 logger = logging.getLogger(__name__)
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup", "epochs": "constant"}
+SELECTED_BY = ("cIoU", "mIoU")  # the first that an evaluation has
 _NUM_PHRASES_NAMED = 10
 _NEVER = 10**9  # steps
 
@@ -99,7 +100,8 @@ class DerisTrainer(Trainer):
         arguments: from `training_arguments`.
         criterion: gives the loss of a micro-batch.
         loader: this rank's batches.
-        evaluation: evaluates the model on `eval_split`, on every rank; numbers in percent by name, ``mIoU`` among them.
+        evaluation: evaluates the model on `eval_split`, on every rank; numbers in percent by name, one of `SELECTED_BY`
+            among them unless there was nothing to take it of.
         callbacks: more of transformers' callbacks.
     """
 
@@ -240,14 +242,15 @@ class DerisTrainer(Trainer):
     # -- evaluation
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Evaluates on `eval_split`; a best mIoU writes the folder ``best``."""
+        """Evaluates on `eval_split`; a best `selecting_number` writes the folder ``best``."""
         with self._meter.paused():
             numbers = self.evaluation(self.deris)
             metrics = {f"eval_{name}": value for name, value in numbers.items()}
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            if self.state.best_metric is None or numbers["mIoU"] > self.state.best_metric:
-                self.state.best_metric = numbers["mIoU"]
+            number = selecting_number(numbers)
+            if number is not None and (self.state.best_metric is None or number > self.state.best_metric):
+                self.state.best_metric = number
                 self.state.best_global_step = self.state.global_step
                 saved = {"step": self.state.global_step, "split": self.config.training.eval_split, **numbers}
                 checkpoints.save_weights(self.output / checkpoints.BEST, self.deris, self.config, saved)
@@ -293,6 +296,11 @@ class DerisTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             checkpoints.restore_random_state(Path(checkpoint))
+
+
+def selecting_number(numbers: Mapping[str, float]) -> float | None:
+    """The number of an evaluation whose best value selects the checkpoint: cIoU on gRefCOCO, else mIoU, as the public code."""
+    return next((numbers[name] for name in SELECTED_BY if name in numbers), None)
 
 
 class _Meter:
