@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import Dataset
 
+from deris_llm.data.phrase_conversion import PhraseConversion
 from deris_llm.structures import ReferringRecord
 
 
@@ -28,6 +29,7 @@ class GroupSelection:
 
     group: int  # index of the group
     phrases: tuple[int, ...]  # indices of its records, ascending
+    epoch: int = 0  # of the training sampler; the phrase conversion draws by it
 
 
 def group_by_image(records: Iterable[ReferringRecord]) -> list[ImageGroup]:
@@ -39,14 +41,23 @@ def group_by_image(records: Iterable[ReferringRecord]) -> list[ImageGroup]:
 
 
 class GroupDataset(Dataset[ImageGroup]):
-    """Looks up the phrases that a sampler chose; pictures are decoded in the collator."""
+    """Looks up the phrases that a sampler chose; pictures are decoded in the collator.
 
-    def __init__(self, groups: Sequence[ImageGroup]) -> None:
+    Args:
+        groups: what the sampler numbers.
+        conversion: swaps some phrases (training only); None gives the records as they are.
+    """
+
+    def __init__(self, groups: Sequence[ImageGroup], conversion: PhraseConversion | None = None) -> None:
         self.groups = groups
+        self.conversion = conversion
 
     def __len__(self) -> int:
         return len(self.groups)
 
     def __getitem__(self, selection: GroupSelection) -> ImageGroup:
         group = self.groups[selection.group]
-        return ImageGroup(tuple(group.records[i] for i in selection.phrases))
+        records = (group.records[i] for i in selection.phrases)
+        if self.conversion is not None:
+            records = (self.conversion.convert(record, selection.epoch).record for record in records)
+        return ImageGroup(tuple(records))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,11 +12,16 @@ from torch.utils.data import DataLoader
 from deris_llm.config import RunConfig
 from deris_llm.data.collate import ReferringCollator
 from deris_llm.data.dataset import GroupDataset, ImageGroup, group_by_image
+from deris_llm.data.phrase_conversion import PhraseConversion
 from deris_llm.data.sampler import EvaluationBatchSampler, TrainingBatchSampler
 from deris_llm.structures import ReferringBatch, ReferringRecord
 
 if TYPE_CHECKING:  # the loader's workers need no model library
     from deris_llm.cognition import CognitionProcessor
+
+logger = logging.getLogger(__name__)
+
+_PHRASES_IN_STATISTICS = 20_000  # about a second
 
 
 class TrainingLoader(DataLoader[ReferringBatch]):
@@ -39,30 +45,57 @@ def train_loader(
 ) -> TrainingLoader:
     """Batches of ``training.images_per_device`` images with ``data.phrases_per_image`` phrases each, for one rank.
 
+    With ``data.conversion.rate`` above 0 some phrases are swapped (`PhraseConversion`); rank 0 logs what that does.
+
     Args:
         config: sizes and number of workers.
         groups: from `group_by_image`; the same list on every rank.
         processor: the cognition backend's.
         rank: which rank's batches.
         world_size: number of ranks.
-        seed: of the order; None takes ``training.seed``.
+        seed: of the order and the conversion; None takes ``training.seed``.
         epoch: the first epoch to iterate.
     """
+    seed = config.training.seed if seed is None else seed
     sampler = TrainingBatchSampler(
         groups,
         phrases_per_image=config.data.phrases_per_image,
         images_per_device=config.training.images_per_device,
         rank=rank,
         world_size=world_size,
-        seed=config.training.seed if seed is None else seed,
+        seed=seed,
         epoch=epoch,
     )
+    conversion = phrase_conversion(config, groups, seed=seed)
+    if conversion is not None and rank == 0:
+        records = [record for group in groups for record in group.records]
+        sample = records[:: -(-len(records) // _PHRASES_IN_STATISTICS)]
+        of_how_many = (
+            "" if len(sample) == len(records) else f" (counted on every {len(records) // len(sample)}th phrase)"
+        )
+        logger.info("%s%s", conversion.statistics(sample, epoch), of_how_many)
     return TrainingLoader(
-        cast(Any, GroupDataset(groups)),  # DataLoader's type is that of the samples, ours that of the batches
+        cast(Any, GroupDataset(groups, conversion)),  # DataLoader's type is that of the samples, ours of the batches
         batch_sampler=sampler,
         collate_fn=ReferringCollator(config, processor),
         persistent_workers=config.data.num_workers > 0,
         **_worker_options(config),
+    )
+
+
+def phrase_conversion(config: RunConfig, groups: Sequence[ImageGroup], *, seed: int) -> PhraseConversion | None:
+    """The conversion that ``data.conversion`` asks for over these phrases; None at rate 0."""
+    wanted = config.data.conversion
+    if wanted.rate == 0:
+        return None
+    return PhraseConversion(
+        (record for group in groups for record in group.records),
+        rate=wanted.rate,
+        similarity_threshold=wanted.threshold,
+        min_words=wanted.min_words,
+        mode=wanted.mode,
+        max_tries=wanted.max_tries,
+        seed=seed,
     )
 
 

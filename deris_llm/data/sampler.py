@@ -87,7 +87,7 @@ class TrainingBatchSampler(Sampler[list[GroupSelection]]):
         chunks: list[GroupSelection] = []
         for group, size in enumerate(self._sizes):
             dealt = np.array_split(random.permutation(size), -(-size // self.phrases_per_image))
-            chunks.extend(GroupSelection(group, tuple(sorted(chunk.tolist()))) for chunk in dealt)
+            chunks.extend(GroupSelection(group, tuple(sorted(chunk.tolist())), self.epoch) for chunk in dealt)
         return [chunks[i] for i in random.permutation(len(chunks))]
 
     def state_dict(self, *, batches_done: int) -> dict[str, int | str]:
