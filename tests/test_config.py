@@ -132,5 +132,6 @@ def test_every_field_says_what_it_means_and_is_read_somewhere():
     fields = list(iter_fields(RunConfig))
     assert len(fields) > 50
     assert all(len(about) > 20 for *_, about in fields)
+    fields = [field for field in fields if field[0] != "compat"]  # config.py itself reads it, before there is a config
     unread = [name for name, *_ in fields if not re.search(rf"\.{name.rsplit('.', 1)[-1]}\b", source)]
     assert unread == []
