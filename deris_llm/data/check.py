@@ -26,6 +26,14 @@ KNOWN_COUNTS: dict[str, tuple[int, int, int]] = {
 }
 """Refs, phrases, images of the published files."""
 
+KNOWN_PHRASES: dict[str, tuple[int, int]] = {
+    "grefcoco/train": (209_344, 19_140),
+    "grefcoco/val": (14_229, 8_905),
+    "grefcoco/testA": (19_200, 4_448),
+    "grefcoco/testB": (16_063, 4_673),
+}
+"""Phrases, and those of them without a target, of the published files that may have such."""
+
 
 @dataclass(frozen=True)
 class SplitCounts:
@@ -36,6 +44,7 @@ class SplitCounts:
     num_phrases: int
     num_images: int
     num_images_in_train: int  # of its own dataset's train split; 0 for train itself
+    num_no_target: int = 0  # phrases that name nothing
     problem: str | None = None
 
     @property
@@ -44,7 +53,15 @@ class SplitCounts:
         return KNOWN_COUNTS.get(self.name)
 
     @property
+    def known_phrases(self) -> tuple[int, int] | None:
+        """Phrases, and those without a target, of the published split."""
+        return KNOWN_PHRASES.get(self.name)
+
+    @property
     def is_as_published(self) -> bool:
+        """All that is known of the published split is so here."""
+        if self.known_phrases is not None:
+            return self.known_phrases == (self.num_phrases, self.num_no_target)
         return self.known == (self.num_refs, self.num_phrases, self.num_images)
 
 
@@ -79,5 +96,6 @@ def check_data(root: str | Path, datasets: Sequence[str] | None = None) -> list[
             images = {record.image_id for record in records}
             shared = len(images & train_images)
             train_images |= images if split == "train" else set()
-            counts.append(SplitCounts(name, count_refs(root, name), len(records), len(images), shared))
+            no_target = sum(record.is_no_target for record in records)
+            counts.append(SplitCounts(name, count_refs(root, name), len(records), len(images), shared, no_target))
     return counts

@@ -80,21 +80,22 @@ def run_check(arguments: argparse.Namespace) -> int:
     counts = check_data(arguments.root, arguments.datasets)
     table = Table(
         title=f"{arguments.root}",
-        caption="in train: images that its own train split has too; published: refs / phrases / images",
+        caption="in train: images that its own train split has too; published: refs / phrases / images, of gRefCOCO "
+        "phrases / those without a target",
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("split", no_wrap=True)
-    for heading in ("refs", "phrases", "images", "in train"):
+    for heading in ("refs", "phrases", "no target", "images", "in train"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("published", justify="right")
     for split in counts:
-        known = " / ".join(f"{number:,}" for number in split.known) if split.known else "-"
+        known = " / ".join(f"{number:,}" for number in split.known or split.known_phrases or ()) or "-"
         verdict = " (same)" if split.is_as_published else ""
         numbers = (
-            ["unusable"] * 3
+            ["unusable"] * 4
             if split.problem
-            else [f"{n:,}" for n in (split.num_refs, split.num_phrases, split.num_images)]
+            else [f"{n:,}" for n in (split.num_refs, split.num_phrases, split.num_no_target, split.num_images)]
         )
         table.add_row(split.name, *numbers, f"{split.num_images_in_train:,}", known + verdict)
     console = Console()

@@ -1,12 +1,16 @@
-"""Reads RefCOCO, RefCOCO+ and RefCOCOg in REFER's own files.
+"""Reads RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO in their authors' own files.
 
     root/images/train2014/COCO_train2014_000000000123.jpg   (or root/train2014, root/images/mscoco/images/train2014)
     root/refcoco/instances.json, root/refcoco/refs(unc).p
     root/refcoco+/instances.json, root/refcoco+/refs(unc).p
     root/refcocog/instances.json, root/refcocog/refs(umd).p and/or refs(google).p
+    root/grefcoco/instances.json, root/grefcoco/grefs(unc).json (or .p)
 
 Every picture, those of val and test too, is one of COCO's train2014. ``ref["file_name"]`` carries an annotation suffix
 and is not read; the picture's name is that of ``instances.json``.
+
+A ref of gRefCOCO has a list of annotation ids: [-1] says that its phrases name nothing in the picture; each of several
+ids is a referent of its own.
 """
 
 from __future__ import annotations
@@ -31,16 +35,26 @@ DATASETS: Mapping[str, tuple[str, str]] = {
     "refcoco+": ("refcoco+", "unc"),
     "refcocog_umd": ("refcocog", "umd"),
     "refcocog_google": ("refcocog", "google"),
+    "grefcoco": ("grefcoco", "unc"),
 }
 """Dataset name -> (folder, who made the splits)."""
 
+GENERALISED_DATASETS = frozenset({"grefcoco"})
+"""Datasets whose phrases may name nothing, or several objects."""
+
 IMAGE_FOLDERS = ("images/train2014", "train2014", "images/mscoco/images/train2014")
+
+NO_TARGET_ID = -1
+"""gRefCOCO's annotation id of nothing."""
+
+_REF_KEYS = frozenset({"ref_id", "ann_id", "image_id", "split", "sentences"})
 
 _SURELY_VISIBLE_PX = 16.0  # polygons of less area are decoded to see whether a pixel is left
 
 _LAYOUT_HINT = (
     "Expected layout: ROOT/images/train2014/COCO_train2014_*.jpg and, per dataset, ROOT/refcoco/, ROOT/refcoco+/ with "
-    "instances.json and refs(unc).p, ROOT/refcocog/ with instances.json and refs(umd).p; `data.root` names ROOT. "
+    "instances.json and refs(unc).p, ROOT/refcocog/ with instances.json and refs(umd).p, ROOT/grefcoco/ with "
+    "instances.json and grefs(unc).json; `data.root` names ROOT. "
     "`deris-llm data synth --out ROOT` writes a synthetic one"
 )
 
@@ -54,7 +68,8 @@ def read_split(root: str | Path, name: str, *, phrase_field: Literal["sent", "ra
         phrase_field: ``sent`` is REFER's cleaned text (lower case, no punctuation), ``raw`` what the annotator typed.
 
     Returns:
-        One record per phrase, in the order of the file; every image exists and every phrase has one referent.
+        One record per phrase, in the order of the file; every image exists and every phrase has one referent, in a
+        generalised dataset any number.
 
     Raises:
         DataError: a missing or misnamed file, an unknown dataset or split, or unusable records (all in one error).
@@ -110,7 +125,10 @@ def images_of_split(root: str | Path, name: str) -> set[str]:
 def refs_path(root: str | Path, dataset: str) -> Path:
     """Where a dataset's phrases are expected."""
     folder, split_by = DATASETS[dataset]
-    return Path(root) / folder / f"refs({split_by}).p"
+    if dataset not in GENERALISED_DATASETS:
+        return Path(root) / folder / f"refs({split_by}).p"
+    pickled = Path(root) / folder / f"grefs({split_by}).p"
+    return pickled if pickled.is_file() and not pickled.with_suffix(".json").is_file() else pickled.with_suffix(".json")
 
 
 def find_image_folder(root: str | Path) -> Path:
@@ -175,27 +193,19 @@ def _load(root: Path, dataset: str) -> _Loaded:
 @lru_cache(maxsize=8)
 def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> _Loaded:
     refs_file, instances_file = stamps[0][0], stamps[1][0]
-    refs = load_plain_pickle(refs_file)
-    required = {"ref_id", "ann_id", "image_id", "split", "sentences"}
-    if (
-        not isinstance(refs, list)
-        or not refs
-        or not all(isinstance(ref, dict) and required <= ref.keys() for ref in refs)
-    ):
+    refs = _read_json(refs_file) if refs_file.endswith(".json") else load_plain_pickle(refs_file)
+    if fault := _fault_of_refs(refs):
         raise DataError(
-            f"{refs_file}: expected a list of refs, each a dict with {', '.join(sorted(required))}, "
-            f"got {_describe(refs)}. Use REFER's own file"
+            f"{refs_file}: expected a list of refs, each a dict with {', '.join(sorted(_REF_KEYS))}, got {fault}. "
+            "Use the dataset's own file"
         )
-    try:
-        instances = json.loads(Path(instances_file).read_bytes())
-    except ValueError as error:
-        raise DataError(f"{instances_file}: expected JSON, got {error}. Download the file again") from error
+    instances = _read_json(instances_file)
     if not isinstance(instances, dict) or not {"images", "annotations"} <= instances.keys():
         raise DataError(
             f"{instances_file}: expected COCO instances with `images` and `annotations`, got {_describe(instances)}. "
             "Use the instances.json that comes with REFER's refs"
         )
-    wanted = {ref["ann_id"] for ref in refs}
+    wanted = {i for ref in refs for i in _plain_ids(ref["ann_id"])}
     splits: dict[str, list[dict[str, Any]]] = {}
     for ref in refs:
         splits.setdefault(ref["split"], []).append(ref)
@@ -216,6 +226,50 @@ def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> _Loaded:
     )
 
 
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: expected JSON, got {error}. Download the file again") from error
+
+
+def _fault_of_refs(refs: Any) -> str | None:
+    if not isinstance(refs, list) or not refs:
+        return _describe(refs)
+    for number, ref in enumerate(refs):
+        if not isinstance(ref, dict):
+            return f"{_describe(ref)} as number {number}"
+        if not ref.keys() >= _REF_KEYS:
+            missing = ", ".join(sorted(_REF_KEYS - ref.keys()))
+            return f"number {number} (ref_id {ref.get('ref_id')}) without {missing}: {_describe(ref)}"
+        if not isinstance(ref["sentences"], list) or not all(isinstance(each, dict) for each in ref["sentences"]):
+            return f"number {number} (ref_id {ref['ref_id']}) whose sentences are {_describe(ref['sentences'])}"
+    return None
+
+
+def _plain_ids(ann_id: Any) -> list[int]:
+    """The integers of an ann_id, whatever else it holds."""
+    return [i for i in (ann_id if isinstance(ann_id, list) else [ann_id]) if isinstance(i, int)]
+
+
+def _annotation_ids(ref: Mapping[str, Any], dataset: str) -> tuple[list[int], str | None]:
+    """The annotations of a ref's referents, and what is wrong with its ann_id or None."""
+    ann_id = ref["ann_id"]
+    if dataset not in GENERALISED_DATASETS:
+        fault = None if isinstance(ann_id, int) else f"expected one ann_id, a whole number, got {ann_id!r}"
+        return _plain_ids(ann_id), fault
+    if not isinstance(ann_id, list) or not ann_id or len(_plain_ids(ann_id)) != len(ann_id):
+        return [], f"expected ann_id to be a list of whole numbers, [-1] for no target, got {ann_id!r}"
+    if len(set(ann_id)) != len(ann_id):
+        return [], f"ann_id {ann_id} names an annotation twice"
+    if NO_TARGET_ID in ann_id and len(ann_id) > 1:
+        return [], f"ann_id {ann_id} says both that there is no target ({NO_TARGET_ID}) and which it is"
+    found = [] if ann_id == [NO_TARGET_ID] else ann_id
+    if "no_target" in ref and bool(ref["no_target"]) != (not found):
+        return [], f"no_target is {ref['no_target']!r}, but ann_id is {ann_id}"
+    return found, None
+
+
 def _describe(value: Any) -> str:
     if isinstance(value, dict):
         return f"a dict with {', '.join(map(str, list(value)[:8])) or 'nothing'}"
@@ -234,28 +288,33 @@ def _read_split(
     present = _listing(str(image_folder.resolve()), image_folder.stat().st_mtime_ns)
     records: list[ReferringRecord] = []
     problems: list[str] = []
+    usable: dict[int, tuple[InstanceAnnotation | None, int, str | None]] = {}
     num_phrases = 0
     for ref in loaded.splits[split]:
         num_phrases += len(ref["sentences"])
         where = f"ref_id {ref['ref_id']}"
-        problem = segmentation = None
         image = loaded.images.get(ref["image_id"])
-        annotation = loaded.annotations.get(ref["ann_id"])
+        annotation_ids, problem = _annotation_ids(ref, dataset)
         if image is None:
             problem = f"image_id {ref['image_id']} is not among the images of {instances_file}"
         elif image.file_name not in present:
             problem = f"image file {image_folder / image.file_name} is missing"
-        elif annotation is None:
-            problem = f"ann_id {ref['ann_id']} is not among the annotations of {instances_file}"
-        elif annotation[0] != ref["image_id"]:
-            problem = f"ann_id {ref['ann_id']} belongs to image {annotation[0]}, the ref to image {ref['image_id']}"
-        else:
-            segmentation, fault = usable_segmentation(annotation[1], image.height, image.width)
-            problem = f"ann_id {ref['ann_id']} of {image.file_name}: {fault}" if fault else None
-        if problem is not None or image is None or annotation is None:
+        if problem is not None or image is None:
             problems.append(f"{where}: {problem}")
             continue
-        instance = InstanceAnnotation(int(ref["ann_id"]), segmentation)
+        instances: list[InstanceAnnotation] = []
+        for annotation_id in annotation_ids:
+            if annotation_id not in usable:
+                usable[annotation_id] = _checked_annotation(loaded, annotation_id, instances_file)
+            annotation, image_id, fault = usable[annotation_id]
+            if fault is None and image_id != ref["image_id"]:
+                fault = f"ann_id {annotation_id} belongs to image {image_id}, the ref to image {ref['image_id']}"
+            if fault is not None or annotation is None:
+                problems.append(f"{where}: {fault}")
+                break
+            instances.append(annotation)
+        if len(instances) != len(annotation_ids):
+            continue
         for sentence in ref["sentences"]:
             phrase = sentence.get(phrase_field)
             if "sent_id" not in sentence:
@@ -276,7 +335,7 @@ def _read_split(
                     width=image.width,
                     height=image.height,
                     phrase=phrase.strip(),
-                    instances=(instance,),
+                    instances=tuple(instances),
                 )
             )
     counts = Counter(record.phrase_id for record in records)
@@ -284,6 +343,22 @@ def _read_split(
     if problems:
         raise bad_records_error(f"{refs_file} ({dataset}/{split})", problems, num_records=num_phrases)
     return tuple(records)
+
+
+def _checked_annotation(
+    loaded: _Loaded, annotation_id: int, instances_file: Path
+) -> tuple[InstanceAnnotation | None, int, str | None]:
+    """The annotation, the id of its image, and what makes it unusable or None."""
+    if annotation_id not in loaded.annotations:
+        return None, -1, f"ann_id {annotation_id} is not among the annotations of {instances_file}"
+    image_id, segmentation = loaded.annotations[annotation_id]
+    if image_id not in loaded.images:
+        return None, image_id, f"ann_id {annotation_id} belongs to image {image_id}, which {instances_file} has not"
+    image = loaded.images[image_id]
+    segmentation, fault = usable_segmentation(segmentation, image.height, image.width)
+    if fault:
+        return None, image_id, f"ann_id {annotation_id} of {image.file_name}: {fault}"
+    return InstanceAnnotation(annotation_id, segmentation), image_id, None
 
 
 @lru_cache(maxsize=4)

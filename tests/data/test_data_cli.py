@@ -24,7 +24,7 @@ def _run(*words: object) -> int:
 def test_check(refer_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("check", "--root", refer_root) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "refcocog_umd/test" in line]
-    assert [cell.strip() for cell in lines[0].split("│")][1:6] == ["refcocog_umd/test", "2", "5", "1", "0"]
+    assert [cell.strip() for cell in lines[0].split("│")][1:6] == ["refcocog_umd/test", "2", "5", "0", "1"]
 
 
 def test_check_fails_on_a_split_that_cannot_be_used(refer_folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
