@@ -29,8 +29,8 @@ from torch import Tensor
 
 from deris_llm.interop.unpickle import DAMAGE, RestrictedUnpickler, StandIn, UnsafePickleError, pickle_end
 
-STATE_KEYS = ("state_dict", "model")
-"""Where a state dict is in a file that holds more: DeRIS; BEiT-3 and detectron2."""
+STATE_KEYS = ("state_dict", "model", "module")
+"""Where a state dict is in a file that holds more: DeRIS; BEiT-3 and detectron2; what DeepSpeed writes."""
 
 _MAX_PICKLE = 64 * 2**20  # of names and shapes; the longest key list in use makes 0.3 MB
 _MAX_ARRAY_PICKLE = 16 * 2**30
@@ -69,7 +69,7 @@ def read_weight_file(path: str | Path, *, allow_half: bool = False) -> WeightFil
         allow_half: take fp16 and bf16 tensors, as float32.
 
     Returns:
-        the state dict under `state_dict` or `model`, or the whole file where it is one. `module.` of distributed
+        the state dict under the first of `STATE_KEYS` that is there, or the whole file where it is one. `module.` of distributed
         training is taken off where every name has it.
 
     Raises:
