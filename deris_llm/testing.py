@@ -6,6 +6,7 @@ import io
 import itertools
 import pickle
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,12 +15,18 @@ from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2Tokenizer,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     SwinConfig,
 )
@@ -45,9 +52,7 @@ def tiny_weights(folder: Path) -> list[str]:
     Returns:
         overrides for `tiny_config` that point at them, with sizes that make a step quick.
     """
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
-        _CORPUS, vocab_size=400, new_special_tokens=[AddedToken(token, special=True) for token in _SPECIAL_TOKENS]
-    )
+    tokenizer = _tiny_qwen_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlavaOnevisionForConditionalGeneration(_tiny_llava(tokenizer.get_vocab())).save_pretrained(folder / "llava")
@@ -94,6 +99,68 @@ def tiny_beit3(folder: Path) -> list[str]:
         f"cognition.weights={folder / 'beit3'}",
         "cognition.tuning=full",
     ]
+
+
+def tiny_qwen_vl_weights(folder: Path, model_type: str = "qwen2_5_vl") -> list[str]:
+    """Writes a tiny Qwen-VL with random weights, its tokenizer and its image processor.
+
+    Args:
+        folder: to write to.
+        model_type: qwen2_vl, qwen2_5_vl or qwen3_vl; of the last, patches have 4 px instead of 3.
+
+    Returns:
+        overrides for `tiny_config`, on top of those of `tiny_weights`.
+    """
+    tokenizer = _tiny_qwen_tokenizer("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
+    vocabulary = tokenizer.get_vocab()
+    width, heads = 32, 4
+    text = {
+        "vocab_size": len(vocabulary), "hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": heads, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision: dict[str, Any] = {"depth": 2, "num_heads": heads, "patch_size": 3}
+    if model_type == "qwen2_vl":
+        vision |= {"embed_dim": width, "hidden_size": width, "mlp_ratio": 2}
+    elif model_type == "qwen2_5_vl":
+        # windows of 2 x 2 merged tokens in the first layer, the whole picture in the second
+        vision |= {"hidden_size": width, "out_hidden_size": width, "intermediate_size": 64, "window_size": 12,
+                   "fullatt_block_indexes": [1]}  # fmt: skip
+    else:
+        vision |= {"hidden_size": width, "out_hidden_size": width, "intermediate_size": 64, "patch_size": 4,
+                   "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}  # fmt: skip
+        text |= {"head_dim": width // heads, "rope_parameters": text["rope_parameters"] | {"mrope_interleaved": True}}
+    kind = {
+        "qwen2_vl": Qwen2VLForConditionalGeneration,
+        "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+        "qwen3_vl": Qwen3VLForConditionalGeneration,
+    }[model_type]
+    config = AutoConfig.for_model(
+        model_type,
+        text_config=text,
+        vision_config=vision,
+        image_token_id=vocabulary["<|image_pad|>"],
+        video_token_id=vocabulary["<|video_pad|>"],
+        vision_start_token_id=vocabulary["<|vision_start|>"],
+        vision_end_token_id=vocabulary["<|vision_end|>"],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        kind(cast(Any, config)).save_pretrained(folder)
+    Qwen2VLImageProcessor(patch_size=vision["patch_size"], merge_size=2, temporal_patch_size=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return [
+        "cognition.backend=qwen_vl",
+        f"cognition.weights={folder}",
+        "cognition.min_pixels=900",
+        "cognition.max_pixels=2400",
+        "cognition.grid=6",
+    ]
+
+
+def _tiny_qwen_tokenizer(*more: str) -> PreTrainedTokenizerBase:
+    special = [AddedToken(token, special=True) for token in (*_SPECIAL_TOKENS, *more)]
+    return Qwen2Tokenizer().train_new_from_iterator(_CORPUS, vocab_size=400, new_special_tokens=special)
 
 
 def _tiny_llava(vocabulary: dict[str, int]) -> LlavaOnevisionConfig:
