@@ -9,7 +9,7 @@ import torch
 
 from deris_llm.config import load_config
 from deris_llm.model import build_model
-from deris_llm.testing import tiny_config
+from deris_llm.testing import tiny_beit3, tiny_config
 from deris_llm.training.checkpoints import CheckpointError, load_checkpoint, save_full_checkpoint
 from deris_llm.training.run import train
 
@@ -20,7 +20,7 @@ TOLERANCE = 1e-6  # of losses and norms between stages; measured: see tests/trai
 SAME = {"rtol": 1e-6, "atol": 1e-6}
 NOISE = 1e-8
 STAGES = (0, 1, 2, 3, "3_offload")
-RESUMED = (1, 2, 3)
+RESUMED = (2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,18 @@ def public(run_overrides):
 
 
 @pytest.fixture(scope="module")
+def deris(public, tmp_path_factory):
+    """The public model at tiny size: BEiT-3 trained whole, with stochastic depth; every switch of its preset."""
+    return [
+        *public,
+        *tiny_beit3(tmp_path_factory.mktemp("beit3")),
+        "compat=deris-2025",
+        "cognition.drop_path=0.1",
+        "training.cognition_learning_rate=5e-4",
+    ]
+
+
+@pytest.fixture(scope="module")
 def released(public, tmp_path_factory):
     """A full checkpoint to start from."""
     config = tiny_config(*public)
@@ -55,11 +67,13 @@ def released(public, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two_ranks(public, released, tmp_path_factory, ranks_job):
+def two_ranks(public, deris, released, tmp_path_factory, ranks_job):
     return ranks_job(
         tmp_path_factory.mktemp("adam"),
         [(f"zero{stage}", public, stage, "") for stage in STAGES]
         + [(f"zero{stage}_resumed", public, stage, f"zero{stage}/checkpoint-3") for stage in RESUMED]
+        + [(f"deris{stage}", deris, stage, "") for stage in (2, 3)]
+        + [(f"deris{stage}_resumed", deris, stage, f"deris{stage}/checkpoint-3") for stage in (2, 3)]
         + [(f"start{stage}", [*public, f"training.start_from={released}"], stage, "") for stage in (2, 3)],
     )
 
@@ -109,9 +123,9 @@ def test_every_moment_is_kept(two_ranks, stage):
     assert float((largest > now).float().mean()) > 0.01  # so that losing it would show
 
 
-@pytest.mark.parametrize("stage", RESUMED)
-def test_three_steps_and_resume_are_six_straight(two_ranks, stage):
-    resumed, straight = (two_ranks.folder / name / "checkpoint-6" for name in (f"zero{stage}_resumed", f"zero{stage}"))
+@pytest.mark.parametrize("run", [*(f"zero{stage}" for stage in RESUMED), "deris2", "deris3"])
+def test_three_steps_and_resume_are_six_straight(two_ranks, run):
+    resumed, straight = (two_ranks.folder / name / "checkpoint-6" for name in (f"{run}_resumed", run))
     for key in ("loss", "grad_norm", "learning_rate/other"):
         ours, expected = ([entry[key] for entry in log(folder)] for folder in (resumed, straight))
         assert ours == pytest.approx(expected, rel=1e-7)
@@ -122,6 +136,15 @@ def test_three_steps_and_resume_are_six_straight(two_ranks, stage):
     ours, theirs = (torch.cat([each[name][counts[name]] for name in expected]) for each in (now, expected))
     torch.testing.assert_close(ours, theirs, **SAME)
     assert len(ours) > 0.9 * sum(tensor.numel() for tensor in now.values())
+
+
+def test_the_public_model_trains_the_same_under_zero_2_and_3(two_ranks):
+    entries = [log(two_ranks.folder / f"deris{stage}" / "checkpoint-6") for stage in (2, 3)]
+    losses = [[entry["loss"] for entry in run] for run in entries]
+    assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE)
+    assert [entry["learning_rate/cognition"] for entry in entries[0]] == pytest.approx(
+        [factor * 5e-4 for factor in (0.5, 1.0, 1.0, 0.1, 0.1, 0.1)]
+    )
 
 
 def test_one_process_resumes_bit_equal(one_process, public, tmp_path):
