@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deris_llm import __version__
 from deris_llm.data.cli import add_data_commands
+from deris_llm.interop.cli import add_convert_commands
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     data = _command(commands, "data", "make, check and look at data")
     add_data_commands(data.add_subparsers(metavar="WHAT", required=True))
+
+    convert = _command(commands, "convert", "other people's weight files into folders; runs nothing of them")
+    add_convert_commands(convert.add_subparsers(metavar="WHAT", required=True))
 
     plan = _command(commands, "plan", "parameters, memory per GPU, steps and tokens of a run, before it runs", run_plan)
     _add_config_options(plan)

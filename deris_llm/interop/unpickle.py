@@ -106,9 +106,10 @@ class RestrictedUnpickler(pickle.Unpickler):
             ) from None
 
     def find_class(self, module: str, name: str, /) -> Any:
-        if f"{module}.{name}" not in self._allowed:
-            raise UnsafePickleError(f"the global {module}.{name}")
-        return self._allowed[f"{module}.{name}"]
+        wanted = f"{module}.{name}"
+        if wanted not in self._allowed:
+            raise UnsafePickleError(f"the global {wanted if wanted.isprintable() else ascii(wanted)}"[:200])
+        return self._allowed[wanted]
 
     def persistent_load(self, pid: Any, /) -> Any:
         if self._storage is None:

@@ -91,7 +91,7 @@ def read_weight_file(path: str | Path, *, allow_half: bool = False) -> WeightFil
     strange = []
     for name, value in found.items():
         tensor = make(value)
-        if isinstance(name, str) and tensor is not None:
+        if tensor is not None and isinstance(name, str) and name.isprintable():
             tensors[name] = tensor
         else:
             strange.append(f"{_shortened(name)} ({_described(value)})")
@@ -175,7 +175,7 @@ def _state_dict(path: Path, content: Any) -> tuple[Mapping[Any, Any], tuple[str,
         )
     for key in STATE_KEYS:
         if isinstance(content.get(key), dict):
-            found, ignored = content[key], tuple(str(other) for other in content if other != key)
+            found, ignored = content[key], tuple(_shown(other) for other in content if other != key)
             break
     else:
         if not any(isinstance(value, Tensor | _TensorSpec | _Array) for value in content.values()):
@@ -430,6 +430,11 @@ def _storage_of(pid: object) -> _Storage:
     return _Storage(kind.dtype, key, numel, start)
 
 
+def _shown(name: object) -> str:
+    """A name of the file for a message: as it is where it cannot upset a terminal."""
+    return name if isinstance(name, str) and name.isprintable() and len(name) <= 80 else _shortened(name)
+
+
 def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:80] + "..."
@@ -468,10 +473,10 @@ def _zip_content(path: Path, data: mmap.mmap) -> _Content:
     folders = {name.split("/")[0] for name in entries}
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(folders) != 1 or len(pickles) != 1:
+        listed = ", ".join(_shown(name) for name in list(entries)[:10]) or "nothing in it"
         raise WeightFileError(
-            f"{path}: expected a zip that torch.save wrote (one folder with data.pkl), got one with "
-            f"{', '.join(list(entries)[:10]) or 'nothing in it'}; if it is an ordinary archive, unpack it and give the "
-            "weight file inside."
+            f"{path}: expected a zip that torch.save wrote (one folder with data.pkl), got one with {listed}; if it is an "
+            "ordinary archive, unpack it and give the weight file inside."
         )
     folder = next(iter(folders))
     if f"{folder}/constants.pkl" in entries or any(name.startswith(f"{folder}/code/") for name in entries):
