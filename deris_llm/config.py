@@ -253,6 +253,11 @@ class EvaluationConfig:
         "threshold: union above the threshold, else empty (upstream); threshold_or_best: else the best query "
         "(RefCOCO always has a target); best: the best query alone",
     )
+    presence: Literal["none", "multiply", "gate"] = option(
+        "none",
+        "what the presence (a target exists) has to say at test (paper, Table 6): nothing (public code's default); its "
+        "probability multiplies the scores before the threshold; or below 0.5 the answer is that there is no target",
+    )
     images_per_device: int = option(4, "images in an evaluation batch of one rank, with all their phrases")
     max_phrases_per_batch: int = option(64, "more phrases than this are split into further batches")
 
@@ -393,6 +398,12 @@ def contradictions(config: RunConfig) -> list[str]:
         )
     if config.cognition.lora.r == 0 and config.cognition.lora.dropout > 0:
         found.append("cognition.lora.dropout has no effect with cognition.lora.r=0: set it to 0 or give a rank")
+    generalised = [name for name in (*config.data.eval, config.training.eval_split) if name.startswith("grefcoco/")]
+    if generalised and config.evaluation.selection != "threshold" and config.evaluation.presence != "gate":
+        found.append(
+            f"evaluation.selection={config.evaluation.selection} always answers with a mask, so that N-acc on "
+            f"{generalised[0]} is 0: set evaluation.selection=threshold, or evaluation.presence=gate"
+        )
     conversion = config.data.conversion
     if not 0 <= conversion.rate <= 1:
         found.append(f"data.conversion.rate: expected a probability in [0, 1], got {conversion.rate}")

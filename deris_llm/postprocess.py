@@ -19,6 +19,12 @@ from deris_llm.structures import DerisOutput, MaskUpsampling
 
 Selection = Literal["threshold", "threshold_or_best", "best"]
 
+PresenceUse = Literal["none", "multiply", "gate"]
+"""What the presence has to say in the answer; `answer_masks` says what each means."""
+
+GATE = 0.5
+"""`gate` answers only phrases whose presence is at least this."""
+
 
 @dataclass(frozen=True, eq=False)
 class PhraseAnswer:
@@ -28,11 +34,16 @@ class PhraseAnswer:
     instance_masks: np.ndarray  # bool (S, h, w), one per selected query
     query_index: tuple[int, ...]  # S selected queries, best first
     referring_scores: np.ndarray  # float32 (Q,) in [0, 1]
-    presence: float  # probability that a target exists, in [0, 1]; informative: it does not decide (as upstream)
+    presence: float  # probability that a target exists, in [0, 1]; whether it decides is the caller's choice
 
 
 def answer_masks(
-    output: DerisOutput, sizes_hw: Sequence[tuple[int, int]], *, score_threshold: float, selection: Selection
+    output: DerisOutput,
+    sizes_hw: Sequence[tuple[int, int]],
+    *,
+    score_threshold: float,
+    selection: Selection,
+    presence_use: PresenceUse = "none",
 ) -> list[PhraseAnswer]:
     """Answers each phrase: the union of the masks of the selected queries.
 
@@ -42,13 +53,23 @@ def answer_masks(
         score_threshold: a query is selected when its referring score is greater than this.
         selection: `threshold`: these queries, perhaps none (upstream); `threshold_or_best`: these, or the best one if
             there is none; `best`: the best query alone.
+        presence_use: `none`: the scores alone decide (upstream's default); `multiply`: scores times presence meet the
+            threshold (upstream's `score_weighted`; paper, Table 6); `gate`: presence below 0.5 is the answer that there
+            is no target, whatever the scores and the selection say.
 
     Returns:
-        P answers.
+        P answers; their scores are those of the model, whatever the presence did.
     """
     scores = output.final.referring_logits.float().sigmoid().cpu().numpy()
     presence = output.presence_logit.float().sigmoid().tolist()
-    selected = [select_queries(row, score_threshold=score_threshold, selection=selection) for row in scores]
+    selected = [
+        ()
+        if presence_use == "gate" and exists < GATE
+        else select_queries(
+            row * exists if presence_use == "multiply" else row, score_threshold=score_threshold, selection=selection
+        )
+        for row, exists in zip(scores, presence, strict=True)
+    ]
     masks = upsampled_masks(output, selected, sizes_hw)
     return [
         PhraseAnswer(

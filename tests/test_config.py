@@ -135,3 +135,36 @@ def test_every_field_says_what_it_means_and_is_read_somewhere():
     fields = [field for field in fields if field[0] != "compat"]  # config.py itself reads it, before there is a config
     unread = [name for name, *_ in fields if not re.search(rf"\.{name.rsplit('.', 1)[-1]}\b", source)]
     assert unread == []
+
+
+def test_grefcoco_needs_a_selection_that_can_say_no_target():
+    for change in ("data.eval=[refcoco/val, grefcoco/testA]", "training.eval_split=grefcoco/val"):
+        with pytest.raises(ConfigError, match=r"N-acc on grefcoco/\w+ is 0: set evaluation.selection=threshold"):
+            load_config("tiny-refcoco", [change])
+        for cure in ("evaluation.selection=threshold", "evaluation.presence=gate"):
+            load_config("tiny-refcoco", [change, cure])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.conversion.rate=1.5",
+        "data.conversion.threshold=0",
+        "data.conversion.min_words=-1",
+        "data.conversion.max_tries=0",
+        "data.conversion.mode=letters",
+    ],
+)
+def test_conversion_is_checked(override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
+        load_config("tiny-refcoco", [override])
+
+
+def test_the_paper_values_of_gres():
+    config = load_config("deris-7b-grefcoco")
+    conversion = config.data.conversion
+    assert (conversion.rate, conversion.threshold, conversion.min_words, conversion.mode) == (0.15, 0.6, 2, "words")
+    assert (config.loopback.num_queries, config.cognition.max_phrase_tokens) == (20, 50)
+    assert config.training == dataclasses.replace(
+        load_config("deris-7b-refcoco").training, epochs=6, eval_split="grefcoco/val"
+    )

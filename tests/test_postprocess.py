@@ -99,3 +99,21 @@ def test_released_weights_are_read_after_aligned_upsampling() -> None:
     np.testing.assert_array_equal(np.stack(drawn)[:, 0], x4[:, 1].numpy() >= 0)
     direct = upsampled_masks(output, [[1]] * 3, [(4 * height, 4 * width)] * 3)
     assert (np.stack(drawn) != np.stack(direct)).any()
+
+
+@pytest.mark.parametrize(
+    ("use", "selection", "selected"),
+    [
+        ("none", "threshold", [(1, 3), (1, 3), (1, 3)]),
+        ("multiply", "threshold", [(), (1,), ()]),  # times 0.5, 0.88, 0.12: only 0.95 * 0.88 is above 0.7
+        ("multiply", "threshold_or_best", [(1,), (1,), (1,)]),
+        ("gate", "threshold", [(1, 3), (1, 3), ()]),  # 0.5 is still a target
+        ("gate", "best", [(1,), (1,), ()]),  # the gate decides before the selection
+    ],
+)
+def test_presence_at_test(use: str, selection: str, selected: list[tuple[int, ...]]) -> None:
+    answers = answer_masks(_output(), [(4, 4)] * 3, score_threshold=0.7, selection=selection, presence_use=use)
+    assert [a.query_index for a in answers] == selected
+    assert [a.mask.any() for a in answers] == [a.instance_masks.any() for a in answers]
+    for answer in answers:
+        np.testing.assert_allclose(answer.referring_scores, SCORES, rtol=1e-6)

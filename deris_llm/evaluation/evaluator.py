@@ -27,7 +27,10 @@ from deris_llm.cognition import CognitionProcessor
 from deris_llm.config import RunConfig
 from deris_llm.data.loaders import evaluation_loader
 from deris_llm.data.masks import decode_segmentation, encode_mask
+from deris_llm.data.refer import GENERALISED_DATASETS
 from deris_llm.data.sampler import EvaluationBatchSampler
+from deris_llm.evaluation.boxes import boxes_of_masks
+from deris_llm.evaluation.gres_metrics import GrecMetrics, GrecOutcome, GresMetrics, GresOutcome, baseline_outcomes
 from deris_llm.evaluation.metrics import Overlap, RisMetrics, overlap
 from deris_llm.evaluation.protocols import Protocol, protocols_of
 from deris_llm.postprocess import answer_masks, upsampled_masks
@@ -49,9 +52,21 @@ class PhrasePrediction:
     phrase: str  # as it was asked (in the control run: the swapped one)
     mask: dict[str, Any]  # COCO RLE of the merged mask at the original size
     overlaps: dict[str, Overlap]  # by protocol id
-    oracle_overlaps: dict[str, Overlap]  # of the query that fits the ground truth best, by protocol id
+    oracle_overlaps: dict[str, Overlap]  # of the queries that fit the referents best, one each, by protocol id
     top_scores: tuple[float, ...]  # the highest referring scores, descending
     presence: float  # probability that a target exists
+    has_target: bool = True
+    says_target: bool = True  # some query was selected
+    areas: dict[str, tuple[int, int]] = dataclasses.field(
+        default_factory=dict
+    )  # px of truth, of picture, by protocol id
+    boxes: GrecOutcome | None = (
+        None  # those around the selected queries' masks; None where phrases always have a target
+    )
+
+    def outcome(self, protocol: str) -> GresOutcome:
+        """What the phrase adds to the metrics of a generalised dataset; its ``iou`` holds for every dataset."""
+        return GresOutcome(self.overlaps[protocol], has_target=self.has_target, says_target=self.says_target)
 
     def to_json(self) -> dict[str, Any]:
         """One line of the predictions file."""
@@ -60,10 +75,12 @@ class PhrasePrediction:
             "image": self.image,
             "phrase": self.phrase,
             "mask": self.mask,
-            "iou": {name: round(100 * found.iou, 3) for name, found in self.overlaps.items()},
+            "iou": {name: round(100 * self.outcome(name).iou, 3) for name in self.overlaps},
             "oracle_iou": {name: round(100 * found.iou, 3) for name, found in self.oracle_overlaps.items()},
             "top_scores": [round(score, 4) for score in self.top_scores],
             "presence": round(self.presence, 4),
+            "has_target": self.has_target,
+            "says_target": self.says_target,
         }
 
 
@@ -71,21 +88,32 @@ class PhrasePrediction:
 class EvaluationResult:
     """Numbers in percent by protocol id, and the predictions they come from, in the order of the records."""
 
-    numbers: dict[
-        str, dict[str, float]
-    ]  # protocol id -> mIoU, oIoU, Pr@0.5 ... Pr@0.9, oracle_mIoU, n_phrases, n_images
+    # protocol id -> metric -> percent or count. RefCOCO: mIoU, oIoU, Pr@0.5 ... Pr@0.9, oracle_mIoU; gRefCOCO: gIoU,
+    # cIoU, N-acc, T-acc, Pr@0.7 ... Pr@0.9, F1, oracle_gIoU, {always,never}_empty_{gIoU,cIoU}, n_no_target; None where
+    # there is nothing to take a number of. Both: n_phrases, n_images.
+    numbers: dict[str, dict[str, float | None]]
     predictions: list[PhrasePrediction]
+    notes: tuple[str, ...] = ()  # why a number is None
 
     @classmethod
-    def of(cls, predictions: list[PhrasePrediction], protocol_ids: Sequence[str]) -> EvaluationResult:
-        """Summarises the predictions of a whole split."""
+    def of(
+        cls, predictions: list[PhrasePrediction], protocol_ids: Sequence[str], *, is_generalised: bool = False
+    ) -> EvaluationResult:
+        """Summarises the predictions of a whole split with the metrics of its dataset."""
         counts = {"n_phrases": len(predictions), "n_images": len({p.image_id for p in predictions})}
-        numbers = {}
+        numbers: dict[str, dict[str, float | None]] = {}
+        notes: dict[str, None] = {}
         for name in protocol_ids:
-            metrics = RisMetrics.of([p.overlaps[name] for p in predictions])
-            oracle = RisMetrics.of([p.oracle_overlaps[name] for p in predictions])
-            numbers[name] = metrics.named() | {"oracle_mIoU": oracle.mean_iou} | counts
-        return cls(numbers, predictions)
+            if is_generalised:
+                metrics = GresMetrics.of([p.outcome(name) for p in predictions])
+                numbers[name] = metrics.named() | _gres_extras(predictions, name)
+                notes |= dict.fromkeys(metrics.notes)
+            else:
+                ris = RisMetrics.of([p.overlaps[name] for p in predictions])
+                oracle = RisMetrics.of([p.oracle_overlaps[name] for p in predictions])
+                numbers[name] = {**ris.named(), "oracle_mIoU": oracle.mean_iou}
+            numbers[name] |= counts
+        return cls(numbers, predictions, tuple(notes))
 
     def write_jsonl(self, path: str | Path) -> None:
         """One JSON object a line; masks are COCO RLE at the original size."""
@@ -160,7 +188,11 @@ def evaluate(
             raise
         failure = error
     gathered = _gather(predictions, failure, world_size)
-    return EvaluationResult.of(_in_order(gathered, records), [protocol.id for protocol in protocols])
+    return EvaluationResult.of(
+        _in_order(gathered, records),
+        [protocol.id for protocol in protocols],
+        is_generalised=records[0].dataset in GENERALISED_DATASETS,
+    )
 
 
 def predict_batch(
@@ -187,20 +219,27 @@ def predict_batch(
     """
     output: DerisOutput = model(batch.to(device, dtype=dtype))
     asked = [records[phrase_id] for phrase_id in batch.phrase_ids]
-    truths = _decoded_truths(asked)
-    answering = {"score_threshold": protocols[0].score_threshold, "selection": protocols[0].selection}
+    referents = _decoded_referents(asked)
+    truths = [np.logical_or.reduce(masks, axis=0) for masks in referents]
+    answering = {
+        "score_threshold": protocols[0].score_threshold,
+        "selection": protocols[0].selection,
+        "presence_use": protocols[0].presence,
+    }
     original_sizes = [(record.height, record.width) for record in asked]
     originals = answer_masks(output, original_sizes, **answering)
-    oracle_queries = [[query] for query in _best_queries(output, truths)]
+    oracle_queries = _best_queries(output, referents)
     overlaps: dict[str, list[Overlap]] = {}
     oracle_overlaps: dict[str, list[Overlap]] = {}
+    areas: dict[str, list[tuple[int, int]]] = {}
     for protocol in protocols:
         sizes = [protocol.size_hw(*size) for size in original_sizes]
         answers = originals if sizes == original_sizes else answer_masks(output, sizes, **answering)
-        oracles = upsampled_masks(output, oracle_queries, sizes)
+        oracles = [np.logical_or.reduce(m, axis=0) for m in upsampled_masks(output, oracle_queries, sizes)]
         compared = [protocol.resampled_truth(truth) for truth in truths]
         overlaps[protocol.id] = [overlap(a.mask, truth) for a, truth in zip(answers, compared, strict=True)]
-        oracle_overlaps[protocol.id] = [overlap(o[0], truth) for o, truth in zip(oracles, compared, strict=True)]
+        oracle_overlaps[protocol.id] = [overlap(o, truth) for o, truth in zip(oracles, compared, strict=True)]
+        areas[protocol.id] = [(int(np.count_nonzero(truth)), truth.size) for truth in compared]
     return [
         PhrasePrediction(
             phrase_id=record.phrase_id,
@@ -212,6 +251,12 @@ def predict_batch(
             oracle_overlaps={name: found[i] for name, found in oracle_overlaps.items()},
             top_scores=tuple(float(s) for s in np.sort(answer.referring_scores)[::-1][:_NUM_TOP_SCORES]),
             presence=answer.presence,
+            has_target=not record.is_no_target,
+            says_target=bool(answer.query_index),
+            areas={name: found[i] for name, found in areas.items()},
+            boxes=GrecOutcome.of(boxes_of_masks(answer.instance_masks), boxes_of_masks(referents[i]))
+            if record.dataset in GENERALISED_DATASETS
+            else None,
         )
         for i, (record, answer) in enumerate(zip(asked, originals, strict=True))
     ]
@@ -222,13 +267,15 @@ def control_phrases(records: Sequence[ReferringRecord]) -> dict[str, str]:
 
     A model that reads the phrase must fail on these; one that finds the conspicuous object does not. The next such
     phrase in the order of the records is taken, cyclically. A phrase of the same text as one of its own referent's is
-    never taken.
+    never taken. Phrases without a target take no part.
 
     Returns:
         Phrase id -> other text; phrases whose picture has no other referent are left out (compare the lengths).
     """
     by_image: dict[tuple[str, str], list[ReferringRecord]] = defaultdict(list)
     for record in records:
+        if record.is_no_target:
+            continue
         by_image[record.dataset, record.image_id].append(record)
     swapped: dict[str, str] = {}
     for group in by_image.values():
@@ -246,32 +293,57 @@ def control_phrases(records: Sequence[ReferringRecord]) -> dict[str, str]:
 
 def merged_truth(record: ReferringRecord) -> np.ndarray:
     """Union of a phrase's referents, bool (height, width) of the original picture; all False for no target."""
-    truth = np.zeros((record.height, record.width), dtype=bool)
-    for instance in record.instances:
-        truth |= decode_segmentation(instance.segmentation, record.height, record.width)
-    return truth
+    return np.logical_or.reduce(_decoded_referents([record])[0], axis=0)
 
 
-def _decoded_truths(records: Sequence[ReferringRecord]) -> list[np.ndarray]:
-    """Decodes once what several phrases of a picture share."""
-    decoded: dict[tuple[str, str, tuple[int, ...]], np.ndarray] = {}
-    truths = []
+def _decoded_referents(records: Sequence[ReferringRecord]) -> list[np.ndarray]:
+    """Masks of each phrase's referents, bool (R, height, width); decodes once what several phrases share."""
+    decoded: dict[tuple[str, str, int], np.ndarray] = {}
+    referents = []
     for record in records:
-        key = (record.dataset, record.image_id, tuple(instance.annotation_id for instance in record.instances))
-        if key not in decoded:
-            decoded[key] = merged_truth(record)
-        truths.append(decoded[key])
-    return truths
+        masks = [np.zeros((0, record.height, record.width), dtype=bool)]
+        for instance in record.instances:
+            key = (record.dataset, record.image_id, instance.annotation_id)
+            if key not in decoded:
+                decoded[key] = decode_segmentation(instance.segmentation, record.height, record.width)[None]
+            masks.append(decoded[key])
+        referents.append(np.concatenate(masks))
+    return referents
 
 
-def _best_queries(output: DerisOutput, truths: Sequence[np.ndarray]) -> list[int]:
-    """The query per phrase that fits the truth best at the resolution of the logits (the truth averaged to it)."""
+def _best_queries(output: DerisOutput, referents: Sequence[np.ndarray]) -> list[list[int]]:
+    """For each referent the query that fits it best at the resolution of the logits (the truth averaged to it)."""
     masks = (output.final.mask_logits >= 0).float().cpu()
     size = (masks.shape[2], masks.shape[3])
-    soft = torch.stack([functional.adaptive_avg_pool2d(torch.from_numpy(t).float()[None], size)[0] for t in truths])
-    intersection = torch.einsum("pqhw,phw->pq", masks, soft)
-    union = masks.sum((2, 3)) + soft.sum((1, 2))[:, None] - intersection
-    return (intersection / union.clamp(min=1e-6)).argmax(dim=1).tolist()
+    best: list[list[int]] = []
+    for phrase_masks, truths in zip(masks, referents, strict=True):
+        if not len(truths):
+            best.append([])
+            continue
+        soft = functional.adaptive_avg_pool2d(torch.from_numpy(truths).float(), size)
+        intersection = torch.einsum("qhw,rhw->rq", phrase_masks, soft)
+        union = phrase_masks.sum((1, 2)) + soft.sum((1, 2))[:, None] - intersection
+        best.append(sorted(set((intersection / union.clamp(min=1e-6)).argmax(dim=1).tolist())))
+    return best
+
+
+def _gres_extras(predictions: Sequence[PhrasePrediction], protocol: str) -> dict[str, float | None]:
+    """What stands beside the metrics of a generalised split: boxes, oracle, and what answers without looking get."""
+    oracle = GresMetrics.of(
+        [
+            GresOutcome(p.oracle_overlaps[protocol], has_target=p.has_target, says_target=p.has_target)
+            for p in predictions
+        ]
+    )
+    found: dict[str, float | None] = {
+        "F1": GrecMetrics.of([p.boxes for p in predictions if p.boxes is not None]).f1,
+        "oracle_gIoU": oracle.giou,
+    }
+    for name, outcomes in baseline_outcomes([p.areas[protocol] for p in predictions]).items():
+        baseline = GresMetrics.of(outcomes)
+        key = name.replace(" ", "_")
+        found |= {f"{key}_gIoU": baseline.giou, f"{key}_cIoU": baseline.ciou}
+    return found | {"n_no_target": sum(not p.has_target for p in predictions)}
 
 
 def _check_records(records: Sequence[ReferringRecord]) -> None:
@@ -279,6 +351,12 @@ def _check_records(records: Sequence[ReferringRecord]) -> None:
         raise ValueError(
             "evaluation: expected at least one phrase, got none: check the split, or, in a control run, that pictures "
             "have phrases of different objects"
+        )
+    datasets = {record.dataset for record in records}
+    if len({name in GENERALISED_DATASETS for name in datasets}) > 1:
+        raise ValueError(
+            f"evaluation: expected phrases of datasets with the same metrics, got {', '.join(sorted(datasets))}: evaluate "
+            "each split by itself"
         )
     repeated = [phrase_id for phrase_id, count in Counter(r.phrase_id for r in records).items() if count > 1]
     if repeated:

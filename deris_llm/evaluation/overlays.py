@@ -63,7 +63,7 @@ def choose_cases(
         num_each: cases of each of the three kinds.
         seed: of the random ones.
     """
-    by_iou = sorted(predictions, key=lambda p: p.overlaps[protocol].iou)
+    by_iou = sorted(predictions, key=lambda p: p.outcome(protocol).iou)
     shuffled = random.Random(seed).sample(by_iou, len(by_iou))
     cases: list[Case] = []
     seen: Counter[str] = Counter()  # cases by picture: a new picture is preferred
@@ -149,7 +149,7 @@ def _tile(case: Case, protocol: str) -> Image.Image:
     tile = Image.new("RGB", (TILE_WIDTH_PX, overlay.height + _CAPTION_PX), (244, 244, 247))
     tile.paste(overlay, ((TILE_WIDTH_PX - overlay.width) // 2, 0))
     draw = ImageDraw.Draw(tile)
-    iou = 100 * case.prediction.overlaps[protocol].iou
+    iou = 100 * case.prediction.outcome(protocol).iou
     badge, font = f"IoU {iou:.1f}", ImageFont.load_default(17)
     badge_width = draw.textlength(badge, font=font) + 16
     draw.rounded_rectangle((8, 8, 8 + badge_width, 34), radius=6, fill=_badge_rgb(iou))
@@ -167,7 +167,7 @@ def _figure(case: Case, protocol: str) -> str:
     stream = io.BytesIO()
     case.overlay.save(stream, format="JPEG", quality=90)
     picture = base64.b64encode(stream.getvalue()).decode("ascii")
-    iou = 100 * case.prediction.overlaps[protocol].iou
+    iou = 100 * case.prediction.outcome(protocol).iou
     phrase, phrase_id = html.escape(case.prediction.phrase), html.escape(case.prediction.phrase_id)
     colour = f"rgb{_badge_rgb(iou)}"
     return (

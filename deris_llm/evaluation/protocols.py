@@ -17,7 +17,7 @@ import numpy as np
 
 from deris_llm.config import RunConfig
 from deris_llm.data.transforms import warp_mask
-from deris_llm.postprocess import Selection
+from deris_llm.postprocess import PresenceUse, Selection
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Protocol:
     score_threshold: float = 0.7  # queries with a greater referring score are joined
     selection: Selection = "threshold_or_best"  # what happens when no query passes
     miss: Literal["empty_mask"] = "empty_mask"  # no answer = an empty mask: IoU 0, its truth stays in the union of oIoU
+    presence: PresenceUse = "none"  # what the presence has to say in the selection
 
     def size_hw(self, height: int, width: int) -> tuple[int, int]:
         """Size (h, w) in px at which the masks of a picture of this size are compared."""
@@ -45,7 +46,10 @@ class Protocol:
 
     def fingerprint(self) -> str:
         """Eight hex digits over all fields, the same on every machine."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        fields = dataclasses.asdict(self)
+        if self.presence == "none":  # younger than published fingerprints, which all mean this
+            del fields["presence"]
+        text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def describe(self) -> str:
@@ -64,10 +68,18 @@ class Protocol:
             "threshold_or_best": f"{above}, else the best query",
             "best": "the best-scoring query",
         }[self.selection]
+        answer += {
+            "none": "",
+            "multiply": "; scores are multiplied by the presence first",
+            "gate": "; with a presence below 0.5 it is that there is no target",
+        }[self.presence]
         return (
             f"protocol `{self.id}` ({self.fingerprint()}): IoU per phrase (`{self.text_field}` text) {where}, "
             f"binary at probability >= 0.5. The answer is {answer}. A miss is an empty mask and counts IoU 0; no "
-            f"phrase is dropped. mIoU: mean over phrases; oIoU: sum I / sum U; Pr@X: share with IoU >= X; percent."
+            f"phrase is dropped. mIoU: mean over phrases; oIoU: sum I / sum U; Pr@X: share with IoU >= X; percent. "
+            f"gRefCOCO: a phrase without a target counts IoU 1 if none is answered, else 0; gIoU: mean over phrases; "
+            f"cIoU: sum I / sum U; N-acc, T-acc: share of the phrases without, with a target that are answered so; Pr@X: "
+            f"of the phrases with a target; F1: share whose boxes around the masks all match at generalised IoU >= 0.5."
         )
 
 
@@ -100,7 +112,10 @@ def protocols_of(config: RunConfig) -> tuple[Protocol, ...]:
             text_field=config.data.phrase_field,
             score_threshold=config.evaluation.score_threshold,
             selection=config.evaluation.selection,
-            prediction_resampling="bilinear" if config.loopback.mask_upsampling == "direct" else "x4_align_corners_bilinear",
+            presence=config.evaluation.presence,
+            prediction_resampling="bilinear"
+            if config.loopback.mask_upsampling == "direct"
+            else "x4_align_corners_bilinear",
         )
         for name in config.evaluation.protocols
     )

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from deris_llm.evaluation.protocols import Protocol
 
 Section = Literal["splits", "control", "step0"]
-SplitNumbers = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""Split -> protocol id -> metric -> percent or count."""
+SplitNumbers = Mapping[str, Mapping[str, Mapping[str, float | None]]]
+"""Split -> protocol id -> metric -> percent or count; None where there is nothing to take a number of."""
 
 _SPLITS = (
     "refcoco/val", "refcoco/testA", "refcoco/testB",
@@ -38,9 +39,32 @@ PUBLISHED_NOTE = (
     "authors report cIoU (here: oIoU) at the original size."
 )
 
+_GRES_SPLITS = ("grefcoco/val", "grefcoco/testA", "grefcoco/testB")
+
+PUBLISHED_GRES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
+    "DeRIS-L": dict(
+        zip(_GRES_SPLITS, ((77.67, 72.00, 82.22), (75.30, 73.73, 78.30), (67.99, 67.38, 66.81)), strict=True)
+    ),
+    "DeRIS-B": dict(
+        zip(_GRES_SPLITS, ((74.10, 68.06, 77.03), (73.72, 71.99, 75.98), (65.63, 64.65, 63.44)), strict=True)
+    ),
+    "GSVA-7B": dict(
+        zip(_GRES_SPLITS, ((66.47, 63.29, 62.43), (71.08, 69.93, 65.31), (62.23, 60.47, 60.56)), strict=True)
+    ),
+}
+"""Table 2 of the DeRIS paper: gIoU, cIoU, N-acc, percent."""
+
+GRES_NOTE = (
+    "Always empty, never empty: what answers without looking get (no target for every phrase; the whole picture for "
+    "every phrase). F1: share of phrases whose boxes are all right. Oracle: each referent's best query. Other data: "
+    "published gIoU / cIoU / N-acc on the real COCO pictures, DeRIS paper, Table 2."
+)
+
 _TABLE_METRICS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")
 
-_SHORT = {"original": "orig."}
+_GRES_TABLE_METRICS = ("gIoU", "cIoU", "N-acc", "T-acc", "Pr@0.7", "F1", "oracle_gIoU")
+
+_SHORT = {"original": "orig.", "oracle_gIoU": "oracle"}
 
 _EMPTY: dict[str, Any] = {"splits": {}, "control": {}, "step0": {}, "timing": {}, "versions": {}}
 
@@ -74,6 +98,7 @@ def update_report(
     numbers: SplitNumbers | None = None,
     timing: Mapping[str, float] | None = None,
     protocols: Iterable[Protocol] = (),
+    notes: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Adds numbers and times to a report and writes it aside before it takes the old one's place.
 
@@ -83,6 +108,7 @@ def update_report(
         numbers: per split and protocol; replace those of the same split.
         timing: seconds per stage.
         protocols: those that made the numbers; their descriptions join ``versions``.
+        notes: split -> why some of its numbers are null; they join ``notes``, which is there only when needed.
 
     Returns:
         The whole report.
@@ -96,6 +122,11 @@ def update_report(
     report["timing"].update({stage: round(seconds, 2) for stage, seconds in (timing or {}).items()})
     report["versions"].update(library_versions())
     report["versions"].setdefault("protocols", {}).update({protocol.id: protocol.describe() for protocol in protocols})
+    for split, said in (notes or {}).items():
+        if said:
+            report.setdefault("notes", {})[split] = list(said)
+        else:
+            report.get("notes", {}).pop(split, None)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")
     aside.write_text(json.dumps(_rounded(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -114,41 +145,115 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def report_table(report: Mapping[str, Any], *, title: str = "Referring image segmentation, percent") -> Table:
-    """The numbers of a report beside published ones.
+def report_table(report: Mapping[str, Any]) -> RenderableType:
+    """The numbers of a report beside published ones: a table of the RIS splits, one of the GRES splits, or both.
 
     Args:
         report: as `read_report` gives it; its ``splits`` decide the rows.
-        title: of the table.
     """
-    has = {name: any(report[name].values()) for name in ("control", "step0")}
-    table = Table(title=title, caption=PUBLISHED_NOTE, caption_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    is_gres = {split: "gIoU" in next(iter(found.values())) for split, found in report["splits"].items()}
+    tables: list[RenderableType] = []
+    if not all(is_gres.values()) or not is_gres:
+        tables.append(_ris_table(report, [split for split, gres in is_gres.items() if not gres]))
+    if any(is_gres.values()):
+        tables.append(_gres_table(report, [split for split, gres in is_gres.items() if gres]))
+    return tables[0] if len(tables) == 1 else Group(*tables)
+
+
+def _ris_table(report: Mapping[str, Any], splits: Sequence[str]) -> Table:
+    has = {name: any(report[name].get(split) for split in splits) for name in ("control", "step0")}
+    table = Table(
+        title="Referring image segmentation, percent",
+        caption=PUBLISHED_NOTE,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
     table.add_column("\n\nsplit", no_wrap=True)
     table.add_column("\n\nphrases", justify="right", no_wrap=True)
     columns = [("original", metric) for metric in _TABLE_METRICS] + [("deris", metric) for metric in ("mIoU", "oIoU")]
-    for number, (protocol, metric) in enumerate(columns):
-        table.add_column(
-            f"\n{_SHORT.get(protocol, protocol)}\n{metric}",
-            justify="right",
-            style="" if number else "bold",
-            no_wrap=True,
-        )
+    _add_metric_columns(table, columns)
     for name, heading in (("control", "control"), ("step0", "step 0")):
         if has[name]:
             table.add_column(f"\n{heading}\nmIoU", justify="right", style="yellow", no_wrap=True)
     for method in PUBLISHED:
         table.add_column(f"other\ndata\n{method}", justify="right", style="dim", no_wrap=True)
-
-    def cell(values: Mapping[str, float] | None, metric: str) -> str:
-        return f"{values[metric]:.2f}" if values else "-"
-
-    for split, found in report["splits"].items():
+    for split in splits:
+        found = report["splits"][split]
         row = [split, f"{next(iter(found.values()))['n_phrases']:,}"]
-        row += [cell(found.get(protocol), metric) for protocol, metric in columns]
-        row += [cell(report[name].get(split, {}).get("original"), "mIoU") for name in ("control", "step0") if has[name]]
+        row += [_cell(found.get(protocol), metric) for protocol, metric in columns]
+        row += [
+            _cell(report[name].get(split, {}).get("original"), "mIoU") for name in ("control", "step0") if has[name]
+        ]
         row += [f"{numbers[split]:.2f}" if split in numbers else "-" for numbers in PUBLISHED.values()]
         table.add_row(*row)
     return table
+
+
+def _gres_table(report: Mapping[str, Any], splits: Sequence[str]) -> Table:
+    has = {name: any(report[name].get(split) for split in splits) for name in ("control", "step0")}
+    notes = [f"{split}: {'; '.join(said)}." for split, said in report.get("notes", {}).items() if split in splits]
+    table = Table(
+        title="Generalised referring segmentation, percent",
+        caption=" ".join([GRES_NOTE, *notes]),
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+    )
+    table.add_column("\n\nsplit", no_wrap=True)
+    table.add_column("\nphrases\n(no target)", justify="right", no_wrap=True)
+    columns = [("original", metric) for metric in _GRES_TABLE_METRICS]
+    columns += [("deris", metric) for metric in ("gIoU", "cIoU")]
+    _add_metric_columns(table, columns)
+    for name, heading in (("control", "control"), ("step0", "step 0")):
+        if has[name]:
+            table.add_column(f"\n{heading}\ngIoU", justify="right", style="yellow", no_wrap=True)
+    for method in PUBLISHED_GRES:
+        table.add_column(f"other\ndata\n{method}", justify="right", style="dim", no_wrap=True)
+    for split in splits:
+        found = report["splits"][split]
+        counts = next(iter(found.values()))
+        row = [split, f"{counts['n_phrases']:,} ({counts['n_no_target']:,})"]
+        row += [_cell(found.get(protocol), metric) for protocol, metric in columns]
+        row += [
+            _cell(report[name].get(split, {}).get("original"), "gIoU") for name in ("control", "step0") if has[name]
+        ]
+        row += [
+            " / ".join(f"{number:.1f}" for number in numbers[split]) if split in numbers else "-"
+            for numbers in PUBLISHED_GRES.values()
+        ]
+        table.add_row(*row)
+        for baseline, n_acc in (("always empty", 100.0), ("never empty", 0.0)):
+            values = {name: _baseline(numbers, baseline, n_acc) for name, numbers in found.items()}
+            cells = [_cell(values.get(protocol), metric) for protocol, metric in columns]
+            table.add_row(f"  {baseline}", "", *cells, style="dim")
+    return table
+
+
+def _baseline(numbers: Mapping[str, float | None], name: str, n_acc: float) -> dict[str, float | None]:
+    """Numbers of an answer without looking; N-acc and T-acc follow from what it is."""
+    key = name.replace(" ", "_")
+    return {
+        "gIoU": numbers[f"{key}_gIoU"],
+        "cIoU": numbers[f"{key}_cIoU"],
+        "N-acc": None if numbers["N-acc"] is None else n_acc,
+        "T-acc": None if numbers["T-acc"] is None else 100 - n_acc,
+    }
+
+
+def _add_metric_columns(table: Table, columns: Sequence[tuple[str, str]]) -> None:
+    for number, (protocol, metric) in enumerate(columns):
+        table.add_column(
+            f"\n{_SHORT.get(protocol, protocol)}\n{_SHORT.get(metric, metric)}",
+            justify="right",
+            style="" if number else "bold",
+            no_wrap=True,
+        )
+
+
+def _cell(values: Mapping[str, float | None] | None, metric: str) -> str:
+    value = None if values is None else values.get(metric)
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _rounded(value: Any) -> Any:

@@ -95,7 +95,12 @@ def run_evaluation(
         report[section][split] = result.numbers
         if rank == 0:
             update_report(
-                report_path, section=section, numbers={split: result.numbers}, timing=timing, protocols=protocols
+                report_path,
+                section=section,
+                numbers={split: result.numbers},
+                timing=timing,
+                protocols=protocols,
+                notes={} if step0 else {split: result.notes},
             )
             if not step0:
                 _write_predictions(result, out, split)
@@ -129,7 +134,7 @@ def _run_control(
     left_out = len(records) - len(swapped)
     if left_out:
         logger.info(
-            "control of %s: %d of %d phrases have no other referent in their picture and are left out",
+            "control of %s: %d of %d phrases have no target, or no other referent in their picture, and are left out",
             split,
             left_out,
             len(records),

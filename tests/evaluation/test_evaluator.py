@@ -1,11 +1,13 @@
 """Every phrase once, exact numbers for known answers, one rank = two ranks."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -212,6 +214,123 @@ def test_two_ranks_equal_one(
         assert "exactly once" in (tmp_path / f"rank{rank}.count").read_text()
     assert (tmp_path / "rank1.failure").read_text() == "OSError: the disk is gone"
     assert "rank 1: OSError: the disk is gone" in (tmp_path / "rank0.failure").read_text()
+
+
+@pytest.fixture(scope="module")
+def generalised(records: list[ReferringRecord]) -> list[ReferringRecord]:
+    """The same phrases as gRefCOCO's: those of the third picture name nothing, those of the fifth both objects."""
+    both = {r.instances[0].annotation_id: r.instances[0] for r in records if r.image_id == "picture_4"}
+    instances = {"picture_2": (), "picture_4": tuple(both.values())}
+    return [
+        dataclasses.replace(r, dataset="grefcoco", instances=instances.get(r.image_id, r.instances)) for r in records
+    ]
+
+
+class ReferentAnswers(Answers):
+    """Query k has the mask of referent k; phrases without a target score low, unless they are named in ``invented``."""
+
+    def __init__(self, records: list[ReferringRecord], *, invented: tuple[str, ...] = (), **options: Any) -> None:
+        super().__init__(records, **options)
+        self.by_id = {r.phrase_id: r for r in records}
+        self.invented = invented
+
+    def forward(self, batch: ReferringBatch) -> DerisOutput:
+        masks = torch.full((batch.num_phrases, NUM_QUERIES, 256, 256), -10.0)
+        scores = torch.full((batch.num_phrases, NUM_QUERIES), -4.0)
+        presence = torch.full((batch.num_phrases,), -4.0)
+        for row, phrase_id in enumerate(batch.phrase_ids):
+            record = self.by_id[phrase_id]
+            for k, instance in enumerate(record.instances):
+                truth = torch.from_numpy(decode_segmentation(instance.segmentation, record.height, record.width))
+                drawn = nn.functional.interpolate(truth[None, None].float(), size=(256, 256), mode="bilinear")
+                masks[row, k] = 20 * drawn[0, 0] - 10
+                if phrase_id not in self.missed:
+                    scores[row, k] = 4.0
+            if phrase_id in self.invented:
+                masks[row, 0, :128, :128] = 10.0
+                scores[row, 0] = 4.0
+            presence[row] = 4.0 if record.instances else -4.0
+        return DerisOutput((RoundOutput(masks, scores),), presence)
+
+
+def test_a_generalised_split_has_its_own_metrics(
+    overrides: list[str], processor: CognitionProcessor, generalised: list[ReferringRecord]
+) -> None:
+    config = tiny_config(*overrides, "evaluation.selection=threshold")
+    right = evaluate(ReferentAnswers(generalised), config, generalised, processor, device="cpu", progress=False)
+    for name in ("original", "deris"):
+        numbers = right.numbers[name]
+        assert numbers.keys() == {
+            "gIoU", "cIoU", "N-acc", "T-acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "F1", "oracle_gIoU", "always_empty_gIoU",
+            "always_empty_cIoU", "never_empty_gIoU", "never_empty_cIoU", "n_no_target", "n_phrases", "n_images",
+        }  # fmt: skip
+        assert numbers["gIoU"] > 96  # an edge pixel of the resized masks may differ
+        assert numbers["cIoU"] > 95
+        assert numbers["gIoU"] == pytest.approx(numbers["oracle_gIoU"])
+        assert (numbers["N-acc"], numbers["T-acc"], numbers["Pr@0.9"], numbers["F1"]) == (100, 100, 100, 100)
+        assert (numbers["n_phrases"], numbers["n_no_target"], numbers["n_images"]) == (15, 4, 5)
+        assert numbers["always_empty_gIoU"] == pytest.approx(100 * 4 / 15)
+        assert numbers["always_empty_cIoU"] == 0
+        assert 10 < numbers["never_empty_cIoU"] < 60
+    shares = [merged_truth(r).mean() for r in generalised]
+    assert right.numbers["original"]["never_empty_gIoU"] == pytest.approx(100 * sum(shares) / 15)
+    assert right.notes == ()
+    lines = [p.to_json() for p in right.predictions]
+    assert [line["has_target"] for line in lines] == [line["says_target"] for line in lines]
+    assert all(line["iou"]["original"] > 90 for line in lines)  # 100 where nothing was to be found
+
+
+def test_the_quadrants_of_a_generalised_split(
+    overrides: list[str], processor: CognitionProcessor, generalised: list[ReferringRecord]
+) -> None:
+    nothing = [r.phrase_id for r in generalised if r.is_no_target]
+    something = [r.phrase_id for r in generalised if not r.is_no_target]
+    config = tiny_config(*overrides, "evaluation.selection=threshold")
+    model = ReferentAnswers(generalised, invented=(nothing[0],), missed=(something[0], something[-1]))
+    result = evaluate(model, config, generalised, processor, device="cpu", progress=False)
+    numbers = result.numbers["original"]
+    assert numbers["N-acc"] == 75
+    assert numbers["T-acc"] == pytest.approx(100 * 9 / 11)
+    assert numbers["F1"] == pytest.approx(100 * 12 / 15)
+    assert numbers["oracle_gIoU"] > 96
+    outcomes = {p.phrase_id: p.outcome("original") for p in result.predictions}
+    assert outcomes[nothing[0]].pixels.intersection == 0
+    assert outcomes[nothing[0]].pixels.union == 32 * 32  # a quarter of the picture of 64 x 64 px
+    gated = tiny_config(*overrides, "evaluation.selection=threshold", "evaluation.presence=gate")
+    saved = evaluate(model, gated, generalised, processor, device="cpu", progress=False)
+    assert saved.numbers["original"]["N-acc"] == 100
+    assert saved.numbers["original"]["T-acc"] == numbers["T-acc"]
+
+
+def test_splits_of_one_kind_say_what_they_have_no_number_of(
+    overrides: list[str], processor: CognitionProcessor, generalised: list[ReferringRecord]
+) -> None:
+    config = tiny_config(*overrides, "evaluation.selection=threshold")
+    model = ReferentAnswers(generalised)
+    nothing = [r for r in generalised if r.is_no_target]
+    result = evaluate(model, config, nothing, processor, device="cpu", progress=False)
+    numbers = result.numbers["deris"]
+    assert (numbers["gIoU"], numbers["cIoU"], numbers["N-acc"], numbers["T-acc"]) == (100, None, 100, None)
+    assert result.notes == (
+        "no target phrases: no T-acc, no Pr@X",
+        "no pixel answered and none asked for: no cIoU",
+    )
+    something = [r for r in generalised if not r.is_no_target]
+    result = evaluate(model, config, something, processor, device="cpu", progress=False)
+    assert (result.numbers["deris"]["N-acc"], result.numbers["deris"]["T-acc"]) == (None, 100)
+
+
+def test_control_takes_phrases_with_a_target_only(generalised: list[ReferringRecord]) -> None:
+    by_image = {r.phrase_id: r.image_id for r in generalised}
+    # picture 0 has two objects, picture 3 too; phrases of picture 4 all name both
+    assert {by_image[phrase_id] for phrase_id in control_phrases(generalised)} == {"picture_0", "picture_3"}
+
+
+def test_datasets_with_different_metrics_are_not_mixed(
+    config: RunConfig, processor: CognitionProcessor, records: list[ReferringRecord], generalised: list[ReferringRecord]
+) -> None:
+    with pytest.raises(ValueError, match="datasets with the same metrics, got grefcoco, refcoco: evaluate each split"):
+        evaluate(Answers(records), config, [*records[:4], *generalised[4:]], processor, device="cpu", progress=False)
 
 
 def _overrides_of(config: RunConfig) -> list[str]:

@@ -36,6 +36,7 @@ def test_run_config_completes_the_protocols() -> None:
             "perception.image_size=96",
             "evaluation.score_threshold=0.9",
             "evaluation.selection=threshold",
+            "evaluation.presence=multiply",
             "data.phrase_field=raw",
         ],
     )
@@ -44,6 +45,8 @@ def test_run_config_completes_the_protocols() -> None:
     assert {p.score_threshold for p in (original, deris)} == {0.9}
     assert {p.selection for p in (original, deris)} == {"threshold"}
     assert {p.text_field for p in (original, deris)} == {"raw"}
+    assert {p.presence for p in (original, deris)} == {"multiply"}
+    assert "scores are multiplied by the presence first" in deris.describe()
     assert "96x96" in deris.describe()
     assert "else an empty mask" in deris.describe()
 
@@ -53,6 +56,7 @@ def test_every_field_changes_the_fingerprint() -> None:
     other = {
         "id": "x", "size": "original", "fixed_px": 480, "truth_resampling": "none", "prediction_resampling": "nearest",
         "text_field": "raw", "score_threshold": 0.9, "selection": "best", "miss": "dropped",
+        "presence": "gate",
     }  # fmt: skip
     assert other.keys() == {f.name for f in dataclasses.fields(base)}
     prints = {dataclasses.replace(base, **{name: value}).fingerprint() for name, value in other.items()}

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from deris_llm.evaluation.protocols import PROTOCOLS
-from deris_llm.evaluation.report import PUBLISHED, read_report, report_table, update_report
+from deris_llm.evaluation.report import PUBLISHED, PUBLISHED_GRES, read_report, report_table, update_report
 
 
 def _numbers(miou: float) -> dict[str, dict[str, float]]:
@@ -78,3 +78,61 @@ def test_table_shows_ours_beside_the_published(tmp_path: Path) -> None:
 def test_published_numbers_are_complete() -> None:
     assert {len(numbers) for numbers in PUBLISHED.values()} == {8}
     assert PUBLISHED["DeRIS-7B"]["refcocog_umd/test"] == 80.59
+
+
+def _gres_numbers(giou: float, **changes: float | None) -> dict[str, dict[str, float | None]]:
+    values = {
+        "gIoU": giou, "cIoU": 61.25, "N-acc": 72.5, "T-acc": 93.75, "Pr@0.7": 55.5, "Pr@0.8": 44.0, "Pr@0.9": 33.0,
+        "F1": 41.5, "oracle_gIoU": 88.5, "always_empty_gIoU": 21.5, "always_empty_cIoU": 0.0, "never_empty_gIoU": 7.25,
+        "never_empty_cIoU": 8.5, "n_no_target": 120, "n_phrases": 1234, "n_images": 9,
+    }  # fmt: skip
+    return {"original": {**values, **changes}, "deris": {**values, "gIoU": giou + 1, **changes}}
+
+
+def _row(text: str, name: str) -> str:
+    return next(line for line in text.splitlines() if name in line)
+
+
+def test_gres_splits_have_a_table_with_what_answering_without_looking_gets(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    report = update_report(path, section="splits", numbers={"grefcoco/val": _gres_numbers(66.5)}, notes={})
+    text = _printed(report)
+    for value in ("1,234 (120)", "66.50", "61.25", "72.50", "93.75", "55.50", "41.50", "88.50", "67.50", "77.7 / 72.0"):
+        assert value in _row(text, "grefcoco/val")
+    assert [cell for cell in _row(text, "always empty").split() if cell != "-"][2:6] == [
+        "21.50",
+        "0.00",
+        "100.00",
+        "0.00",
+    ]
+    assert [cell for cell in _row(text, "never empty").split() if cell != "-"][2:6] == [
+        "7.25",
+        "8.50",
+        "0.00",
+        "100.00",
+    ]
+    assert "Referring image segmentation" not in text
+    report = update_report(path, section="splits", numbers={"refcoco/val": _numbers(71.5)})
+    both = _printed(report)
+    assert "71.50" in _row(both, "refcoco/val")
+    assert "66.50" in _row(both, "grefcoco/val")
+
+
+def test_a_number_of_nothing_is_null_with_its_reason(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    only_empty = _gres_numbers(50.0, **{"T-acc": None, "Pr@0.7": None, "Pr@0.8": None, "Pr@0.9": None})
+    said = "no target phrases: no T-acc, no Pr@X"
+    update_report(path, section="splits", numbers={"grefcoco/val": only_empty}, notes={"grefcoco/val": (said,)})
+    report = read_report(path)
+    assert report["splits"]["grefcoco/val"]["original"]["T-acc"] is None
+    assert report["notes"] == {"grefcoco/val": [said]}
+    text = _printed(report)
+    assert said in " ".join(text.split())
+    assert "nan" not in text.lower().split()
+    update_report(path, section="splits", numbers={"grefcoco/val": _gres_numbers(50.0)}, notes={"grefcoco/val": ()})
+    assert read_report(path)["notes"] == {}
+
+
+def test_published_gres_numbers_are_complete() -> None:
+    assert {len(numbers) for numbers in PUBLISHED_GRES.values()} == {3}
+    assert PUBLISHED_GRES["DeRIS-L"]["grefcoco/val"] == (77.67, 72.00, 82.22)

@@ -1,5 +1,6 @@
 """A whole evaluation on a small synthetic world: report, predictions, pictures."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -47,6 +48,23 @@ def test_report_predictions_and_pictures(config: RunConfig, tmp_path: Path) -> N
         assert report["timing"][f"evaluate splits {split}"] > 0
     page = (tmp_path / "overlays.html").read_text()
     assert all(f"<h2>{split}</h2>" in page for split in splits)
+
+
+def test_a_generalised_split_is_reported_with_its_metrics(config: RunConfig, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, processor = build_model(config), build_processor(config)
+    changed = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, selection="threshold"))
+    report = run_evaluation(changed, model, processor, ["grefcoco/val"], out=tmp_path, control=True, progress=False)
+    records = read_split(config.data.root, "grefcoco/val")
+    numbers = report["splits"]["grefcoco/val"]["original"]
+    assert numbers["n_no_target"] == sum(r.is_no_target for r in records) > 0
+    assert 0 <= numbers["gIoU"] <= 100
+    assert numbers["always_empty_gIoU"] == pytest.approx(100 * numbers["n_no_target"] / len(records), abs=1e-4)
+    control = report["control"]["grefcoco/val"]["original"]
+    assert control["N-acc"] is None
+    assert control["n_phrases"] + control["n_left_out"] == len(records)
+    assert (tmp_path / "predictions" / "grefcoco_val.jsonl").read_text().count("\n") == len(records)
+    Image.open(tmp_path / "overlays" / "grefcoco_val.png").verify()
 
 
 def test_some_images_keeps_whole_pictures(config: RunConfig) -> None:
