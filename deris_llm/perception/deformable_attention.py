@@ -39,7 +39,7 @@ class DeformableAttention(nn.Module):
         position_embeddings: Tensor,
         reference_points: Tensor,
         spatial_shapes_list: Sequence[tuple[int, int]],
-        **_: object,
+        **_not_needed: object,
     ) -> tuple[Tensor, None]:
         """Attends; called by transformers' encoder layer, which also passes masks that hide nothing.
 

@@ -9,6 +9,7 @@ learned anew, paper section 3.2) and the class head.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -57,9 +58,6 @@ class Perception(nn.Module):
         self.freeze_backbone = freeze_backbone
         self.checkpointing = checkpointing
         self.backbone.requires_grad_(not freeze_backbone)
-        for name, parameter in self.backbone.named_parameters():
-            if name.startswith("swin.layernorm."):  # part of transformers' Swin, read by nobody in a backbone
-                parameter.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Perception:  # noqa: FBT001, FBT002 (torch's signature)
@@ -107,7 +105,7 @@ class QueryDecoder(nn.Module):
         super().__init__()
         self.num_queries = num_queries
         self.num_heads = num_heads
-        self.query_positions = transformer.queries_embedder
+        self.query_positions = _first_rows(transformer.queries_embedder, num_queries)
         self.level_embed = transformer.level_embed
         self.input_projections = transformer.input_projections
         self.layers = transformer.decoder.layers
@@ -220,6 +218,9 @@ def build_perception(
             left_in_file=LEFT_IN_FILE,
         )
         backbone: nn.Module = parts.pixel_level_module.encoder
+        swin = getattr(backbone, "swin", None)
+        if swin is not None:  # a classifier's last norm, whose result nobody reads in a backbone
+            swin.layernorm = nn.Identity()
     elif config.backbone.startswith(TIMM_PREFIX):
         name = config.backbone.removeprefix(TIMM_PREFIX)
         architecture.backbone_channels = timm_channels(name, image_size=config.image_size)
@@ -255,6 +256,17 @@ def build_perception(
         parts.transformer_module, num_queries=num_queries, num_heads=architecture.num_attention_heads
     )
     return perception, decoder
+
+
+def _first_rows(table: nn.Embedding, num_rows: int) -> nn.Embedding:
+    """A table of the first rows of another, which under ZeRO-3 is whole only while it is asked for."""
+    gathered = contextlib.nullcontext()
+    if hasattr(table.weight, "ds_id"):
+        import deepspeed  # noqa: PLC0415 - only where it runs
+
+        gathered = deepspeed.zero.GatheredParameters(table.weight)
+    with gathered:
+        return nn.Embedding.from_pretrained(table.weight[:num_rows].detach().clone(), freeze=False)
 
 
 def _add_fpn_biases_and_relu(decoder: Mask2FormerPixelDecoder) -> None:
