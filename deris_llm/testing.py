@@ -16,6 +16,9 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    BertConfig,
+    BertForPreTraining,
+    BertTokenizer,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Mask2FormerConfig,
@@ -156,6 +159,24 @@ def tiny_qwen_vl_weights(folder: Path, model_type: str = "qwen2_5_vl") -> list[s
         "cognition.max_pixels=2400",
         "cognition.grid=6",
     ]
+
+
+def tiny_bert_weights(folder: Path) -> list[str]:
+    """Writes a tiny BERT with random weights, as published with its pre-training heads, and its tokenizer.
+
+    Returns:
+        overrides for `tiny_config`, on top of those of `tiny_weights`.
+    """
+    tokenizer = BertTokenizer().train_new_from_iterator(_CORPUS, vocab_size=200)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForPreTraining(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ["cognition.backend=bert", f"cognition.weights={folder}", "cognition.max_phrase_tokens=20"]
 
 
 def _tiny_qwen_tokenizer(*more: str) -> PreTrainedTokenizerBase:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+
+BERT_PATHS = {
+    "q_proj": r"attention\.(self|attention)\.query",
+    "k_proj": r"attention\.(self|attention)\.key",
+    "v_proj": r"attention\.(self|attention)\.value",
+    "o_proj": r"attention\.output\.dense",
+    "up_proj": r"layer\.\d+\.intermediate\.dense",
+    "down_proj": r"layer\.\d+\.output\.dense",
+}
+"""The linears of BERT's layers, and of ViLT's, under the names that language models have."""
 
 
 def add_lora(
@@ -28,7 +39,8 @@ def add_lora(
         alpha: the update is scaled by alpha / r.
         dropout: before the update.
         dtype: of the updates.
-        paths: target -> how the full names of its linears end; None = a target is the last part of the names.
+        paths: target -> regular expression that the full names of its linears end in; None = a target is the last part
+            of the names.
 
     Raises:
         ValueError: no target, or one that means no linear of this model.
@@ -46,7 +58,7 @@ def _linears(part: nn.Module, targets: Sequence[str], *, paths: Mapping[str, str
     """Full names of the linears that the targets mean."""
     names = [name for name, module in part.named_modules() if isinstance(module, nn.Linear)]
     paths = paths or {kind: kind for kind in sorted({name.rsplit(".", 1)[-1] for name in names})}
-    found = {target: [name for name in names if f".{name}".endswith(f".{path}")] for target, path in paths.items()}
+    found = {target: [name for name in names if re.search(rf"(^|\.){path}$", name)] for target, path in paths.items()}
     if not targets or (unknown := set(targets) - set(found)):
         raise ValueError(
             f"cognition.lora.targets: expected names among {', '.join(paths)}, got "

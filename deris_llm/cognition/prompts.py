@@ -1,4 +1,4 @@
-"""A phrase in the prompt of an image-text language model, as tokens.
+"""A phrase as tokens: in the prompt of an image-text language model, or alone for an encoder.
 
 P phrases, L tokens of a prompt.
 """
@@ -11,7 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from deris_llm.config import CognitionConfig
+from deris_llm.weights import resolve_weights
 
 logger = logging.getLogger(__name__)
 
@@ -60,21 +63,11 @@ class PromptTokenizer:
         Raises:
             ValueError: the phrase is empty or holds one of the model's special tokens.
         """
-        special = [token for token in self.tokenizer.all_special_tokens if token in phrase]
-        if not phrase.strip() or special:
-            raise ValueError(
-                f"phrase {phrase!r}: expected some words, got "
-                + (f"the model's special token {special[0]!r} in it" if special else "an empty text")
-                + "; correct or drop this phrase."
-            )
+        _check_words(phrase, self.tokenizer)
         ids, is_phrase = self._tokenise(phrase)
         if sum(is_phrase) > self.max_phrase_tokens:
             self.num_cut += 1
-            if self.num_cut == 1:
-                logger.warning(
-                    "phrase %r has %d tokens and is cut to cognition.max_phrase_tokens=%d; later ones are cut silently",
-                    phrase, sum(is_phrase), self.max_phrase_tokens,
-                )  # fmt: skip
+            _say_it_is_cut(phrase, sum(is_phrase), self.max_phrase_tokens, self.num_cut)
             ids, is_phrase = self._tokenise_cut(phrase)
         if self.text_features == "phrase":
             chosen = is_phrase
@@ -108,6 +101,84 @@ class PromptTokenizer:
             f"phrase {phrase!r}: expected its first character to fit cognition.max_phrase_tokens="
             f"{self.max_phrase_tokens}, got more tokens; raise the limit."
         )
+
+
+class PhraseTokenizer:
+    """Tokenises a phrase alone, as encoders such as BERT read it: `[CLS] phrase [SEP]`. All tokens are text features."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_phrase_tokens: int) -> None:
+        """Keeps what is needed to encode phrases.
+
+        Args:
+            tokenizer: with the tokens for beginning, end and padding.
+            max_phrase_tokens: longer phrases are cut at the end of this many tokens.
+        """
+        self.tokenizer = tokenizer
+        self.max_phrase_tokens = max_phrase_tokens
+        self.pad_token_id: Any = tokenizer.pad_token_id
+        self.num_cut = 0
+
+    def encode(self, phrase: str) -> tuple[list[int], list[bool]]:
+        """Token ids of the framed phrase, and for each that it is a text feature.
+
+        Raises:
+            ValueError: the phrase is empty, holds one of the model's special tokens, or has no character it knows.
+        """
+        _check_words(phrase, self.tokenizer)
+        ids = self.tokenizer(phrase, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(
+                f"phrase {phrase!r}: expected some words, got only characters that the model's tokenizer drops; correct or "
+                "drop this phrase."
+            )
+        if len(ids) > self.max_phrase_tokens:
+            self.num_cut += 1
+            _say_it_is_cut(phrase, len(ids), self.max_phrase_tokens, self.num_cut)
+            ids = ids[: self.max_phrase_tokens]
+        framed: Any = [self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id]
+        return framed, [True] * len(framed)
+
+
+def load_phrase_tokenizer(config: CognitionConfig, *, vocab_size: int, num_positions: int) -> PhraseTokenizer:
+    """Reads the tokenizer that lies beside the weights.
+
+    Args:
+        config: of the run.
+        vocab_size: tokens that the model has embeddings for.
+        num_positions: tokens that the model has positions for.
+
+    Raises:
+        ValueError: the tokenizer does not fit the model, or phrases may become longer than its positions.
+    """
+    check_max_phrase_tokens(config, num_positions)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_weights(config.weights))
+    needed = {"cls": tokenizer.cls_token_id, "sep": tokenizer.sep_token_id, "pad": tokenizer.pad_token_id}
+    lacking = [name for name, number in needed.items() if number is None]
+    if lacking or len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"cognition.weights={config.weights}: expected a tokenizer with cls, sep and pad tokens and at most "
+            f"{vocab_size} tokens, for which the model has embeddings, got {len(tokenizer)} tokens"
+            + (f" without {', '.join(lacking)}" if lacking else "")
+            + "; take tokenizer and model from the same folder."
+        )
+    return PhraseTokenizer(tokenizer, max_phrase_tokens=config.max_phrase_tokens)
+
+
+def check_max_phrase_tokens(config: CognitionConfig, num_positions: int) -> None:
+    """Raises a ValueError where a phrase of `max_phrase_tokens` and its frame do not fit the positions."""
+    longest = num_positions - 2
+    if not 0 < config.max_phrase_tokens <= longest:
+        raise ValueError(
+            f"cognition.max_phrase_tokens: expected 1 to {longest}, for which {config.weights} has positions, got "
+            f"{config.max_phrase_tokens}; set a number in this range."
+        )
+
+
+def planned_phrases(config: CognitionConfig, phrase: str, num_phrases: int) -> tuple[Tensor, Tensor]:
+    """Token ids (P, L) and padding mask (P, L) of framed phrases whose length is estimated, without a tokenizer."""
+    length = min(len(phrase.split()), config.max_phrase_tokens) + 2
+    padding_mask = torch.zeros(num_phrases, length, dtype=torch.bool)
+    return torch.ones_like(padding_mask, dtype=torch.long), padding_mask
 
 
 def padded(prompts: Sequence[tuple[list[int], list[bool]]], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,3 +216,21 @@ def left_aligned(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     order = (~chosen).long().argsort(dim=1, stable=True)[:, :width]
     padding_mask = torch.arange(width, device=hidden.device) >= lengths[:, None]
     return hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1])), padding_mask
+
+
+def _check_words(phrase: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    special = [token for token in tokenizer.all_special_tokens if token in phrase]
+    if not phrase.strip() or special:
+        raise ValueError(
+            f"phrase {phrase!r}: expected some words, got "
+            + (f"the model's special token {special[0]!r} in it" if special else "an empty text")
+            + "; correct or drop this phrase."
+        )
+
+
+def _say_it_is_cut(phrase: str, num_tokens: int, max_phrase_tokens: int, num_cut: int) -> None:
+    if num_cut == 1:
+        logger.warning(
+            "phrase %r has %d tokens and is cut to cognition.max_phrase_tokens=%d; later ones are cut silently",
+            phrase, num_tokens, max_phrase_tokens,
+        )  # fmt: skip
