@@ -69,11 +69,9 @@ def train_loader(
     conversion = phrase_conversion(config, groups, seed=seed)
     if conversion is not None and rank == 0:
         records = [record for group in groups for record in group.records]
-        sample = records[:: -(-len(records) // _PHRASES_IN_STATISTICS)]
-        of_how_many = (
-            "" if len(sample) == len(records) else f" (counted on every {len(records) // len(sample)}th phrase)"
-        )
-        logger.info("%s%s", conversion.statistics(sample, epoch), of_how_many)
+        step = -(-len(records) // _PHRASES_IN_STATISTICS)
+        of_which = f" (counted on one phrase in {step})" if step > 1 else ""
+        logger.info("%s%s", conversion.statistics(records[::step], epoch), of_which)
     return TrainingLoader(
         cast(Any, GroupDataset(groups, conversion)),  # DataLoader's type is that of the samples, ours of the batches
         batch_sampler=sampler,
