@@ -479,11 +479,6 @@ def _zip_content(path: Path, data: mmap.mmap) -> _Content:
             "ordinary archive, unpack it and give the weight file inside."
         )
     folder = next(iter(folders))
-    if f"{folder}/constants.pkl" in entries or any(name.startswith(f"{folder}/code/") for name in entries):
-        raise UnsafePickleError(
-            f"{path}: expected a file of tensors, got a TorchScript archive, which is a program; nothing of it ran. "
-            "Give the model's state dict, saved with torch.save"
-        )
     order = entries.get(f"{folder}/byteorder")
     if order is not None and bytes(data[order.start : order.start + order.length]) != b"little":
         raise WeightFileError(
@@ -524,6 +519,7 @@ def _zip_entries(path: Path, data: mmap.mmap) -> dict[str, _Extent]:
     """Where each entry's bytes are; nothing is unpacked.
 
     Raises:
+        UnsafePickleError: a TorchScript archive.
         WeightFileError: cut off, compressed, encrypted, overlapping or reaching beyond the file, or a name that leaves
             its folder.
     """
@@ -532,6 +528,11 @@ def _zip_entries(path: Path, data: mmap.mmap) -> dict[str, _Extent]:
             infos, end = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, struct.error) as error:
         _raise_damaged(path, error)
+    if any(info.filename.split("/", 1)[-1].startswith(("constants.pkl", "code/")) for info in infos):
+        raise UnsafePickleError(
+            f"{path}: expected a file of tensors, got a TorchScript archive, which is a program; nothing of it ran. "
+            "Give the model's state dict, saved with torch.save."
+        )
     entries: dict[str, _Extent] = {}
     for info in infos:
         where = f"its entry {_shortened(info.filename)}"
