@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.hub import cached_file
 
 from deris_llm.cognition.base import CognitionBackend, PlannedInputs
+from deris_llm.cognition.lora import add_lora
 from deris_llm.config import CognitionConfig
 from deris_llm.data.transforms import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, normalised, warp_picture
 from deris_llm.structures import CognitionFeatures, CognitionInputs
@@ -40,9 +40,14 @@ RESERVED_POSITIONS = 2  # rows of the position tables that are never read
 REMOVED_CHARACTERS = ".,'!?\"()*#:;"
 CHARACTERS_TO_SPACES = "-/"
 HALF = (0.5, 0.5, 0.5)
+LORA_TARGETS = {  # both ways of each; o_proj is what language models, and so the config's default, call out_proj
+    **{f"{kind}_proj": rf"{kind}_proj\.[AB]" for kind in ("q", "k", "v", "out")},
+    "o_proj": r"out_proj\.[AB]",
+    "fc1": "fc1",
+    "fc2": "fc2",
+}
 
 _CLEANING = str.maketrans(dict.fromkeys(REMOVED_CHARACTERS, "") | dict.fromkeys(CHARACTERS_TO_SPACES, " "))
-_TARGET_ALIASES = {"o_proj": "out_proj"}  # the name that language models, and so `cognition.lora.targets`, use
 
 
 def clean_phrase(phrase: str) -> str:
@@ -416,16 +421,15 @@ class Beit3(CognitionBackend):
         self.is_trained = tuning == "full" or lora_r > 0
         self.model = model.requires_grad_(tuning == "full")
         if tuning == "lora" and lora_r > 0:
-            lora = LoraConfig(
+            add_lora(
+                model,
+                lora_targets,
                 r=lora_r,
-                lora_alpha=lora_alpha,
-                lora_dropout=lora_dropout,
-                target_modules=_lora_modules(model, lora_targets),
+                alpha=lora_alpha,
+                dropout=lora_dropout,
+                dtype=model.dtype,
+                paths=LORA_TARGETS,
             )
-            inject_adapter_in_model(lora, model)
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:  # peft does so itself, but not on the meta device
-                    parameter.data = parameter.data.to(model.text_embed.weight.dtype)
         self.train(self.training)
 
     @classmethod
@@ -503,7 +507,7 @@ class Beit3(CognitionBackend):
         height, width = (pixels // patch_size for pixels in inputs.pixel_values.shape[-2:])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
             hidden = self.model(
-                inputs.pixel_values.to(self.model.text_embed.weight.dtype),
+                inputs.pixel_values.to(self.model.dtype),
                 inputs.input_ids,
                 inputs.token_padding_mask,
                 image_index,
@@ -569,19 +573,3 @@ def _tokenizer_path(config: CognitionConfig) -> Path:
             "cognition.tokenizer."
         )
     return path
-
-
-def _lora_modules(model: Beit3Model, targets: Sequence[str]) -> list[str]:
-    """Full names of the linears that the targets mean: `q_proj` is that of both ways in every layer."""
-    linears: dict[str, list[str]] = {}
-    for name, module in model.encoder.named_modules(prefix="encoder"):
-        if isinstance(module, nn.Linear):
-            kind = next(part for part in reversed(name.split(".")) if part not in ("A", "B"))
-            linears.setdefault(kind, []).append(name)
-    wanted = {_TARGET_ALIASES.get(target, target) for target in targets}
-    if not wanted or (unknown := wanted - set(linears)):
-        raise ValueError(
-            f"cognition.lora.targets: expected names among {', '.join(sorted(linears))}, got "
-            f"{', '.join(sorted(unknown)) if wanted else 'none'}; correct them, or set cognition.lora.r=0 for no LoRA."
-        )
-    return [name for kind in sorted(wanted) for name in linears[kind]]

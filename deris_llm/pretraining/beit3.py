@@ -86,7 +86,7 @@ class Beit3Recipe:
 
     seed: int = 7
     vision_steps: int = 350
-    phrase_steps: int = 1600
+    phrase_steps: int = 800
     vision_batch: int = 64
     phrase_batch: int = 16
     phrases_per_image: int = 6
