@@ -32,7 +32,7 @@ from deris_llm.structures import DerisOutput, ReferringBatch
 
 GIB = 2**30
 STAGES = ("0", "1", "2", "3", "3 + offload")
-ADAM_BYTES = 12  # per trainable parameter under ZeRO: fp32 master, first and second moment
+FP32_BYTES = 4  # of a master weight or a moment of a parameter
 BUCKET_ELEMENTS = 13_000_000  # reduce_bucket_size of ds_configs/*.json
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: so many stay gathered at once
 MATCHING_COPIES = 5  # float32 tensors of all queries' points that live at once in the matcher (measured: 5.1)
@@ -253,7 +253,12 @@ def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES
         parts=tuple(_parts(model)),
         lora_modules=sum(".lora_A." in name for name in lora),
         lora_parameters=sum(lora.values()),
-        memory=tuple(memory_per_gpu(model, stage, gpus=gpus, activations=activations) for stage in stages),
+        memory=tuple(
+            memory_per_gpu(
+                model, stage, gpus=gpus, activations=activations, moments=3 if config.training.amsgrad else 2
+            )
+            for stage in stages
+        ),
         epoch=_epoch(config, gpus=gpus, tokens_per_phrase=tokens, shared_tokens=shared),
     )
 
@@ -319,7 +324,7 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def memory_per_gpu(model: nn.Module, stage: str, *, gpus: int, activations: int) -> Memory:
+def memory_per_gpu(model: nn.Module, stage: str, *, gpus: int, activations: int, moments: int = 2) -> Memory:
     """Expected peak under a ZeRO stage; stage 0 is plain data parallelism (the table in docs/design.md).
 
     Args:
@@ -327,13 +332,14 @@ def memory_per_gpu(model: nn.Module, stage: str, *, gpus: int, activations: int)
         stage: one of `STAGES`.
         gpus: processes that share the partitions.
         activations: from `simulate_step` and `matching_bytes`.
+        moments: that the optimizer keeps of a parameter: 2 of Adam and AdamW, 3 with AMSGrad.
     """
     level, offload = int(stage[0]), stage.endswith("offload")
     trainable = [p for p in model.parameters() if p.requires_grad]
     weights = _bytes(model.parameters()) + _bytes(model.buffers())
     gradients = _bytes(trainable)
     masters = level > 0 or gradients < 4 * sum(p.numel() for p in trainable)  # DeepSpeed keeps them in fp32 runs too
-    optimizer = (ADAM_BYTES if masters else ADAM_BYTES - 4) * sum(p.numel() for p in trainable)
+    optimizer = FP32_BYTES * (moments + int(masters)) * sum(p.numel() for p in trainable)
     if level == 0:  # DDP's buckets are a second set of gradients
         buffers = gradients if gpus > 1 else 0
     else:

@@ -14,7 +14,6 @@ from deris_llm.data.synthetic.world import write_world
 from deris_llm.model import build_model
 from deris_llm.perception import deformable_attention
 from deris_llm.planning import (
-    ADAM_BYTES,
     BUCKET_ELEMENTS,
     STAGES,
     ShapeSimulation,
@@ -28,6 +27,8 @@ from deris_llm.planning import (
 )
 from deris_llm.structures import ReferringBatch
 from deris_llm.testing import synthetic_batch, tiny_config, tiny_weights
+from deris_llm.training.checkpoints import moment_names
+from deris_llm.training.parameters import build_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +47,21 @@ def _loss(output) -> torch.Tensor:
     return output.presence_logit.sum() + rounds
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
-def test_weights_gradients_and_optimizer_are_the_sums_of_the_tensors(overrides, stage):
-    config = tiny_config(*overrides)
+def test_weights_gradients_and_optimizer_are_the_sums_of_the_tensors(overrides, stage, amsgrad):
+    config = tiny_config(*overrides, f"training.amsgrad={amsgrad}")
     model = build_model(config).train()
     _loss(model(_real_batch(config))).backward()
     weights = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))
     gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = build_optimizer(model, config)
     optimizer.step()
-    moments = sum(s[m].nbytes for s in optimizer.state.values() for m in ("exp_avg", "exp_avg_sq"))
+    kept = moment_names(optimizer)
+    moments = sum(s[m].nbytes for s in optimizer.state.values() for m in kept)
 
     meta = build_model(config, weights=False, device="meta")
-    alone = memory_per_gpu(meta, stage, gpus=1, activations=0)
+    alone = memory_per_gpu(meta, stage, gpus=1, activations=0, moments=len(kept))
     if stage == "3 + offload":
         assert (alone.weights, alone.optimizer) == (0, 0)
     else:
@@ -66,7 +69,7 @@ def test_weights_gradients_and_optimizer_are_the_sums_of_the_tensors(overrides, 
         assert alone.optimizer == (moments if stage == "0" else moments + gradients)  # ZeRO keeps fp32 masters besides
     assert alone.gradients == gradients
 
-    of_four = memory_per_gpu(meta, stage, gpus=4, activations=0)
+    of_four = memory_per_gpu(meta, stage, gpus=4, activations=0, moments=len(kept))
     shared = {"0": (1, 1, 1), "1": (1, 1, 4), "2": (1, 4, 4), "3": (4, 4, 4), "3 + offload": (1, 4, 1)}[stage]
     for name, over in zip(("weights", "gradients", "optimizer"), shared, strict=True):
         assert getattr(of_four, name) == -(-getattr(alone, name) // over)
@@ -187,4 +190,3 @@ def test_no_gpu_is_an_error(overrides):
 def test_constants_are_those_of_the_shipped_deepspeed_configs():
     for path in (Path(__file__).parent.parent / "ds_configs").glob("*.json"):
         assert json.loads(path.read_text())["zero_optimization"]["reduce_bucket_size"] == BUCKET_ELEMENTS, path.name
-    assert ADAM_BYTES == 3 * 4
