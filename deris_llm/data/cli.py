@@ -88,7 +88,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     table.add_column("split", no_wrap=True)
     for heading in ("refs", "phrases", "no target", "images", "in train"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("published", justify="right")
+    table.add_column("published", justify="right", min_width=9)
     for split in counts:
         known = " / ".join(f"{number:,}" for number in split.known or split.known_phrases or ()) or "-"
         verdict = " (same)" if split.is_as_published else ""
@@ -98,7 +98,7 @@ def run_check(arguments: argparse.Namespace) -> int:
             else [f"{n:,}" for n in (split.num_refs, split.num_phrases, split.num_no_target, split.num_images)]
         )
         table.add_row(split.name, *numbers, f"{split.num_images_in_train:,}", known + verdict)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for split in counts:
         if split.problem:
