@@ -14,8 +14,8 @@ covers does not matter):
     cIoU = sum of I / sum of U                   T-acc = TN / (TN + FP), of the phrases with one
     Pr@X = share of the phrases WITH a target whose IoU is >= X
 
-These are the conventions of gRefCOCO's authors (ReLA) and of the public DeRIS code; gIoU has nothing to do with the
-generalised IoU of boxes. A number that has nothing to be taken of is None, not 0, and `notes` says why: N-acc without
+These are the conventions of the public DeRIS code, `interop.parity_functions` compares the numbers; gIoU has nothing to
+do with the generalised IoU of boxes. A number that has nothing to be taken of is None, not 0, and `notes` says why: N-acc without
 no-target phrases, T-acc and Pr without target phrases, cIoU where no pixel was answered and none was asked for. The
 public code stops with a division by zero there, or reports 0.
 """
@@ -38,9 +38,7 @@ GREC_BOX_OVERLAP = 0.5
 class GresOutcome:
     """One phrase's answer against the truth; what ranks gather and metrics are made of."""
 
-    overlap: (
-        Overlap  # of the answer's mask with the truth, as counted; the quadrants above are applied by `iou`, `pixels`
-    )
+    overlap: Overlap  # of the answer's mask with the truth, as counted; `iou` and `pixels` apply the quadrants
     has_target: bool
     says_target: bool  # some query was selected
 
