@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from deris_llm.cognition import PlannedInputs, resolve_backend
 from deris_llm.config import RunConfig
+from deris_llm.data.check import known_num_phrases
 from deris_llm.data.dataset import group_by_image
 from deris_llm.data.mix import training_mix
 from deris_llm.model import Deris, build_model
@@ -37,14 +38,6 @@ BUCKET_ELEMENTS = 13_000_000  # reduce_bucket_size of ds_configs/*.json
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: so many stay gathered at once
 MATCHING_COPIES = 5  # float32 tensors of all queries' points that live at once in the matcher (measured: 5.1)
 TYPICAL_PHRASE = "the woman in the red jacket on the left"
-
-# Train splits: refs, phrases, images (REFER's own; what `deris-llm data check` compares with).
-KNOWN_TRAIN_COUNTS = {
-    "refcoco": (42_404, 120_624, 16_994),
-    "refcoco+": (42_278, 120_191, 16_992),
-    "refcocog_umd": (42_226, 80_512, 21_899),
-    "refcocog_google": (44_822, 85_474, 24_698),
-}
 
 
 @dataclass(frozen=True)
@@ -385,8 +378,7 @@ def _epoch(config: RunConfig, *, gpus: int, tokens_per_phrase: int, shared_token
     per_image = config.data.phrases_per_image
     folders = {dataset: dataset.removesuffix("_umd").removesuffix("_google") for dataset in config.data.train}
     if not any((Path(config.data.root) / folder).is_dir() for folder in folders.values()):
-        known = [KNOWN_TRAIN_COUNTS[name] for name in config.data.train if name in KNOWN_TRAIN_COUNTS]
-        phrases = sum(counts[1] for counts in known)
+        phrases = sum(known_num_phrases(f"{name}/train") for name in config.data.train)
         shown = -(-phrases // per_image)
         source = (
             f"the published train splits of {', '.join(config.data.train)} (no data under {config.data.root!r}): a bit more than "

@@ -190,3 +190,7 @@ def test_no_gpu_is_an_error(overrides):
 def test_constants_are_those_of_the_shipped_deepspeed_configs():
     for path in (Path(__file__).parent.parent / "ds_configs").glob("*.json"):
         assert json.loads(path.read_text())["zero_optimization"]["reduce_bucket_size"] == BUCKET_ELEMENTS, path.name
+
+
+def test_gres_is_planned_by_its_published_phrases():
+    assert plan_run(load_config("deris-7b-grefcoco"), gpus=8).epoch.phrases == 209_344

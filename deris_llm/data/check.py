@@ -35,6 +35,11 @@ KNOWN_PHRASES: dict[str, tuple[int, int]] = {
 """Phrases, and those of them without a target, of the published files that may have such."""
 
 
+def known_num_phrases(split: str) -> int:
+    """Phrases of the published ``dataset/split``; 0 where it is not known."""
+    return KNOWN_PHRASES[split][0] if split in KNOWN_PHRASES else KNOWN_COUNTS.get(split, (0, 0, 0))[1]
+
+
 @dataclass(frozen=True)
 class SplitCounts:
     """What a split holds, or why it cannot be read."""
