@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -71,6 +73,18 @@ def test_gradients_of_both_formulations_are_equal():
         if number == 1:
             ours, reference = ours[is_between_cells], reference[is_between_cells]
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_points_that_are_not_finite_read_nan_or_zero_and_nothing_else(bad):
+    """A diverged run must end with a loss that is not finite, not in the kernel."""
+    values, points, weights = inputs()
+    expected = sample_by_rows(values, SIZES, points, weights)
+    points[0, 0, 0, 0, 0] = bad
+    ours = sample_by_rows(values, SIZES, points, weights)
+    assert bool(ours[0, 0, :WIDTH].isnan().all()) == math.isnan(bad)
+    assert torch.equal(ours[1:], expected[1:])
+    assert torch.equal(ours[0, 1:], expected[0, 1:])
 
 
 def test_images_do_not_mix():
