@@ -79,7 +79,7 @@ def convert(
     check_new_folder(out)
     words = _checked_tokenizer(tokenizer)
     file = read_weight_file(path, allow_half=allow_half)
-    tensors, left = _encoder(file.tensors)
+    tensors, left = _encoder(path, file.tensors)
     config = architecture_from(path, tensors)
     if image_size is not None:
         tensors[_PICTURE_POSITIONS] = _resized(tensors[_PICTURE_POSITIONS], image_size, config)
@@ -148,7 +148,7 @@ def described(config: Beit3Config) -> str:
     return f"BEiT-3 {name}, {config.image_size} px, patches of {config.patch_size} px, {config.vocab_size:,} words"
 
 
-def _encoder(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _encoder(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Splits a file into our model's tensors, by our names, and what is left, with the reason."""
     found: dict[str, Tensor] = {}
     left: dict[str, str] = {}
@@ -159,6 +159,12 @@ def _encoder(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
             found[name.removeprefix(_PREFIX)] = tensor
         else:
             left[name] = next(reason for pattern, reason in _OUTSIDE if pattern.fullmatch(name))
+    if not found:
+        raise WeightFileError(
+            f"{path}: expected the weights of a BEiT-3 (names beit3.*), got {len(tensors):,} other names, e.g. "
+            f"{', '.join(sorted(tensors)[:3])}; for released DeRIS and Mask2Former files there are `deris-llm convert deris` "
+            "and `convert mask2former`."
+        )
     return found, left
 
 

@@ -253,7 +253,7 @@ def convert(path: str | Path, out: str | Path, *, allow_half: bool = False) -> C
         architecture=title,
         loaded=counted(renamed.tensors, _COUNTED),
         left=by_reason({**renamed.unused, **dict.fromkeys(file.ignored, "no weights")}),
-        fresh={"not in the file and read by nobody here": sorted(fresh)} if fresh else {},
+        fresh={"takes no part in a forward pass": sorted(fresh)} if fresh else {},
         num_half=file.num_half,
     )
     with new_folder(out) as folder:
@@ -276,7 +276,8 @@ def architecture_from(path: Path, tensors: Mapping[str, Tensor]) -> Mask2FormerC
         resnet = " (its backbone is a ResNet)" if "backbone.stem.conv1.weight" in tensors else ""
         raise WeightFileError(
             f"{path}: expected a Mask2Former with a Swin, got tensors like {', '.join(sorted(tensors)[:3])}{resnet}; give "
-            "e.g. model_final_1e7f22.pkl (Swin-S) or model_final_f6e0f6.pkl (Swin-B), COCO instance segmentation."
+            "e.g. model_final_1e7f22.pkl (Swin-S) or model_final_f6e0f6.pkl (Swin-B), COCO instance segmentation; for released "
+            "DeRIS and BEiT-3 files there are `deris-llm convert deris` and `convert beit3`."
         )
 
     def shape(name: str) -> tuple[int, ...]:

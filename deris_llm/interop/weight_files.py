@@ -3,14 +3,13 @@
 torch's zip and legacy formats, safetensors, and detectron2's pickles of numpy arrays. `torch.load` is not used: it makes
 a tensor as large as the file says, and `weights_only=True` refuses the metrics (numpy scalars) that training scripts
 keep beside their weights. Here a file's pickle is first read into descriptions of tensors (`RestrictedUnpickler`; every
-name in `_ALLOWED` resolves to a stand-in of ours), all sizes are checked against the bytes that are there, and only the
-tensors of the state dict are made, as views of the mapped file. Entries that are not wanted (optimizer, metrics, ...)
-are never made.
+name in `weight_pickles.ALLOWED` resolves to a stand-in of ours), all sizes are checked against the bytes that are there,
+and only the tensors of the state dict are made, as views of the mapped file. Entries that are not wanted (optimizer,
+metrics, ...) are never made.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
 import math
 import mmap
@@ -21,19 +20,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from deris_llm.interop.unpickle import DAMAGE, RestrictedUnpickler, StandIn, UnsafePickleError, pickle_end
+from deris_llm.interop.unpickle import DAMAGE, RestrictedUnpickler, UnsafePickleError, pickle_end
+from deris_llm.interop.weight_pickles import ALLOWED, Array, Storage, TensorSpec, shortened, shown, storage_of
 
 STATE_KEYS = ("state_dict", "model", "module")
 """Where a state dict is in a file that holds more: DeRIS; BEiT-3 and detectron2; what DeepSpeed writes."""
 
 _MAX_PICKLE = 64 * 2**20  # of names and shapes; the longest key list in use makes 0.3 MB
 _MAX_ARRAY_PICKLE = 16 * 2**30
+_MAX_NAME = 500  # characters
+_MAX_SHARING = 8  # how many times the file's size all tensors together may be; tied weights are there twice
 _HALF = (torch.float16, torch.bfloat16)
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -87,14 +88,15 @@ def read_weight_file(path: str | Path, *, allow_half: bool = False) -> WeightFil
     else:
         content, make = _safetensors_content(path)
     found, ignored = _state_dict(path, content)
+    _check_total(path, found, len(data))
     tensors: dict[str, Tensor] = {}
     strange = []
     for name, value in found.items():
         tensor = make(value)
-        if tensor is not None and isinstance(name, str) and name.isprintable():
+        if tensor is not None and isinstance(name, str) and name.isprintable() and len(name) <= _MAX_NAME:
             tensors[name] = tensor
         else:
-            strange.append(f"{_shortened(name)} ({_described(value)})")
+            strange.append(f"{shortened(name)} ({_described(value)})")
     if strange:
         raise WeightFileError(
             f"{path}: expected a state dict of tensors by name, got {len(strange):,} other entries in it: "
@@ -175,13 +177,13 @@ def _state_dict(path: Path, content: Any) -> tuple[Mapping[Any, Any], tuple[str,
         )
     for key in STATE_KEYS:
         if isinstance(content.get(key), dict):
-            found, ignored = content[key], tuple(_shown(other) for other in content if other != key)
+            found, ignored = content[key], tuple(shown(other) for other in content if other != key)
             break
     else:
-        if not any(isinstance(value, Tensor | _TensorSpec | _Array) for value in content.values()):
+        if not any(isinstance(value, Tensor | TensorSpec | Array) for value in content.values()):
             raise WeightFileError(
                 f"{path}: expected a dict of tensors, or one under {' or '.join(STATE_KEYS)}, got one with the keys "
-                f"{', '.join(repr(key) for key in list(content)[:10]) or 'none'}; give the file of a model's weights."
+                f"{', '.join(shortened(key) for key in list(content)[:10]) or 'none'}; give the file of a model's weights."
             )
         found, ignored = content, ()
     if not found:
@@ -189,260 +191,31 @@ def _state_dict(path: Path, content: Any) -> tuple[Mapping[Any, Any], tuple[str,
     return found, ignored
 
 
+def _check_total(path: Path, found: Mapping[Any, Any], file_size: int) -> None:
+    """Refuses a file that names the same values so often that copies of them would fill memory."""
+    total = sum(
+        math.prod(value.size) * value.storage.dtype.itemsize if isinstance(value, TensorSpec) else len(value.raw or b"")
+        for value in found.values()
+        if isinstance(value, TensorSpec | Array)
+    )
+    if total > _MAX_SHARING * file_size:
+        raise WeightFileError(
+            f"{path}: expected tensors of at most {_MAX_SHARING} times the file's {file_size:,} bytes, got {total:,} bytes "
+            f"in {len(found):,} tensors that share their values; give a file that torch.save wrote of a model."
+        )
+
+
 def _described(value: Any) -> str:
-    if isinstance(value, _TensorSpec):
+    if isinstance(value, TensorSpec):
         return "a tensor"
-    if isinstance(value, _Array):
+    if isinstance(value, Array):
         return f"an array of {value.dtype}"
     return type(value).__name__.lstrip("_")
 
 
-# -- stand-ins of what pickles of weights name ------------------------------------------------------------------------
-
-
-class _StorageType(NamedTuple):
-    dtype: torch.dtype
-
-
-class _Storage(NamedTuple):
-    """A run of values in the file."""
-
-    dtype: torch.dtype
-    key: str
-    numel: int  # values that the pickle says it has
-    start: int  # first value of it that a tensor sees (views of the legacy format), else 0
-
-
-class _TensorSpec(NamedTuple):
-    """A tensor as its pickle describes it, checked against the size of its storage."""
-
-    storage: _Storage
-    offset: int  # values from the storage's start
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-class _Plain(dict):
-    """What OrderedDict, Counter and their attributes become: a dict whose attributes nobody can set."""
-
-    __slots__ = ()
-
-    def __setstate__(self, state: object) -> None:
-        """Drops attributes (`_metadata` of a state dict)."""
-
-
-class _NumpyType:
-    """A numpy dtype of numbers; `BUILD` brings its byte order."""
-
-    __slots__ = ("code", "order")
-
-    def __init__(self, code: str) -> None:
-        self.code = code
-        self.order = "<"
-
-    def __setstate__(self, state: object) -> None:
-        """Takes the byte order of numpy's (version, order, subarray, names, fields, ...)."""
-        if not isinstance(state, tuple) or len(state) < 5 or state[1] not in ("<", ">", "|", "=") or any(state[2:5]):
-            raise UnsafePickleError("a numpy dtype that is no plain number")
-        self.order = state[1]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(("<" if self.order == "=" else self.order) + self.code)
-
-
-class _Array:
-    """A numpy array as its pickle describes it; made only once shape, type and bytes agree."""
-
-    __slots__ = ("dtype", "is_fortran", "raw", "shape")
-
-    def __init__(self) -> None:
-        self.shape: tuple[int, ...] = ()
-        self.dtype = np.dtype(np.float32)
-        self.is_fortran = False
-        self.raw: bytes | bytearray | None = None
-
-    def fill(self, shape: object, kind: object, raw: object, *, is_fortran: bool) -> _Array:
-        sizes = _integers(shape, "a numpy array's shape")
-        if not isinstance(kind, _NumpyType):
-            raise UnsafePickleError("a numpy array without a plain dtype")
-        if not isinstance(raw, bytes | bytearray):
-            raise UnsafePickleError("a numpy array whose content is not bytes")
-        if math.prod(sizes) * kind.dtype.itemsize != len(raw):
-            raise UnsafePickleError(
-                f"a numpy array of shape {sizes} and dtype {kind.dtype} ({math.prod(sizes) * kind.dtype.itemsize:,} bytes) "
-                f"while it brings {len(raw):,} bytes"
-            )
-        self.shape, self.dtype, self.is_fortran, self.raw = sizes, kind.dtype, is_fortran, raw
-        return self
-
-    def __setstate__(self, state: object) -> None:
-        """Takes numpy's (version, shape, dtype, is Fortran order, bytes)."""
-        if not isinstance(state, tuple) or len(state) != 5:
-            raise UnsafePickleError("a numpy array in an unknown form")
-        self.fill(state[1], state[2], state[4], is_fortran=bool(state[3]))
-
-    def tensor(self) -> Tensor | None:
-        if self.raw is None or self.dtype.kind not in "fiub":
-            return None
-        values = np.frombuffer(self.raw, self.dtype).reshape(self.shape, order="F" if self.is_fortran else "C")
-        return torch.from_numpy(np.array(values, dtype=self.dtype.newbyteorder("="), order="C"))
-
-
-def _integers(value: object, what: str) -> tuple[int, ...]:
-    if not isinstance(value, tuple | list) or not all(type(item) is int and item >= 0 for item in value):
-        raise UnsafePickleError(f"{what} that is no list of whole numbers")
-    if len(value) > 8:
-        raise UnsafePickleError(f"{what} of {len(value):,} axes")
-    return tuple(value)
-
-
-def _plain_dict(items: object = ()) -> _Plain:
-    if isinstance(items, dict):
-        return _Plain(items)
-    if not isinstance(items, list | tuple) or not all(
-        isinstance(item, list | tuple) and len(item) == 2 for item in items
-    ):
-        raise UnsafePickleError("a dict of something that is no list of pairs")
-    return _Plain(tuple(item) for item in items)
-
-
-def _plain_set(items: object = ()) -> set[Any]:
-    if not isinstance(items, list | tuple):
-        raise UnsafePickleError("a set of something that is no list")
-    return set(items)
-
-
-def _plain_tuple(items: object = ()) -> tuple[Any, ...]:
-    if not isinstance(items, list | tuple):
-        raise UnsafePickleError("a torch.Size of something that is no list")
-    return tuple(items)
-
-
-def _device(name: object, index: object = None) -> str:
-    return f"{name}:{index}" if index is not None else str(name)
-
-
-def _encoded(text: object, encoding: object = "utf-8") -> bytes:
-    """`_codecs.encode`, by which protocol 2 writes bytes."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise UnsafePickleError(f"_codecs.encode with {encoding!r}")
-    return codecs.latin_1_encode(text)[0]
-
-
-def _numpy_type(code: object, *_: object) -> _NumpyType:
-    if not isinstance(code, str) or not re.fullmatch(r"f[248]|[iu][1248]|b1", code):
-        raise UnsafePickleError(f"the numpy dtype {code!r}, which is no plain number")
-    return _NumpyType(code)
-
-
-def _numpy_scalar(kind: object, raw: object) -> object:
-    array = _Array().fill((), kind, raw, is_fortran=False)
-    return np.frombuffer(array.raw or b"", array.dtype)[0].item()
-
-
-def _numpy_array(subtype: object, shape: object, typecode: object) -> _Array:
-    """`_reconstruct`, which numpy always calls with these arguments and fills by BUILD."""
-    if subtype != "numpy.ndarray" or shape != (0,) or typecode not in (b"b", "b"):
-        raise UnsafePickleError("a numpy array in an unknown form")
-    return _Array()
-
-
-def _numpy_from_buffer(raw: object, kind: object, shape: object, order: object) -> _Array:
-    return _Array().fill(shape, kind, raw, is_fortran=order == "F")
-
-
-def _tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> _TensorSpec:
-    """`_rebuild_tensor_v2`: requires_grad, hooks and metadata are dropped."""
-    if not isinstance(storage, _Storage):
-        raise UnsafePickleError("a tensor whose storage is none")
-    if type(offset) is not int or offset < 0:
-        raise UnsafePickleError("a tensor whose offset is no whole number")
-    sizes, strides = _integers(size, "a tensor's shape"), _integers(stride, "a tensor's stride")
-    if len(sizes) != len(strides):
-        raise UnsafePickleError("a tensor whose shape and stride differ in length")
-    last = offset + sum((length - 1) * step for length, step in zip(sizes, strides, strict=True))
-    numel = math.prod(sizes)
-    if numel and (last >= storage.numel or numel > storage.numel):
-        raise UnsafePickleError(
-            f"a tensor of shape {sizes}, stride {strides} and offset {offset:,} in a storage of {storage.numel:,} values"
-        )
-    return _TensorSpec(storage, offset, sizes, strides)
-
-
-def _parameter(tensor: object, *_: object) -> _TensorSpec:
-    """`_rebuild_parameter`: a parameter is its tensor."""
-    if not isinstance(tensor, _TensorSpec):
-        raise UnsafePickleError("a parameter of something that is no tensor")
-    return tensor
-
-
-_STORAGE_TYPES = {
-    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-}  # fmt: skip
-_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _plain_dict,
-    "collections.Counter": _plain_dict,
-    "builtins.set": _plain_set,
-    "__builtin__.set": _plain_set,  # protocol 2 gives names of Python 2
-    "torch.Size": _plain_tuple,
-    "torch.device": _device,
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "_codecs.encode": _encoded,
-    "numpy.dtype": _numpy_type,
-    **{
-        f"numpy.{core}.multiarray.{name}": function
-        for core in ("core", "_core")
-        for name, function in (("scalar", _numpy_scalar), ("_reconstruct", _numpy_array))
-    },
-    **{f"numpy.{core}.numeric._frombuffer": _numpy_from_buffer for core in ("core", "_core")},
-}
-_ALLOWED: dict[str, Any] = {
-    **{name: StandIn(name, function) for name, function in _FUNCTIONS.items()},
-    "numpy.ndarray": "numpy.ndarray",
-    **{f"torch.{name}": _StorageType(dtype) for name, dtype in _STORAGE_TYPES.items()},
-    **{f"torch.{name}": f"torch.{name}" for name in _DTYPES},
-}
-"""All that a pickle of weights may name, and what it gets instead. Nothing here is torch's or numpy's own."""
-
-
-def _storage_of(pid: object) -> _Storage:
-    """What torch's persistent ids stand for: ("storage", type, key, location, values[, view])."""
-    if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
-        raise UnsafePickleError(f"the persistent id {_shortened(pid)}")
-    kind, key, numel = pid[1], pid[2], pid[4]
-    if not isinstance(kind, _StorageType) or not isinstance(key, str) or type(numel) is not int or numel < 0:
-        raise UnsafePickleError(f"the persistent id {_shortened(pid)}")
-    start = 0
-    if len(pid) == 6 and pid[5] is not None:  # the legacy format's view: (key, offset, size)
-        if not isinstance(pid[5], tuple) or len(pid[5]) != 3:
-            raise UnsafePickleError(f"the persistent id {_shortened(pid)}")
-        start, length = _integers(pid[5][1:], "a storage's view")
-        if start + length > numel:
-            raise UnsafePickleError(f"values {start:,} to {start + length:,} of a storage of {numel:,} values")
-        numel = length
-    return _Storage(kind.dtype, key, numel, start)
-
-
-def _shown(name: object) -> str:
-    """A name of the file for a message: as it is where it cannot upset a terminal."""
-    return name if isinstance(name, str) and name.isprintable() and len(name) <= 80 else _shortened(name)
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."
-
-
 def _unpickled(path: Path, data: bytes, *, storage: Callable[[object], Any] | None) -> Any:
     unpickler = RestrictedUnpickler(
-        path, data, allowed=_ALLOWED, expected="a file of tensors and plain values", advice=f"{_GUARD}.",
+        path, data, allowed=ALLOWED, expected="a file of tensors and plain values", advice=f"{_GUARD}.",
         storage=storage,
     )  # fmt: skip
     try:
@@ -454,7 +227,8 @@ def _unpickled(path: Path, data: bytes, *, storage: Callable[[object], Any] | No
 
 
 def _raise_damaged(path: Path, error: Exception | str) -> NoReturn:
-    detail = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    detail = error if isinstance(error, str) else f"{type(error).__name__}: {error}"[:300]
+    detail = detail if detail.isprintable() else ascii(detail)
     raise WeightFileError(
         f"{path}: expected a whole weight file, got one that breaks off or is damaged ({detail}); download it again."
     ) from (error if isinstance(error, Exception) else None)
@@ -473,7 +247,7 @@ def _zip_content(path: Path, data: mmap.mmap) -> _Content:
     folders = {name.split("/")[0] for name in entries}
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(folders) != 1 or len(pickles) != 1:
-        listed = ", ".join(_shown(name) for name in list(entries)[:10]) or "nothing in it"
+        listed = ", ".join(shown(name) for name in list(entries)[:10]) or "nothing in it"
         raise WeightFileError(
             f"{path}: expected a zip that torch.save wrote (one folder with data.pkl), got one with {listed}; if it is an "
             "ordinary archive, unpack it and give the weight file inside."
@@ -493,24 +267,26 @@ def _zip_content(path: Path, data: mmap.mmap) -> _Content:
     pickled = bytes(data[extent.start : extent.start + extent.length])
     _checked_end(path, pickled)
 
-    def storage(pid: object) -> _Storage:
-        found = _storage_of(pid)
+    def storage(pid: object) -> Storage:
+        found = storage_of(pid)
         name = f"{folder}/data/{found.key}"
         if name not in entries:
-            raise UnsafePickleError(f"the storage {name!r}, which the file does not have")
+            raise UnsafePickleError(f"the storage {shortened(name)}, which the file does not have")
         if found.numel * found.dtype.itemsize > entries[name].length:
             raise UnsafePickleError(
                 f"{found.numel:,} values of {found.dtype} ({found.numel * found.dtype.itemsize:,} bytes) of the storage "
-                f"{name!r}, which has {entries[name].length:,} bytes"
+                f"{shortened(name)}, which has {entries[name].length:,} bytes"
             )
         return found
 
     content = _unpickled(path, pickled, storage=storage)
 
+    maker = _Maker(data)
+
     def make(value: Any) -> Tensor | None:
-        if not isinstance(value, _TensorSpec):
+        if not isinstance(value, TensorSpec):
             return _made_array(value)
-        return _made(value, data, entries[f"{folder}/data/{value.storage.key}"].start)
+        return maker.made(value, entries[f"{folder}/data/{value.storage.key}"])
 
     return _Content(content, make)
 
@@ -535,7 +311,7 @@ def _zip_entries(path: Path, data: mmap.mmap) -> dict[str, _Extent]:
         )
     entries: dict[str, _Extent] = {}
     for info in infos:
-        where = f"its entry {_shortened(info.filename)}"
+        where = f"its entry {shortened(info.filename)}"
         parts = info.orig_filename.replace("\\", "/").split("/")
         if ".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in info.orig_filename:
             _raise_hostile(path, f"{where} has a name that leads out of its folder")
@@ -599,17 +375,17 @@ def _pickle_content(path: Path, data: mmap.mmap) -> _Content:
 def _legacy_content(path: Path, data: mmap.mmap, position: int) -> _Content:
     """After the magic number: protocol, machine, the content, the storages' keys; then each storage's length and bytes."""
     parts = []
-    declared: dict[str, _Storage] = {}
+    declared: dict[str, Storage] = {}
 
-    def storage(pid: object) -> _Storage:
-        found = _storage_of(pid)
+    def storage(pid: object) -> Storage:
+        found = storage_of(pid)
         if found.numel * found.dtype.itemsize > len(data):
             raise UnsafePickleError(
                 f"{found.numel:,} values of {found.dtype} ({found.numel * found.dtype.itemsize:,} bytes) in a file of "
                 f"{len(data):,} bytes"
             )
         if declared.setdefault(found.key, found).dtype != found.dtype:
-            raise UnsafePickleError(f"the storage {found.key!r} with two types")
+            raise UnsafePickleError(f"the storage {shortened(found.key)} with two types")
         return found
 
     for number in range(4):
@@ -621,26 +397,29 @@ def _legacy_content(path: Path, data: mmap.mmap, position: int) -> _Content:
     if protocol != _LEGACY_PROTOCOL or not isinstance(machine, dict) or not machine.get("little_endian", False):
         raise WeightFileError(
             f"{path}: expected torch's legacy format, protocol {_LEGACY_PROTOCOL}, little-endian, got protocol "
-            f"{_shortened(protocol)} of {_shortened(machine)}; save it again with a current torch."
+            f"{shortened(protocol)} of {shortened(machine)}; save it again with a current torch."
         )
-    if not isinstance(keys, list) or len(set(map(str, keys))) != len(keys) or set(keys) != set(declared):
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(declared):
         _raise_damaged(path, "its list of storages is not that of its tensors")
     extents: dict[str, _Extent] = {}
     for key in keys:
         numel = int.from_bytes(data[position : position + 8], "little", signed=True)
         length = numel * declared[key].dtype.itemsize
         if position + 8 > len(data) or numel < 0 or position + 8 + length > len(data):
-            _raise_damaged(path, f"storage {key!r} of {numel:,} values at byte {position:,} of {len(data):,}")
+            _raise_damaged(path, f"storage {shortened(key)} of {numel:,} values at byte {position:,} of {len(data):,}")
         extents[key] = _Extent(position + 8, length)
         position += 8 + length
+    maker = _Maker(data)
 
     def make(value: Any) -> Tensor | None:
-        if not isinstance(value, _TensorSpec):
+        if not isinstance(value, TensorSpec):
             return _made_array(value)
         extent = extents[value.storage.key]
         if (value.storage.start + value.storage.numel) * value.storage.dtype.itemsize > extent.length:
-            _raise_damaged(path, f"storage {value.storage.key!r} has {extent.length:,} bytes, too few for its tensors")
-        return _made(value, data, extent.start)
+            _raise_damaged(
+                path, f"storage {shortened(value.storage.key)} has {extent.length:,} bytes, too few for its tensors"
+            )
+        return maker.made(value, extent)
 
     return _Content(content, make)
 
@@ -660,22 +439,30 @@ def _checked_end(path: Path, pickled: bytes) -> int:
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _made(spec: _TensorSpec, data: mmap.mmap, start: int) -> Tensor:
-    """The tensor of a checked description: a view of the mapped file, or a copy where its place is not aligned."""
-    storage, itemsize = spec.storage, spec.storage.dtype.itemsize
-    if math.prod(spec.size) == 0:
-        return torch.empty(spec.size, dtype=storage.dtype)
-    start += storage.start * itemsize
-    if start % itemsize:
-        flat = torch.frombuffer(data, dtype=torch.uint8, count=storage.numel * itemsize, offset=start).clone()
-        flat = flat.view(storage.dtype)
-    else:
-        flat = torch.frombuffer(data, dtype=storage.dtype, count=storage.numel, offset=start)
-    return flat.as_strided(spec.size, spec.stride, spec.offset)
+class _Maker:
+    """Makes tensors of checked descriptions: views of the mapped file, or of a copy where a place is not aligned."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._copies: dict[tuple[int, torch.dtype], Tensor] = {}  # by byte in the file; one for all tensors in it
+
+    def made(self, spec: TensorSpec, extent: _Extent) -> Tensor:
+        dtype = spec.storage.dtype
+        if math.prod(spec.size) == 0:
+            return torch.empty(spec.size, dtype=dtype)
+        offset = spec.storage.start + spec.offset
+        if extent.start % dtype.itemsize == 0:
+            count = extent.length // dtype.itemsize
+            flat = torch.frombuffer(self._data, dtype=dtype, count=count, offset=extent.start)
+            return flat.as_strided(spec.size, spec.stride, offset)
+        if (extent.start, dtype) not in self._copies:
+            raw = torch.frombuffer(self._data, dtype=torch.uint8, count=extent.length, offset=extent.start).clone()
+            self._copies[extent.start, dtype] = raw[: extent.length // dtype.itemsize * dtype.itemsize].view(dtype)
+        return self._copies[extent.start, dtype].as_strided(spec.size, spec.stride, offset)
 
 
 def _made_array(value: Any) -> Tensor | None:
-    return value.tensor() if isinstance(value, _Array) else None
+    return value.tensor() if isinstance(value, Array) else None
 
 
 def _safetensors_content(path: Path) -> _Content:

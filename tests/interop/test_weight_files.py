@@ -508,6 +508,51 @@ def test_tensors_larger_than_their_storage(tmp_path: Path, value: Any, told: str
     refused(legacy_file(tmp_path / "b.pth", pickled, keys=["0"], storages=storages), told)
 
 
+@pytest.mark.parametrize("container", ["zip", "legacy"])
+def test_many_names_for_the_same_values_do_not_fill_memory(tmp_path: Path, container: str):
+    """A thousand names for 1 MiB: views until somebody converts or copies them."""
+    one = tensor(floats(2**18), size=(2**18,))
+    pickled = dumps({"model": {f"a{number}": one for number in range(1000)}})
+    if container == "zip":
+        path = zip_file(tmp_path / "a.pth", pickled, {"archive/data/0": bytes(2**20)})
+    else:
+        storages = struct.pack("<q", 2**18) + bytes(2**20)
+        path = legacy_file(tmp_path / "a.pth", pickled, keys=["0"], storages=storages)
+    refused(path, "1,048,576,000 bytes in 1,000 tensors that share their values")
+
+
+def test_many_names_for_the_same_array_do_not_fill_memory(tmp_path: Path):
+    array = np.zeros(2**18, np.float32)
+    path = array_file(tmp_path / "a.pkl", pickle.dumps({"model": dict.fromkeys(map(str, range(1000)), array)}))
+    refused(path, "1,000 tensors that share their values")
+    path.write_bytes(pickle.dumps({"model": {"a": array, "b": array}}))
+    found = read_weight_file(path).tensors
+    assert found["a"].data_ptr() == found["b"].data_ptr()  # tied, as they were
+
+
+def test_values_whose_text_is_huge_are_shown_in_short(tmp_path: Path):
+    laughs: Any = "ha"
+    for _ in range(40):  # 2 ** 40 times ha
+        laughs = [laughs, laughs]
+    for content in (
+        Stored("storage", laughs),
+        Stored("storage", torch.FloatStorage, laughs, "cpu", 2),
+        {"model": {"a": tensor(floats(), offset=laughs)}},
+        {"model": {"a": Calls(__import__("_codecs").encode, "x", laughs)}},
+        {"model": {"a": laughs}},
+        {2**100_000: 1},
+    ):
+        for container in (zip_file, legacy_file):
+            assert len(refused(container(tmp_path / "a.pth", dumps(content)))) < 1000
+    refused(array_file(tmp_path / "a.pkl", dumps({"model": {"n" * 10**6: 1}})), "nnn...")
+
+
+@pytest.mark.parametrize("size", [(2**62,), (2**40, 2**40), (2**100_000,)])
+def test_numbers_beyond_all_sizes(tmp_path: Path, size: tuple[int, ...]):
+    pickled = dumps({"model": {"a": tensor(floats(), size=size, stride=(1,) * len(size))}})
+    assert len(refused(zip_file(tmp_path / "a.pth", pickled, {"archive/data/0": bytes(8)}))) < 1000
+
+
 @pytest.mark.parametrize("numel", [3, TEN_GB, 2**62, -1])
 def test_legacy_storages_larger_than_the_file(tmp_path: Path, numel: int):
     pickled = dumps({"model": {"a": tensor(floats())}})
