@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import pickle
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     SwinConfig,
+    ViltConfig,
+    ViltForMaskedLM,
 )
 
 from deris_llm.cognition import CognitionBackend, CognitionProcessor, build_processor
@@ -177,6 +180,33 @@ def tiny_bert_weights(folder: Path) -> list[str]:
         BertForPreTraining(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return ["cognition.backend=bert", f"cognition.weights={folder}", "cognition.max_phrase_tokens=20"]
+
+
+def tiny_vilt_weights(folder: Path) -> list[str]:
+    """Writes a tiny ViLT with random weights, as published with its pre-training head, tokenizer, image processor.
+
+    Returns:
+        overrides for `tiny_config`, on top of those of `tiny_weights`.
+    """
+    tokenizer = BertTokenizer().train_new_from_iterator(_CORPUS, vocab_size=200)
+    config = ViltConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=24, image_size=24, patch_size=6,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ViltForMaskedLM(config)
+        torch.nn.init.normal_(model.vilt.embeddings.position_embeddings, std=0.02)  # zero where transformers makes it
+        model.save_pretrained(folder)
+    preprocessor = {"image_processor_type": "ViltImageProcessor", "size": 24, "size_divisor": 6}  # as published
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    return [
+        "cognition.backend=vilt",
+        f"cognition.weights={folder}",
+        "cognition.max_phrase_tokens=20",
+        "cognition.grid=6",
+    ]
 
 
 def _tiny_qwen_tokenizer(*more: str) -> PreTrainedTokenizerBase:

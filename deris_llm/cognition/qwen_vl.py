@@ -9,8 +9,7 @@ and its mergers are frozen and run once per image. With the image first, the phr
 (`shared_prefix.py`), each at its own multimodal rotary positions.
 
 The contract has one map size for a batch, so the map of every picture is resampled to `cognition.grid` rows and columns,
-a fixed number: results do not depend on what shares the batch. Like the perception branch's warped square, that map does
-not keep the aspect, and a cell of one lies over the same part of the picture in the other.
+a fixed number: results do not depend on what shares the batch.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from transformers import (
 
 from deris_llm.cognition.base import CognitionBackend, PlannedInputs
 from deris_llm.cognition.lora import add_lora
+from deris_llm.cognition.maps import resampled_maps
 from deris_llm.cognition.prompts import PromptTokenizer, left_aligned, padded
 from deris_llm.cognition.qwen2_ov import IMAGE_TOKEN, PLANNED_TEXT_TOKENS, attention_kernels
 from deris_llm.cognition.shared_prefix import first_phrases, pack_prompts
@@ -287,7 +287,7 @@ class QwenVL(CognitionBackend):
         text_feats, text_padding_mask = left_aligned(own_PLD, chosen_PL)
         last = is_own_PL.sum(dim=1) - 1
         return CognitionFeatures(
-            image_feats=_resampled_maps(image_hidden, grids, self.grid),
+            image_feats=resampled_maps(image_hidden, grids, self.grid),
             image_feats_index=image_feats_index,
             text_feats=text_feats,
             text_padding_mask=text_padding_mask,
@@ -386,25 +386,6 @@ def resized_size(height: int, width: int, token_size: int, *, min_pixels: int, m
             "picture; crop or pad it, drop it, or raise cognition.max_pixels."
         )
     return resized
-
-
-def _resampled_maps(tokens: Tensor, grids: Tensor, side: int) -> Tensor:
-    """Image tokens (n, D) of maps of `grids` (R, 2) rows and columns, row-major -> float (R, D, side, side).
-
-    Bilinear, antialiased where a map is reduced.
-    """
-    maps = tokens.split(grids.prod(dim=1).tolist())
-    resampled = [
-        F.interpolate(
-            cells.float().unflatten(0, (rows, columns)).permute(2, 0, 1)[None],
-            size=(side, side),
-            mode="bilinear",
-            align_corners=False,
-            antialias=True,
-        )
-        for cells, (rows, columns) in zip(maps, grids.tolist(), strict=True)
-    ]
-    return torch.cat(resampled).to(tokens.dtype)
 
 
 def _planned_inputs(

@@ -13,6 +13,7 @@ BUILT_IN = {
     "qwen2_ov": "deris_llm.cognition.qwen2_ov:Qwen2OneVision",
     "qwen_vl": "deris_llm.cognition.qwen_vl:QwenVL",
     "beit3": "deris_llm.cognition.beit3:Beit3",
+    "vilt": "deris_llm.cognition.vilt:Vilt",
     "bert": "deris_llm.cognition.bert:Bert",
 }
 ENTRY_POINT_GROUP = "deris_llm.cognition_backends"

@@ -1,0 +1,277 @@
+"""ViLT: one encoder over the words and the patches of a picture, without a vision tower (paper, Table 3).
+
+I images, P phrases, T tokens of a phrase, N of the patches of the picture with most, h w rows and columns of a picture's
+patches, D width.
+
+Words and patches read each other in every layer, so the image features depend on the phrase: the encoder runs once per
+phrase, the patch embedding once per image. Pictures keep their aspect: the shorter side becomes the image processor's
+size, a patch is 32 x 32 px, and each picture has its own grid of patches, resampled to `cognition.grid` rows and columns
+at the end.
+
+transformers' own patch embedding shuffles a picture's patches, samples of them where `max_image_length` is set, and fills
+shorter pictures of a batch with random patches that nobody sees. Here all patches are taken, in row-major order, nothing
+is random, and the encoder gets them as `image_embeds`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import ViltConfig, ViltImageProcessor, ViltModel
+
+from deris_llm.cognition.base import CognitionBackend, PlannedInputs
+from deris_llm.cognition.lora import BERT_PATHS, add_lora
+from deris_llm.cognition.maps import resampled_maps
+from deris_llm.cognition.prompts import (
+    PhraseTokenizer,
+    check_max_phrase_tokens,
+    load_phrase_tokenizer,
+    padded,
+    planned_phrases,
+)
+from deris_llm.config import CognitionConfig
+from deris_llm.structures import CognitionFeatures, CognitionInputs
+from deris_llm.weights import architecture_of, load_pretrained, resolve_weights
+
+LONGEST_ASPECT = 1333 / 800  # the image processor reduces a picture whose longer side would be longer than this
+PLANNED_ASPECT = 640 / 480  # a usual picture of COCO
+
+
+class ViltProcessor:
+    """Pictures resized with their aspect; phrases cut into word pieces."""
+
+    def __init__(self, phrases: PhraseTokenizer, image_processor: ViltImageProcessor, *, patch_size: int) -> None:
+        """Keeps what is needed to prepare batches.
+
+        Args:
+            phrases: of the weights.
+            image_processor: of the weights.
+            patch_size: px, side of a patch.
+        """
+        self.phrases = phrases
+        self.image_processor = image_processor
+        self.patch_size = patch_size
+
+    def __call__(
+        self, images: Sequence[Image.Image], phrases: Sequence[str], image_index: Sequence[int]
+    ) -> CognitionInputs:
+        """See `CognitionProcessor`. `pixel_values` is padded at the right and the bottom; `image_grid` has the patches.
+
+        Raises:
+            ValueError: a picture is too thin.
+        """
+        for image in images:
+            self._check_aspect(image)
+        pixels = self.image_processor([image.convert("RGB") for image in images], return_tensors="pt")
+        is_picture = pixels["pixel_mask"]
+        sizes = torch.stack([is_picture[:, :, 0].sum(dim=1), is_picture[:, 0].sum(dim=1)], dim=1)
+        input_ids, padding_mask, text_feature_mask = padded(
+            [self.phrases.encode(phrase) for phrase in phrases], self.phrases.pad_token_id
+        )
+        return CognitionInputs(
+            pixel_values=pixels["pixel_values"],
+            input_ids=input_ids,
+            token_padding_mask=padding_mask,
+            text_feature_mask=text_feature_mask,
+            image_grid=sizes // self.patch_size,
+        )
+
+    def _check_aspect(self, image: Image.Image) -> None:
+        shorter = self.image_processor.size["shortest_edge"]
+        reduced = int(LONGEST_ASPECT * shorter) * min(image.size) / max(image.size)
+        side = int(min(shorter, reduced) + 0.5)
+        if side < self.image_processor.size_divisor:
+            raise ValueError(
+                f"picture of {image.width} x {image.height} px: expected at least one patch "
+                f"({self.image_processor.size_divisor} px) along its shorter side, which would become {side} px, got a "
+                "thinner picture; crop or pad it, or drop it."
+            )
+
+
+class Vilt(CognitionBackend):
+    """transformers' `ViltModel` without its pooler, trained whole or with LoRA."""
+
+    def __init__(
+        self,
+        model: ViltModel,
+        *,
+        grid: int,
+        tuning: Literal["lora", "full"],
+        lora_r: int,
+        lora_alpha: int,
+        lora_dropout: float,
+        lora_targets: Sequence[str],
+    ) -> None:
+        """Sets what trains.
+
+        Args:
+            model: loaded, or on the meta device.
+            grid: rows and columns of the image features.
+            tuning: full: all of it, LoRA options are ignored; lora: nothing of it but LoRA.
+            lora_r: rank; 0 = none, the model stays frozen.
+            lora_alpha: the update is scaled by alpha / r.
+            lora_dropout: before the update.
+            lora_targets: names of `BERT_PATHS`.
+        """
+        super().__init__()
+        self.feature_dim = model.config.hidden_size
+        self.grid = grid
+        self.is_trained = tuning == "full" or lora_r > 0
+        self.model = model.requires_grad_(tuning == "full")
+        if tuning == "lora" and lora_r > 0:
+            add_lora(
+                model,
+                lora_targets,
+                r=lora_r,
+                alpha=lora_alpha,
+                dropout=lora_dropout,
+                dtype=model.dtype,
+                paths=BERT_PATHS,
+            )
+        self.train(self.training)
+
+    @classmethod
+    def build(cls, config: CognitionConfig, *, weights: bool, dtype: torch.dtype) -> Self:
+        """See `CognitionBackend`."""
+        model = load_pretrained(
+            _ViltWithoutPooler,
+            config.weights,
+            _architecture(config, weights=weights),
+            weights=weights,
+            dtype=dtype,
+            left_in_file=(
+                "*pooler.*", "*mlm_score.*", "*classifier.*", "*rank_output.*", "*position_ids", "*token_type_ids",
+            ),
+        )  # fmt: skip
+        return cls(
+            model,
+            grid=config.grid,
+            tuning=config.tuning,
+            lora_r=config.lora.r,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            lora_targets=config.lora.targets,
+        )
+
+    @classmethod
+    def build_processor(cls, config: CognitionConfig) -> ViltProcessor:
+        """See `CognitionBackend`."""
+        architecture = _architecture(config, weights=True)
+        phrases = load_phrase_tokenizer(
+            config, vocab_size=architecture.vocab_size, num_positions=architecture.max_position_embeddings
+        )
+        image_processor = ViltImageProcessor.from_pretrained(resolve_weights(config.weights))
+        patch_size = _side(architecture.patch_size)
+        if not image_processor.size_divisor or image_processor.size_divisor % patch_size:
+            raise ValueError(
+                f"cognition.weights={config.weights}: expected an image processor whose size_divisor is a multiple of the "
+                f"model's patches of {patch_size} px, got {image_processor.size_divisor}; take preprocessor_config.json "
+                "and model from the same folder."
+            )
+        return ViltProcessor(phrases, image_processor, patch_size=patch_size)
+
+    @classmethod
+    def plan_inputs(cls, config: CognitionConfig, phrase: str, image_index: Sequence[int]) -> PlannedInputs:
+        """See `CognitionBackend`; the phrase's length is estimated, the picture is a usual one of COCO."""
+        architecture = _architecture(config, weights=False)
+        patch_size = _side(architecture.patch_size)
+        rows = _side(architecture.image_size) // patch_size
+        columns = int(rows * PLANNED_ASPECT)
+        num_images = max(image_index) + 1
+        input_ids, padding_mask = planned_phrases(config, phrase, len(image_index))
+        inputs = CognitionInputs(
+            pixel_values=torch.empty(num_images, 3, rows * patch_size, columns * patch_size, device="meta"),
+            input_ids=input_ids,
+            token_padding_mask=padding_mask,
+            text_feature_mask=~padding_mask,
+            image_grid=torch.tensor([[rows, columns]] * num_images),
+        )
+        return PlannedInputs(inputs, input_ids.shape[1] + 1 + rows * columns, shared_tokens=0)
+
+    def train(self, mode: bool = True) -> Self:  # noqa: FBT001, FBT002 (torch's signature)
+        """Sets the mode; a frozen model stays in eval, without dropout."""
+        super().train(mode)
+        self.model.train(mode and self.is_trained)
+        return self
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recomputes the layers in the backward pass."""
+        older_name = self.model.gradient_checkpointing_enable  # before transformers 5.2x
+        enable = getattr(self.model, "activation_checkpointing_enable", older_name)
+        enable(activation_checkpointing_kwargs or {"use_reentrant": False})
+
+    def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
+        """See `CognitionBackend`. Image features depend on the phrase: P rows."""
+        assert inputs.image_grid is not None, "a ViltProcessor gives every picture's grid"
+        num_text = inputs.input_ids.shape[1]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
+            picture_IND, is_patch_IN = self._picture_tokens(inputs.pixel_values, inputs.image_grid)
+            hidden = self.model(
+                input_ids=inputs.input_ids,
+                attention_mask=(~inputs.token_padding_mask).long(),
+                image_embeds=picture_IND[image_index],
+                pixel_mask=is_patch_IN[image_index].long(),
+            ).last_hidden_state
+        patches = hidden[:, num_text + 1 :][is_patch_IN[image_index, 1:]]
+        return CognitionFeatures(
+            image_feats=resampled_maps(patches, inputs.image_grid[image_index], self.grid),
+            image_feats_index=torch.arange(len(image_index), device=image_index.device),
+            text_feats=hidden[:, :num_text],
+            text_padding_mask=inputs.token_padding_mask,
+            cls_feat=hidden[:, 0],
+        )
+
+    def _picture_tokens(self, pixel_values: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeds class token and patches with their positions, once per image.
+
+        Args:
+            pixel_values: float (I, 3, h_px, w_px), padded at the right and the bottom.
+            grid: int64 (I, 2), rows and columns of each picture's patches.
+
+        Returns:
+            float (I, 1 + N, D), patches row-major, and bool (I, 1 + N), False = padding.
+        """
+        embeddings = self.model.embeddings
+        table = embeddings.position_embeddings
+        side = round((table.shape[1] - 1) ** 0.5)
+        position_map = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        first = (embeddings.cls_token + table[:, :1])[0]
+        patches = embeddings.patch_embeddings(pixel_values)
+        tokens = []
+        for picture, (rows, columns) in zip(patches, grid.tolist(), strict=True):
+            positions = F.interpolate(position_map, size=(rows, columns), mode="bilinear", align_corners=True)[0]
+            placed = picture[:, :rows, :columns] + positions
+            tokens.append(torch.cat([first, placed.flatten(1).T]))
+        padded_tokens = pad_sequence(tokens, batch_first=True)
+        lengths = 1 + grid.prod(dim=1)
+        is_token = torch.arange(padded_tokens.shape[1], device=grid.device) < lengths[:, None]
+        return embeddings.dropout(padded_tokens), is_token
+
+
+class _ViltWithoutPooler(ViltModel):
+    """The pooler would be a parameter that takes part in nothing."""
+
+    def __init__(self, config: ViltConfig) -> None:
+        super().__init__(config, add_pooling_layer=False)
+
+
+def _architecture(config: CognitionConfig, *, weights: bool) -> ViltConfig:
+    architecture = architecture_of(config.weights, weights=weights)
+    if not isinstance(architecture, ViltConfig):
+        raise ValueError(
+            f"cognition.weights={config.weights}: expected the weights of a ViLT, got a {architecture.model_type}; take "
+            "e.g. dandelin/vilt-b32-mlm or another cognition.backend."
+        )
+    check_max_phrase_tokens(config, architecture.max_position_embeddings)
+    return architecture
+
+
+def _side(size: int | list[int] | tuple[int, int]) -> int:
+    """The side of a square that transformers writes as one number or two."""
+    return size if isinstance(size, int) else size[0]
