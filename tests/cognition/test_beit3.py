@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,15 @@ from deris_llm.cognition.beit3 import (
     resized_positions,
 )
 from deris_llm.config import load_config
+from deris_llm.criterion import build_criterion
 from deris_llm.data.transforms import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, warp_picture
+from deris_llm.model import build_model, trainable_names
 from deris_llm.planning import plan_run
 from deris_llm.structures import CognitionInputs
 from deris_llm.testing import (
     check_cognition_backend,
     relative_difference,
+    synthetic_batch,
     synthetic_images,
     tiny_beit3,
     tiny_config,
@@ -420,6 +424,38 @@ def test_a_run_is_planned_without_weights_and_tokenizer():
     assert plan.shared_tokens == 0
     assert sum(part.total for part in plan.parts if part.name.startswith("cognition.")) == 220_986_624
     assert plan.memory[0].activations > 0
+
+
+def test_in_the_whole_model(beit3: list[str], tmp_path: Path):
+    """Image features of P rows through the loopback: batched = one by one, and everything trains."""
+    others = [one for one in tiny_weights(tmp_path) if not one.startswith("cognition.")]
+    config = tiny_config(*others, *beit3, "loopback.presence_head=text_decoder", "perception.freeze_backbone=true")
+    model, processor = build_model(config), build_processor(config)
+    batch = synthetic_batch(config, processor=processor)
+    model.eval()
+    with torch.no_grad():
+        together = model(batch)
+        for phrase, text in enumerate(batch.phrases):
+            image = int(batch.image_index[phrase])
+            one = replace(
+                batch,
+                perception_image=batch.perception_image[image : image + 1],
+                cognition=processor([synthetic_images(2)[image]], [text], [0]),
+                image_index=torch.tensor([0]),
+                phrase_ids=(batch.phrase_ids[phrase],),
+                phrases=(text,),
+                targets=None,
+            )
+            alone = model(one)
+            assert relative_difference(alone.final.mask_logits[0], together.final.mask_logits[phrase]) < 1e-4
+            assert relative_difference(alone.presence_logit[0], together.presence_logit[phrase]) < 1e-4
+    model.train()
+    build_criterion(config)(model(batch), batch.targets).total.backward()
+    trainable = set(trainable_names(model))
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (name in trainable), name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    assert sum(name.startswith("cognition.") for name in trainable) == len(list(model.cognition.parameters()))
 
 
 # --- the real base model -------------------------------------------------------------------------------------------
