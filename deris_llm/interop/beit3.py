@@ -16,6 +16,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from deris_llm.cognition.beit3 import (
+    PIECE_OFFSET,
     RESERVED_POSITIONS,
     TOKENIZER_FILE,
     Beit3Config,
@@ -77,10 +78,15 @@ def convert(
     """
     path, out = Path(path), Path(out)
     check_new_folder(out)
-    words = _checked_tokenizer(tokenizer)
+    words, num_words = _checked_tokenizer(tokenizer)
     file = read_weight_file(path, allow_half=allow_half)
     tensors, left = _encoder(path, file.tensors)
     config = architecture_from(path, tensors)
+    if num_words > config.vocab_size:
+        raise ValueError(
+            f"--tokenizer {words}: expected at most {config.vocab_size:,} words, for which {path} has embeddings, got "
+            f"{num_words:,}; take the {TOKENIZER_FILE} that was published with these weights."
+        )
     if image_size is not None:
         tensors[_PICTURE_POSITIONS] = _resized(tensors[_PICTURE_POSITIONS], image_size, config)
     with torch.device("meta"):
@@ -178,8 +184,8 @@ def _resized(table: Tensor, image_size: int, config: Beit3Config) -> Tensor:
     return resized_positions(table, image_size // config.patch_size)
 
 
-def _checked_tokenizer(tokenizer: str | Path | None) -> Path:
-    """Refuses a conversion whose result could not read a phrase.
+def _checked_tokenizer(tokenizer: str | Path | None) -> tuple[Path, int]:
+    """Refuses a conversion whose result could not read a phrase; gives the file and its number of words.
 
     Raises:
         ValueError: none given, no such file, or no sentencepiece model.
@@ -191,9 +197,8 @@ def _checked_tokenizer(tokenizer: str | Path | None) -> Path:
     if not path.is_file():
         raise ValueError(f"--tokenizer {path}: expected BEiT-3's sentencepiece model, got no such file; {advice}")
     try:
-        SentencePieceProcessor(model_file=str(path))
+        return path, SentencePieceProcessor(model_file=str(path)).get_piece_size() + PIECE_OFFSET
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"--tokenizer {path}: expected BEiT-3's sentencepiece model, got a file that is none ({error}); {advice}"
         ) from error
-    return path

@@ -55,6 +55,18 @@ class _Plain(dict):
         """Drops attributes (`_metadata` of a state dict)."""
 
 
+class _Settings:
+    """What `argparse.Namespace` becomes (`args` beside the weights): nothing of it is kept.
+
+    A class and no `StandIn`, since the opcode that makes it (NEWOBJ) takes classes only.
+    """
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        """Drops the settings."""
+
+
 class _NumpyType:
     """A numpy dtype of numbers; `BUILD` brings its byte order."""
 
@@ -237,6 +249,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 ALLOWED: dict[str, Any] = {
     **{name: StandIn(name, function) for name, function in _FUNCTIONS.items()},
+    "argparse.Namespace": _Settings,
     "numpy.ndarray": "numpy.ndarray",
     **{f"torch.{name}": _StorageType(dtype) for name, dtype in _STORAGE_TYPES.items()},
     **{f"torch.{name}": f"torch.{name}" for name in _DTYPES},

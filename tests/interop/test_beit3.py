@@ -118,6 +118,8 @@ def test_what_cannot_be_converted_is_told_and_nothing_is_written(
 
     some = "beit3.encoder.layers.0.ffn.B.fc2.bias"
     assert "1 missing: encoder.layers.0.ffn.B.fc2.bias" in told({k: v for k, v in tensors.items() if k != some})
+    fewer = {**tensors, "beit3.text_embed.weight": tensors["beit3.text_embed.weight"][:10]}
+    assert "expected at most 10 words, for which" in told(fewer)
     assert "1 unknown: more" in told({**tensors, "beit3.more": torch.ones(1)})
     assert "for released DeRIS and Mask2Former files there are" in told({"perception_branch.x": torch.ones(1)})
     assert "4 missing" in told({"beit3.text_embed.weight": torch.ones(1, 1)})

@@ -4,6 +4,7 @@ Every refusal is also held to bounded memory: the address space may grow by 1 Gi
 by 200 MiB, while the files here declare up to 10 GB and more.
 """
 
+import argparse
 import builtins
 import collections
 import contextlib
@@ -179,6 +180,7 @@ def training_file(model: torch.nn.Module) -> dict[str, Any]:
         "epoch": 19, "lr": 1e-4, "optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict(),
         "best_miou": np.float64(80.1), "best_oiou": np.float32(79.0), "counts": np.arange(3), "flag": np.bool_(1),
         "shape": torch.Size([1, 2]), "dtype": torch.float32, "device": torch.device("cpu"), "names": {"a", "b"},
+        "args": argparse.Namespace(lr=1e-4, name="x"),
         "state_dict": collections.OrderedDict((f"module.{name}", value) for name, value in state.items()),
     }  # fmt: skip
 
@@ -411,6 +413,7 @@ def test_the_samples_are_dangerous(tmp_path: Path, marker: Path):
             "a change of torch._utils",
         ),
         (b"\x80\x02ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01sb.", "a change of collections.OrderedDict"),
+        (b"\x80\x02cargparse\nNamespace\n}X\x01\x00\x00\x00aK\x01sb.", "breaks off or is damaged"),  # of the class
         (b"\x80\x02ctorch\nFloatStorage\n)R.", "breaks off or is damaged"),  # a storage type is no function
         (b"\x80\x02ctorch\nFloatStorage\n}X\x05\x00\x00\x00dtypeK\x01sb.", "breaks off or is damaged"),
         (b"\x80\x02cnumpy\nndarray\n)R.", "breaks off or is damaged"),
