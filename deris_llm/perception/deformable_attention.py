@@ -110,10 +110,8 @@ def _image_by_rows(values: Tensor, points: Tensor, weights: Tensor, sizes_hw: Se
     x = x.clamp(min=-1).minimum(of_level(widths)) + 1  # 0 = the border
     y = y.clamp(min=-1).minimum(of_level(heights)) + 1
     with torch.no_grad():
-        left, top = (
-            x.floor().nan_to_num_(),
-            y.floor().nan_to_num_(),
-        )  # a diverged run reads somewhere; its shares stay NaN
+        # A point that is NaN, in a diverged run, reads the border; its shares stay NaN, and so the result.
+        left, top = x.floor().nan_to_num_(), y.floor().nan_to_num_()
         row_length = of_level([(w + 2) * num_heads for w in widths])
         heads = torch.arange(num_heads, dtype=torch.float32, device=values.device).repeat(num_cells)[:, None]
         upper_left = torch.addcmul(of_level([s * num_heads for s in starts]) + heads, top, row_length)
