@@ -12,7 +12,10 @@ import pytest
 
 from deris_llm.config import ConversionConfig, TrainingConfig, load_config
 from deris_llm.model import build_model
+from deris_llm.testing import tiny_beit3
+from deris_llm.training.checkpoints import load_checkpoint
 from deris_llm.training.parameters import group_names, rate_rules
+from deris_llm.training.run import train
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -170,3 +173,31 @@ def test_public_counts_are_those_of_the_key_lists(name, keys):
         assert sum(size for key, size in trained.items() if fnmatch.fnmatch(key, f"*{pattern}*")) == number(
             width, queries
         )
+
+
+@pytest.mark.parametrize("base", ["deris-b-refcoco", "deris-b-grefcoco"])
+def test_the_recipes_train_at_tiny_size(base, run_overrides, tmp_path):
+    """The shipped run config with tiny weights: train, save, select the best, load."""
+    small = [text for text in run_overrides if not text.startswith(("data.train", "data.eval", "training.warmup"))]
+    dataset = base.rpartition("-")[2]
+    config = load_config(
+        base,
+        [
+            *small,
+            *tiny_beit3(tmp_path / "beit3"),
+            "cognition.image_size=48",
+            "data.phrases_per_image=1",
+            f"data.train=[{dataset}]",
+            f"data.eval=[{dataset}/val]",
+            "training.max_steps=2",
+        ],
+    )
+    assert config.loopback.prior_attention == ("self" if dataset == "grefcoco" else "batch")
+    result = train(config, output=tmp_path / "run")
+    said = json.loads((result.best / "metrics.json").read_text())
+    assert said["split"] == f"{dataset}/val"
+    assert ("cIoU" in said) == (dataset == "grefcoco")
+    state = json.loads((result.checkpoint / "trainer_state.json").read_text())
+    assert state["best_metric"] == said["cIoU" if dataset == "grefcoco" else "mIoU"]
+    loaded, _ = load_checkpoint(result.best)
+    assert loaded == config
