@@ -597,7 +597,7 @@ def test_an_array_that_is_never_filled_is_no_tensor(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "name", ["archive/../../../tmp/x", "/etc/passwd", "../x", "archive/data/../../x", r"..\x", r"archive\..\x", "C:/x"]
+    "name", ["archive/../../../etc/x", "/etc/passwd", "../x", "archive/data/../../x", r"..\x", r"archive\..\x", "C:/x"]
 )
 def test_names_that_lead_out_of_the_folder(tmp_path: Path, name: str):
     zip_file(tmp_path / "a.pth", dumps({"model": {}}), {name: b"x"})
