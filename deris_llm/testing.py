@@ -304,7 +304,7 @@ def check_cognition_backend(
     Raises:
         AssertionError: naming the rule that is broken.
     """
-    images = synthetic_images(2)
+    images = [*synthetic_images(1), *synthetic_images(1, seed=1, size=(72, 48))]
     phrases, image_index = [_PHRASES[2], _PHRASES[1], _PHRASES[3]], [0, 0, 1]
     inputs = pickle.loads(pickle.dumps(processor))(images, phrases, image_index)
     _check_inputs(inputs, num_images=2, num_phrases=3)
@@ -323,6 +323,7 @@ def check_cognition_backend(
         for number, (phrase, image) in enumerate(zip(phrases, image_index, strict=True)):
             alone = backend(processor([images[image]], [phrase], [0]), torch.tensor([0]))
             _check_equal(together, alone, number, tolerance)
+        _check_orientation(backend, processor)
     _check_gradients(backend, inputs, torch.tensor(image_index))
     backend.train(was_training)
 
@@ -368,6 +369,52 @@ def _check_equal(together: CognitionFeatures, alone: CognitionFeatures, number: 
     ):
         difference = relative_difference(ours, single)
         _require(difference <= tolerance, f"{name}: the same, whatever shares the batch (differs by {difference:.1e})")
+
+
+def _check_orientation(backend: CognitionBackend, processor: CognitionProcessor) -> None:
+    """A change in a corner of the picture changes that corner of the map most; maps without a picture pass."""
+    for corner, elsewhere in (
+        ("lower left", ("upper right",)),
+        ("lower right", ("upper left", "upper right", "lower left")),
+    ):
+        found = dict.fromkeys(_CORNERS, 0.0)
+        for picture in synthetic_images(4, seed=2):
+            pair = [picture, _with_changed_corner(picture, corner)]
+            features = backend(processor(pair, [_PHRASES[2]] * 2, [0, 1]), torch.tensor([0, 1]))
+            first, second = features.image_feats[features.image_feats_index]
+            change = (second - first).float().norm(dim=0)
+            height, width = (side // 2 for side in change.shape)
+            if not height or not width:
+                return
+            for name, (top, left) in _CORNERS.items():
+                rows = change[:height] if top else change[-height:]
+                found[name] += float((rows[:, :width] if left else rows[:, -width:]).mean())
+        for other in elsewhere:
+            _require(
+                found[corner] >= found[other],
+                f"image_feats: row-major map, top row first, but a change at the picture's {corner} shows at the map's "
+                f"{other} (is the map transposed or flipped?)",
+            )
+
+
+_CORNERS = {
+    "upper left": (True, True),
+    "upper right": (True, False),
+    "lower left": (False, True),
+    "lower right": (False, False),
+}  # is it at the top, is it at the left
+
+
+def _with_changed_corner(picture: Image.Image, corner: str) -> Image.Image:
+    """The picture with a quarter of it inverted."""
+    pixels = np.array(picture)
+    height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
+    top, left = _CORNERS[corner]
+    quarter = pixels[
+        slice(0, height) if top else slice(-height, None), slice(0, width) if left else slice(-width, None)
+    ]
+    quarter[:] = 255 - quarter
+    return Image.fromarray(pixels)
 
 
 def _require(is_kept: bool | Tensor, rule: str) -> None:  # noqa: FBT001

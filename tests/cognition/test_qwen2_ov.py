@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from deris_llm.cognition import build_processor, resolve_backend
-from deris_llm.cognition.qwen2_ov import Qwen2OneVision
+from deris_llm.cognition.qwen2_ov import Qwen2OneVision, Qwen2OneVisionProcessor
 from deris_llm.structures import CognitionFeatures, CognitionInputs
 from deris_llm.testing import check_cognition_backend, relative_difference, synthetic_images, tiny_config
 
@@ -69,6 +69,49 @@ class ReadsTheBatch(Qwen2OneVision):
         return replace(features, cls_feat=features.cls_feat - features.cls_feat.mean(dim=0))
 
 
+class ImagesReadTheBatch(Qwen2OneVision):
+    def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
+        features = super().forward(inputs, image_index)
+        return replace(features, image_feats=features.image_feats - features.image_feats.mean(dim=0))
+
+
+class TextReadsThePadding(Qwen2OneVision):
+    def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
+        features = super().forward(inputs, image_index)
+        return replace(features, text_feats=features.text_feats - features.text_feats.mean(dim=1, keepdim=True))
+
+
+class RightAligned(Qwen2OneVision):
+    def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
+        features = super().forward(inputs, image_index)
+        text, padding = features.text_feats.flip(1), features.text_padding_mask.flip(1)
+        return replace(features, text_feats=text, text_padding_mask=padding)
+
+
+class TransposedMap(Qwen2OneVision):
+    def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
+        features = super().forward(inputs, image_index)
+        return replace(features, image_feats=features.image_feats.transpose(2, 3))
+
+
+class BottomRowFirst(Qwen2OneVision):
+    def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
+        features = super().forward(inputs, image_index)
+        return replace(features, image_feats=features.image_feats.flip(2))
+
+
+class ChannelsLast(Qwen2OneVision):
+    def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
+        features = super().forward(inputs, image_index)
+        return replace(features, image_feats=features.image_feats.permute(0, 2, 3, 1))
+
+
+class OneMapForAll(Qwen2OneVision):
+    def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
+        features = super().forward(inputs, image_index)
+        return replace(features, image_feats=features.image_feats[:1], image_feats_index=image_index * 0)
+
+
 class IdleParameter(Qwen2OneVision):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -86,6 +129,13 @@ class WrongWidth(Qwen2OneVision):
     [
         (FlippedPadding, "True = padding"),
         (ReadsTheBatch, "cls_feat: the same, whatever shares the batch"),
+        (ImagesReadTheBatch, "image_feats: the same, whatever shares the batch"),
+        (TextReadsThePadding, "text_feats: the same, whatever shares the batch"),
+        (RightAligned, "text_padding_mask: True = padding; tokens are left-aligned"),
+        (TransposedMap, "change at the picture's lower left shows at the map's upper right"),
+        (BottomRowFirst, "top row first, but a change at the picture's lower left shows"),
+        (ChannelsLast, r"image_feats: \(I or P, feature_dim, h, w\)"),
+        (OneMapForAll, "image_feats: one row per image or per phrase"),
         (IdleParameter, "idle does not"),
         (WrongWidth, "feature_dim"),
     ],
@@ -107,6 +157,19 @@ def test_contract_rejects_a_processor_that_takes_empty_phrases(overrides: list[s
     lenient.__dict__.update(processor.__dict__)
     with pytest.raises(AssertionError, match="expected a ValueError of the processor for the phrase ''"):
         check_cognition_backend(build(tiny_config(*overrides)), lenient)
+
+
+class InvertedPadding(Qwen2OneVisionProcessor):
+    def __call__(self, *args) -> CognitionInputs:
+        inputs = super().__call__(*args)
+        return replace(inputs, token_padding_mask=~inputs.token_padding_mask)
+
+
+def test_contract_rejects_a_processor_with_attention_for_padding(overrides: list[str], processor):
+    inverted = InvertedPadding.__new__(InvertedPadding)
+    inverted.__dict__.update(processor.__dict__)
+    with pytest.raises(AssertionError, match="token_padding_mask: True = padding"):
+        check_cognition_backend(build(tiny_config(*overrides)), inverted)
 
 
 def test_prompt_is_tokenised_as_a_whole(processor, overrides: list[str]):
