@@ -184,6 +184,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     from deris_llm.cognition import build_processor
     from deris_llm.evaluation.report import report_table
     from deris_llm.evaluation.run import run_evaluation
+    from deris_llm.inference import for_cpu_inference
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.getLogger().setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -193,6 +194,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
         else torch.device("cpu")
     )
     config, model = _model_to_evaluate(arguments, device)
+    for_cpu_inference(model)
     if world_size > 1:
         distributed.init_process_group("gloo")  # only Python objects travel
     try:
