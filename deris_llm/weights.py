@@ -19,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 logger = logging.getLogger(__name__)
 
 BUILTIN_PREFIX = "builtin:"
+CONVERTED_PREFIX = "weights/"  # where the run configs of BEiT-3 look: no owner of that name is meant
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _ModelT = TypeVar("_ModelT", bound=PreTrainedModel)
 
@@ -53,6 +54,12 @@ def resolve_weights(name: str) -> str:
                 "give the folder that save_pretrained or `hf download` wrote."
             )
         return str(folder)
+    if name.startswith(CONVERTED_PREFIX):
+        raise ValueError(
+            f"weights {name!r}: expected a folder that `deris-llm convert` wrote, got no such folder; write it first, e.g. "
+            f"`deris-llm convert beit3 beit3_base_patch16_224.zip --tokenizer beit3.spm --out {name}` (--help has where the "
+            "files are published), or give another name."
+        )
     if _HUB_ID.fullmatch(name) and not name.startswith("."):
         return name
     raise ValueError(

@@ -160,3 +160,10 @@ def test_weights_of_another_model_are_refused(overrides: list[str]):
 def test_too_many_queries_for_the_weights_are_refused(overrides: list[str]):
     with pytest.raises(ValueError, match="at least loopback.num_queries=11"):
         build_model(tiny_config(*overrides, "loopback.num_queries=11"))
+
+
+def test_a_folder_that_was_not_converted_yet_is_no_hub_id():
+    with pytest.raises(
+        ValueError, match=r"a folder that `deris-llm convert` wrote, .* --out weights/beit3-base-patch16-224"
+    ):
+        resolve_weights("weights/beit3-base-patch16-224")
