@@ -113,7 +113,8 @@ def test_loaded_parameters_are_those_of_the_folders(overrides: list[str]):
     pairs += [(model.cognition.model.vision_tower, llava.vision_tower)]
     pairs += [(model.cognition.model.multi_modal_projector, llava.multi_modal_projector)]
     for ours, theirs in pairs:
-        expected = theirs.state_dict()
+        # The classifier's last norm is taken out: nobody reads it in a backbone.
+        expected = {n: t for n, t in theirs.state_dict().items() if not n.startswith("swin.layernorm.")}
         assert ours.state_dict().keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
     ours = {name.replace(".base_layer", ""): p for name, p in model.cognition.model.language_model.named_parameters()}
