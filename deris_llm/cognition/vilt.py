@@ -1,16 +1,15 @@
 """ViLT: one encoder over the words and the patches of a picture, without a vision tower (paper, Table 3).
 
-I images, P phrases, T tokens of a phrase, N of the patches of the picture with most, h w rows and columns of a picture's
+I images, P phrases, T tokens of a phrase, N patches of the picture with most, h w rows and columns of a picture's
 patches, D width.
 
-Words and patches read each other in every layer, so the image features depend on the phrase: the encoder runs once per
-phrase, the patch embedding once per image. Pictures keep their aspect: the shorter side becomes the image processor's
-size, a patch is 32 x 32 px, and each picture has its own grid of patches, resampled to `cognition.grid` rows and columns
-at the end.
+Words and patches read each other in every layer, so the image features depend on the phrase and everything runs once per
+phrase. Pictures keep their aspect: the shorter side becomes the image processor's size, a patch is 32 x 32 px, and each
+picture has its own grid of patches, resampled to `cognition.grid` rows and columns at the end.
 
 transformers' own patch embedding shuffles a picture's patches, samples of them where `max_image_length` is set, and fills
-shorter pictures of a batch with random patches that nobody sees. Here all patches are taken, in row-major order, nothing
-is random, and the encoder gets them as `image_embeds`.
+shorter pictures of a batch with random patches that nobody sees. Here all patches are taken in row-major order and nothing
+is random; what the encoder computes of each patch is the same.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ViltConfig, ViltImageProcessor, ViltModel
+from transformers.models.vilt.modeling_vilt import ViltEmbeddings
 
 from deris_llm.cognition.base import CognitionBackend, PlannedInputs
 from deris_llm.cognition.lora import BERT_PATHS, add_lora
@@ -95,7 +95,7 @@ class ViltProcessor:
 
 
 class Vilt(CognitionBackend):
-    """transformers' `ViltModel` without its pooler, trained whole or with LoRA."""
+    """`OrderedVilt`, trained whole or with LoRA."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Vilt(CognitionBackend):
     def build(cls, config: CognitionConfig, *, weights: bool, dtype: torch.dtype) -> Self:
         """See `CognitionBackend`."""
         model = load_pretrained(
-            _ViltWithoutPooler,
+            OrderedVilt,
             config.weights,
             _architecture(config, weights=weights),
             weights=weights,
@@ -209,56 +209,77 @@ class Vilt(CognitionBackend):
     def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
         """See `CognitionBackend`. Image features depend on the phrase: P rows."""
         assert inputs.image_grid is not None, "a ViltProcessor gives every picture's grid"
+        grid_P2 = inputs.image_grid[image_index]
+        height, width = inputs.pixel_values.shape[-2:]
+        patch_size = _side(self.model.config.patch_size)
+        is_picture_PHW = _corner_mask(grid_P2 * patch_size, height, width)
         num_text = inputs.input_ids.shape[1]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
-            picture_IND, is_patch_IN = self._picture_tokens(inputs.pixel_values, inputs.image_grid)
             hidden = self.model(
                 input_ids=inputs.input_ids,
                 attention_mask=(~inputs.token_padding_mask).long(),
-                image_embeds=picture_IND[image_index],
-                pixel_mask=is_patch_IN[image_index].long(),
+                pixel_values=inputs.pixel_values[image_index],
+                pixel_mask=is_picture_PHW.long(),
             ).last_hidden_state
-        patches = hidden[:, num_text + 1 :][is_patch_IN[image_index, 1:]]
+        num_patches = grid_P2.prod(dim=1)
+        is_patch = torch.arange(hidden.shape[1] - num_text - 1, device=grid_P2.device) < num_patches[:, None]
         return CognitionFeatures(
-            image_feats=resampled_maps(patches, inputs.image_grid[image_index], self.grid),
+            image_feats=resampled_maps(hidden[:, num_text + 1 :][is_patch], grid_P2, self.grid),
             image_feats_index=torch.arange(len(image_index), device=image_index.device),
             text_feats=hidden[:, :num_text],
             text_padding_mask=inputs.token_padding_mask,
             cls_feat=hidden[:, 0],
         )
 
-    def _picture_tokens(self, pixel_values: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeds class token and patches with their positions, once per image.
+
+class OrderedEmbeddings(ViltEmbeddings):
+    """transformers' embeddings of words and patches, but every patch in its place."""
+
+    def visual_embed(
+        self, pixel_values: Tensor, pixel_mask: Tensor, max_image_length: int = -1
+    ) -> tuple[Tensor, Tensor, None]:
+        """Embeds class token and patches with their positions.
 
         Args:
-            pixel_values: float (I, 3, h_px, w_px), padded at the right and the bottom.
-            grid: int64 (I, 2), rows and columns of each picture's patches.
+            pixel_values: float (P, 3, h_px, w_px), padded at the right and the bottom.
+            pixel_mask: int64 (P, h_px, w_px), 1 = picture, 0 = padding.
+            max_image_length: not used: no patch is left out.
 
         Returns:
-            float (I, 1 + N, D), patches row-major, and bool (I, 1 + N), False = padding.
+            float (P, 1 + N, D), patches row-major, and int64 (P, 1 + N), 0 = padding, which is at the end.
         """
-        embeddings = self.model.embeddings
-        table = embeddings.position_embeddings
+        table = self.position_embeddings
         side = round((table.shape[1] - 1) ** 0.5)
         position_map = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        first = (embeddings.cls_token + table[:, :1])[0]
-        patches = embeddings.patch_embeddings(pixel_values)
+        first = (self.cls_token + table[:, :1])[0]
+        patches = self.patch_embeddings(pixel_values)
+        stride = pixel_mask.shape[-1] // patches.shape[-1]
+        is_patch = pixel_mask[:, ::stride, ::stride]
+        grid = torch.stack([is_patch[:, :, 0].sum(dim=1), is_patch[:, 0].sum(dim=1)], dim=1)
         tokens = []
         for picture, (rows, columns) in zip(patches, grid.tolist(), strict=True):
             positions = F.interpolate(position_map, size=(rows, columns), mode="bilinear", align_corners=True)[0]
             placed = picture[:, :rows, :columns] + positions
             tokens.append(torch.cat([first, placed.flatten(1).T]))
-        padded_tokens = pad_sequence(tokens, batch_first=True)
-        lengths = 1 + grid.prod(dim=1)
-        is_token = torch.arange(padded_tokens.shape[1], device=grid.device) < lengths[:, None]
-        return embeddings.dropout(padded_tokens), is_token
+        embedded = pad_sequence(tokens, batch_first=True)
+        is_token = torch.arange(embedded.shape[1], device=grid.device) < 1 + grid.prod(dim=1, keepdim=True)
+        return self.dropout(embedded), is_token.long(), None
 
 
-class _ViltWithoutPooler(ViltModel):
-    """The pooler would be a parameter that takes part in nothing."""
+class OrderedVilt(ViltModel):
+    """`ViltModel` with `OrderedEmbeddings`, without the pooler, which would take part in nothing."""
 
     def __init__(self, config: ViltConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
+        self.embeddings = OrderedEmbeddings(config)
+        self.post_init()
+
+
+def _corner_mask(sizes: Tensor, height: int, width: int) -> Tensor:
+    """True in the upper left (h, w) of `sizes` (P, 2): bool (P, height, width)."""
+    is_row = torch.arange(height, device=sizes.device) < sizes[:, :1]
+    is_column = torch.arange(width, device=sizes.device) < sizes[:, 1:]
+    return is_row[:, :, None] & is_column[:, None, :]
 
 
 def _architecture(config: CognitionConfig, *, weights: bool) -> ViltConfig:
