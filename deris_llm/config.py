@@ -101,7 +101,8 @@ class LoraConfig:
     alpha: int = option(16, "the update is scaled by alpha / r")
     dropout: float = option(0.0, "dropout before the low-rank update")
     targets: tuple[str, ...] = option(
-        ("q_proj", "k_proj", "v_proj", "o_proj"), "linears of the language model that get LoRA"
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "linears of the language model that get LoRA; the encoders beit3, vilt and bert know the same names",
     )
 
 
@@ -116,7 +117,7 @@ class CognitionConfig:
     )
     prompt: str = option(
         "<|im_start|>user\n<image>\nWhere is {phrase}?<|im_end|>\n<|im_start|>assistant\n",
-        "the text around the phrase; must hold {phrase} and <image> once",
+        "the text around the phrase; must hold {phrase} and <image> once (qwen_vl puts its own tokens around the image)",
     )
     prompt_order: Literal["image_first", "text_first"] = option(
         "image_first",
@@ -129,11 +130,11 @@ class CognitionConfig:
     max_phrase_tokens: int = option(40, "longer phrases are cut (with a count in the log)")
     tuning: Literal["lora", "full"] = option(
         "lora",
-        "lora: the image-text model is frozen but for `lora`; full: all of it trains and `lora` is not used (of a "
-        "LLaVA-OneVision the language model; that of the 7B has 7.07e9 parameters)",
+        "lora: the image-text model is frozen but for `lora`; full: all of it trains and `lora` is not used (qwen2_ov, qwen_vl: "
+        "the language model alone; that of a 7B has 7.07e9 parameters)",
     )
     lora: LoraConfig = section(LoraConfig)
-    gradient_checkpointing: bool = option(True, "recompute the language model's layers in the backward pass")
+    gradient_checkpointing: bool = option(True, "recompute the image-text model's layers in the backward pass")
     tokenizer: str = option("", "beit3: path of the sentencepiece model `beit3.spm`; empty = beside the weights")
     image_size: int = option(
         0, "beit3: px of the square picture; 0 = what the weights were made for, else position tables are resized"
