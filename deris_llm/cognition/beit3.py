@@ -167,10 +167,10 @@ class JointAttention(nn.Module):
 
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention written out; in bf16 on the CPU, training is faster with it than with SDPA.
+    """Scaled dot-product attention written out: transformers' choice "eager".
 
-    Measured, forward and backward, 96 phrases, 4 heads of 48, 118 tokens, one thread: 0.041 s against 0.133 s; in float32
-    0.064 s against 0.055 s.
+    Training in bf16 on the CPU is faster with it. A step of the tiny pre-training (96 phrases, forward and backward, one
+    thread) took 0.8 s, with SDPA 1.2-1.4 s; in float32 SDPA is the faster one.
     """
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if attn_mask is not None:
@@ -560,11 +560,8 @@ def _tokenizer_path(config: CognitionConfig) -> Path:
     else:
         where = f"cognition.weights={config.weights}"
         try:
-            found = cached_file(resolve_weights(config.weights), TOKENIZER_FILE)
-        except OSError:
-            found = None
-        path = Path(found or TOKENIZER_FILE)
-        if found is None:
+            path = Path(str(cached_file(resolve_weights(config.weights), TOKENIZER_FILE)))
+        except OSError:  # not there, neither in the folder nor on the hub
             path = Path(config.weights) / TOKENIZER_FILE
     if not path.is_file():
         raise ValueError(
