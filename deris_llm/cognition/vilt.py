@@ -250,7 +250,7 @@ class OrderedEmbeddings(ViltEmbeddings):
         """
         table = self.position_embeddings
         side = round((table.shape[1] - 1) ** 0.5)
-        position_map = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        position_map = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
         first = (self.cls_token + table[:, :1])[0]
         patches = self.patch_embeddings(pixel_values)
         stride = pixel_mask.shape[-1] // patches.shape[-1]
@@ -259,7 +259,7 @@ class OrderedEmbeddings(ViltEmbeddings):
         tokens = []
         for picture, (rows, columns) in zip(patches, grid.tolist(), strict=True):
             positions = F.interpolate(position_map, size=(rows, columns), mode="bilinear", align_corners=True)[0]
-            placed = picture[:, :rows, :columns] + positions
+            placed = picture[:, :rows, :columns] + positions.to(picture.dtype)
             tokens.append(torch.cat([first, placed.flatten(1).T]))
         embedded = pad_sequence(tokens, batch_first=True)
         is_token = torch.arange(embedded.shape[1], device=grid.device) < 1 + grid.prod(dim=1, keepdim=True)
