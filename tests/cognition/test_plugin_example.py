@@ -34,7 +34,7 @@ plan = plan_run(config, stages=("2",))
 result = train(config, output=folder)
 _, model = load_checkpoint(result.checkpoint)  # refuses `package.module:Class`, takes an installed plugin
 print(json.dumps({
-    "module": backend.__module__,
+    "file": sys.modules[backend.__module__].__file__,
     "trainable": {part.name: part.trainable for part in plan.parts},
     "steps": result.steps,
     "table": list(model.cognition.table.weight.shape),
@@ -55,7 +55,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _python(arguments: list[str], installed: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": f"{installed}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=EXAMPLE, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-P", *arguments], cwd=EXAMPLE, env=environment, capture_output=True, text=True, check=False
     )
 
 
@@ -74,7 +74,7 @@ def test_it_is_found_checked_planned_trained_and_read_back(installed: Path, over
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     words = json.loads((EXAMPLE / "words" / "config.json").read_text())["words"]
-    assert found["module"] == "deris_llm_bag_of_words"
+    assert Path(found["file"]) == installed / "deris_llm_bag_of_words.py"  # not the sources beside the YAML
     assert found["steps"] == 3
     assert found["table"] == [len(words) + 2, 64]
     assert found["trainable"]["cognition.table"] == (len(words) + 2) * 64
