@@ -188,6 +188,26 @@ class LoopbackConfig:
         "mask logits are read at their own resolution, or upsampled x4 with align_corners=True before anything reads "
         "them (public code); in training and evaluation",
     )
+    form: Literal["loopback", "p2c", "c2p", "hierarchical"] = option(
+        "loopback",
+        "which way the queries go (paper, Table 7): loopback, both; p2c, only perception's inform cognition; c2p, only "
+        "cognition's inform perception, and masks no cognition layer; hierarchical, as p2c, with the cognition map fused "
+        "into every perception map through a pyramid (SimFPN), which makes these maps the phrase's where it is",
+    )
+    cognition_weights: Literal["independent", "shared"] = option(
+        "independent",
+        "each round has a cognition layer of its own, or all share one (paper, Table 10): fewer parameters",
+    )
+    presence_source: Literal["query", "image", "cls"] = option(
+        "query",
+        "what the presence (a target exists) is read from (paper, Table 9): the last round's queries, the mean of the "
+        "cognition map, or the image-text model's summary vector",
+    )
+    structure: Literal["integrated", "perception_centric", "cognition_centric"] = option(
+        "integrated",
+        "which branches see the picture (paper, Table 5): both; perception alone, with text features that have not seen it; "
+        "cognition alone, whose map a pyramid (SimFPN) turns into those of perception, without backbone and pixel decoder",
+    )
 
 
 @dataclass(frozen=True)
@@ -196,8 +216,12 @@ class CriterionConfig:
     dice_weight: float = option(5.0, "weight of the point-sampled Dice, in loss and matching (Mask2Former's)")
     referring_weight: float = option(2.0, "weight of the referring classification, in loss and matching")
     referring_negative_weight: float = option(0.1, "weight of a query that is not a referent against one that is")
-    presence_weight: float = option(1.0, "weight of the presence BCE (a target exists)")
-    aux_weight: float = option(0.2, "weight of every earlier round's loss (paper eq. 8)")
+    presence_weight: float = option(
+        1.0,
+        "weight of the presence BCE (a target exists); 0 = presence is not trained (paper, Table 6): its head is frozen, "
+        "says 0.5 of every phrase, and cannot be used at test",
+    )
+    aux_weight: float = option(0.2, "weight of every earlier round's loss (paper eq. 8); 0 = the last round alone")
     num_points: int = option(12544, "points per mask at which masks are compared, in matching and loss")
     oversample_ratio: float = option(3.0, "candidate points per loss point")
     importance_ratio: float = option(0.75, "share of loss points taken where the prediction is least sure")
@@ -432,7 +456,82 @@ def contradictions(config: RunConfig) -> list[str]:
         found.append(
             f"evaluation.score_threshold: expected a probability in (0, 1), got {config.evaluation.score_threshold}"
         )
+    found += _comparison_contradictions(config)
     return found + _optimisation_contradictions(config) + _cognition_contradictions(config)
+
+
+def _comparison_contradictions(config: RunConfig) -> list[str]:
+    """Of the options that the paper compares."""
+    found = [
+        f"criterion.{name}: expected 0 or more, got {value}"
+        for name, value in vars(config.criterion).items()
+        if name.endswith("_weight") and value < 0
+    ]
+    loopback, cognition = config.loopback, config.cognition
+    structure, source = loopback.structure, loopback.presence_source
+    image_source = f"loopback.presence_source={source}"
+    if structure != "integrated" and loopback.form != "loopback":
+        found.append(
+            f"loopback.form={loopback.form} contradicts loopback.structure={structure}: the forms are ways between two branches "
+            "that both see the picture; set one of them to its default"
+        )
+    if structure == "cognition_centric":
+        found.extend(
+            f"perception.{name} cannot take effect with loopback.structure=cognition_centric, which has no perception branch: "
+            "remove it"
+            for name in ("backbone", "freeze_backbone", "pixel_decoder", "activation_checkpointing")
+            if _is_set(config, f"perception.{name}")
+        )
+    if structure == "perception_centric":
+        if source != "query":
+            found.append(
+                f"{image_source} contradicts loopback.structure=perception_centric, where the cognition branch does not see the "
+                "picture: set loopback.presence_source=query"
+            )
+        reads_text_alone = cognition.prompt_order == "text_first" and cognition.text_features == "phrase"
+        if cognition.backend in ("beit3", "vilt"):
+            found.append(
+                f"loopback.structure=perception_centric: the text features of cognition.backend={cognition.backend} have seen "
+                "the picture; set cognition.backend=bert"
+            )
+        elif cognition.backend in _LANGUAGE_MODELS and not reads_text_alone:
+            found.append(
+                "loopback.structure=perception_centric: expected text features that have not seen the picture, got those after "
+                "it; set cognition.backend=bert, or cognition.prompt_order=text_first with cognition.text_features=phrase"
+            )
+    needs_map = {
+        "loopback.form=hierarchical": loopback.form == "hierarchical",
+        "loopback.structure=cognition_centric": structure == "cognition_centric",
+        image_source: source == "image",
+    }
+    if cognition.backend == "bert":
+        found.extend(
+            f"{name} cannot take effect with cognition.backend=bert, which does not see the picture: take another backend"
+            for name, is_so in needs_map.items()
+            if is_so
+        )
+    if source == "image" and cognition.backend in _LANGUAGE_MODELS and cognition.prompt_order == "image_first":
+        found.append(
+            f"{image_source} cannot take effect with cognition.prompt_order=image_first: image tokens that come first have not "
+            "read the phrase, so all phrases of a picture get the same answer; set cognition.prompt_order=text_first"
+        )
+    if source != "query" and loopback.presence_head == "text_decoder":
+        found.append(
+            f"{image_source} contradicts loopback.presence_head=text_decoder, which reads the queries: set "
+            "loopback.presence_head=linear"
+        )
+    if config.criterion.presence_weight == 0:
+        if config.evaluation.presence != "none":
+            found.append(
+                f"evaluation.presence={config.evaluation.presence} contradicts criterion.presence_weight=0, with which nobody "
+                "trains the presence: set evaluation.presence=none, or give a weight"
+            )
+        found.extend(
+            f"loopback.{name} cannot take effect with criterion.presence_weight=0, which trains no presence: remove it"
+            for name in ("presence_source", "presence_head")
+            if _is_set(config, f"loopback.{name}")
+        )
+    return found
 
 
 def _optimisation_contradictions(config: RunConfig) -> list[str]:

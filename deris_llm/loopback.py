@@ -13,6 +13,11 @@ A round i = 0..N on queries q:
 
 The attention mask of a perception layer comes from the masks of the round before, as upstream.
 
+What the paper compares has a switch each: which way the queries go (`form`, Table 7), one cognition layer for all rounds
+or one each (`cognition_weights`, Table 10), what presence is read from (`presence_source`, Table 9), one branch instead of
+two (`structure`, Table 5). Queries are one stream in the form `loopback`, two in the others: those of perception, q, and
+those of cognition, which C1 hands to the branch that is informed.
+
 Where the public code differs from the paper (parity/NOTES.md), a switch computes its way for its released weights; the
 preset `compat: deris-2025` of a run config sets them all. Each is named where it bites: `prior_attention`,
 `text_positions`, `text_padding`, `referring_head`, `presence_head`, `mask_upsampling`.
@@ -21,6 +26,7 @@ preset `compat: deris-2025` of a run config sets them all. Each is named where i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,6 +37,9 @@ from deris_llm.perception import QueryDecoder
 from deris_llm.structures import CognitionFeatures, DerisOutput, MaskUpsampling, PerceptionFeatures, RoundOutput
 
 PriorAttention = Literal["queries", "batch", "self"]
+Form = Literal["loopback", "p2c", "c2p", "hierarchical"]
+PresenceSource = Literal["query", "image", "cls"]
+Structure = Literal["integrated", "perception_centric", "cognition_centric"]
 
 PRIOR_STRIDE = 4  # the mask prior is pooled on a grid this much coarser than the masks (upstream: 24 of 96 cells)
 REFERRING_PRIOR = 0.1  # probability every query starts with: about one of ten is the referent
@@ -53,8 +62,13 @@ class Loopback(nn.Module):
         referring_head: Literal["binary", "two_way"] = "binary",
         presence_head: Literal["linear", "text_decoder"] = "linear",
         mask_upsampling: MaskUpsampling = "direct",
+        form: Form = "loopback",
+        cognition_weights: Literal["independent", "shared"] = "independent",
+        presence_source: PresenceSource = "query",
+        trains_presence: bool = True,
+        structure: Structure = "integrated",
     ) -> None:
-        """Makes the fresh parts around the perception layers.
+        """Makes the fresh parts around the perception layers; what an option does not use does not exist.
 
         Args:
             query_decoder: at least `rounds` masked-attention layers and the mask head; it fixes C and Q.
@@ -70,6 +84,20 @@ class Loopback(nn.Module):
             presence_head: `linear` reads the last cognition queries (paper eq. 1), `text_decoder` is a
                 `PresenceDecoder` on the queries that one more fusion makes of the last round.
             mask_upsampling: how whoever reads the masks upsamples them; the rounds themselves read them as they are.
+            form: which way the queries go (paper 4.4.1, Table 7). `loopback`: both. `p2c`: perception's go from layer to layer
+                on their own and inform cognition's. `c2p`: the reverse, without mask prior. `hierarchical`: as `p2c`, and
+                F_c is fused into every map of perception through a `SimplePyramid`. The others have F_mask as in eq. 3:
+                compared is the way of the queries. The paper names the forms and says little more; that the branch which
+                is informed has a stream of its own over the rounds, so that all forms are equally deep, is our reading.
+            cognition_weights: `shared`: one cognition layer for all rounds (paper, Table 10); C1 stays each round's own.
+            presence_source: what the presence is read from (paper, Table 9): the last cognition queries, the mean of F_c, or
+                the backend's summary vector.
+            trains_presence: False: nobody trains the presence head, so it is frozen at 0 and says 0.5 of every phrase; a
+                `PresenceDecoder` is not made.
+            structure: which branches see the picture (paper, Fig. 2 and Table 5). `integrated`: both.
+                `perception_centric`: perception alone, F_c is not read. `cognition_centric`: the backend alone; a
+                `SimplePyramid` of F_c stands for all maps of perception, at strides that F_c's own grid gives. The paper
+                shows both as types of other methods, and leaves open how its own numbers were made.
         """
         super().__init__()
         channels = query_decoder.channels
@@ -79,60 +107,109 @@ class Loopback(nn.Module):
         self.text_positions = text_positions
         self.text_padding = text_padding
         self.mask_upsampling: MaskUpsampling = mask_upsampling
-        self.vis_embed = nn.Linear(cognition_dim, channels)
+        assert structure != "perception_centric" or presence_source == "query", "F_c and summary have seen the picture"
+        self.form: Form = form
+        self.structure: Structure = structure
+        self.presence_source: PresenceSource = presence_source
+        self.vis_embed = nn.Linear(cognition_dim, channels) if structure != "perception_centric" else None
         self.text_embed = nn.Linear(cognition_dim, channels)
         self.initial_queries = nn.Embedding(query_decoder.num_queries, cognition_dim)
         self.initial_embed = nn.Linear(cognition_dim, channels)
-        self.mask_feats_fusion = MaskFeatsFusion(channels)
+        self.mask_feats_fusion = MaskFeatsFusion(channels) if structure == "integrated" else None
         self.cognition_rounds = nn.ModuleList(
             CognitionRound(
                 channels, num_heads=num_heads, dim_feedforward=dim_feedforward, prior_attention=prior_attention
             )
-            for _ in range(rounds + 1)
+            for _ in range(1 if cognition_weights == "shared" else rounds + 1)
         )
-        num_fusions = rounds + (presence_head == "text_decoder")
+        decodes_presence = presence_head == "text_decoder" and trains_presence
+        num_fusions = rounds + decodes_presence
         self.query_fusions = nn.ModuleList(nn.Linear(2 * channels, channels) for _ in range(num_fusions))
         self.referring_head = nn.Linear(channels, 2 if referring_head == "two_way" else 1)
-        self.presence_decoder = (
-            PresenceDecoder(channels, num_heads=num_heads) if presence_head == "text_decoder" else None
-        )
-        self.presence_head = nn.Linear(channels, 1)
-        _init_linears(self.vis_embed, self.text_embed, self.initial_embed, self.query_fusions)
+        self.presence_decoder = PresenceDecoder(channels, num_heads=num_heads) if decodes_presence else None
+        self.presence_head = nn.Linear(cognition_dim if presence_source == "cls" else channels, 1)
+        embeds = (self.vis_embed, self.text_embed, self.initial_embed)
+        _init_linears(*(embed for embed in embeds if embed is not None), self.query_fusions)
         for head in (self.referring_head, self.presence_head):
             nn.init.normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
         with torch.no_grad():
             self.referring_head.bias[0] = -math.log(1 / REFERRING_PRIOR - 1)
+        if not trains_presence:
+            nn.init.zeros_(self.presence_head.weight)
+            self.presence_head.requires_grad_(False)
+        # The fresh parts of the compared forms come last: the others start from the same random numbers with and without.
+        has_pyramid = form == "hierarchical" or structure == "cognition_centric"
+        self.image_pyramid = SimplePyramid(channels) if has_pyramid else None
+        self.scale_fusions = (
+            nn.ModuleList(MaskFeatsFusion(channels) for _ in range(SimplePyramid.NUM_SCALES))
+            if form == "hierarchical"
+            else None
+        )
 
-    def forward(self, perception: PerceptionFeatures, cognition: CognitionFeatures, image_index: Tensor) -> DerisOutput:
+    def forward(
+        self, perception: PerceptionFeatures | None, cognition: CognitionFeatures, image_index: Tensor
+    ) -> DerisOutput:
         """Runs all rounds.
 
         Args:
-            perception: of I images.
+            perception: of I images; None where the structure is `cognition_centric`.
             cognition: of P phrases.
             image_index: int64 (P,), non-decreasing.
         """
-        scales = self.query_decoder.scale_tokens(perception.multi_scale_feats)
         text = self._text(cognition)
-        mask_feats = self._mask_feats(perception, cognition, image_index)
+        image_feats = self._image_feats(cognition)
+        scale_maps, scale_index, mask_feats = self._maps(
+            perception, image_feats, cognition.image_feats_index, image_index
+        )
+        scales = self.query_decoder.scale_tokens(scale_maps)
         numbers = torch.arange(self.query_decoder.num_queries, device=image_index.device)
         query_feats = self.initial_embed(self.initial_queries(numbers)).expand(len(image_index), -1, -1)
+        perception_queries = cognition_queries = query_feats
 
         rounds: list[RoundOutput] = []
-        for index, cognition_round in enumerate(self.cognition_rounds):
+        for index in range(self.rounds + 1):
             if index > 0:
-                scale = scales[(index - 1) % len(scales)]
-                query_feats = self.query_decoder(index - 1, query_feats, rounds[-1].mask_logits, scale, image_index)
+                query_feats = self._queries_for_perception(index, query_feats, perception_queries, cognition_queries)
+                masks, scale = rounds[-1].mask_logits, scales[(index - 1) % len(scales)]
+                query_feats = self.query_decoder(index - 1, query_feats, masks, scale, scale_index)
             mask_logits = mask_feats.logits(self.query_decoder.mask_embeddings(query_feats))
-            prior = None if self.prior_attention == "self" else mask_feats.prior(mask_logits)
-            perception_queries, cognition_queries = cognition_round(query_feats, prior, text)
+            has_prior = self.prior_attention != "self" and self.form != "c2p"
+            perception_queries, cognition_queries = self.cognition_rounds[index % len(self.cognition_rounds)](
+                self._queries_for_cognition(index, query_feats, cognition_queries),
+                mask_feats.prior(mask_logits) if has_prior else None,
+                text,
+            )
             rounds.append(RoundOutput(mask_logits, self._referring_logits(cognition_queries)))
-            if index < len(self.query_fusions):
-                query_feats = self.query_fusions[index](torch.cat([perception_queries, cognition_queries], dim=-1))
-        if self.presence_decoder is not None:
-            cognition_queries = self.presence_decoder(query_feats, text.values, cognition.text_padding_mask)
-        presence_logit = self.presence_head(cognition_queries).squeeze(-1).mean(dim=1)  # eq. 1
+        if self.presence_source == "image":
+            assert image_feats is not None
+            presence_feats = image_feats.flatten(2).transpose(1, 2)[cognition.image_feats_index]
+        elif self.presence_source == "cls":
+            presence_feats = cognition.cls_feat[:, None].to(self.presence_head.weight.dtype)
+        elif self.presence_decoder is not None:
+            fused = self._fused(self.rounds, perception_queries, cognition_queries)
+            presence_feats = self.presence_decoder(fused, text.values, cognition.text_padding_mask)
+        else:
+            presence_feats = cognition_queries
+        presence_logit = self.presence_head(presence_feats).squeeze(-1).mean(dim=1)  # eq. 1
         return DerisOutput(tuple(rounds), presence_logit, self.mask_upsampling)
+
+    def _queries_for_perception(
+        self, index: int, query_feats: Tensor, perception_queries: Tensor, cognition_queries: Tensor
+    ) -> Tensor:
+        """What the perception layer of a round >= 1 starts from; all float (P, Q, C)."""
+        if self.form == "loopback":
+            return self._fused(index - 1, perception_queries, cognition_queries)
+        return self._fused(index - 1, query_feats, cognition_queries) if self.form == "c2p" else query_feats
+
+    def _queries_for_cognition(self, index: int, query_feats: Tensor, cognition_queries: Tensor) -> Tensor:
+        """What the cognition layer of a round starts from; all float (P, Q, C)."""
+        if index == 0 or self.form == "loopback":
+            return query_feats
+        return cognition_queries if self.form == "c2p" else self._fused(index - 1, query_feats, cognition_queries)
+
+    def _fused(self, index: int, perception_queries: Tensor, cognition_queries: Tensor) -> Tensor:
+        return self.query_fusions[index](torch.cat([perception_queries, cognition_queries], dim=-1))
 
     def _referring_logits(self, cognition_queries: Tensor) -> Tensor:
         logits = self.referring_head(cognition_queries)
@@ -148,22 +225,46 @@ class Loopback(nn.Module):
             mask = -100.0 * cognition.text_padding_mask.to(values.dtype)
         return TextTokens(values=values, keys=values + positions.to(values.dtype), mask=mask)
 
-    def _mask_feats(
-        self, perception: PerceptionFeatures, cognition: CognitionFeatures, image_index: Tensor
-    ) -> MaskFeats:
-        """F_mask, one per row of the cognition branch's image features: usually one per image, not per phrase."""
-        index = cognition.image_feats_index
-        image_of_row = torch.zeros(len(cognition.image_feats), dtype=torch.long, device=index.device)
-        image_of_row = image_of_row.scatter(0, index, image_index)
+    def _image_feats(self, cognition: CognitionFeatures) -> Tensor | None:
+        """F_c (R, C, h, w), one per row of the cognition branch's image features; None where it is not read."""
+        if self.vis_embed is None:
+            return None
         image_feats = cognition.image_feats.permute(0, 2, 3, 1).to(self.vis_embed.weight.dtype)
-        image_feats = self.vis_embed(image_feats).permute(0, 3, 1, 2)
-        feats = self.mask_feats_fusion(perception.mask_feats, image_feats, image_of_row)
-        return MaskFeats(
-            feats=feats,
-            pooled_feats=F.avg_pool2d(feats, PRIOR_STRIDE),
-            index=index,
-            phrases_per_row=torch.bincount(index, minlength=len(feats)).tolist(),
-        )
+        return self.vis_embed(image_feats).permute(0, 3, 1, 2)
+
+    def _maps(
+        self, perception: PerceptionFeatures | None, image_feats: Tensor | None, row_index: Tensor, image_index: Tensor
+    ) -> tuple[Sequence[Tensor], Tensor, MaskFeats]:
+        """The maps that the queries read and F_mask: of images or, where F_c is in them, of its rows.
+
+        Args:
+            perception: of I images.
+            image_feats: F_c, float (R, C, h, w): usually one per image, not per phrase.
+            row_index: int64 (P,), the row of F_c of a phrase.
+            image_index: int64 (P,).
+
+        Returns:
+            Three maps, coarse to fine; int64 (P,), their row of a phrase: I rows, or R where F_c is in them; F_mask, of
+            I rows under `perception_centric`, else R.
+        """
+        if image_feats is None:
+            assert perception is not None
+            return perception.multi_scale_feats, image_index, _mask_feats(perception.mask_feats, image_index)
+        pyramid = None if self.image_pyramid is None else self.image_pyramid(image_feats)
+        if perception is None:
+            assert pyramid is not None, "without perception, the structure is cognition_centric"
+            return pyramid[:-1], row_index, _mask_feats(pyramid[-1], row_index)
+        assert self.mask_feats_fusion is not None
+        image_of_row = torch.zeros(len(image_feats), dtype=torch.long, device=row_index.device)
+        image_of_row = image_of_row.scatter(0, row_index, image_index)
+        scale_maps, scale_index = perception.multi_scale_feats, image_index
+        if pyramid is not None:
+            assert self.scale_fusions is not None
+            pairs = zip(self.scale_fusions, scale_maps, pyramid[:-1], strict=True)
+            scale_maps = tuple(fusion(fine, coarse, image_of_row) for fusion, fine, coarse in pairs)
+            scale_index, image_feats = row_index, pyramid[-1]
+        mask_feats = self.mask_feats_fusion(perception.mask_feats, image_feats, image_of_row)
+        return scale_maps, scale_index, _mask_feats(mask_feats, row_index)
 
 
 class TextTokens(NamedTuple):
@@ -198,6 +299,15 @@ class MaskFeats(NamedTuple):
         return products / self.pooled_feats[0, 0].numel()
 
 
+def _mask_feats(feats: Tensor, index: Tensor) -> MaskFeats:
+    return MaskFeats(
+        feats=feats,
+        pooled_feats=F.avg_pool2d(feats, PRIOR_STRIDE),
+        index=index,
+        phrases_per_row=torch.bincount(index, minlength=len(feats)).tolist(),
+    )
+
+
 class MaskFeatsFusion(nn.Module):
     """F_mask = Conv1x1([F_p ; up(F_c)]), each half projected on its own grid before F_c is upsampled.
 
@@ -227,6 +337,60 @@ class MaskFeatsFusion(nn.Module):
         coarse = self.cognition(image_feats)
         upsampled = F.interpolate(coarse, size=mask_feats.shape[-2:], mode="bilinear", align_corners=False)
         return self.perception(mask_feats)[image_of_row] + upsampled
+
+
+class SimplePyramid(nn.Module):
+    """Four maps out of one: half as fine, as fine, twice and four times as fine.
+
+    Source: the simple feature pyramid of ViTDet (Li et al., 2022), which the paper names for Table 7: max pooling and
+    transposed convolutions, then a 1x1 and a 3x3 convolution, all normalised over the channels.
+    """
+
+    NUM_SCALES = 3  # maps besides the finest one
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.resamplers = nn.ModuleList(
+            [
+                nn.MaxPool2d(2, ceil_mode=True),
+                nn.Identity(),
+                nn.ConvTranspose2d(channels, channels, 2, stride=2),
+                nn.Sequential(
+                    nn.ConvTranspose2d(channels, channels, 2, stride=2),
+                    _ChannelNorm(channels),
+                    nn.GELU(),
+                    nn.ConvTranspose2d(channels, channels, 2, stride=2),
+                ),
+            ]
+        )
+        self.outputs = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, channels, 1, bias=False),
+                _ChannelNorm(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                _ChannelNorm(channels),
+            )
+            for _ in self.resamplers
+        )
+
+    def forward(self, image_feats: Tensor) -> tuple[Tensor, ...]:
+        """Makes the maps.
+
+        Args:
+            image_feats: float (R, C, h, w).
+
+        Returns:
+            float (R, C, h/2 rounded up, w/2 rounded up), (R, C, h, w), (R, C, 2h, 2w), (R, C, 4h, 4w).
+        """
+        pairs = zip(self.resamplers, self.outputs, strict=True)
+        return tuple(output(resampler(image_feats)) for resampler, output in pairs)
+
+
+class _ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each cell of a map."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class CognitionRound(nn.Module):
@@ -269,7 +433,7 @@ class CognitionRound(nn.Module):
 
         Args:
             query_feats: float (P, Q, C).
-            mask_prior: float (P, Q, C), position term of the first attention; None where it has no effect.
+            mask_prior: float (P, Q, C), position term of the first attention; None where it has no effect or there is none.
             text: of the P phrases.
 
         Returns:
@@ -282,9 +446,9 @@ class CognitionRound(nn.Module):
         return perception_queries, self.feedforward_norm(queries + self.feedforward(queries))
 
     def _exchange_priors(self, query_feats: Tensor, mask_prior: Tensor | None) -> Tensor:
-        if mask_prior is None:  # attention to oneself: the softmax over one key is 1
+        if self.prior_attention_over == "self":  # the softmax over one key is 1
             return self.prior_attention.out_proj(self.prior_attention.v_proj(query_feats))
-        placed = query_feats + mask_prior
+        placed = query_feats if mask_prior is None else query_feats + mask_prior
         if self.prior_attention_over == "batch":
             placed, values = placed.transpose(0, 1), query_feats.transpose(0, 1)
             return self.prior_attention(placed, placed, values).transpose(0, 1)

@@ -41,7 +41,14 @@ class Deris(nn.Module):
         config: for Trainer and DeepSpeed only.
     """
 
-    def __init__(self, cognition: CognitionBackend, perception: Perception, loopback: Loopback) -> None:
+    def __init__(self, cognition: CognitionBackend, perception: Perception | None, loopback: Loopback) -> None:
+        """Joins the parts.
+
+        Args:
+            cognition: the image-text model.
+            perception: None where cognition alone sees the picture (`loopback.structure: cognition_centric`).
+            loopback: built for both.
+        """
         super().__init__()
         self.cognition = cognition
         self.perception = perception
@@ -51,7 +58,8 @@ class Deris(nn.Module):
     def forward(self, batch: ReferringBatch) -> DerisOutput:
         """Answers P phrases about I images."""
         cognition = self.cognition(batch.cognition, batch.image_index)  # what the phrase means
-        perception = self.perception(batch.perception_image)  # where things are, once per image
+        image = batch.perception_image
+        perception = None if self.perception is None else self.perception(image)  # where things are, once per image
         return self.loopback(perception, cognition, batch.image_index)  # which of them it is, in N rounds
 
     def activation_checkpointing_enable(
@@ -123,8 +131,13 @@ def build_model(
             referring_head=options.referring_head,
             presence_head=options.presence_head,
             mask_upsampling=options.mask_upsampling,
+            form=options.form,
+            cognition_weights=options.cognition_weights,
+            presence_source=options.presence_source,
+            trains_presence=config.criterion.presence_weight > 0,
+            structure=options.structure,
         ).to(dtype)
-        model = Deris(cognition, perception, loopback)
+        model = Deris(cognition, None if options.structure == "cognition_centric" else perception, loopback)
     if config.cognition.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model if device is None else model.to(device)

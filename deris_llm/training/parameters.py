@@ -25,13 +25,21 @@ def rate_rules(config: RunConfig) -> tuple[RateRule, ...]:
     """The rates of a run; a parameter no rule matches has `training.learning_rate`."""
     training = config.training
     tunes_all = config.cognition.tuning == "full"
+    has_perception = config.loopback.structure != "cognition_centric"
     return (
         RateRule("cognition", COGNITION, training.cognition_learning_rate)
         if tunes_all
         else RateRule("lora", LORA, training.lora_learning_rate, optional=config.cognition.lora.r == 0),
-        RateRule("pixel_decoder", CARRIED_OVER, training.pixel_decoder_learning_rate),
         RateRule(
-            "backbone", BACKBONE, training.pixel_decoder_learning_rate, optional=config.perception.freeze_backbone
+            "pixel_decoder",
+            CARRIED_OVER if has_perception else CARRIED_OVER[1:],  # the query decoder alone
+            training.pixel_decoder_learning_rate,
+        ),
+        RateRule(
+            "backbone",
+            BACKBONE,
+            training.pixel_decoder_learning_rate,
+            optional=config.perception.freeze_backbone or not has_perception,
         ),
     )
 

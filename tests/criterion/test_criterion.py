@@ -250,6 +250,53 @@ def test_config_values_arrive() -> None:
     assert (criterion.num_points, criterion.oversample_ratio, criterion.importance_ratio) == (12544, 3.0, 0.75)
 
 
+@pytest.mark.parametrize("kind", ["mask_bce", "dice", "referring", "presence"])
+def test_a_weight_is_the_share_of_its_loss_in_the_total(kind: str) -> None:
+    output, targets = _output(2), _targets([1, 2])
+    one, three = (Criterion(**{f"{kind}_weight": weight}) for weight in (1.0, 3.0))
+    parts = one(output, targets, points=_grid()).parts
+    expected = sum(
+        (one.aux_weight if f"round{i}" in name and i < ROUNDS - 1 else 1.0) * float(value)
+        for name, value in parts.items()
+        for i in [int(name[-1]) if "round" in name else ROUNDS]
+        if name.startswith(kind)
+    )
+    difference = float(three.weighted_total(parts) - one.weighted_total(parts))
+    assert difference == pytest.approx(2 * expected, rel=1e-4)
+
+
+def test_weights_of_the_matching_choose_the_query() -> None:
+    """By masks query 0 fits, by score query 1."""
+    targets = ReferringTargets(torch.ones(1, FULL, FULL, dtype=torch.bool), torch.tensor([0]))
+    masks = torch.full((1, Q, SIZE, SIZE), -5.0)
+    masks[:, 0] = 5
+    scores = torch.full((1, Q), -5.0)
+    scores[:, 1] = 5
+    output = DerisOutput((RoundOutput(masks, scores),), torch.zeros(1))
+    points = _grid()[None]
+    for masks_count, chosen in ((True, 0), (False, 1)):
+        weights = MatchingWeights(
+            mask_bce=float(masks_count), dice=float(masks_count), referring=float(not masks_count)
+        )
+        assert match(output, targets, points, weights).tolist() == [[chosen]]
+
+
+def test_aux_weight_0_is_the_last_round_alone() -> None:
+    output, targets = _output(2), _targets([1, 1])
+    Criterion(aux_weight=0.0)(output, targets, points=_grid()).total.backward()
+    for i, one in enumerate(output.rounds):
+        for tensor in (one.mask_logits, one.referring_logits):
+            assert tensor.grad is not None, "without a gradient ZeRO would apply an old one"
+            assert bool((tensor.grad != 0).any()) == (i == ROUNDS - 1)
+
+
+def test_presence_weight_0_leaves_presence_alone() -> None:
+    output = _output(2)
+    Criterion(presence_weight=0.0)(output, _targets([1, 0]), points=_grid()).total.backward()
+    assert output.presence_logit.grad is not None
+    assert not output.presence_logit.grad.any()
+
+
 # --- upstream's numbers (mask logits are not in the fixtures; what they allow without them) ---
 
 
