@@ -144,14 +144,14 @@ class QueryDecoder(nn.Module):
         return self.mask_embed(self.norm(query_feats))
 
     def outside(self, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Says which cells of a map lie outside each query's mask: bool (P, Q, h*w), sigmoid < 0.5; without gradient.
+        """Says which cells of a map lie outside each query's mask: bool (P, Q, h*w); without gradient.
 
         Args:
             mask_logits: float (P, Q, H/4, W/4).
             size: h, w of the map.
         """
         coarse_masks = F.interpolate(mask_logits.detach(), size=size, mode="bilinear", align_corners=False)
-        return coarse_masks.flatten(2) < 0
+        return coarse_masks.flatten(2).sigmoid() < 0.5  # not `< 0`: the sigmoid of -1e-8 is 0.5
 
     def forward(
         self, index: int, query_feats: Tensor, mask_logits: Tensor, scale: ScaleTokens, image_index: Tensor
