@@ -24,7 +24,7 @@ def test_requirements_have_lower_bounds_only():
 
 
 def test_every_import_of_the_package_is_declared():
-    names = {"PIL": "pillow", "yaml": "pyyaml", "qwen_vl_utils": "qwen-vl-utils"}
+    names = {"PIL": "pillow", "yaml": "pyyaml", "qwen_vl_utils": "qwen-vl-utils", "cv2": "opencv-python-headless"}
     brought = {"tokenizers", "huggingface_hub"}  # parts of transformers
     declared = {re.split(r"[>\[]", requirement)[0] for requirement in PROJECT["project"]["dependencies"]}
     for path in (ROOT / "deris_llm").rglob("*.py"):
@@ -48,7 +48,7 @@ def test_data_files_are_built_into_the_package(tmp_path):
     subprocess.run([*command, *egg_info, *build], cwd=ROOT, check=True, capture_output=True)
     wanted = [
         path
-        for pattern in ("configs/*.yaml", "architectures/*.json", "builtin/**/*", "**/*.py")
+        for pattern in ("configs/**/*.yaml", "architectures/*.json", "builtin/**/*", "**/*.py")
         for path in (ROOT / "deris_llm").glob(pattern)
         if path.is_file()
     ]
