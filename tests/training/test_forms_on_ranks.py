@@ -1,0 +1,30 @@
+"""What the paper compares, on two ranks: ZeRO-3, which partitions every parameter, computes what ZeRO-2 does."""
+
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+CASES = {
+    "hierarchical": ["loopback.form=hierarchical", "loopback.cognition_weights=shared"],
+    "c2p": ["loopback.form=c2p", "criterion.presence_weight=0"],
+    "cognition_centric": ["loopback.structure=cognition_centric", "loopback.presence_source=cls"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(run_overrides: list[str], ranks_job: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    plan = [
+        (f"{case}_zero{stage}", [*run_overrides, *options], stage, "")
+        for case, options in CASES.items()
+        for stage in (2, 3)
+    ]
+    return ranks_job(tmp_path_factory.mktemp("forms"), plan)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients_agree_over_stages(runs: Any, case: str):
+    for key, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        second, third = runs.losses(f"{case}_zero2", key), runs.losses(f"{case}_zero3", key)
+        assert len(second) == 4
+        assert second == pytest.approx(third, rel=tolerance)
