@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from PIL import Image
@@ -271,7 +271,7 @@ class QwenVL(CognitionBackend):
         assert inputs.image_grid is not None, "a QwenVLProcessor gives every picture's grid"
         patch_grid = F.pad(inputs.image_grid * self.model.visual.spatial_merge_size, (1, 0), value=1)
         with torch.no_grad():
-            vision = self.model.get_image_features(inputs.pixel_values, patch_grid)
+            vision = _VisionTokens.of(self.model.get_image_features(inputs.pixel_values, patch_grid))
         positions_PL3 = self._positions(inputs, patch_grid[image_index])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
             if self.prompt_order == "image_first":
@@ -307,7 +307,7 @@ class QwenVL(CognitionBackend):
         return positions.permute(1, 2, 0).to(inputs.input_ids.device)
 
     def _run_packed(
-        self, inputs: CognitionInputs, image_index: Tensor, positions: Tensor, vision: Any
+        self, inputs: CognitionInputs, image_index: Tensor, positions: Tensor, vision: _VisionTokens
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Runs the prompts with what lies before the phrase once per image.
 
@@ -331,35 +331,73 @@ class QwenVL(CognitionBackend):
         packed = pack_prompts(is_own, is_prefix, image_index)
         row_ids = packed.laid_out(prefix_ids, ids[phrases, own_places])
         row_positions = packed.laid_out(positions[first_phrase, :longest], positions[phrases, own_places])
-        hidden = self.model(
-            input_ids=row_ids,
-            attention_mask=packed.additive_mask(self.model.dtype),
-            position_ids=row_positions.permute(2, 0, 1),
-            mm_encoder_outputs={"image": vision},
-            use_cache=False,
-        ).last_hidden_state
+        hidden = self._hidden(row_ids, row_positions, packed.additive_mask(self.model.dtype), vision)
         is_image = row_ids == self.model.config.image_token_id
         chosen = inputs.text_feature_mask[phrases, own_places] & is_own
         return hidden[is_image], packed.own(hidden), is_own, chosen
 
     def _run_prompts(
-        self, inputs: CognitionInputs, image_index: Tensor, positions: Tensor, vision: Any
+        self, inputs: CognitionInputs, image_index: Tensor, positions: Tensor, vision: _VisionTokens
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Runs whole prompts, each by itself; returns as `_run_packed`, all of a prompt's tokens being its own."""
-        images = image_index.tolist()
-        vision.pooler_output = [vision.pooler_output[image] for image in images]
-        if vision.get("deepstack_features") is not None:
-            vision.deepstack_features = [[level[image] for image in images] for level in vision.deepstack_features]
         is_valid = ~inputs.token_padding_mask
-        hidden = self.model(
-            input_ids=inputs.input_ids,
-            attention_mask=is_valid.long(),
-            position_ids=positions.permute(2, 0, 1),
-            mm_encoder_outputs={"image": vision},
-            use_cache=False,
-        ).last_hidden_state
+        hidden = self._hidden(inputs.input_ids, positions, is_valid.long(), vision.repeated(image_index.tolist()))
         is_image = inputs.input_ids == self.model.config.image_token_id
         return hidden[is_image], hidden, is_valid, inputs.text_feature_mask
+
+    def _hidden(self, ids: Tensor, positions: Tensor, attention_mask: Tensor, vision: _VisionTokens) -> Tensor:
+        """Runs the language model over rows of tokens with the pictures' tokens put in.
+
+        The model's own `forward` would do that too, but takes features that are already there since transformers 5.2x
+        only, and earlier drops them without a word.
+
+        Args:
+            ids: int64 (R, T).
+            positions: int64 (R, T, 3).
+            attention_mask: as transformers takes it, (R, T) or (R, 1, T, T).
+            vision: of the rows' pictures, in their order.
+
+        Returns:
+            float (R, T, D).
+        """
+        is_image = ids == self.model.config.image_token_id
+        embeddings = self.model.get_input_embeddings()(ids)
+        tokens = torch.cat(vision.tokens).to(embeddings.dtype)
+        assert len(tokens) == int(is_image.sum()), "one placeholder per image token"
+        deepstack = {}
+        if vision.deepstack:
+            levels = [torch.cat(level).to(embeddings.dtype) for level in vision.deepstack]
+            deepstack = {"visual_pos_masks": is_image, "deepstack_visual_embeds": levels}
+        return self.model.language_model(
+            inputs_embeds=embeddings.masked_scatter(is_image[..., None], tokens),
+            attention_mask=attention_mask,
+            position_ids=positions.permute(2, 0, 1),
+            use_cache=False,
+            **deepstack,
+        ).last_hidden_state
+
+
+class _VisionTokens(NamedTuple):
+    """What the vision tower made of the pictures."""
+
+    tokens: tuple[Tensor, ...]  # per picture float (n, D)
+    deepstack: tuple[tuple[Tensor, ...], ...]  # per early layer of the language model, the same shapes (Qwen3-VL)
+
+    @classmethod
+    def of(cls, features: Any) -> _VisionTokens:
+        """From `get_image_features`, whose deepstack features are split by picture since transformers 5.2x."""
+        tokens = tuple(features.pooler_output)
+        lengths = [len(each) for each in tokens]
+        levels = features.get("deepstack_features") or ()
+        split = (level.split(lengths) if isinstance(level, Tensor) else level for level in levels)
+        return cls(tokens, tuple(tuple(level) for level in split))
+
+    def repeated(self, images: Sequence[int]) -> _VisionTokens:
+        """The pictures of these numbers, in this order."""
+        return _VisionTokens(
+            tuple(self.tokens[image] for image in images),
+            tuple(tuple(level[image] for image in images) for level in self.deepstack),
+        )
 
 
 def resized_size(height: int, width: int, token_size: int, *, min_pixels: int, max_pixels: int) -> tuple[int, int]:

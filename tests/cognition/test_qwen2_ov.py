@@ -1,3 +1,4 @@
+import inspect
 import json
 import logging
 import shutil
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from transformers import LlavaOnevisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from deris_llm.cognition import build_processor, resolve_backend
@@ -231,12 +233,22 @@ def test_features_are_the_hidden_states_of_the_published_forward(backend: Qwen2O
         features = backend(inputs, torch.tensor(INDEX))
         tower = backend.model.vision_tower(inputs.pixel_values[INDEX], output_hidden_states=True).hidden_states[-1]
         tokens = backend.model.multi_modal_projector(tower)
-        hidden = backend.model(
-            input_ids=inputs.input_ids,
-            attention_mask=(~inputs.token_padding_mask).long(),
-            mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=list(tokens))},
-            use_cache=False,
-        ).last_hidden_state
+        attention_mask = (~inputs.token_padding_mask).long()
+        if "mm_encoder_outputs" in inspect.getsource(LlavaOnevisionModel.forward):  # transformers 5.17 would drop it
+            hidden = backend.model(
+                input_ids=inputs.input_ids,
+                attention_mask=attention_mask,
+                mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=list(tokens))},
+                use_cache=False,
+            ).last_hidden_state
+        else:
+            embeddings = backend.model.get_input_embeddings()(inputs.input_ids)
+            is_image = inputs.input_ids == backend.model.config.image_token_id
+            hidden = backend.model.language_model(
+                inputs_embeds=embeddings.masked_scatter(is_image[..., None], tokens),
+                attention_mask=attention_mask,
+                use_cache=False,
+            ).last_hidden_state
     for number in range(3):
         is_image = inputs.input_ids[number] == backend.model.config.image_token_id
         maps = hidden[number, is_image].view(4, 4, 32).permute(2, 0, 1)  # row-major
