@@ -8,6 +8,7 @@ something runs, not to list it.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import logging
@@ -290,15 +291,18 @@ def results_table(results: Mapping[str, Any]) -> Table:
             else "-"
             for name in results["metrics"]
         ]
-        speed = statistics.fmean(run["phrases_per_second"] for run in row["runs"]) if row["runs"] else None
+        speeds = [run["phrases_per_second"] for run in row["runs"] if run["phrases_per_second"] is not None]
         cited = [f"{row['paper'][name]:g}" if name in row["paper"] else "-" for name in paper]
-        table.add_row(row["label"], *ours, str(len(row["runs"])), "-" if speed is None else f"{speed:.1f}", *cited)
+        table.add_row(
+            row["label"], *ours, str(len(row["runs"])), f"{statistics.fmean(speeds):.1f}" if speeds else "-", *cited
+        )
     return table
 
 
 # -- details ---------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def _tables() -> dict[str, Any]:
     return yaml.safe_load(resources.files("deris_llm").joinpath("ablation.yaml").read_text(encoding="utf-8"))
 
@@ -395,7 +399,7 @@ def _collected(run: Run, metrics: Sequence[str], *, max_images: int) -> dict[str
         "seed": run.seed,
         "folder": run.folder.name,
         "steps": state["global_step"],
-        "phrases_per_second": statistics.median(speeds) if speeds else float("nan"),
+        "phrases_per_second": statistics.median(speeds) if speeds else None,  # shorter than log_every
         "metrics": {name: numbers.get(name) for name in metrics},
         "n_phrases": numbers["n_phrases"],
     }

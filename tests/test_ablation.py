@@ -212,7 +212,7 @@ def test_mean_and_deviation_over_seeds(tmp_path: Path):
     for run, value in zip(runs, (1.0, 2.0, 6.0), strict=True):
         checkpoint = run.folder / "checkpoint-2"
         checkpoint.mkdir(parents=True)
-        log = [{"phrases_per_second": value}]
+        log = [{"phrases_per_second": value}] if value > 1 else []  # shorter than training.log_every
         (checkpoint / "trainer_state.json").write_text(
             json.dumps({"global_step": 2, "max_steps": 2, "log_history": log})
         )
@@ -224,3 +224,13 @@ def test_mean_and_deviation_over_seeds(tmp_path: Path):
     assert found["mean"] == {"cIoU": 3.0}
     assert found["std"] == {"cIoU": pytest.approx(7**0.5)}
     assert [one["seed"] for one in found["runs"]] == [42, 43, 44]
+    assert [one["phrases_per_second"] for one in found["runs"]] == [None, 2.0, 6.0]
+    shown = results_table(collect(table, runs, {}))
+    assert [list(column.cells) for column in shown.columns] == [
+        ["one"],
+        ["3.00 ± 2.65"],
+        ["-"],
+        ["3"],
+        ["4.0"],
+        ["66.4"],
+    ]
