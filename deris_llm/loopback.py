@@ -138,7 +138,7 @@ class Loopback(nn.Module):
         if not trains_presence:
             nn.init.zeros_(self.presence_head.weight)
             self.presence_head.requires_grad_(False)
-        # The fresh parts of the compared forms come last: the others start from the same random numbers with and without.
+        # Last, so that with another form all other parts start from the same random numbers.
         has_pyramid = form == "hierarchical" or structure == "cognition_centric"
         self.image_pyramid = SimplePyramid(channels) if has_pyramid else None
         self.scale_fusions = (
@@ -183,7 +183,7 @@ class Loopback(nn.Module):
             rounds.append(RoundOutput(mask_logits, self._referring_logits(cognition_queries)))
         if self.presence_source == "image":
             assert image_feats is not None
-            presence_feats = image_feats.flatten(2).transpose(1, 2)[cognition.image_feats_index]
+            presence_feats = image_feats.flatten(2).mean(dim=2)[cognition.image_feats_index, None]
         elif self.presence_source == "cls":
             presence_feats = cognition.cls_feat[:, None].to(self.presence_head.weight.dtype)
         elif self.presence_decoder is not None:
