@@ -83,6 +83,7 @@ def test_equal_trainings_share_a_folder_and_others_do_not(tmp_path: Path):
     six = folders("table 6")
     assert six["trained"] == six["trained-used"] != six["plain"]
     assert len(set(six.values())) == 4
+    assert six["nsc-trained"] == folders("table 7")["loopback"]  # what differs at test alone is not trained again
     assert folders("table 7")["loopback"] == folders("table 10")["independent"] == folders("table 8")["rate-15"]
     assert folders("table 7", steps=5)["loopback"] != folders("table 7")["loopback"]
     reports = {run.report for run in expand(comparison("table 6"), FULL, output=tmp_path)[0]}
