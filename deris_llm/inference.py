@@ -13,14 +13,30 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import nn
-from torch.utils.mkldnn import MkldnnLinear
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 
 MIN_WEIGHTS = 2**14
 """Smaller linears stay: what is gained is lost again in handing the tensors over."""
 WORTHWHILE = 1.2
+
+
+class OneDnnLinear(nn.Module):
+    """A linear that oneDNN computes, for inference: its tensors are in oneDNN's layout (torch's `to_mkldnn`)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, source: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight", source.weight.detach().to_mkldnn())
+        self.register_buffer("bias", None if source.bias is None else source.bias.detach().to_mkldnn())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., C in) -> (..., C out), float32."""
+        return F.linear(hidden.to_mkldnn(), self.weight, self.bias).to_dense()
 
 
 def for_cpu_inference(model: nn.Module) -> nn.Module:
@@ -53,7 +69,7 @@ def use_onednn_linears(model: nn.Module) -> int:
         for name, child in list(parent.named_children()):
             # Exactly Linear: what derives from it (in nn.MultiheadAttention) is read, not called.
             if type(child) is nn.Linear and child.weight.dtype == torch.float32 and child.weight.numel() >= MIN_WEIGHTS:
-                setattr(parent, name, MkldnnLinear(child.requires_grad_(False), torch.float32))
+                setattr(parent, name, OneDnnLinear(child))
                 number += 1
     return number
 
@@ -65,7 +81,7 @@ def is_onednn_faster() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
     plain = nn.Linear(768, 768)
-    packed = MkldnnLinear(plain.requires_grad_(False), torch.float32)
+    packed = OneDnnLinear(plain)
     tokens = torch.randn(256, 768)
     return _best_seconds(lambda: plain(tokens)) > WORTHWHILE * _best_seconds(lambda: packed(tokens))
 

@@ -15,7 +15,6 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-
 MaskUpsampling = Literal["direct", "x4_align_corners"]
 """How mask logits at 1/4 are read: `direct`, interpolated between their own cells; or, what the released DeRIS weights
 were trained with, after bilinear upsampling x4 with align_corners=True (`postprocess.readable_logits`)."""

@@ -29,10 +29,9 @@ from rich.table import Column, Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.mkldnn import MkldnnLinear
 
 from deris_llm.config import load_config
-from deris_llm.inference import for_cpu_inference
+from deris_llm.inference import OneDnnLinear, for_cpu_inference
 from deris_llm.interop.parity_model import parity_batch
 from deris_llm.interop.parity_recipe import MODELS, ParityInputs, recipe_inputs
 from deris_llm.loopback import MaskFeatsFusion
@@ -144,7 +143,7 @@ def gemm_flops_per_second() -> float:
     """Of one linear of a size that occurs, best of ten, by the faster of the two libraries."""
     tokens = torch.randn(3024, 256)
     plain = nn.Linear(256, 1024).requires_grad_(False)
-    linears = [plain, MkldnnLinear(plain, torch.float32)]
+    linears = [plain, OneDnnLinear(plain)]
     seconds = []
     for linear in linears * 10:
         start = time.process_time()

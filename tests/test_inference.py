@@ -3,10 +3,9 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.mkldnn import MkldnnLinear
 
 from deris_llm import inference
-from deris_llm.inference import for_cpu_inference, use_onednn_linears
+from deris_llm.inference import OneDnnLinear, for_cpu_inference, use_onednn_linears
 from deris_llm.model import build_model
 from deris_llm.testing import relative_difference, synthetic_batch, tiny_beit3, tiny_config, tiny_weights
 
@@ -23,7 +22,7 @@ def test_answers_are_the_same(tmp_path, monkeypatch, backend):
         expected = model(batch)
         assert use_onednn_linears(model) > 50
         got = model(batch)
-    assert any(isinstance(module, MkldnnLinear) for module in model.cognition.modules())
+    assert any(isinstance(module, OneDnnLinear) for module in model.cognition.modules())
     for ours, reference in zip(got.rounds, expected.rounds, strict=True):
         assert relative_difference(ours.mask_logits, reference.mask_logits) < 1e-5  # measured 1.4e-6
         assert relative_difference(ours.referring_logits, reference.referring_logits) < 1e-5
@@ -34,15 +33,15 @@ def test_small_linears_and_those_that_are_only_read_stay():
         nn.Linear(4, 4), nn.Linear(128, 128), nn.MultiheadAttention(128, 4), nn.Linear(128, 128).half()
     ).eval()
     assert use_onednn_linears(model) == 1
-    assert [type(module) for module in model] == [nn.Linear, MkldnnLinear, nn.MultiheadAttention, nn.Linear]
-    assert type(model[2].out_proj) is not MkldnnLinear
+    assert [type(module) for module in model] == [nn.Linear, OneDnnLinear, nn.MultiheadAttention, nn.Linear]
+    assert type(model[2].out_proj) is not OneDnnLinear
 
 
 @pytest.mark.parametrize("is_faster", [False, True])
 def test_the_machine_decides(monkeypatch, is_faster):
     monkeypatch.setattr(inference, "is_onednn_faster", lambda: is_faster)
     model = for_cpu_inference(nn.Sequential(nn.Linear(128, 128)).eval())
-    assert isinstance(model[0], MkldnnLinear) == is_faster
+    assert isinstance(model[0], OneDnnLinear) == is_faster
 
 
 def test_a_model_in_training_is_refused():

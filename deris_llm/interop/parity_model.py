@@ -170,9 +170,13 @@ def _recorded(model: Deris) -> Iterator[dict[str, list[Any]]]:
     """Outputs of the modules in between, in the order of their calls."""
     seen: dict[str, list[Any]] = {}
     loopback, perception = model.loopback, model.perception
+    assert perception is not None, "compat: deris-2025 has both branches"
     beit3: Any = model.cognition
     decoder = loopback.query_decoder
-    assert loopback.presence_decoder is not None, "compat: deris-2025 has a text decoder for presence"
+    vis_embed, fusion = loopback.vis_embed, loopback.mask_feats_fusion
+    presence_decoder = loopback.presence_decoder
+    assert vis_embed is not None and fusion is not None, "compat: deris-2025 has both branches"
+    assert presence_decoder is not None, "compat: deris-2025 has a text decoder for presence"
 
     def keep(name: str, choose: Callable[[Any], Any] = lambda output: output) -> Callable[..., None]:
         return lambda _module, _inputs, output: seen.setdefault(name, []).append(choose(output))
@@ -182,14 +186,14 @@ def _recorded(model: Deris) -> Iterator[dict[str, list[Any]]]:
         (perception.backbone, keep("backbone", lambda output: output.feature_maps)),
         (perception.pixel_decoder, keep("mask_feats", lambda output: output.mask_features)),
         (perception.pixel_decoder, keep("multi_scale", lambda output: output.multi_scale_features)),
-        (loopback.vis_embed, keep("vis_embed")),
+        (vis_embed, keep("vis_embed")),
         (loopback.text_embed, keep("text_embed")),
         (loopback.initial_embed, keep("initial_embed")),
-        (loopback.mask_feats_fusion, keep("fused")),
-        (loopback.presence_decoder, keep("presence")),
+        (fusion, keep("fused")),
+        (presence_decoder, keep("presence")),
         (loopback.referring_head, keep("referring")),
         (decoder.norm, keep("normed")),
-        *((fusion, keep("fusion")) for fusion in loopback.query_fusions),
+        *((one, keep("fusion")) for one in loopback.query_fusions),
         *((one, keep("round_outputs")) for one in loopback.cognition_rounds),
         *((layer.cross_attn_layer_norm, keep("after_cross")) for layer in decoder.layers),
         *((layer.self_attn_layer_norm, keep("after_self")) for layer in decoder.layers),

@@ -263,6 +263,7 @@ def save_full_checkpoint(
             shutil.copyfile(source, partial / name)
         try:
             safetensors.torch.save_file(tensors, partial / MODEL_FILE, {"format": "pt"})
+            (partial / MODEL_FILE).chmod((partial / CONFIG_FILE).stat().st_mode)  # it lets nobody else read them
         except SafetensorError as error:  # its way to say that the disk is full
             raise OSError(str(error)) from error
 
