@@ -175,7 +175,8 @@ def _recorded(model: Deris) -> Iterator[dict[str, list[Any]]]:
     decoder = loopback.query_decoder
     vis_embed, fusion = loopback.vis_embed, loopback.mask_feats_fusion
     presence_decoder = loopback.presence_decoder
-    assert vis_embed is not None and fusion is not None, "compat: deris-2025 has both branches"
+    assert vis_embed is not None, "compat: deris-2025 has both branches"
+    assert fusion is not None, "compat: deris-2025 has both branches"
     assert presence_decoder is not None, "compat: deris-2025 has a text decoder for presence"
 
     def keep(name: str, choose: Callable[[Any], Any] = lambda output: output) -> Callable[..., None]:
