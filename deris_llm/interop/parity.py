@@ -153,7 +153,7 @@ class _ModelChecks:
 
     def array_rows(self, tolerance: float) -> list[Row]:
         """Arrays of the batch of two, and of each phrase alone where the fixtures have them."""
-        from deris_llm.interop.parity_model import forward_arrays, parity_batch
+        from deris_llm.interop.parity_model import UNION, forward_arrays, parity_batch
 
         described = _read_json(self.folder / f"parity_{self.name}.json")
         entries = described["entries"]
@@ -161,7 +161,8 @@ class _ModelChecks:
             Row("arrays", "weights_sha256", float(self.sha256 != described["weights_sha256"]), 0.0, "rebuilt weights"),
             *self._input_rows(),
         ]
-        arrays = forward_arrays(self.model, self.heads, parity_batch(self.inputs))
+        thresholds = [name.removeprefix(UNION) for name in entries if name.startswith(UNION)]
+        arrays = forward_arrays(self.model, self.heads, parity_batch(self.inputs), thresholds=thresholds)
         for row in range(len(self.inputs.image)):
             prefix = f"b1_{row}_"
             if any(name.startswith(prefix) for name in entries):

@@ -5,7 +5,7 @@ I images = P phrases = 2 (or 1), Q queries, C channels, h w cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from deris_llm.structures import CognitionInputs, DerisOutput, ReferringBatch
 
 ORIGINAL_SIZES_HW = ((300, 500), (480, 361))
 SIZE = 384  # px
-UNION_THRESHOLDS = (0.5, 0.7, 0.9, 0.95, 0.98)
+UNION = "pp_union_thr"  # followed by a threshold in the fixtures' names
 NMS_IOU = 0.7
 
 
@@ -86,8 +86,17 @@ def parity_batch(inputs: ParityInputs, rows: slice = slice(None)) -> ReferringBa
 
 
 @torch.no_grad()
-def forward_arrays(model: Deris, heads: DroppedHeads, batch: ReferringBatch) -> dict[str, np.ndarray]:
-    """All arrays of the fixtures for a batch, by their names there (RECIPE.md section 3)."""
+def forward_arrays(
+    model: Deris, heads: DroppedHeads, batch: ReferringBatch, *, thresholds: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
+    """All arrays of the fixtures for a batch, by their names there (RECIPE.md section 3).
+
+    Args:
+        model: from `build_parity_model`.
+        heads: of the same state dict.
+        batch: from `parity_batch`.
+        thresholds: of the scores whose union masks are wanted, as they stand in the fixtures' names.
+    """
     with _recorded(model) as seen:
         output: DerisOutput = model(batch)
     num_phrases = batch.num_phrases
@@ -129,10 +138,10 @@ def forward_arrays(model: Deris, heads: DroppedHeads, batch: ReferringBatch) -> 
             found[f"layer{i}_after_cross"] = seen["after_cross"][i].transpose(0, 1)
             found[f"layer{i}_after_self"] = seen["after_self"][i].transpose(0, 1)
     arrays = {name: value.numpy() for name, value in found.items()}
-    return arrays | {name: np.asarray(value) for name, value in _postprocessed(output, boxes).items()}
+    return arrays | {name: np.asarray(value) for name, value in _postprocessed(output, boxes, thresholds).items()}
 
 
-def _postprocessed(output: DerisOutput, boxes_cxcywh_norm: Tensor) -> dict[str, Any]:
+def _postprocessed(output: DerisOutput, boxes_cxcywh_norm: Tensor, thresholds: Sequence[str]) -> dict[str, Any]:
     """What the public code's post-processing makes of the last round."""
     scores = output.final.referring_logits.sigmoid()
     existence = output.presence_logit.sigmoid()[:, None]
@@ -147,8 +156,8 @@ def _postprocessed(output: DerisOutput, boxes_cxcywh_norm: Tensor) -> dict[str, 
         "pp_query_mask_area": masks.sum(dim=(2, 3)),
         "pp_weighted_scores": weighted,
     }
-    for threshold in UNION_THRESHOLDS:
-        found[f"pp_union_thr{threshold}"] = _union(masks, scores, threshold)
+    for threshold in thresholds:
+        found[f"{UNION}{threshold}"] = _union(masks, scores, float(threshold))
     if len(scores) == len(ORIGINAL_SIZES_HW):
         found["pp_rescaled_boxes"] = torch.stack(
             [box / torch.tensor([SIZE / w, SIZE / h] * 2) for box, (h, w) in zip(boxes, ORIGINAL_SIZES_HW, strict=True)]
