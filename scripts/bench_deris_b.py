@@ -7,8 +7,8 @@
 "ours" is what `deris-llm eval` runs (`deris_llm.inference`). "public" is our model with what the public code does put
 back in: attention as matrices in Swin and BEiT-3, deformable attention through grid_sample, F_mask from a concatenation
 at 1/4 resolution, masks of every round upsampled to 384 px. The outputs of both are compared. "floor" is the time that
-the multiplications alone take at the speed of one linear on this machine. Weights and inputs are random: times do not
-depend on them. CPU seconds are those of the process, which other work on the machine disturbs least.
+the multiplications alone take at the speed of one linear on this machine. Weights and inputs are those of
+the parity fixtures. CPU seconds are those of the process, which other work on the machine disturbs least.
 """
 
 import argparse
@@ -30,12 +30,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from deris_llm.config import load_config
 from deris_llm.inference import OneDnnLinear, for_cpu_inference
-from deris_llm.interop.parity_model import parity_batch
-from deris_llm.interop.parity_recipe import MODELS, ParityInputs, recipe_inputs
+from deris_llm.interop.parity_model import build_parity_model, parity_batch
+from deris_llm.interop.parity_recipe import MODELS, ParityInputs, recipe_inputs, recipe_state_dict
 from deris_llm.loopback import MaskFeatsFusion
-from deris_llm.model import Deris, build_model
+from deris_llm.model import Deris
 from deris_llm.perception import deformable_attention
 from deris_llm.postprocess import answer_masks, readable_logits
 from deris_llm.structures import DerisOutput, ReferringBatch
@@ -46,6 +45,7 @@ REFERENCE = {
     4: {"BEiT-3": 1.33, "Swin": 2.78, "pixel decoder": 4.01, "loopback": 0.436, "post-processing": 0.05, "all": 8.58},
 }
 SIZE = 384
+KEYS = Path(__file__).resolve().parents[1] / "tests" / "golden" / "parity"  # names and shapes of the weights
 TOLERANCE = 1e-4  # of the standard deviation of the mask logits
 
 
@@ -232,7 +232,8 @@ def main() -> None:
         f"{transformers.__version__}\n",
         highlight=False,
     )
-    model = build_model(load_config("deris-b-refcoco"), weights=False).eval().requires_grad_(False)
+    tensors, _ = recipe_state_dict(KEYS, "B_refcoco")
+    model = build_parity_model("deris-b-refcoco", tensors).requires_grad_(False)
     inputs = recipe_inputs(MODELS["B_refcoco"].seeds)
     for phrases in arguments.batch:
         name = f"batch {phrases} ({phrases} picture{'s' if phrases > 1 else ''})"
