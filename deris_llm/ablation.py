@@ -8,6 +8,7 @@ something runs, not to list it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import json
@@ -111,6 +112,20 @@ def comparison(name: str, *, tiny: bool = False) -> Comparison:
         name, table["title"], tuple(table["metrics"]), tuple(_row(row, tiny=tiny) for row in table["rows"]),
         table.get("notes", ""),
     )  # fmt: skip
+
+
+def rows_of(table: Comparison, names: Sequence[str]) -> Comparison:
+    """The table with these rows alone, in its own order.
+
+    Raises:
+        ValueError: a name that the table has not.
+    """
+    known = [row.name for row in table.rows]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"--rows: expected some of {', '.join(known)} ({table.name}), got {', '.join(unknown)}; take these"
+        )
+    return dataclasses.replace(table, rows=tuple(row for row in table.rows if row.name in names))
 
 
 def is_tiny(config: RunConfig) -> bool:
@@ -440,6 +455,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", help="overrides of every run"
     )
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows (names as --dry-run lists them)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of each row (default 1)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
@@ -493,6 +509,8 @@ def _ablate(arguments: argparse.Namespace) -> int:
     output = arguments.output or Path("runs") / "ablate" / config.name
     name = f"table {arguments.table}" if arguments.table else f"figure {arguments.figure}"
     table = comparison(name, tiny=is_tiny(config))
+    if arguments.rows:
+        table = rows_of(table, arguments.rows)
     console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
     steps = arguments.steps
     if arguments.budget and not arguments.dry_run:

@@ -132,11 +132,21 @@ def test_a_dry_run_starts_nothing_and_imports_no_torch(tmp_path: Path):
         (["--seeds", "0"], "--seeds: expected more than 0, got 0"),
         (["--budget", "-1"], "--budget: expected more than 0, got -1.0"),
         (["--set", "loopback.form=both"], "loopback.form: expected one of"),
+        (["--rows", "p2c", "both"], "--rows: expected some of p2c, c2p, hierarchical, loopback (table 7), got both"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture):
     assert main(["--table", "7", "--config", "tiny-grefcoco", "--dry-run", *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_some_rows_alone(tmp_path: Path, capsys: pytest.CaptureFixture):
+    arguments = ["--table", "8", "--config", "tiny-grefcoco", "--dry-run", "--output", str(tmp_path)]
+    assert main([*arguments, "--rows", "rate-15", "rate-0"]) == 0
+    said = capsys.readouterr().out
+    assert "2 trainings" in said
+    assert said.index("rate-0") < said.index("rate-15")
+    assert "rate-5 " not in said
 
 
 def test_unknown_tables():
