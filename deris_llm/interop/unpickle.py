@@ -11,6 +11,7 @@ import copyreg
 import io
 import pickle
 import pickletools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -117,11 +118,39 @@ class RestrictedUnpickler(pickle.Unpickler):
         return self._storage(pid)
 
 
+_LENGTHS = {pickletools.TAKEN_FROM_ARGUMENT1: (1, False), pickletools.TAKEN_FROM_ARGUMENT4: (4, True),
+            pickletools.TAKEN_FROM_ARGUMENT4U: (4, False), pickletools.TAKEN_FROM_ARGUMENT8U: (8, False)}  # fmt: skip
+"""How the length of an opcode's argument is written: bytes, signed."""
+
+_PREFIXED = {
+    op.code.encode("latin-1"): _LENGTHS[op.arg.n] for op in pickletools.opcodes if op.arg and op.arg.n in _LENGTHS
+}
+_LINE = rb"[^\n]*\n"
+_PLAIN_RUN = re.compile(
+    b"(?:"
+    + b"|".join(
+        re.escape(op.code.encode("latin-1"))
+        + (
+            _LINE * (1 + op.arg.name.endswith("_pair"))
+            if op.arg and op.arg.n == pickletools.UP_TO_NEWLINE
+            else b"." * (op.arg.n if op.arg else 0)
+        )
+        for op in pickletools.opcodes
+        if op.name not in ("STOP", "PUT", "LONG_BINPUT") and not (op.arg and op.arg.n in _LENGTHS)
+    )
+    + b")*+",
+    re.DOTALL,
+)
+"""Opcodes in a row whose arguments have no length of their own; BINPUT is among them, its places are 0 to 255."""
+
+_PUT = re.compile(rb"p([0-9]{1,20})\n|r(.{4})", re.DOTALL)
+
+
 def pickle_end(data: bytes) -> int:
     """Walks the opcodes of a pickle without running them.
 
     C's unpickler keeps its memo in an array as long as the largest index written into it: a pickle of twenty bytes can
-    make it fill 64 GB. Pickles number their memo as they go.
+    make it fill 64 GB. Pickles number their memo as they go, and a number beyond 255 takes six bytes with its value.
 
     Returns:
         the offset after its end; `data` may go on.
@@ -130,12 +159,26 @@ def pickle_end(data: bytes) -> int:
         UnsafePickleError: a memo index that no pickle of this length needs.
         ValueError: it breaks off, or these are no opcodes.
     """
-    end = 0
-    for count, (opcode, argument, offset) in enumerate(pickletools.genops(io.BytesIO(data))):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument is not None and int(argument) > count:
-            raise UnsafePickleError(f"place {int(argument):,} of its memo after {count:,} instructions")
-        end = (offset or 0) + 1
-    return end
+    at = 0
+    while True:
+        run = _PLAIN_RUN.match(data, at)
+        at = run.end() if run else at
+        code = data[at : at + 1]
+        if code == b".":
+            return at + 1
+        if code in _PREFIXED:
+            width, signed = _PREFIXED[code]
+            length = int.from_bytes(data[at + 1 : at + 1 + width], "little", signed=signed)
+            at += 1 + width + length
+            if length < 0 or at > len(data):
+                raise ValueError(f"a value of {length:,} bytes that ends at {at:,} of {len(data):,} bytes")
+        elif put := _PUT.match(data, at):
+            place = int(put[1]) if put[1] else int.from_bytes(put[2], "little")
+            if place > 1000 + at // 6:
+                raise UnsafePickleError(f"place {place:,} of its memo after {at:,} bytes")
+            at = put.end()
+        else:
+            raise ValueError(f"no opcode at {at:,} of {len(data):,} bytes")
 
 
 def load_plain_pickle(path: str | Path, *, max_bytes: int = MAX_PICKLE_BYTES) -> Any:
@@ -162,6 +205,18 @@ def load_plain_pickle(path: str | Path, *, max_bytes: int = MAX_PICKLE_BYTES) ->
 
 
 def _loads(path: Path, data: bytes, encoding: str) -> Any:
+    try:
+        pickle_end(data)
+    except UnsafePickleError as error:
+        raise UnsafePickleError(
+            f"{path}: expected a pickle of plain lists, dicts, texts and numbers, got one that asks for {error}. Nothing of it was "
+            "run. Get the file from its official source"
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected a whole pickle of plain data, got {len(data):,} bytes that break off or are damaged ({error}). "
+            "Download or write the file again"
+        ) from error
     unpickler = RestrictedUnpickler(
         path,
         data,

@@ -4,12 +4,13 @@ import builtins
 import copyreg
 import os
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deris_llm.interop.unpickle import UnsafePickleError, load_plain_pickle
+from deris_llm.interop.unpickle import UnsafePickleError, load_plain_pickle, pickle_end
 
 PLAIN = [
     {
@@ -159,6 +160,22 @@ def test_damaged_files_are_named(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(ValueError, match="Download or write the file again") as caught:
         load_plain_pickle(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"\x80\x02]r\xff\xff\xff\xff.", b"(lp8000000000\n."])
+def test_a_memo_that_would_fill_memory_is_refused(tmp_path: Path, data: bytes) -> None:
+    with pytest.raises(
+        UnsafePickleError, match=r"a\.p: expected a pickle of plain .*, got one that asks for place .* memo"
+    ):
+        load_plain_pickle(_write(tmp_path / "a.p", data))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_the_end_is_found_in_every_protocol(protocol: int) -> None:
+    refs = [{**PLAIN[0], "ref_id": n, "sent": f"the {n}. man\n\x00 left of a \u2014" * (n % 9)} for n in range(3000)]
+    data = pickle.dumps([refs, 2**70, -(2**3000), 1 << 20, "x" * 70000, b"." * 300, bytearray(b"p9"), {1, 2}], protocol)
+    assert pickle_end(data) == pickle_end(data + b"more") == len(data)
+    assert [op.name for op, _, at in pickletools.genops(data) if at == len(data) - 1] == ["STOP"]
 
 
 def test_size_limit(tmp_path: Path) -> None:
