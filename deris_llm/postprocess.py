@@ -63,11 +63,7 @@ def answer_masks(
     scores = output.final.referring_logits.float().sigmoid().cpu().numpy()
     presence = output.presence_logit.float().sigmoid().tolist()
     selected = [
-        ()
-        if presence_use == "gate" and exists < GATE
-        else select_queries(
-            row * exists if presence_use == "multiply" else row, score_threshold=score_threshold, selection=selection
-        )
+        answering_queries(row, exists, score_threshold=score_threshold, selection=selection, presence_use=presence_use)
         for row, exists in zip(scores, presence, strict=True)
     ]
     masks = upsampled_masks(output, selected, sizes_hw)
@@ -81,6 +77,24 @@ def answer_masks(
         )
         for phrase_masks, queries, row, phrase_presence in zip(masks, selected, scores, presence, strict=True)
     ]
+
+
+def answering_queries(
+    scores: np.ndarray, presence: float, *, score_threshold: float, selection: Selection, presence_use: PresenceUse
+) -> tuple[int, ...]:
+    """The queries that answer one phrase, best first, none if the answer is that there is no target.
+
+    Args:
+        scores: float (Q,), referring scores.
+        presence: probability that a target exists.
+        score_threshold: see `answer_masks`.
+        selection: see `answer_masks`.
+        presence_use: see `answer_masks`.
+    """
+    if presence_use == "gate" and presence < GATE:
+        return ()
+    weighted = scores * presence if presence_use == "multiply" else scores
+    return select_queries(weighted, score_threshold=score_threshold, selection=selection)
 
 
 def select_queries(scores: np.ndarray, *, score_threshold: float, selection: Selection) -> tuple[int, ...]:

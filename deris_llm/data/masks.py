@@ -31,16 +31,26 @@ def decode_segmentation(segmentation: object, height: int, width: int) -> np.nda
     Raises:
         ValueError: the segmentation is malformed or its size is not the picture's.
     """
+    return coco_mask.decode(segmentation_rle(segmentation, height, width)).astype(bool)
+
+
+def segmentation_rle(segmentation: object, height: int, width: int) -> dict[str, Any]:
+    """Checks a COCO segmentation and gives it as pycocotools' compressed RLE, without drawing it; see `decode_segmentation`.
+
+    Returns:
+        ``{"size": [h, w], "counts": bytes}``; overlapping parts are joined.
+
+    Raises:
+        ValueError: the segmentation is malformed or its size is not the picture's.
+    """
     if isinstance(segmentation, dict):
-        rle = _checked_rle(segmentation, height, width)
-    elif isinstance(segmentation, (list, tuple)):
-        polygons = [_checked_polygon(polygon) for polygon in segmentation]
-        if not polygons:
-            raise ValueError(f"COCO segmentation: {_ASK}, got an empty list: give the annotation a mask or remove it")
-        rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
-    else:
+        return _checked_rle(segmentation, height, width)
+    if not isinstance(segmentation, (list, tuple)):
         raise ValueError(f"COCO segmentation: {_ASK}, got {_short(segmentation)}: correct the annotation file")
-    return coco_mask.decode(rle).astype(bool)
+    polygons = [_checked_polygon(polygon) for polygon in segmentation]
+    if not polygons:
+        raise ValueError(f"COCO segmentation: {_ASK}, got an empty list: give the annotation a mask or remove it")
+    return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
