@@ -9,7 +9,7 @@ image alone is computed once per image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, Self
 
 import torch
@@ -145,6 +145,10 @@ class ReferringRecord:
     height: int  # px
     phrase: str  # the referring expression, as the protocol's text field has it
     instances: tuple[InstanceAnnotation, ...]  # the referents; empty = no target
+    # What only breakdowns and files of predictions ask for; None where the source does not say.
+    category: str | None = field(default=None, compare=False)  # the referents' class; None too if they have several
+    num_same_class: int | None = field(default=None, compare=False)  # other objects of their classes in the picture
+    ref_id: int | None = field(default=None, compare=False)  # REFER's ref: phrases of one referent have the same
 
     @property
     def is_no_target(self) -> bool:

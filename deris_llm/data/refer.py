@@ -19,7 +19,7 @@ import difflib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -163,6 +163,9 @@ class _Loaded:
     splits: dict[str, list[dict[str, Any]]]
     images: dict[int, _Image]
     annotations: dict[int, tuple[int, Any]]  # annotation id -> (image id, segmentation)
+    classes: dict[int, int]  # annotation id -> category id
+    class_names: dict[int, str]  # category id -> name
+    class_counts: Counter[tuple[int, int]]  # (image id, category id) -> annotations, referred or not, crowds left out
 
 
 def _paths(root: Path, dataset: str) -> tuple[Path, Path]:
@@ -209,6 +212,7 @@ def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> _Loaded:
     splits: dict[str, list[dict[str, Any]]] = {}
     for ref in refs:
         splits.setdefault(ref["split"], []).append(ref)
+    classed = [a for a in instances["annotations"] if isinstance(a.get("category_id"), int)]
     return _Loaded(
         splits=splits,
         images={
@@ -223,6 +227,9 @@ def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> _Loaded:
         annotations={
             a["id"]: (a["image_id"], a["segmentation"]) for a in instances["annotations"] if a["id"] in wanted
         },
+        classes={a["id"]: a["category_id"] for a in classed if a["id"] in wanted},
+        class_names={c["id"]: c["name"] for c in instances.get("categories", ()) if {"id", "name"} <= c.keys()},
+        class_counts=Counter((a["image_id"], a["category_id"]) for a in classed if not a.get("iscrowd")),
     )
 
 
@@ -315,6 +322,7 @@ def _read_split(
             instances.append(annotation)
         if len(instances) != len(annotation_ids):
             continue
+        category, num_same_class = _classes_of(loaded, ref["image_id"], annotation_ids)
         for sentence in ref["sentences"]:
             phrase = sentence.get(phrase_field)
             if "sent_id" not in sentence:
@@ -336,6 +344,9 @@ def _read_split(
                     height=image.height,
                     phrase=phrase.strip(),
                     instances=tuple(instances),
+                    category=category,
+                    num_same_class=num_same_class,
+                    ref_id=ref["ref_id"] if isinstance(ref["ref_id"], int) else None,
                 )
             )
     counts = Counter(record.phrase_id for record in records)
@@ -343,6 +354,15 @@ def _read_split(
     if problems:
         raise bad_records_error(f"{refs_file} ({dataset}/{split})", problems, num_records=num_phrases)
     return tuple(records)
+
+
+def _classes_of(loaded: _Loaded, image_id: int, annotation_ids: Sequence[int]) -> tuple[str | None, int | None]:
+    """The one class of some referents, and how many other objects of their classes the picture has."""
+    classes = {loaded.classes.get(annotation_id, -1) for annotation_id in annotation_ids}
+    if not classes or -1 in classes:
+        return None, None
+    num_same_class = sum(loaded.class_counts[image_id, which] for which in classes) - len(annotation_ids)
+    return loaded.class_names.get(classes.pop()) if len(classes) == 1 else None, max(num_same_class, 0)
 
 
 def _checked_annotation(

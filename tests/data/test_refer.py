@@ -59,6 +59,25 @@ def test_phrase_field(refer_root: Path) -> None:
     assert sent[0].phrase != raw[0].phrase
 
 
+def test_classes_and_others_of_the_same(refer_folder: Any) -> None:
+    before = read_split(refer_folder.write(), "refcoco/val")
+    assert {(r.category, r.num_same_class) for r in before} == {(None, None)}  # the file does not say
+    assert {r.ref_id for r in before} == {
+        ref["ref_id"] for ref in refer_folder.refs["refcoco"] if ref["split"] == "val"
+    }
+    instances = refer_folder.instances["refcoco"]
+    instances["categories"] = [{"id": 3, "name": "cat"}]
+    for annotation in instances["annotations"]:
+        annotation["category_id"] = 3
+    crowd = {**instances["annotations"][0], "id": 999, "image_id": 5, "category_id": 3, "iscrowd": 1}
+    instances["annotations"].append(crowd)
+    after = read_split(refer_folder.write(), "refcoco/val")
+    assert {(r.category, r.num_same_class) for r in after} == {
+        ("cat", 1)
+    }  # two objects of the picture; crowds are no object
+    assert after == before  # what a record is does not change
+
+
 @pytest.mark.parametrize("images", ["train2014", "images/mscoco/images/train2014"])
 def test_other_places_of_the_pictures(refer_folder: Any, images: str) -> None:
     refer_folder.images = images
