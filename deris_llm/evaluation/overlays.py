@@ -7,10 +7,11 @@ import html
 import io
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -21,9 +22,12 @@ from deris_llm.structures import ReferringRecord
 
 TILE_WIDTH_PX = 400
 _MAX_SCALE = 3  # small pictures are enlarged up to this factor
-_PREDICTED_RGB = (255, 64, 129)
-_TRUTH_RGB = (30, 230, 160)
-_TINT = 0.36
+PREDICTED_RGB = (255, 122, 0)
+TRUTH_RGB = (0, 190, 255)
+"""Orange and blue, which people who confuse colours tell apart; the truth's line is dashed besides."""
+_GAP_RGB = (8, 24, 48)  # between the dashes: they stand out on any picture
+_DASH_PX = 5
+_TINT = 0.42
 _CAPTION_PX = 74
 _MARGIN_PX = 16
 _COLUMNS = 4
@@ -68,25 +72,48 @@ def choose_cases(
     cases: list[Case] = []
     seen: Counter[str] = Counter()  # cases by picture: a new picture is preferred
     for kind, ranking in (("random", shuffled), ("worst", by_iou), ("best", by_iou[::-1])):
-        for _ in range(num_each):
-            taken = {case.record.phrase_id for case in cases}
-            left = [p for p in ranking if p.phrase_id not in taken]
-            if left:
-                chosen = min(left, key=lambda p: seen[p.image_id])  # the first in the ranking among the least seen
-                seen[chosen.image_id] += 1
-                cases.append(Case(kind, chosen, records[chosen.phrase_id]))
+        taken = {case.record.phrase_id for case in cases}
+        for chosen in pick([p for p in ranking if p.phrase_id not in taken], num_each, seen):
+            cases.append(Case(kind, chosen, records[chosen.phrase_id]))
     return cases
 
 
+class OfPicture(Protocol):
+    """An answer about a picture."""
+
+    @property
+    def image_id(self) -> str: ...
+
+
+Answer = TypeVar("Answer", bound=OfPicture)
+
+
+def pick(ranking: Iterable[Answer], number: int, seen: Counter[str]) -> list[Answer]:
+    """The first of a ranking, but pictures that were shown less go before those that were shown more.
+
+    Args:
+        ranking: best first.
+        number: wanted; fewer if there are no more.
+        seen: how often each picture was shown; counted on.
+    """
+    left = list(ranking)
+    picked: list[Answer] = []
+    while left and len(picked) < number:
+        position = min(range(len(left)), key=lambda i: seen[left[i].image_id])
+        picked.append(left.pop(position))
+        seen[picked[-1].image_id] += 1
+    return picked
+
+
 def draw_overlay(
-    image: Image.Image, predicted: np.ndarray, truth: np.ndarray, *, width_px: int = TILE_WIDTH_PX
+    image: Image.Image, predicted: np.ndarray | None, truth: np.ndarray | None, *, width_px: int = TILE_WIDTH_PX
 ) -> Image.Image:
-    """The picture with the predicted mask tinted and outlined and the ground truth outlined.
+    """The picture with the predicted mask tinted and outlined and the ground truth outlined by a dashed line.
 
     Args:
         image: RGB.
-        predicted: bool (h, w) at the picture's size.
-        truth: bool (h, w).
+        predicted: bool (h, w) at the picture's size; None draws none.
+        truth: bool (h, w); None draws none.
         width_px: wanted width; small pictures are enlarged at most three times.
 
     Returns:
@@ -95,10 +122,16 @@ def draw_overlay(
     scale = min(width_px / image.width, _MAX_SCALE)
     size = (round(image.width * scale), round(image.height * scale))
     canvas = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32).copy()
-    inside, edge = _enlarged(predicted, size), _outline(_enlarged(predicted, size))
-    canvas[inside] = (1 - _TINT) * canvas[inside] + _TINT * np.array(_PREDICTED_RGB, dtype=np.float32)
-    canvas[edge] = _PREDICTED_RGB
-    canvas[_outline(_enlarged(truth, size))] = _TRUTH_RGB
+    if predicted is not None:
+        inside = _enlarged(predicted, size)
+        canvas[inside] = (1 - _TINT) * canvas[inside] + _TINT * np.array(PREDICTED_RGB, dtype=np.float32)
+        canvas[_outline(inside)] = PREDICTED_RGB
+    if truth is not None:
+        edge = _outline(_enlarged(truth, size))
+        rows, columns = np.indices(edge.shape) // _DASH_PX
+        dashes = (rows + columns) % 2 == 0
+        canvas[edge & dashes] = TRUTH_RGB
+        canvas[edge & ~dashes] = _GAP_RGB
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
@@ -114,8 +147,10 @@ def write_contact_sheet(cases: Sequence[Case], path: str | Path, *, title: str, 
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN_PX, 16), title, fill=(20, 20, 30), font=ImageFont.load_default(24))
     x = width - _MARGIN_PX - 330
-    for label, colour in (("prediction", _PREDICTED_RGB), ("ground truth", _TRUTH_RGB)):
+    for label, colour in (("prediction", PREDICTED_RGB), ("ground truth", TRUTH_RGB)):
         draw.rectangle((x, 22, x + 20, 40), fill=colour)
+        if label == "ground truth":
+            draw.rectangle((x + 7, 22, x + 13, 40), fill=_GAP_RGB)
         draw.text((x + 28, 20), label, fill=(60, 60, 70), font=ImageFont.load_default(18))
         x += 160
     y = header
@@ -136,8 +171,9 @@ def write_page(cases_by_split: Mapping[str, Sequence[Case]], path: str | Path, *
     page = _PAGE.format(
         title=html.escape(title),
         protocol=html.escape(protocol),
-        predicted=f"rgb{_PREDICTED_RGB}",
-        truth=f"rgb{_TRUTH_RGB}",
+        predicted=f"rgb{PREDICTED_RGB}",
+        truth=f"rgb{TRUTH_RGB}",
+        gap=f"rgb{_GAP_RGB}",
         sections="".join(sections),
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -227,6 +263,7 @@ h1 {{ font-size: 1.5rem; margin-bottom: .2rem; }} h2 {{ font-size: 1.15rem; marg
 .key {{ vertical-align: -2px; margin: 0 .3em 0 1em; }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1rem; }}
 figure {{ margin: 0; background: #f4f4f7; border-radius: 10px; overflow: hidden; }}
+.key.truth {{ background: repeating-linear-gradient(90deg, {truth} 0 5px, {gap} 5px 10px); }}
 .picture {{ position: relative; }} img {{ width: 100%; display: block; }}
 .badge {{ position: absolute; left: 8px; top: 8px; color: #fff; border-radius: 6px; padding: 1px 8px; }}
 figcaption {{ padding: .5rem .7rem .7rem; }}
@@ -235,7 +272,7 @@ small {{ display: block; color: #777; font-size: .75rem; overflow-wrap: anywhere
 <h1>{title}</h1>
 <p>IoU in percent under protocol <code>{protocol}</code>.
 <span class="key" style="background:{predicted}"></span>prediction
-<span class="key" style="background:{truth}"></span>ground truth</p>
+<span class="key truth"></span>ground truth</p>
 {sections}
 </html>
 """

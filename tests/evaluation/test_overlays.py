@@ -8,7 +8,14 @@ from PIL import Image
 
 from deris_llm.data.masks import encode_mask
 from deris_llm.evaluation import Overlap, PhrasePrediction
-from deris_llm.evaluation.overlays import choose_cases, draw_overlay, write_contact_sheet, write_page
+from deris_llm.evaluation.overlays import (
+    PREDICTED_RGB,
+    TRUTH_RGB,
+    choose_cases,
+    draw_overlay,
+    write_contact_sheet,
+    write_page,
+)
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
 
@@ -40,11 +47,23 @@ def test_prediction_is_tinted_and_both_are_outlined() -> None:
     ).astype(int)
     assert drawn.shape == (80, 120, 3)
     assert tuple(drawn[70, 20]) == (100, 100, 100)  # untouched
-    red, green, _ = drawn[25, 25]
-    assert red > 140 > 100 > green  # tinted
-    assert tuple(drawn[10, 25]) == (255, 64, 129)  # the prediction's outline
-    assert tuple(drawn[10, 80]) == (30, 230, 160)  # the ground truth's
+    red, _, blue = drawn[25, 25]
+    assert red > 140 > 100 > blue  # tinted
+    assert tuple(drawn[10, 25]) == PREDICTED_RGB
+    dashes = {tuple(pixel) for pixel in drawn[10, 62:98]}
+    assert TRUTH_RGB in dashes  # the ground truth's outline
+    assert len(dashes) == 2  # dashed
     assert tuple(drawn[35, 80]) == (100, 100, 100)  # and nothing inside it
+
+
+def test_masks_may_be_left_out() -> None:
+    picture = Image.new("RGB", (60, 40), (100, 100, 100))
+    mask = np.zeros((40, 60), dtype=bool)
+    mask[5:20, 5:20] = True
+    assert np.array_equal(np.asarray(draw_overlay(picture, None, None, width_px=60)), np.asarray(picture))
+    only_truth = np.asarray(draw_overlay(picture, None, mask, width_px=60))
+    assert tuple(only_truth[12, 12]) == (100, 100, 100)
+    assert not np.array_equal(only_truth, np.asarray(picture))
 
 
 def test_cases_are_random_worst_best_without_repetition(tmp_path: Path) -> None:
