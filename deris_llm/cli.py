@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_train(arguments: argparse.Namespace) -> int:
     """Starts a training run."""
     from deris_llm.config import load_config
-    from deris_llm.data.refer import check_split
+    from deris_llm.data.sources import check_split
     from deris_llm.training.launch import launch
 
     config = load_config(arguments.config, arguments.set)  # what is wrong is said once, not by every rank
@@ -153,7 +153,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 def run_eval(arguments: argparse.Namespace) -> int:
     """Evaluates; with several ranks this process becomes torchrun, which runs this command again on each."""
     from deris_llm.config import load_config
-    from deris_llm.data.refer import check_split
+    from deris_llm.data.sources import check_split
     from deris_llm.training.launch import num_ranks
 
     if "RANK" in os.environ:

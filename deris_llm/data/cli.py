@@ -108,7 +108,7 @@ def run_check(arguments: argparse.Namespace) -> int:
 
 def run_show(arguments: argparse.Namespace) -> int:
     """Writes the contact sheet."""
-    from deris_llm.data.refer import read_split
+    from deris_llm.data.sources import read_split
 
     records = read_split(arguments.root, arguments.split, phrase_field=arguments.phrase_field)
     count = max(1, min(arguments.count, len(records)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from deris_llm.config import DataConfig
 from deris_llm.data.errors import DataError
-from deris_llm.data.refer import images_of_split, read_split, split_names
+from deris_llm.data.sources import images_of_split, read_split, split_names
 from deris_llm.structures import ReferringRecord
 
 logger = logging.getLogger(__name__)

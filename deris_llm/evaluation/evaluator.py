@@ -27,8 +27,8 @@ from deris_llm.cognition import CognitionProcessor
 from deris_llm.config import RunConfig
 from deris_llm.data.loaders import evaluation_loader
 from deris_llm.data.masks import decode_segmentation, encode_mask
-from deris_llm.data.refer import GENERALISED_DATASETS
 from deris_llm.data.sampler import EvaluationBatchSampler
+from deris_llm.data.sources import is_generalised
 from deris_llm.evaluation.boxes import boxes_of_masks
 from deris_llm.evaluation.gres_metrics import GrecMetrics, GrecOutcome, GresMetrics, GresOutcome, baseline_outcomes
 from deris_llm.evaluation.metrics import Overlap, RisMetrics, overlap
@@ -162,7 +162,8 @@ def evaluate(
             for r in records
             if r.phrase_id in phrase_override
         ]
-    _check_records(records)
+    _check_records(records, config.data.root)
+    generalised = is_generalised(config.data.root, records[0].dataset)
     protocols = protocols_of(config)
     device = torch.device(device)
     loader = evaluation_loader(config, records, processor, rank=rank, world_size=world_size, with_targets=False)
@@ -177,7 +178,9 @@ def evaluate(
             size = _shard_size(loader)
             task, lines = bar.add_task(title, total=size), _LogLines(title, size)
             for batch in loader:
-                predictions += predict_batch(model, batch, records_by_id, protocols, device=device, dtype=dtype)
+                predictions += predict_batch(
+                    model, batch, records_by_id, protocols, device=device, dtype=dtype, is_generalised=generalised
+                )
                 bar.update(task, completed=len(predictions))
                 if progress and rank == 0 and not bar.console.is_terminal:
                     lines.update(len(predictions))
@@ -191,7 +194,7 @@ def evaluate(
     return EvaluationResult.of(
         _in_order(gathered, records),
         [protocol.id for protocol in protocols],
-        is_generalised=records[0].dataset in GENERALISED_DATASETS,
+        is_generalised=generalised,
     )
 
 
@@ -203,6 +206,7 @@ def predict_batch(
     *,
     device: torch.device,
     dtype: torch.dtype | None = None,
+    is_generalised: bool = False,
 ) -> list[PhrasePrediction]:
     """Runs the model once and compares its masks under every protocol.
 
@@ -213,6 +217,7 @@ def predict_batch(
         protocols: with equal threshold and selection (those of one run).
         device: where the model is.
         dtype: of the model's input; None = float32.
+        is_generalised: phrases may name nothing, or several objects: boxes are compared too.
 
     Returns:
         P predictions.
@@ -255,7 +260,7 @@ def predict_batch(
             says_target=bool(answer.query_index),
             areas={name: found[i] for name, found in areas.items()},
             boxes=GrecOutcome.of(boxes_of_masks(answer.instance_masks), boxes_of_masks(referents[i]))
-            if record.dataset in GENERALISED_DATASETS
+            if is_generalised
             else None,
         )
         for i, (record, answer) in enumerate(zip(asked, originals, strict=True))
@@ -346,14 +351,14 @@ def _gres_extras(predictions: Sequence[PhrasePrediction], protocol: str) -> dict
     return found | {"n_no_target": sum(not p.has_target for p in predictions)}
 
 
-def _check_records(records: Sequence[ReferringRecord]) -> None:
+def _check_records(records: Sequence[ReferringRecord], root: str) -> None:
     if not records:
         raise ValueError(
             "evaluation: expected at least one phrase, got none: check the split, or, in a control run, that pictures "
             "have phrases of different objects"
         )
     datasets = {record.dataset for record in records}
-    if len({name in GENERALISED_DATASETS for name in datasets}) > 1:
+    if len({is_generalised(root, name) for name in datasets}) > 1:
         raise ValueError(
             f"evaluation: expected phrases of datasets with the same metrics, got {', '.join(sorted(datasets))}: evaluate "
             "each split by itself"

@@ -14,7 +14,7 @@ from torch import nn
 from deris_llm.cognition import CognitionProcessor
 from deris_llm.config import RunConfig
 from deris_llm.data.dataset import group_by_image
-from deris_llm.data.refer import read_split
+from deris_llm.data.sources import read_split
 from deris_llm.evaluation.evaluator import EvaluationResult, control_phrases, evaluate
 from deris_llm.evaluation.overlays import Case, choose_cases, write_contact_sheet, write_page
 from deris_llm.evaluation.protocols import protocols_of

@@ -248,7 +248,7 @@ def _resume_from(config: RunConfig, output: Path, resume: str) -> Path | None:
 
 def _evaluation_records(config: RunConfig) -> list[ReferringRecord]:
     from deris_llm.data.dataset import group_by_image  # noqa: PLC0415
-    from deris_llm.data.refer import read_split  # noqa: PLC0415
+    from deris_llm.data.sources import read_split  # noqa: PLC0415
 
     records = read_split(Path(config.data.root), config.training.eval_split, phrase_field=config.data.phrase_field)
     groups = group_by_image(records)
