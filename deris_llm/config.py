@@ -60,8 +60,9 @@ class DataConfig:
         ),
         "splits evaluated at the end of a run, `dataset/split`; their images leave the training mix",
     )  # fmt: skip
-    exclude_eval_images: bool = option(
-        True, "drop training images that belong to any evaluation split of any mixed dataset"
+    allow_leakage: bool = option(
+        False,
+        "keep training images that belong to an evaluation split of a mixed dataset; every number then carries a notice",
     )
     phrase_field: Literal["sent", "raw"] = option("sent", "which text of a REFER sentence is the phrase")
     phrases_per_image: int = option(4, "phrases drawn of an image in a training step; they share its features")
@@ -363,7 +364,7 @@ def config_from_dict(
         ConfigError: all problems at once.
     """
     problems = [] if problems is None else problems
-    config = _build(RunConfig, _with_compat(tree), "", problems)
+    config = _build(RunConfig, _with_compat(_with_present_names(tree)), "", problems)
     if not problems:
         problems.extend(contradictions(config))
     if problems:
@@ -627,6 +628,15 @@ def _is_set(config: RunConfig, name: str) -> bool:
         values = [getattr(values[0], key), values[1].get(key, {})]
     value, preset = values
     return value != defaults[name] and value != preset
+
+
+def _with_present_names(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with fields under the names they have now: configs lie in people's checkpoints."""
+    data = tree.get("data") if isinstance(tree, dict) else None
+    if not isinstance(data, dict) or not isinstance(data.get("exclude_eval_images"), bool):
+        return tree
+    others = {key: value for key, value in data.items() if key != "exclude_eval_images"}
+    return {**tree, "data": {"allow_leakage": not data["exclude_eval_images"], **others}}
 
 
 def _with_compat(tree: dict[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,12 @@ RefCOCO, RefCOCO+ and RefCOCOg drew their splits independently: a picture of Ref
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deris_llm.config import DataConfig
+from deris_llm.config import DataConfig, RunConfig
 from deris_llm.data.errors import DataError
+from deris_llm.data.refer import DATASETS
 from deris_llm.data.sources import images_of_split, read_split, split_names
 from deris_llm.structures import ReferringRecord
 
@@ -92,8 +94,8 @@ def training_mix(config: DataConfig) -> TrainingMix:
     removed_images: set[str] = set()
     for dataset in config.train:
         read = read_split(config.root, f"{dataset}/train", phrase_field=config.phrase_field)
-        removed = [r for r in read if r.image_id in eval_images] if config.exclude_eval_images else []
-        kept = [r for r in read if r.image_id not in eval_images] if config.exclude_eval_images else read
+        removed = [r for r in read if r.image_id in eval_images] if not config.allow_leakage else []
+        kept = [r for r in read if r.image_id not in eval_images] if not config.allow_leakage else read
         removed_here = {r.image_id for r in removed}
         shares.append(
             DatasetShare(dataset, len(kept), len({r.image_id for r in kept}), len(removed), len(removed_here))
@@ -104,7 +106,7 @@ def training_mix(config: DataConfig) -> TrainingMix:
         raise DataError(
             f"training mix of {', '.join(config.train) or 'no dataset'}: no phrase is left after "
             f"{len(removed_images):,} evaluation images were removed. Name other datasets in data.train, or set "
-            "data.exclude_eval_images=false knowingly"
+            "data.allow_leakage=true knowingly"
         )
     images = {r.image_id for r in records}
     report = MixReport(
@@ -117,9 +119,38 @@ def training_mix(config: DataConfig) -> TrainingMix:
     )
     if report.num_eval_images_kept:
         logger.warning(
-            "data.exclude_eval_images=false: %s training images belong to an evaluation split (%s). "
+            "data.allow_leakage=true: %s training images belong to an evaluation split (%s). "
             "Numbers on those splits are NOT comparable with anybody's",
             f"{report.num_eval_images_kept:,}",
             ", ".join(eval_splits),
         )
     return TrainingMix(tuple(records), report)
+
+
+def leakage_notice(config: RunConfig, splits: Sequence[str] = ()) -> str | None:
+    """What every number of a run must be printed with when its model may have seen evaluation pictures; None if not.
+
+    Says nothing about what the weights had seen before this run.
+
+    Args:
+        config: of the training run (a checkpoint's own).
+        splits: ``dataset/split`` that are evaluated; those of REFER's datasets, which all draw on the same pictures,
+            are compared with the splits that left the training mix.
+    """
+    if config.data.allow_leakage:
+        return (
+            "LEAKAGE (data.allow_leakage=true): trained on pictures of evaluation splits; "
+            "these numbers are not comparable with anybody's"
+        )
+    mixed = set(config.data.train) & DATASETS.keys()
+    apart = [
+        name
+        for name in splits
+        if mixed and (name.partition("/")[0] in DATASETS.keys() - mixed) and name not in config.data.eval
+    ]
+    if not apart:
+        return None
+    return (
+        f"POSSIBLE LEAKAGE: pictures of {', '.join(apart)} did not leave the training mix ({', '.join(sorted(mixed))}), "
+        "whose datasets draw on the same pictures; name these splits in data.eval before training"
+    )

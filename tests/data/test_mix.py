@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from deris_llm.config import DataConfig
+from deris_llm.config import DataConfig, RunConfig, config_from_dict
 from deris_llm.data.errors import DataError
-from deris_llm.data.mix import training_mix
+from deris_llm.data.mix import leakage_notice, training_mix
 from deris_llm.data.refer import read_split
 
 
@@ -55,7 +55,7 @@ def test_evaluated_datasets_count_though_not_mixed(refer_root: Path) -> None:
 
 def test_keeping_evaluation_images_is_loud(refer_root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        mix = training_mix(_config(refer_root, exclude_eval_images=False))
+        mix = training_mix(_config(refer_root, allow_leakage=True))
     assert len(mix.records) == 5 * 12
     assert mix.report.num_eval_images_kept == 4
     assert mix.report.num_images_removed == 0
@@ -81,3 +81,22 @@ def test_phrase_field_reaches_the_records(refer_root: Path) -> None:
     mix = training_mix(_config(refer_root, phrase_field="raw"))
     raw = read_split(refer_root, "refcoco/train", phrase_field="raw")
     assert mix.records[0].phrase == raw[0].phrase == raw[0].phrase.upper()
+
+
+def test_leakage_notice() -> None:
+    config = RunConfig(name="run")
+    assert leakage_notice(config) is None
+    assert leakage_notice(config, config.data.eval) is None
+    leaking = dataclasses.replace(config, data=dataclasses.replace(config.data, allow_leakage=True))
+    assert "not comparable" in (leakage_notice(leaking) or "")
+    one = dataclasses.replace(config, data=dataclasses.replace(config.data, train=("refcoco",), eval=("refcoco/val",)))
+    assert leakage_notice(one, ["refcoco/testA", "mine/val"]) is None
+    assert "refcocog_umd/test" in (leakage_notice(one, ["refcoco/val", "refcocog_umd/test"]) or "")
+
+
+@pytest.mark.parametrize("excluded", [True, False])
+def test_the_fields_earlier_name_in_peoples_checkpoints(excluded: bool) -> None:
+    tree = {"name": "old", "data": {"root": "elsewhere", "exclude_eval_images": excluded}}
+    config = config_from_dict(tree)
+    assert config.data.allow_leakage is not excluded
+    assert config.data.root == "elsewhere"
