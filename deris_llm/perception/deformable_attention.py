@@ -5,15 +5,20 @@ I images, S cells of all levels together, A heads, V levels, K points, C channel
 Each head of each cell reads K points of every level bilinearly and sums them with its attention weights: a weighted sum
 of 4 K V rows of a table of cells. On the CPU that is `torch.nn.functional.embedding_bag`, whose kernel reads whole rows
 (C / A channels lie side by side); `grid_sample`, as transformers has it, reads channel by channel. Both give the same
-numbers up to rounding (`scripts/bench_deris_b.py` has the times).
+numbers up to rounding, gradients included (`scripts/bench_perception.py` has the times).
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
@@ -122,14 +127,57 @@ def _image_by_rows(values: Tensor, points: Tensor, weights: Tensor, sizes_hw: Se
     lower = weights * lower_share
     upper = weights - lower
     upper_right, lower_right = upper * right_share, lower * right_share
-    summed = _bags(table, upper_left, upper - upper_right) + _bags(table, upper_left + num_heads, upper_right)
-    summed = summed + _bags(table, lower_left, lower - lower_right)
-    summed = summed + _bags(table, lower_left + num_heads, lower_right)
-    return summed.view(num_cells, -1)
+    rows = torch.cat([upper_left, upper_left + num_heads, lower_left, lower_left + num_heads], dim=1)
+    shares = torch.cat([upper - upper_right, upper_right, lower - lower_right, lower_right], dim=1)
+    return _bags(table, rows, shares).view(num_cells, -1)
 
 
 def _bags(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+    """Sums of chosen rows of a table, float (B, c), with gradients for table and weights.
+
+    Args:
+        table: float32 (R, c), on the CPU.
+        rows: int32 (B, N), in 0..R-1.
+        weights: float32 (B, N).
+    """
+    return _Bags.apply(table, rows, weights)  # pyright: ignore[reportReturnType]
+
+
+class _Bags(torch.autograd.Function):
+    """`embedding_bag` with a backward pass of its own: torch's sorts all rows and calls BLAS for each; this one does neither.
+
+    The bags are the rows of a sparse matrix, W (B, R): the result is W table, the table's gradient is W' gradient, and
+    the weights' is gradient table' where W has its entries.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(table, rows, weights)
+        return F.embedding_bag(rows, table, per_sample_weights=weights, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        table, rows, weights = ctx.saved_tensors
+        shape, starts = (len(rows), len(table)), torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=torch.int32)
+        gradient, entries = gradient.contiguous(), rows.flatten()
+        table_gradient = weights_gradient = None
+        if ctx.needs_input_grad[0]:
+            matrix = csr_array((weights.numpy().ravel(), entries.numpy(), starts.numpy()), shape=shape)
+            table_gradient = torch.from_numpy(matrix.T @ gradient.numpy())
+        if ctx.needs_input_grad[2]:
+            _accept_sparse_csr()
+            matrix = torch.sparse_csr_tensor(starts, entries, torch.zeros_like(weights).flatten(), shape)
+            weights_gradient = torch.sparse.sampled_addmm(matrix, gradient, table.T, beta=0).values().view_as(weights)
+        return table_gradient, None, weights_gradient
+
+
+@functools.cache
+def _accept_sparse_csr() -> None:
+    """Lets torch say once, to nobody, that its sparse CSR tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.empty(0, dtype=torch.int64), torch.empty(0), (1, 1))
 
 
 def sample_by_grid(values: Tensor, sizes_hw: Sequence[tuple[int, int]], points: Tensor, weights: Tensor) -> Tensor:

@@ -3,11 +3,17 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
 )
 
-from deris_llm.perception.deformable_attention import DeformableAttention, sample_by_grid, sample_by_rows
+from deris_llm.perception.deformable_attention import (
+    DeformableAttention,
+    _bags,
+    sample_by_grid,
+    sample_by_rows,
+)
 
 SIZES = [(2, 3), (4, 6), (8, 12)]  # h, w
 NUM_CELLS = sum(h * w for h, w in SIZES)
@@ -73,6 +79,25 @@ def test_gradients_of_both_formulations_are_equal():
         if number == 1:
             ours, reference = ours[is_between_cells], reference[is_between_cells]
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", [("table", "weights"), ("table",), ("weights",)])
+def test_bags_have_the_gradients_of_embedding_bag(trained):
+    """Bags repeat rows, and leave most rows out."""
+    generator = torch.Generator().manual_seed(0)
+    table, weights = torch.randn(50, WIDTH, generator=generator), torch.randn(20, 6, generator=generator)
+    rows = torch.randint(0, 9, (20, 6), generator=generator, dtype=torch.int32)
+    upstream = torch.randn(20, WIDTH, generator=generator)
+    found = []
+    for bags in (_bags, lambda t, r, w: embedding_bag(r, t, per_sample_weights=w, mode="sum")):
+        given = {"table": table.clone(), "weights": weights.clone()}
+        for name in trained:
+            given[name].requires_grad_()
+        summed = bags(given["table"], rows, given["weights"])
+        summed.backward(upstream.T.contiguous().T)  # a gradient may come transposed
+        found.append((summed, *(given[name].grad for name in trained)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
