@@ -1,0 +1,264 @@
+#!/usr/bin/env python
+"""What sharing an image between its phrases saves: one phrase at a time against all of them together, same weights.
+
+    python scripts/bench_shared.py                                        K = 1, 2, 4, 7, 12 phrases of an image
+    python scripts/bench_shared.py --layers 4 --phrases 7 --repeats 5     more layers
+    python scripts/bench_shared.py --split refcoco/val --data data/synth --max-images 6     a whole evaluation
+
+The image-text model has the proportions of LLaVA-OneVision-0.5B: language model of width 896 (14 heads, 2 for keys and
+values, FFN 4,864), SigLIP of width 1,152 at 384 px (729 image tokens), as many layers of each (there 24 and 26), and
+random weights. "Evaluation" is its forward pass as `deris-llm eval` runs it, "training" forward and backward to its LoRA.
+One at a time is the same code with one phrase in the batch, at its own length. With `--split` the whole model (Swin-B and
+all of DeRIS besides) goes through `deris-llm eval`'s own function: loader, answers at the pictures' size, metrics.
+
+Both sides are run in turn and must give equal results. CPU seconds are those of the process, the best of the repeats:
+other work on the machine only ever adds to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Column, Table
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from deris_llm.cognition import CognitionBackend, CognitionProcessor, build_processor, resolve_backend
+from deris_llm.config import RunConfig, load_config
+from deris_llm.inference import for_cpu_inference
+from deris_llm.structures import CognitionFeatures, CognitionInputs
+from deris_llm.testing import relative_difference, synthetic_images
+from deris_llm.weights import architecture_of, resolve_weights
+
+TOKENIZER = "builtin:tiny-llava-onevision"
+SHAPE = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf"
+PHRASES = (  # 20 to 33 text tokens with the prompt around them
+    "the red circle in the middle", "the small blue square on the left of the star", "second yellow star from the right",
+    "a green ring behind the large dark triangle", "the striped square that is near the star",
+    "dark triangle in the lower left corner", "the grey shape on the right of the red circle",
+)  # fmt: skip
+TOLERANCE = 1e-5  # relative to the largest value; measured: see docs/benchmarks.md
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One way of running some phrases."""
+
+    seconds: float  # CPU
+    result: list[Tensor]  # what both ways must agree on
+
+
+def write_weights_folder(folder: Path, layers: int) -> None:
+    """An architecture in the proportions of the 0.5B and a small tokenizer; the weights themselves are drawn."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_weights(TOKENIZER))
+    tokenizer.save_pretrained(folder)
+    shape = architecture_of(SHAPE).to_dict()
+    shape["image_token_index"] = tokenizer.convert_tokens_to_ids("<image>")
+    shape["video_token_index"] = tokenizer.convert_tokens_to_ids("<video>")
+    shape["text_config"] |= {"num_hidden_layers": layers, "vocab_size": len(tokenizer), "layer_types": None}
+    shape["text_config"] |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    shape["vision_config"]["num_hidden_layers"] = layers
+    (folder / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+
+
+def bench_config(folder: Path, *overrides: str) -> RunConfig:
+    """The run config of the 0.5B on these weights, on a CPU."""
+    return load_config(
+        "deris-0.5b-refcoco",
+        [
+            f"cognition.weights={folder}",
+            "cognition.gradient_checkpointing=false",
+            "training.precision=fp32",
+            "data.num_workers=0",
+            *overrides,
+        ],
+    )
+
+
+def build_backend(config: RunConfig, *, seed: int = 0) -> CognitionBackend:
+    """The cognition backend with drawn weights, those of LoRA too (its second half is zero when fresh)."""
+    torch.manual_seed(seed)
+    backend = resolve_backend(config.cognition.backend).build(config.cognition, weights=False, dtype=torch.float32)
+    for name, parameter in backend.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return backend
+
+
+def values(features: CognitionFeatures, phrase: int) -> list[Tensor]:
+    """What the rest of the model reads of a phrase."""
+    is_text = ~features.text_padding_mask[phrase]
+    return [
+        features.image_feats[features.image_feats_index[phrase]],
+        features.text_feats[phrase, is_text],
+        features.cls_feat[phrase],
+    ]
+
+
+def loss_of(features: CognitionFeatures) -> Tensor:
+    """A sum over phrases in which every value of a phrase has its own weight: as one at a time, so together."""
+    total = features.cls_feat.sum()
+    for phrase in range(len(features.cls_feat)):
+        for value in values(features, phrase):
+            total = total + (value * torch.linspace(-1, 1, value.numel()).view_as(value)).sum()
+    return total
+
+
+def run_evaluation(
+    backend: CognitionBackend, batches: list[tuple[CognitionInputs, Tensor]]
+) -> tuple[float, list[Tensor]]:
+    """CPU seconds and the features of every phrase, batch after batch."""
+    found: list[Tensor] = []
+    with torch.inference_mode():
+        start = time.process_time()
+        for inputs, image_index in batches:
+            features = backend(inputs, image_index)
+            for phrase in range(len(image_index)):
+                found += values(features, phrase)
+        return time.process_time() - start, found
+
+
+def run_training(
+    backend: CognitionBackend, batches: list[tuple[CognitionInputs, Tensor]]
+) -> tuple[float, list[Tensor]]:
+    """CPU seconds and the LoRA gradients of all phrases together, forward and backward, batch after batch."""
+    trained = [parameter for parameter in backend.parameters() if parameter.requires_grad]
+    backend.zero_grad()
+    start = time.process_time()
+    for inputs, image_index in batches:
+        loss_of(backend(inputs, image_index)).backward()
+    seconds = time.process_time() - start
+    return seconds, [parameter.grad.clone() for parameter in trained if parameter.grad is not None]
+
+
+def compare(
+    run: Callable[[list[tuple[CognitionInputs, Tensor]]], tuple[float, list[Tensor]]],
+    processor: CognitionProcessor,
+    num_phrases: int,
+    repeats: int,
+) -> tuple[float, float, float]:
+    """CPU seconds of an image's phrases one at a time and together, and the largest relative difference."""
+    image = synthetic_images(1, size=(480, 640))
+    phrases = [PHRASES[number % len(PHRASES)] for number in range(num_phrases)]
+    together = [(processor(image, phrases, [0] * num_phrases), torch.zeros(num_phrases, dtype=torch.long))]
+    single = [(processor(image, [phrase], [0]), torch.zeros(1, dtype=torch.long)) for phrase in phrases]
+    seconds: dict[str, list[float]] = {"single": [], "together": []}
+    worst = 0.0
+    for _ in range(repeats):
+        apart_seconds, apart = run(single)
+        shared_seconds, shared = run(together)
+        seconds["single"].append(apart_seconds)
+        seconds["together"].append(shared_seconds)
+        assert len(apart) == len(shared)
+        worst = max(worst, *(relative_difference(a, b) for a, b in zip(shared, apart, strict=True)))
+    assert worst < TOLERANCE, f"results differ: {worst:.1e} of the largest value"
+    return min(seconds["single"]), min(seconds["together"]), worst
+
+
+def bench_phrases(config: RunConfig, numbers: list[int], repeats: int, console: Console) -> None:
+    """One table: evaluation and training step by number of phrases."""
+    processor = build_processor(config)
+    reader, trained = build_backend(config).eval(), build_backend(config).train()
+    for_cpu_inference(reader)
+    runs = {
+        "evaluation": lambda batches: run_evaluation(reader, batches),
+        "training step": lambda batches: run_training(trained, batches),
+    }
+    right = [Column(name, justify="right") for name in ("one at a time", "together", "ratio", "worst difference")]
+    table = Table("CPU ms per phrase", Column("K", justify="right"), *right, title=f"best of {repeats}")
+    for name, run in runs.items():
+        compare(run, processor, 1, 1)  # warm-up
+        for number in numbers:
+            apart, together, worst = compare(run, processor, number, repeats)
+            per_phrase = [f"{1e3 * seconds / number:.0f}" for seconds in (apart, together)]
+            table.add_row(name, str(number), *per_phrase, f"{apart / together:.2f}", f"{worst:.0e}")
+        table.add_section()
+    console.print(table)
+
+
+def bench_split(config: RunConfig, split: str, max_images: int, console: Console) -> None:
+    """One table: a whole evaluation of a split."""
+    from deris_llm.data.dataset import group_by_image  # noqa: PLC0415
+    from deris_llm.data.refer import read_split  # noqa: PLC0415
+    from deris_llm.evaluation import evaluate  # noqa: PLC0415
+    from deris_llm.model import build_model  # noqa: PLC0415
+
+    groups = group_by_image(read_split(Path(config.data.root), split, phrase_field=config.data.phrase_field))
+    records = [record for group in groups[: max_images or None] for record in group.records]
+    torch.manual_seed(0)
+    model = for_cpu_inference(build_model(config, weights=False, device="cpu").eval())
+    processor = build_processor(config)
+    one_by_one = replace(config, evaluation=replace(config.evaluation, images_per_device=1, max_phrases_per_batch=1))
+    seconds, answers = [], []
+    evaluate(model, config, records[:1], processor, device="cpu", progress=False)  # warm-up
+    for each in (one_by_one, config):
+        start = time.process_time()
+        result = evaluate(model, each, records, processor, device="cpu", progress=False)
+        seconds.append(time.process_time() - start)
+        answers.append({p.phrase_id: (p.mask, p.top_scores, p.presence, p.overlaps) for p in result.predictions})
+    masks_differ = sum(answers[0][name][0] != answers[1][name][0] for name in answers[0])
+    scores = max(
+        abs(a - b) for name in answers[0] for a, b in zip(answers[0][name][1], answers[1][name][1], strict=True)
+    )
+    assert scores < TOLERANCE, f"scores differ by {scores:.1e}"
+    num_images = len({record.image_id for record in records})
+    table = Table(
+        f"{split}, {num_images} images, {len(records)} phrases",
+        *(Column(name, justify="right") for name in ("CPU s", "CPU ms per phrase", "ratio")),
+    )
+    for name, each in zip(("one phrase at a time", "all phrases of an image"), seconds, strict=True):
+        table.add_row(name, f"{each:.1f}", f"{1e3 * each / len(records):.0f}", f"{seconds[0] / each:.2f}")
+    console.print(table)
+    console.print(f"masks that differ: {masks_differ} of {len(records)}; scores differ by {scores:.0e} at most")
+
+
+def main() -> None:
+    """Parses, measures, prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--phrases", type=int, nargs="+", default=[1, 2, 4, 7, 12], metavar="K")
+    parser.add_argument("--layers", type=int, default=2, metavar="N", help="of each tower (default 2)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs of each (default 3)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch (default 1)")
+    parser.add_argument("--split", metavar="SPLIT", help="time a whole evaluation of this split instead")
+    parser.add_argument("--data", default="data/synth", metavar="DIR", help="where the split is (default data/synth)")
+    parser.add_argument("--max-images", type=int, default=0, metavar="N", help="of the split (default 0 = all)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="A.B=VALUE", help="override fields of the run config")
+    arguments = parser.parse_args()
+    logging.disable(logging.INFO)
+    torch.set_num_threads(arguments.threads)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(
+        f"{cpu_name()}, {arguments.threads} thread(s), torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"{arguments.layers} layers in each tower",
+        highlight=False,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_weights_folder(Path(folder), arguments.layers)
+        config = bench_config(Path(folder), f"data.root={arguments.data}", *arguments.set)
+        if arguments.split:
+            bench_split(config, arguments.split, arguments.max_images, console)
+        else:
+            bench_phrases(config, arguments.phrases, arguments.repeats, console)
+
+
+def cpu_name() -> str:
+    """Name of this machine's processor."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
