@@ -25,6 +25,8 @@ PresenceUse = Literal["none", "multiply", "gate"]
 GATE = 0.5
 """`gate` answers only phrases whose presence is at least this."""
 
+_MOST_PIXELS = 2**26  # upsampled at a time: 256 MiB of float32, five masks of a picture with 12 megapixels
+
 
 @dataclass(frozen=True, eq=False)
 class PhraseAnswer:
@@ -35,6 +37,21 @@ class PhraseAnswer:
     query_index: tuple[int, ...]  # S selected queries, best first
     referring_scores: np.ndarray  # float32 (Q,) in [0, 1]
     presence: float  # probability that a target exists, in [0, 1]; whether it decides is the caller's choice
+
+    @property
+    def says_target(self) -> bool:
+        """Some query answers: the phrase names something in the picture."""
+        return bool(self.query_index)
+
+    @property
+    def score(self) -> float:
+        """The highest referring score of all queries, whether or not it answers."""
+        return float(self.referring_scores.max())
+
+    @property
+    def instance_scores(self) -> tuple[float, ...]:
+        """Referring scores of the selected queries, best first."""
+        return tuple(float(self.referring_scores[query]) for query in self.query_index)
 
 
 def answer_masks(
@@ -156,10 +173,21 @@ def upsampled_masks(
         if len(rows) == 0:
             drawn = np.zeros((0, *size), dtype=bool)
         else:
-            logits = readable_logits(mask_logits[rows, columns].float().unsqueeze(1), output.mask_upsampling)
-            upsampled = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-            drawn = (upsampled >= 0).squeeze(1).cpu().numpy()
+            at_once = max(1, _MOST_PIXELS // (size[0] * size[1]))  # masks of a large picture that fit in memory
+            drawn = np.concatenate(
+                [
+                    _drawn(mask_logits[some_rows, some_columns], size, output.mask_upsampling)
+                    for some_rows, some_columns in zip(rows.split(at_once), columns.split(at_once), strict=True)
+                ]
+            )
         ends = np.cumsum([len(queries[p]) for p in phrases])
         for phrase, part in zip(phrases, np.split(drawn, ends[:-1]), strict=True):
             masks[phrase] = part
     return masks
+
+
+def _drawn(mask_logits: Tensor, size: tuple[int, int], upsampling: MaskUpsampling) -> np.ndarray:
+    """Logits (S, h', w') -> bool (S, h, w) at a size."""
+    logits = readable_logits(mask_logits.float().unsqueeze(1), upsampling)
+    upsampled = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    return (upsampled >= 0).squeeze(1).cpu().numpy()

@@ -72,6 +72,7 @@ _PREFIX = "checkpoint-"
 _PARTIAL = ".partial-"
 _CHUNK = 1 << 16
 _NUM_CHUNKS = 64
+_LORA, _UNDER_LORA = ".lora_", ".base_layer."  # peft's names: of the updates, of the linear that has one
 
 MAY_DIFFER = frozenset(
     {
@@ -162,9 +163,8 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free / 2**20 if folder.parent.is_dir() else 0.0
         raise CheckpointError(
-            f"checkpoint {folder}: expected to write it, got {error} ({free:,.0f} MiB free there); nothing of it was kept and "
-            f"earlier checkpoints are whole. Make room or choose another --output, then start the same command again: it goes on "
-            f"from the newest checkpoint"
+            f"{folder}: expected to write this folder, got {error} ({free:,.0f} MiB free there); nothing of it was kept and "
+            f"earlier folders, checkpoints too, are whole. Make room or choose another place, then start the same command again"
         ) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -367,55 +367,76 @@ def check_base_weights(folder: Path, config: RunConfig) -> None:
 
 
 def restore_weights(model: nn.Module, folder: Path) -> None:
-    """Loads the trainable parameters of a checkpoint, strictly by name; works before and after DeepSpeed's engine exists.
+    """Loads the trained parameters of a checkpoint, strictly by name; works before and after DeepSpeed's engine exists.
+
+    The file must have every parameter that trains here. It may have some that are frozen here, where the config of use
+    trains less than that of training (`loopback.prior_attention=self`); they are loaded too.
 
     Raises:
         CheckpointError: names or shapes differ (the first ten are listed).
     """
-    _load_strictly(_trainable(model), folder / TRAINABLE_FILE, "trainable parameters", others="not trainable")
+    path = folder / TRAINABLE_FILE
+    saved = _names_in(path)
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad or name in saved}
+    _load_strictly(wanted, path, "trainable parameters", others="not trainable")
 
 
 def restore_full_weights(model: nn.Module, folder: Path) -> None:
     """Loads every parameter and saved buffer of a full checkpoint, strictly by name; for all ZeRO stages as `restore_weights`.
 
+    A model with LoRA takes weights without it (merged ones) too: its LoRA then keeps the values it has.
+
     Raises:
         CheckpointError: names or shapes differ (the first ten are listed).
     """
-    names = model.state_dict().keys()
+    path = folder / MODEL_FILE
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    _load_strictly(
-        {name: tensors[name] for name in names}, folder / MODEL_FILE, "parameters and buffers", others="unknown"
-    )
+    wanted = {name: tensors[name] for name in model.state_dict()}
+    if not any(_LORA in name for name in _names_in(path)):
+        wanted = {name.replace(_UNDER_LORA, "."): tensor for name, tensor in wanted.items() if _LORA not in name}
+    _load_strictly(wanted, path, "parameters and buffers", others="unknown")
 
 
 def _load_strictly(tensors: Mapping[str, Tensor], path: Path, what: str, *, others: str) -> None:
     """Copies a file's values into tensors of exactly its names and shapes; `what` they are, and what any other one is."""
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
+    with _opened(path) as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        problems = [f"missing in the file: {name}" for name in shapes if name not in saved]
+        problems += [f"{others} here: {name}" for name in saved if name not in shapes]
+        problems += [
+            f"{name}: shape {saved[name]} in the file, {shape} here"
+            for name, shape in shapes.items()
+            if name in saved and saved[name] != shape
+        ]
+        if problems:
+            listed = "\n".join(f"  - {problem}" for problem in problems[:10])
+            raise CheckpointError(
+                f"{path}: expected exactly the model's {len(shapes)} {what}, got {len(problems)} differences\n{listed}\n"
+                f"Use the config that is saved beside it"
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                with _writable(tensor):
+                    if tensor.numel():
+                        tensor.copy_(file.get_tensor(name))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, open for reading; a broken one is a CheckpointError."""
     try:
         with safe_open(path, framework="pt") as file:
-            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
-            problems = [f"missing in the file: {name}" for name in shapes if name not in saved]
-            problems += [f"{others} here: {name}" for name in saved if name not in shapes]
-            problems += [
-                f"{name}: shape {saved[name]} in the file, {shape} here"
-                for name, shape in shapes.items()
-                if name in saved and saved[name] != shape
-            ]
-            if problems:
-                listed = "\n".join(f"  - {problem}" for problem in problems[:10])
-                raise CheckpointError(
-                    f"{path}: expected exactly the model's {len(shapes)} {what}, got {len(problems)} differences\n{listed}\n"
-                    f"Use the config that is saved beside it"
-                )
-            with torch.no_grad():
-                for name, tensor in tensors.items():
-                    with _writable(tensor):
-                        if tensor.numel():
-                            tensor.copy_(file.get_tensor(name))
+            yield file
     except SafetensorError as error:
         raise CheckpointError(
             f"{path}: expected a safetensors file, got {error}; copy it again, or take another checkpoint"
         ) from error
+
+
+def _names_in(path: Path) -> set[str]:
+    with _opened(path) as file:
+        return set(file.keys())
 
 
 def restore_training_state(
@@ -614,13 +635,18 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def load_checkpoint(
-    folder: str | Path, device: torch.device | str | None = None, *, allow_module: bool = False
+    folder: str | Path,
+    device: torch.device | str | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    allow_module: bool = False,
 ) -> tuple[RunConfig, Deris]:
     """Builds the model of a checkpoint: of a run, base weights and then the trained parameters; of a full one, all from it.
 
     Args:
-        folder: ``checkpoint-STEP`` or ``best`` of a run, or a full checkpoint.
+        folder: ``checkpoint-STEP`` or ``best`` of a run, or a full checkpoint (`find_checkpoint` takes a run's folder).
         device: where the model goes; None = CPU.
+        overrides: ``section.field=value`` over its run config, before the model is built.
         allow_module: whether a cognition backend named `package.module:Class` in its config may be imported; a
             checkpoint of somebody else could name any code.
 
@@ -634,7 +660,7 @@ def load_checkpoint(
 
     folder = Path(folder)
     check_is_checkpoint(folder)
-    config = checkpoint_config(folder)
+    config = checkpoint_config(folder, overrides)
     base = folder if is_full(folder) else recorded_base_checkpoint(folder)
     if base is not None and base != folder:
         check_base_weights(folder, config)  # before the work of building on it
@@ -676,6 +702,33 @@ def with_tokenizer_of(folder: Path, config: RunConfig, *, wins: bool = False) ->
     return dataclasses.replace(config, cognition=dataclasses.replace(config.cognition, tokenizer=str(path)))
 
 
+def find_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint that a folder is; of a run's folder its ``best``, or else its newest.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    folder = Path(folder).expanduser()
+    if not is_full(folder) and not (folder / TRAINABLE_FILE).is_file():
+        inside = folder / BEST if (folder / BEST).is_dir() else newest_checkpoint(folder)
+        if inside is not None:
+            logger.info("%s is the folder of a run: taking its %s", folder, inside.name)
+            folder = inside
+    check_is_checkpoint(folder)
+    return folder
+
+
+def checkpoint_fingerprint(folder: Path) -> str:
+    """Twelve hex digits that say which checkpoint it is: of its weights, the weights it stands on and its run config."""
+    weights = MODEL_FILE if is_full(folder) else TRAINABLE_FILE
+    digest = hashlib.sha256(file_digest(folder / weights).encode())
+    digest.update((folder / CONFIG_FILE).read_bytes())
+    if not is_full(folder):
+        files = {part: entry["files"] for part, entry in sorted(_recorded_base(folder).items())}
+        digest.update(json.dumps(files, sort_keys=True).encode())
+    return digest.hexdigest()[:12]
+
+
 def is_full(folder: Path) -> bool:
     """Whether a checkpoint folder holds every tensor, not only the trained ones."""
     return (folder / MODEL_FILE).is_file()
@@ -698,9 +751,18 @@ def check_is_checkpoint(folder: Path, where: str = "") -> None:
         hint = f"; did you mean {folder / BEST if (folder / BEST).is_dir() else inside}?" if inside else ""
         raise CheckpointError(
             f"{where}{folder}: expected a checkpoint folder with {CONFIG_FILE}, {TRAINABLE_FILE} and {BASE_WEIGHTS_FILE} (of a run) "
-            f"or {CONFIG_FILE} and {MODEL_FILE} (full), got no {', '.join(absent)}"
+            f"or {CONFIG_FILE} and {MODEL_FILE} (full), got no {', '.join(absent)} in {_content(folder)}"
             f"{hint or '; give the folder `best` or `checkpoint-STEP` of a run, or one that `deris-llm convert` wrote'}"
         )
+
+
+def _content(folder: Path) -> str:
+    """What is at a path, for a message."""
+    if not folder.is_dir():
+        return "it: there is only a file of that name" if folder.exists() else "it: there is no such folder"
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    more = f", ... ({len(names)} in all)" if len(names) > 10 else ""
+    return f"it: there is {', '.join(names[:10])}{more}" if names else "it: the folder is empty"
 
 
 # -- starting from another run's weights -----------------------------------------------------------------------------

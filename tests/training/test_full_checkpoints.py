@@ -144,7 +144,7 @@ def test_disk_full_is_a_clear_error_and_leaves_the_old_folder_whole(copy, config
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow beyond this: the disk is "full"
     try:
-        with pytest.raises(CheckpointError, match=r"expected to write it, got .*Make room"):
+        with pytest.raises(CheckpointError, match=r"expected to write this folder, got .*Make room"):
             save_full_checkpoint(copy, model, config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
