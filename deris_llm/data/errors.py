@@ -38,3 +38,12 @@ def missing_path_error(path: Path, purpose: str, *, hint: str = "") -> DataError
         + (f" Is it {' or '.join(repr(name) for name in near)}? Rename it to {wanted!r}." if near else "")
         + (f" {hint}" if hint else "")
     )
+
+
+def describe(value: object) -> str:
+    """A value of a file in a few words."""
+    if isinstance(value, dict):
+        return f"a dict with {', '.join(map(str, list(value)[:8])) or 'nothing'}"
+    if isinstance(value, list) and value:
+        return f"a list of {len(value)}, first {describe(value[0])}"
+    return f"{type(value).__name__} {str(value)[:60]!r}"

@@ -7,6 +7,12 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as _pycocotools_mask
 
+from deris_llm.data.errors import describe
+
+_SURELY_VISIBLE_PX = 16.0  # polygons of less area are drawn to see whether a pixel is left
+
+_FARTHEST_PX = 100_000  # pycocotools walks along every edge, a step per fifth of a pixel
+
 coco_mask: Any = _pycocotools_mask  # its type stubs know neither lists of polygons nor plain dictionaries
 
 _ASK = (
@@ -53,6 +59,51 @@ def segmentation_rle(segmentation: object, height: int, width: int) -> dict[str,
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 
+def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[object, str | None]:
+    """Checks a COCO segmentation against its image's size in px.
+
+    Polygons that reach over the border are clipped when they are decoded; only one of which nothing is left is a fault.
+    Parts of fewer than three points have no area and are left out, as long as another part shows something.
+
+    Returns:
+        the segmentation without its degenerate parts, and what makes it unusable or None.
+    """
+    if isinstance(segmentation, dict):
+        return segmentation, _fault_of_decoding(segmentation, height, width, "its RLE mask is empty")
+    if not isinstance(segmentation, list) or not segmentation:
+        return segmentation, f"expected polygons or RLE, got {describe(segmentation)}"
+    area = 0.0
+    reaches_out = False
+    parts: list[list[float]] = []
+    for polygon in segmentation:
+        if not isinstance(polygon, list) or not all(map(_is_coordinate, polygon)):
+            return segmentation, f"expected polygons [x0, y0, x1, y1, …] in px, got {describe(polygon)}"
+        if len(polygon) < 6:
+            continue
+        parts.append(polygon)
+        xs, ys = polygon[0::2], polygon[1::2]
+        reaches_out |= min(xs) < 0 or min(ys) < 0 or max(xs) > width or max(ys) > height
+        # The shoelace formula; an odd number of coordinates is left to the decoder's message.
+        area += (
+            abs(sum(x * y1 - x1 * y for x, y, x1, y1 in zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=False)))
+            / 2
+        )
+    if not parts:
+        return parts, "none of its polygons has three points"
+    odd = any(len(polygon) % 2 for polygon in parts)
+    if area >= _SURELY_VISIBLE_PX and not reaches_out and not odd:
+        return parts, None
+    where = f"lie outside the image ({width} x {height} px)" if reaches_out else f"cover no pixel (area {area:.3g} px)"
+    return parts, _fault_of_decoding(parts, height, width, f"its polygons {where}")
+
+
+def _fault_of_decoding(segmentation: object, height: int, width: int, empty: str) -> str | None:
+    try:
+        return None if coco_mask.area(segmentation_rle(segmentation, height, width)) > 0 else empty
+    except ValueError as error:
+        return str(error)
+
+
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """Compresses a mask to COCO RLE that JSON can hold.
 
@@ -74,11 +125,17 @@ def _checked_polygon(polygon: object) -> list[float]:
             f"COCO segmentation: expected at least 3 points as an even count of numbers in a polygon, got "
             f"{len(polygon)} numbers {_short(polygon)}: correct the annotation file"
         )
-    if not np.isfinite(polygon).all():
+    if not all(map(_is_coordinate, polygon)):
         raise ValueError(
-            f"COCO segmentation: expected finite coordinates, got {_short(polygon)}: correct the annotation file"
+            f"COCO segmentation: expected finite coordinates of at most {_FARTHEST_PX:,} px, got {_short(polygon)}: correct "
+            "the annotation file"
         )
     return [float(v) for v in polygon]
+
+
+def _is_coordinate(value: object) -> bool:
+    # Also false for NaN, and for integers that no float holds.
+    return isinstance(value, (int, float)) and -_FARTHEST_PX <= value <= _FARTHEST_PX
 
 
 def _checked_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
@@ -118,6 +175,8 @@ def _covered_pixels(counts: bytes) -> int | None:
             return None
         value |= (chunk & 0x1F) << shift
         shift += 5
+        if shift > 60:  # no picture has a run of that length
+            return None
         if not chunk & 0x20:
             if chunk & 0x10:
                 value -= 1 << shift

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,8 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from deris_llm.data.errors import DataError, bad_records_error, missing_path_error
-from deris_llm.data.masks import decode_segmentation
+from deris_llm.data.errors import DataError, bad_records_error, describe, missing_path_error
+from deris_llm.data.masks import usable_segmentation
 from deris_llm.interop.unpickle import load_plain_pickle
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
@@ -48,8 +47,6 @@ NO_TARGET_ID = -1
 """gRefCOCO's annotation id of nothing."""
 
 _REF_KEYS = frozenset({"ref_id", "ann_id", "image_id", "split", "sentences"})
-
-_SURELY_VISIBLE_PX = 16.0  # polygons of less area are decoded to see whether a pixel is left
 
 _LAYOUT_HINT = (
     "Expected layout: ROOT/images/train2014/COCO_train2014_*.jpg and, per dataset, ROOT/refcoco/, ROOT/refcoco+/ with "
@@ -205,7 +202,7 @@ def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> _Loaded:
     instances = _read_json(instances_file)
     if not isinstance(instances, dict) or not {"images", "annotations"} <= instances.keys():
         raise DataError(
-            f"{instances_file}: expected COCO instances with `images` and `annotations`, got {_describe(instances)}. "
+            f"{instances_file}: expected COCO instances with `images` and `annotations`, got {describe(instances)}. "
             "Use the instances.json that comes with REFER's refs"
         )
     wanted = {i for ref in refs for i in _plain_ids(ref["ann_id"])}
@@ -242,15 +239,15 @@ def _read_json(path: str) -> Any:
 
 def _fault_of_refs(refs: Any) -> str | None:
     if not isinstance(refs, list) or not refs:
-        return _describe(refs)
+        return describe(refs)
     for number, ref in enumerate(refs):
         if not isinstance(ref, dict):
-            return f"{_describe(ref)} as number {number}"
+            return f"{describe(ref)} as number {number}"
         if not ref.keys() >= _REF_KEYS:
             missing = ", ".join(sorted(_REF_KEYS - ref.keys()))
-            return f"number {number} (ref_id {ref.get('ref_id')}) without {missing}: {_describe(ref)}"
+            return f"number {number} (ref_id {ref.get('ref_id')}) without {missing}: {describe(ref)}"
         if not isinstance(ref["sentences"], list) or not all(isinstance(each, dict) for each in ref["sentences"]):
-            return f"number {number} (ref_id {ref['ref_id']}) whose sentences are {_describe(ref['sentences'])}"
+            return f"number {number} (ref_id {ref['ref_id']}) whose sentences are {describe(ref['sentences'])}"
     return None
 
 
@@ -275,14 +272,6 @@ def _annotation_ids(ref: Mapping[str, Any], dataset: str) -> tuple[list[int], st
     if "no_target" in ref and bool(ref["no_target"]) != (not found):
         return [], f"no_target is {ref['no_target']!r}, but ann_id is {ann_id}"
     return found, None
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"a dict with {', '.join(map(str, list(value)[:8])) or 'nothing'}"
-    if isinstance(value, list) and value:
-        return f"a list of {len(value)}, first {_describe(value[0])}"
-    return f"{type(value).__name__} {str(value)[:60]!r}"
 
 
 @lru_cache(maxsize=32)
@@ -384,48 +373,3 @@ def _checked_annotation(
 @lru_cache(maxsize=4)
 def _listing(folder: str, _modified_ns: int) -> frozenset[str]:
     return frozenset(path.name for path in Path(folder).iterdir())
-
-
-def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[object, str | None]:
-    """Checks a COCO segmentation against its image's size in px.
-
-    Polygons that reach over the border are clipped when they are decoded; only one of which nothing is left is a fault.
-    Parts of fewer than three points have no area and are left out, as long as another part shows something.
-
-    Returns:
-        the segmentation without its degenerate parts, and what makes it unusable or None.
-    """
-    if isinstance(segmentation, dict):
-        return segmentation, _fault_of_decoding(segmentation, height, width, "its RLE mask is empty")
-    if not isinstance(segmentation, list) or not segmentation:
-        return segmentation, f"expected polygons or RLE, got {_describe(segmentation)}"
-    area = 0.0
-    reaches_out = False
-    parts: list[list[float]] = []
-    for polygon in segmentation:
-        if not isinstance(polygon, list) or not all(isinstance(c, (int, float)) and math.isfinite(c) for c in polygon):
-            return segmentation, f"expected polygons [x0, y0, x1, y1, …] in px, got {_describe(polygon)}"
-        if len(polygon) < 6:
-            continue
-        parts.append(polygon)
-        xs, ys = polygon[0::2], polygon[1::2]
-        reaches_out |= min(xs) < 0 or min(ys) < 0 or max(xs) > width or max(ys) > height
-        # The shoelace formula; an odd number of coordinates is left to the decoder's message.
-        area += (
-            abs(sum(x * y1 - x1 * y for x, y, x1, y1 in zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=False)))
-            / 2
-        )
-    if not parts:
-        return parts, "none of its polygons has three points"
-    odd = any(len(polygon) % 2 for polygon in parts)
-    if area >= _SURELY_VISIBLE_PX and not reaches_out and not odd:
-        return parts, None
-    where = f"lie outside the image ({width} x {height} px)" if reaches_out else f"cover no pixel (area {area:.3g} px)"
-    return parts, _fault_of_decoding(parts, height, width, f"its polygons {where}")
-
-
-def _fault_of_decoding(segmentation: object, height: int, width: int, empty: str) -> str | None:
-    try:
-        return None if decode_segmentation(segmentation, height, width).any() else empty
-    except ValueError as error:
-        return str(error)

@@ -10,10 +10,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from deris_llm.data.errors import DataError
+from deris_llm.data.pictures import PictureError, read_picture
 
 IMAGENET_MEAN_RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD_RGB = (0.229, 0.224, 0.225)
@@ -25,29 +26,27 @@ Resize = Literal["antialias", "opencv"]
 def load_image(
     path: str | Path, *, size_hw: tuple[int, int] | None = None, asked_by: Sequence[str] = ()
 ) -> Image.Image:
-    """Decodes a picture to RGB, as stored (an EXIF rotation is not applied: COCO's annotations ignore it).
+    """Decodes a picture of any kind to RGB (`deris_llm.data.pictures`).
 
     Args:
         path: a file that PIL reads.
-        size_hw: height and width in px that the annotations were made for; anything else is an error.
+        size_hw: height and width in px that the annotations were made for, in the stored orientation or the one that
+            EXIF notes; anything else is an error. None: EXIF's orientation is applied.
         asked_by: ids of the phrases that need the picture, for the message.
 
     Raises:
-        DataError: the file is missing, truncated, no picture, or of another size.
+        DataError: the file is missing, cut off, no picture, too large, or of another size.
     """
     needed = f" (needed by {', '.join(asked_by[:5])}{' …' if len(asked_by) > 5 else ''})" if asked_by else ""
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path}{needed}: expected a whole picture, got {type(error).__name__}: {error}. "
-            f"Restore this file ({Path(path).stem}) from COCO's train2014.zip, or remove its refs"
-        ) from error
+        image = read_picture(path, size_hw=size_hw)
+    except PictureError as error:
+        ask = f"Restore this file ({Path(path).stem}) from its source"
+        raise DataError(f"{path}{needed}: {error}. {ask}, or remove what refers to it") from error
     if size_hw is not None and (image.height, image.width) != size_hw:
         raise DataError(
             f"{path}{needed}: expected {size_hw[1]} x {size_hw[0]} px, for which the masks were annotated, got "
-            f"{image.width} x {image.height} px. Use COCO's original file, not a resized one"
+            f"{image.width} x {image.height} px. Use the original file, not a resized one"
         )
     return image
 

@@ -1,0 +1,161 @@
+"""Picture files of every kind, and the names they are asked by.
+
+What a picture is, however it is stored: RGB, 8 bit a channel. Gray, palette and CMYK are converted; 16 bit are scaled;
+what is transparent lies on white, as a browser shows it; of an animation the first frame counts. EXIF: cameras store a
+rotated picture and a note to turn it. Which of both an annotation was made for, its size says: the stored one (COCO's own
+annotations ignore the note), or the turned one. A picture that nobody annotated is turned, as every viewer does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 80_000_000
+"""A picture of more is refused before it is decoded: 80 megapixels are 240 MB as RGB."""
+
+_EXIF_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+class PictureError(ValueError):
+    """A file that is no whole picture; the message says what it is instead."""
+
+
+@dataclass(frozen=True)
+class PictureFacts:
+    """What a picture file is, without its pixels."""
+
+    height: int  # px, as stored
+    width: int
+    is_sideways: bool  # EXIF says that it is to be turned by 90 degrees
+    sha256: str  # of the file
+
+    def fits(self, size_hw: tuple[int, int]) -> bool:
+        """An annotation of this size was made for this picture, as stored or turned."""
+        return size_hw == (self.height, self.width) or (self.is_sideways and size_hw == (self.width, self.height))
+
+
+def safe_path(folder: Path, name: object) -> tuple[Path | None, str | None]:
+    """The file that a name of somebody else's data means, never one outside the folder.
+
+    Args:
+        folder: the only place where files are looked for.
+        name: relative to it, parts separated by "/".
+
+    Returns:
+        The path, and None; or None, and what is wrong with the name.
+    """
+    if not isinstance(name, str) or not name.strip():
+        return None, f"expected the name of a file, got {name!r}"
+    if "\0" in name or "\\" in name or re.match(r"[A-Za-z]:", name):
+        return None, f"expected a name relative to {folder}, with / between folders, got {name!r}"
+    if name.startswith(("/", "~")) or ".." in name.split("/"):
+        return None, f"expected a name relative to {folder} that stays inside it, got {name!r}"
+    path = folder / name
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return None, f"expected a file inside {folder}, got {name!r}, a link to {path.resolve()}"
+    except (OSError, ValueError, RuntimeError) as error:
+        return None, f"expected the name of a file in {folder}, got {name[:80]!r} ({error})"
+    return path, None
+
+
+def picture_facts(path: Path) -> PictureFacts:
+    """Size, orientation and content hash of a picture; decodes it once to know that it is whole.
+
+    Raises:
+        PictureError: it is not.
+    """
+    with _opened(path) as file:
+        height, width = file.height, file.width
+        is_sideways = file.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
+        file.draft("L", (width // 8, height // 8))  # JPEG: all of the file is read, an eighth of the pixels computed
+        _load(file, path)
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return PictureFacts(height, width, is_sideways, digest.hexdigest())
+
+
+def read_picture(path: str | Path, *, size_hw: tuple[int, int] | None = None) -> Image.Image:
+    """Decodes a picture to RGB, in the orientation that an annotation of ``size_hw`` was made for.
+
+    Args:
+        path: of any format that Pillow reads.
+        size_hw: px; None: nobody annotated it, EXIF's orientation is applied.
+
+    Returns:
+        RGB; of another size than ``size_hw`` where neither orientation has it.
+
+    Raises:
+        PictureError: the file is missing, cut off, too large or no picture.
+    """
+    with _opened(Path(path)) as file:
+        orientation = file.getexif().get(_EXIF_ORIENTATION, 1)
+        _load(file, Path(path))
+        turned_hw = (file.width, file.height) if orientation in _SIDEWAYS else (file.height, file.width)
+        is_stored = size_hw == (file.height, file.width) or (size_hw is not None and size_hw != turned_hw)
+        image = file if orientation == 1 or is_stored else ImageOps.exif_transpose(file)
+        return _rgb(image, Path(path))
+
+
+def _opened(path: Path) -> Image.Image:
+    if path.is_dir():
+        raise PictureError("expected a picture, got a folder")
+    if not path.is_file():
+        raise PictureError("expected a picture, got no file")
+    if os.path.getsize(path) == 0:
+        raise PictureError("expected a picture, got a file of 0 bytes")
+    try:
+        file = Image.open(path)
+    except _BROKEN as error:
+        raise PictureError(f"expected a picture, got {type(error).__name__}: {error}") from error
+    if file.width * file.height > MAX_PIXELS:
+        size = f"{file.width:,} x {file.height:,} px"
+        file.close()
+        raise PictureError(f"expected a picture of at most {MAX_PIXELS:,} pixels, got {size}")
+    return file
+
+
+def _load(file: Image.Image, path: Path) -> None:
+    try:
+        file.load()
+    except _BROKEN as error:
+        raise PictureError(
+            f"expected a whole picture, got {type(error).__name__}: {error} ({os.path.getsize(path):,} bytes)"
+        ) from error
+
+
+def _rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bit; Pillow's own conversion cuts off at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise PictureError(f"expected 8 or 16 bit a channel, got values {values.min()} to {values.max()}")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise PictureError("expected 8 or 16 bit a channel, got floating-point numbers, whose range nothing says")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise PictureError(f"expected a picture that has colours, got mode {image.mode} ({error})") from error
