@@ -66,6 +66,12 @@ class DataConfig:
     )
     phrase_field: Literal["sent", "raw"] = option("sent", "which text of a REFER sentence is the phrase")
     phrases_per_image: int = option(4, "phrases drawn of an image in a training step; they share its features")
+    max_tokens_per_image: int = option(
+        0,
+        "most tokens that the image-text model reads behind one copy of an image, the image's own included, in training and "
+        "evaluation; an image whose phrases need more is shown several times; with images per device it bounds the memory of a "
+        "micro-batch; 0 = no limit (qwen2_ov, qwen_vl)",
+    )
     num_workers: int = option(4, "loader processes per rank; 0 loads in the training process")
     conversion: ConversionConfig = section(ConversionConfig)
 
@@ -606,6 +612,15 @@ def _cognition_contradictions(config: RunConfig) -> list[str]:
         and cognition.backend not in readers
         and _is_set(config, f"cognition.{name}")
     ]
+    if config.data.max_tokens_per_image < 0:
+        found.append(
+            f"data.max_tokens_per_image: expected tokens, or 0 for no limit, got {config.data.max_tokens_per_image}"
+        )
+    if config.data.max_tokens_per_image and cognition.backend in set(_BUILT_IN_BACKENDS) - set(_LANGUAGE_MODELS):
+        found.append(
+            f"data.max_tokens_per_image cannot take effect with cognition.backend={cognition.backend}, which is not a language "
+            "model with the image in its prompt: remove it"
+        )
     if not 0 < cognition.min_pixels <= cognition.max_pixels:
         found.append(
             f"cognition.max_pixels: expected at least cognition.min_pixels, and both more than 0, got "

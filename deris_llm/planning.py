@@ -229,6 +229,7 @@ def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES
     """
     if gpus < 1:
         raise ValueError(f"--gpus: expected 1 or more, got {gpus}; give the number of GPUs the run would have")
+    config = within_token_limit(config)
     model = build_model(config, weights=False, device="meta").train()
     planned = plan_cognition(config)
     batch = shape_batch(config, planned)
@@ -254,6 +255,22 @@ def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES
         ),
         epoch=_epoch(config, gpus=gpus, tokens_per_phrase=tokens, shared_tokens=shared),
     )
+
+
+def within_token_limit(config: RunConfig) -> RunConfig:
+    """The run with as many typical phrases of an image as `data.max_tokens_per_image` lets through."""
+    limit = config.data.max_tokens_per_image
+    if limit == 0:
+        return config
+    planned = plan_cognition(config)
+    fitting = (limit - planned.shared_tokens) // (planned.tokens_per_phrase - planned.shared_tokens)
+    if fitting < 1:
+        raise ValueError(
+            f"data.max_tokens_per_image={limit}: expected a typical phrase to fit with its picture, got "
+            f"{planned.tokens_per_phrase} tokens; set the limit at least so high."
+        )
+    data = dataclasses.replace(config.data, phrases_per_image=min(fitting, config.data.phrases_per_image))
+    return dataclasses.replace(config, data=data)
 
 
 def plan_cognition(config: RunConfig) -> PlannedInputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from PIL import Image
@@ -29,6 +29,27 @@ class CognitionProcessor(Protocol):
 
         Raises:
             ValueError: a phrase is empty.
+        """
+        ...
+
+
+class TokenCount(NamedTuple):
+    """Tokens that the image-text model reads of a phrase and its picture."""
+
+    shared: int  # once for all phrases of the picture, those of the picture included
+    own: int  # for this phrase
+
+
+@runtime_checkable
+class TokenCounter(Protocol):
+    """A processor that can say how long prompts are without making them; `data.max_tokens_per_image` asks it."""
+
+    def count_tokens(self, phrases: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[TokenCount]:
+        """Counts tokens, those of a cut phrase as cut.
+
+        Args:
+            phrases: P phrases.
+            sizes: P pairs of height and width, px: of the phrase's picture.
         """
         ...
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from deris_llm.cognition.base import TokenCount
 from deris_llm.config import CognitionConfig
 from deris_llm.weights import resolve_weights
 
@@ -32,6 +33,7 @@ class PromptTokenizer:
         image_token: str,
         text_features: Literal["phrase_and_after", "phrase", "last"],
         max_phrase_tokens: int,
+        num_positions: int,
     ) -> None:
         """Keeps what is needed to encode phrases.
 
@@ -41,11 +43,15 @@ class PromptTokenizer:
             image_token: placeholder of one image token.
             text_features: which tokens become text features.
             max_phrase_tokens: longer phrases are cut at the end of this many tokens.
+            num_positions: tokens that the language model has positions for; a prompt may have as many, its picture's
+                included.
         """
         self.tokenizer = tokenizer
         self.before, self.after = prompt.split(PHRASE_SLOT)
         self.text_features = text_features
         self.max_phrase_tokens = max_phrase_tokens
+        self.num_positions = num_positions
+        self.is_image_first = image_token in self.before
         self.image_token_id = tokenizer.get_vocab()[image_token]
         self.pad_token_id: Any = tokenizer.pad_token_id
         self.num_cut = 0
@@ -61,7 +67,8 @@ class PromptTokenizer:
             token ids, and for each whether it is one of the text features.
 
         Raises:
-            ValueError: the phrase is empty or holds one of the model's special tokens.
+            ValueError: the phrase is empty, holds one of the model's special tokens, or exceeds the model's positions
+                together with the picture.
         """
         _check_words(phrase, self.tokenizer)
         ids, is_phrase = self._tokenise(phrase)
@@ -69,6 +76,12 @@ class PromptTokenizer:
             self.num_cut += 1
             _say_it_is_cut(phrase, sum(is_phrase), self.max_phrase_tokens, self.num_cut)
             ids, is_phrase = self._tokenise_cut(phrase)
+        if (length := len(ids) - 1 + num_image_tokens) > self.num_positions:
+            raise ValueError(
+                f"phrase {phrase!r}: expected at most {self.num_positions} tokens in its prompt, for which the language "
+                f"model has positions, got {length}, {num_image_tokens} of them its picture's; lower "
+                "cognition.max_phrase_tokens (or cognition.max_pixels, which qwen_vl reads)."
+            )
         if self.text_features == "phrase":
             chosen = is_phrase
         elif self.text_features == "last":
@@ -81,6 +94,23 @@ class PromptTokenizer:
             [token for token, times in zip(ids, repeats, strict=True) for _ in range(times)],
             [choice for choice, times in zip(chosen, repeats, strict=True) for _ in range(times)],
         )
+
+    def count_tokens(self, phrases: Sequence[str], num_image_tokens: Sequence[int]) -> list[TokenCount]:
+        """Counts the tokens of prompts; see `TokenCounter`.
+
+        Args:
+            phrases: P phrases.
+            num_image_tokens: of the phrase's picture, P numbers.
+        """
+        texts = [self.before + phrase + self.after for phrase in phrases]
+        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        counts = []
+        for phrase, ids, num in zip(phrases, prompts, num_image_tokens, strict=True):
+            if len(ids) > self.max_phrase_tokens and sum(self._tokenise(phrase)[1]) > self.max_phrase_tokens:
+                ids = self._tokenise_cut(phrase)[0]
+            shared = ids.index(self.image_token_id) + num if self.is_image_first else 0
+            counts.append(TokenCount(shared, len(ids) - 1 + num - shared))
+        return counts
 
     def _tokenise(self, phrase: str) -> tuple[list[int], list[bool]]:
         encoded = self.tokenizer(

@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlavaOnevisionModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from deris_llm.cognition.base import CognitionBackend, PlannedInputs
+from deris_llm.cognition.base import CognitionBackend, PlannedInputs, TokenCount
 from deris_llm.cognition.lora import add_lora
 from deris_llm.cognition.prompts import PromptTokenizer, left_aligned, padded
-from deris_llm.cognition.shared_prefix import run_packed
+from deris_llm.cognition.shared_prefix import check_prefix, run_packed
 from deris_llm.config import CognitionConfig
 from deris_llm.structures import CognitionFeatures, CognitionInputs
 from deris_llm.weights import architecture_of, load_pretrained, resolve_weights
@@ -48,6 +48,7 @@ class Qwen2OneVisionProcessor:
         prompt: str,
         text_features: Literal["phrase_and_after", "phrase", "last"],
         max_phrase_tokens: int,
+        num_positions: int,
     ) -> None:
         """Keeps what is needed to prepare batches.
 
@@ -58,6 +59,7 @@ class Qwen2OneVisionProcessor:
             prompt: holds `{phrase}` and `<image>` once each.
             text_features: which tokens become text features.
             max_phrase_tokens: longer phrases are cut at the end of this many tokens.
+            num_positions: tokens that the language model has positions for.
         """
         self.image_size = image_size
         self.num_image_tokens = num_image_tokens
@@ -67,6 +69,7 @@ class Qwen2OneVisionProcessor:
             image_token=IMAGE_TOKEN,
             text_features=text_features,
             max_phrase_tokens=max_phrase_tokens,
+            num_positions=num_positions,
         )
 
     def __call__(
@@ -91,6 +94,10 @@ class Qwen2OneVisionProcessor:
     def encode(self, phrase: str) -> tuple[list[int], list[bool]]:
         """Token ids of the prompt with a phrase, and for each whether it is a text feature."""
         return self.prompts.encode(phrase, self.num_image_tokens)
+
+    def count_tokens(self, phrases: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[TokenCount]:
+        """See `TokenCounter`."""
+        return self.prompts.count_tokens(phrases, [self.num_image_tokens] * len(sizes))
 
 
 class Qwen2OneVision(CognitionBackend):
@@ -177,6 +184,7 @@ class Qwen2OneVision(CognitionBackend):
             prompt=config.prompt,
             text_features=config.text_features,
             max_phrase_tokens=config.max_phrase_tokens,
+            num_positions=architecture.text_config.max_position_embeddings,
         )
 
     @classmethod
@@ -227,8 +235,10 @@ class Qwen2OneVision(CognitionBackend):
             if self.prompt_order == "image_first":  # image tokens cannot see the phrase: run them once per image
                 assert not inputs.token_padding_mask[:, 0].any(), "a shared prefix needs prompts padded on the right"
                 prefix = int(is_image_PL[0].nonzero().max()) + 1
+                num_images = len(image_tokens_IND)
+                check_prefix(inputs.input_ids[:, :prefix], image_index, num_images)
                 shared_ISD, hidden_PLD = run_packed(
-                    self.model.language_model, embeddings_PLD, is_valid_PL, image_index, prefix
+                    self.model.language_model, embeddings_PLD, is_valid_PL, image_index, prefix, num_images
                 )
                 image_hidden = shared_ISD[:, -side * side :]
                 image_feats_index = image_index

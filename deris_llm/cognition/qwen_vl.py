@@ -14,6 +14,7 @@ a fixed number: results do not depend on what shares the batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
@@ -33,12 +34,12 @@ from transformers import (
     Qwen3VLModel,
 )
 
-from deris_llm.cognition.base import CognitionBackend, PlannedInputs
+from deris_llm.cognition.base import CognitionBackend, PlannedInputs, TokenCount
 from deris_llm.cognition.lora import add_lora
 from deris_llm.cognition.maps import resampled_maps
 from deris_llm.cognition.prompts import PromptTokenizer, left_aligned, padded
 from deris_llm.cognition.qwen2_ov import IMAGE_TOKEN, PLANNED_TEXT_TOKENS, attention_kernels
-from deris_llm.cognition.shared_prefix import first_phrases, pack_prompts
+from deris_llm.cognition.shared_prefix import check_prefix, first_phrases, pack_prompts
 from deris_llm.config import CognitionConfig
 from deris_llm.structures import CognitionFeatures, CognitionInputs
 from deris_llm.weights import architecture_of, load_pretrained, resolve_weights
@@ -65,6 +66,7 @@ class QwenVLProcessor:
         prompt: str,
         text_features: Literal["phrase_and_after", "phrase", "last"],
         max_phrase_tokens: int,
+        num_positions: int,
     ) -> None:
         """Keeps what is needed to prepare batches.
 
@@ -76,6 +78,7 @@ class QwenVLProcessor:
             prompt: holds `{phrase}` and `<image>` once each; the latter becomes a framed picture.
             text_features: which tokens become text features.
             max_phrase_tokens: longer phrases are cut at the end of this many tokens.
+            num_positions: tokens that the language model has positions for.
         """
         self.image_processor = image_processor
         self.min_pixels = min_pixels
@@ -86,6 +89,7 @@ class QwenVLProcessor:
             image_token=VISION_PATCH,
             text_features=text_features,
             max_phrase_tokens=max_phrase_tokens,
+            num_positions=num_positions,
         )
 
     def __call__(
@@ -112,6 +116,19 @@ class QwenVLProcessor:
             image_grid=grid,
         )
 
+    def count_tokens(self, phrases: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[TokenCount]:
+        """See `TokenCounter`."""
+        areas = [math.prod(self._resized_size(height, width)) for height, width in sizes]
+        return self.prompts.count_tokens(phrases, [area // self._token_size**2 for area in areas])
+
+    @property
+    def _token_size(self) -> int:
+        """Px that an image token covers along a side."""
+        return self.image_processor.patch_size * self.image_processor.merge_size
+
+    def _resized_size(self, height: int, width: int) -> tuple[int, int]:
+        return resized_size(height, width, self._token_size, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+
     def resized(self, image: Image.Image) -> Image.Image:
         """The picture in RGB at the size that the budget gives it.
 
@@ -119,9 +136,7 @@ class QwenVLProcessor:
             ValueError: the picture is too thin.
         """
         patch_size = self.image_processor.patch_size
-        height, width = image.height, image.width
-        token_size = patch_size * self.image_processor.merge_size
-        resized_size(height, width, token_size, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+        self._resized_size(image.height, image.width)
         content: dict[str, Any] = {
             "type": "image",
             "image": image,
@@ -238,6 +253,7 @@ class QwenVL(CognitionBackend):
             prompt=config.prompt,
             text_features=config.text_features,
             max_phrase_tokens=config.max_phrase_tokens,
+            num_positions=architecture.text_config.max_position_embeddings,
         )
 
     @classmethod
@@ -324,12 +340,13 @@ class QwenVL(CognitionBackend):
         own_places = torch.where(is_own, prefix_lengths[:, None] + own, 0)
         phrases = torch.arange(len(ids), device=ids.device)[:, None]
 
-        first_phrase = first_phrases(image_index, len(cast(Tensor, inputs.image_grid)))
-        longest = int(prefix_lengths.max())
-        is_prefix = places[:longest] < prefix_lengths[first_phrase, None]
-        prefix_ids = ids[first_phrase, :longest].masked_fill(~is_prefix, 0)
-        packed = pack_prompts(is_own, is_prefix, image_index)
-        row_ids = packed.laid_out(prefix_ids, ids[phrases, own_places])
+        num_images, longest = len(cast(Tensor, inputs.image_grid)), int(prefix_lengths.max())
+        is_prefix_PS = places[:longest] < prefix_lengths[:, None]
+        prefix_ids_PS = ids[:, :longest].masked_fill(~is_prefix_PS, 0)
+        check_prefix(prefix_ids_PS, image_index, num_images)
+        first_phrase = first_phrases(image_index, num_images)
+        packed = pack_prompts(is_own, is_prefix_PS[first_phrase], image_index)
+        row_ids = packed.laid_out(prefix_ids_PS[first_phrase], ids[phrases, own_places])
         row_positions = packed.laid_out(positions[first_phrase, :longest], positions[phrases, own_places])
         hidden = self._hidden(row_ids, row_positions, packed.additive_mask(self.model.dtype), vision)
         is_image = row_ids == self.model.config.image_token_id

@@ -74,7 +74,12 @@ def pack_prompts(is_own: Tensor, is_prefix: Tensor, image_index: Tensor) -> Pack
 
 
 def run_packed(
-    language_model: torch.nn.Module, embeddings: Tensor, is_valid: Tensor, image_index: Tensor, prefix_length: int
+    language_model: torch.nn.Module,
+    embeddings: Tensor,
+    is_valid: Tensor,
+    image_index: Tensor,
+    prefix_length: int,
+    num_images: int,
 ) -> tuple[Tensor, Tensor]:
     """Runs a causal language model with the prefix of each image once.
 
@@ -85,12 +90,12 @@ def run_packed(
         is_valid: bool (P, L), padding on the right.
         image_index: int64 (P,), non-decreasing, every image at least once.
         prefix_length: S.
+        num_images: I.
 
     Returns:
         Hidden states of the prefixes (I, S, D) and of the phrases' own tokens (P, L - S, D); those of padding are
         meaningless.
     """
-    num_images = int(image_index[-1]) + 1
     positions = torch.arange(is_valid.shape[1], device=image_index.device)
     is_prefix = torch.ones(num_images, prefix_length, dtype=torch.bool, device=image_index.device)
     packed = pack_prompts(is_valid[:, prefix_length:], is_prefix, image_index)
@@ -104,6 +109,35 @@ def run_packed(
         use_cache=False,
     ).last_hidden_state
     return hidden[:, :prefix_length], packed.own(hidden)
+
+
+def check_prefix(prefix_ids: Tensor, image_index: Tensor, num_images: int) -> None:
+    """Refuses what cannot be packed: an image without a phrase, or phrases of an image with other prefixes.
+
+    Args:
+        prefix_ids: int64 (P, S), token ids of the prefixes as the prompts have them, padding equal.
+        image_index: int64 (P,), non-decreasing.
+        num_images: I.
+
+    Raises:
+        ValueError: either is so.
+    """
+    first = first_phrases(image_index, num_images).clamp(max=len(image_index) - 1)
+    lacks = image_index[first] != torch.arange(num_images, device=image_index.device)
+    differs = (prefix_ids != prefix_ids[first[image_index]]).any(dim=1)
+    if not torch.cat([lacks, differs]).any():  # the only wait for the device
+        return
+    if lacks.any():
+        raise ValueError(
+            f"image_index: expected every one of {num_images} images to have a phrase, got none for image "
+            f"{int(lacks.nonzero()[0])} of the batch; leave that image out."
+        )
+    phrase = int(differs.nonzero()[0])
+    raise ValueError(
+        f"phrase {phrase} of the batch: expected the same prompt up to the image's last token as the first phrase of image "
+        f"{int(image_index[phrase])}, got other tokens; phrases of an image share that part: use one prompt for all of "
+        "them, or set cognition.prompt_order=text_first with a prompt to match."
+    )
 
 
 def first_phrases(image_index: Tensor, num_images: int) -> Tensor:

@@ -14,6 +14,7 @@ from deris_llm.data.collate import ReferringCollator
 from deris_llm.data.dataset import GroupDataset, ImageGroup, group_by_image
 from deris_llm.data.phrase_conversion import PhraseConversion
 from deris_llm.data.sampler import EvaluationBatchSampler, TrainingBatchSampler
+from deris_llm.data.token_budget import phrase_limits
 from deris_llm.structures import ReferringBatch, ReferringRecord
 
 if TYPE_CHECKING:  # the loader's workers need no model library
@@ -65,6 +66,7 @@ def train_loader(
         world_size=world_size,
         seed=seed,
         epoch=epoch,
+        limits=phrase_limits(config, groups, processor, is_swapped=config.data.conversion.rate > 0),
     )
     conversion = phrase_conversion(config, groups, seed=seed)
     if conversion is not None and rank == 0:
@@ -114,6 +116,7 @@ def evaluation_loader(
         max_phrases_per_batch=config.evaluation.max_phrases_per_batch,
         rank=rank,
         world_size=world_size,
+        limits=phrase_limits(config, groups, processor),
     )
     return DataLoader(
         cast(Any, GroupDataset(groups)),  # DataLoader's type is that of the samples, ours that of the batches

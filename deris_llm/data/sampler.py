@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -21,7 +21,8 @@ class TrainingBatchSampler(Sampler[list[GroupSelection]]):
     """Every phrase once an epoch, k of an image at a time, shuffled by image; as many batches on every rank.
 
     An image's n phrases are dealt at random into ceil(n / k) chunks whose sizes differ by at most one (9 phrases with
-    k = 4: 3 + 3 + 3): work is even and no phrase counts more than another. The chunks of all images are shuffled;
+    k = 4: 3 + 3 + 3): work is even and no phrase counts more than another. ``limits`` (a number per group, from
+    `token_budget.phrase_limits`) lower k for images whose phrases are long. The chunks of all images are shuffled;
     batch b of all ranks together is the b-th run of ``images_per_device * world_size`` chunks. What a step sees
     depends on that product only, not on how many ranks share it. The last batch is filled with chunks from the start of
     the epoch's order (less than one global batch is seen twice; in training only, evaluation repeats nothing).
@@ -39,6 +40,7 @@ class TrainingBatchSampler(Sampler[list[GroupSelection]]):
         world_size: int = 1,
         seed: int = 0,
         epoch: int = 0,
+        limits: Sequence[int] | None = None,
     ) -> None:
         if not groups:
             raise ValueError(
@@ -46,7 +48,12 @@ class TrainingBatchSampler(Sampler[list[GroupSelection]]):
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"TrainingBatchSampler: expected 0 <= rank < world_size, got rank {rank} of {world_size}")
+        if phrases_per_image < 1:
+            raise ValueError(f"TrainingBatchSampler: expected phrases_per_image of 1 or more, got {phrases_per_image}")
         self._sizes = [len(group.records) for group in groups]
+        most = [phrases_per_image] * len(groups) if limits is None else [min(phrases_per_image, n) for n in limits]
+        self._num_chunks = [-(-size // k) for size, k in zip(self._sizes, most, strict=True)]
+        self._limits = None if limits is None else hashlib.sha256(repr(list(limits)).encode()).hexdigest()[:16]
         self._fingerprint = _fingerprint(groups)
         self.phrases_per_image = phrases_per_image
         self.images_per_device = images_per_device
@@ -59,7 +66,7 @@ class TrainingBatchSampler(Sampler[list[GroupSelection]]):
     @property
     def num_chunks(self) -> int:
         """Images (with k phrases each) seen in an epoch by all ranks together, before the last batch is filled."""
-        return sum(-(-size // self.phrases_per_image) for size in self._sizes)
+        return sum(self._num_chunks)
 
     @property
     def num_phrases(self) -> int:
@@ -85,12 +92,12 @@ class TrainingBatchSampler(Sampler[list[GroupSelection]]):
     def _epoch_chunks(self) -> list[GroupSelection]:
         random = np.random.default_rng([self.seed, self.epoch])
         chunks: list[GroupSelection] = []
-        for group, size in enumerate(self._sizes):
-            dealt = np.array_split(random.permutation(size), -(-size // self.phrases_per_image))
+        for group, (size, number) in enumerate(zip(self._sizes, self._num_chunks, strict=True)):
+            dealt = np.array_split(random.permutation(size), number)
             chunks.extend(GroupSelection(group, tuple(sorted(chunk.tolist())), self.epoch) for chunk in dealt)
         return [chunks[i] for i in random.permutation(len(chunks))]
 
-    def state_dict(self, *, batches_done: int) -> dict[str, int | str]:
+    def state_dict(self, *, batches_done: int) -> dict[str, int | str | None]:
         """Where the epoch stands after ``batches_done`` batches of this rank were trained on.
 
         The loader's workers run ahead, so only the training loop knows that number. Progress is stored in chunks over
@@ -101,16 +108,17 @@ class TrainingBatchSampler(Sampler[list[GroupSelection]]):
             "epoch": self.epoch,
             "chunks_done": batches_done * self.images_per_device * self.world_size,
             "phrases_per_image": self.phrases_per_image,
+            "limits": self._limits,
             "data": self._fingerprint,
         }
 
-    def load_state_dict(self, state: dict[str, int | str]) -> None:
+    def load_state_dict(self, state: Mapping[str, int | str | None]) -> None:
         """Makes the next iteration go on where ``state`` was taken.
 
         Raises:
-            ValueError: the state belongs to another order: other data, seed or phrases per image.
+            ValueError: the state belongs to another order: other data, seed, phrases per image or limits.
         """
-        own = {"seed": self.seed, "phrases_per_image": self.phrases_per_image, "data": self._fingerprint}
+        own = {key: self.state_dict(batches_done=0)[key] for key in ("seed", "phrases_per_image", "limits", "data")}
         differ = [
             f"{key}: {state.get(key)!r} then, {value!r} now" for key, value in own.items() if state.get(key) != value
         ]
@@ -120,13 +128,13 @@ class TrainingBatchSampler(Sampler[list[GroupSelection]]):
                 "Resume with the saved config and files, or start a new run from its weights"
             )
         per_step = self.images_per_device * self.world_size
-        chunks_done = int(state["chunks_done"])
+        chunks_done = int(state["chunks_done"] or 0)
         if chunks_done % per_step:
             logger.warning(
                 "resuming the data order: %d images were done, no multiple of the %d of a batch now; %d are seen again",
                 chunks_done, per_step, chunks_done % per_step,
             )  # fmt: skip
-        self.epoch = int(state["epoch"])
+        self.epoch = int(state["epoch"] or 0)
         self._start = min(chunks_done // per_step, len(self))
 
 
@@ -134,8 +142,9 @@ class EvaluationBatchSampler(Sampler[list[GroupSelection]]):
     """Every phrase of every image exactly once over all ranks: disjoint shards by image, no padding, no repetition.
 
     Rank r takes images r, r + world_size, ... in their order. A batch holds at most ``images_per_device`` images with
-    all their phrases and at most ``max_phrases_per_batch`` phrases; an image with more is split over batches. Ranks may
-    have different numbers of batches, so nothing in an evaluation loop may synchronise by batch.
+    all their phrases and at most ``max_phrases_per_batch`` phrases; an image with more is split over batches, and one
+    with more than its number in ``limits`` (from `token_budget.phrase_limits`) into pieces of so many. Ranks may have
+    different numbers of batches, so nothing in an evaluation loop may synchronise by batch.
     """
 
     def __init__(
@@ -146,6 +155,7 @@ class EvaluationBatchSampler(Sampler[list[GroupSelection]]):
         max_phrases_per_batch: int,
         rank: int = 0,
         world_size: int = 1,
+        limits: Sequence[int] | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(
@@ -156,8 +166,9 @@ class EvaluationBatchSampler(Sampler[list[GroupSelection]]):
         num_phrases = 0
         for index in range(rank, len(groups), world_size):
             size = len(groups[index].records)
-            for first in range(0, size, max_phrases_per_batch):
-                piece = GroupSelection(index, tuple(range(first, min(first + max_phrases_per_batch, size))))
+            most = max_phrases_per_batch if limits is None else min(max_phrases_per_batch, limits[index])
+            for first in range(0, size, most):
+                piece = GroupSelection(index, tuple(range(first, min(first + most, size))))
                 if batch and (
                     len(batch) == images_per_device or num_phrases + len(piece.phrases) > max_phrases_per_batch
                 ):

@@ -1,3 +1,4 @@
+import copy
 import inspect
 import json
 import logging
@@ -218,6 +219,25 @@ def test_long_phrases_are_cut_with_one_warning(overrides: list[str], caplog: pyt
 def test_unusable_phrases_are_told(processor, phrase: str, told: str):
     with pytest.raises(ValueError, match=told):
         processor(synthetic_images(1), ["star", phrase], [0, 0])
+
+
+def test_a_prompt_beyond_the_context_is_told(processor):
+    short = copy.deepcopy(processor)
+    short.prompts.num_positions = len(processor.encode("star")[0])
+    short.encode("star")
+    told = r"phrase 'the red circle': expected at most \d+ tokens in its prompt, .* got \d+, 16 of them its picture's"
+    with pytest.raises(ValueError, match=told):
+        short.encode("the red circle")
+
+
+def test_phrases_of_a_picture_with_other_prompts_are_refused(overrides: list[str], backend: Qwen2OneVision, processor):
+    other = build_processor(tiny_config(*overrides, 'cognition.prompt="red <image> Where is {phrase}?"'))
+    ours, theirs = (each(synthetic_images(1), ["star"], [0]) for each in (processor, other))
+    length = min(ours.input_ids.shape[1], theirs.input_ids.shape[1])
+    names = ("input_ids", "token_padding_mask", "text_feature_mask")
+    both = {name: torch.cat([getattr(each, name)[:, :length] for each in (ours, theirs)]) for name in names}
+    with pytest.raises(ValueError, match="phrase 1 of the batch: expected the same prompt"):
+        backend(replace(ours, **both), torch.tensor([0, 0]))
 
 
 def test_pictures_are_warped_and_normalised(processor):

@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2Model
 from transformers.modeling_outputs import BaseModelOutput
 
 from deris_llm.cognition.qwen2_ov import attention_kernels
-from deris_llm.cognition.shared_prefix import pack_prompts, run_packed
+from deris_llm.cognition.shared_prefix import check_prefix, pack_prompts, run_packed
 from deris_llm.testing import relative_difference
 
 TOLERANCE = 2e-6  # measured worst case 2.4e-7 (hidden states of size 1); gradients 3.7e-7 relative
@@ -52,7 +52,7 @@ def _gradients(model: Qwen2Model) -> dict[str, torch.Tensor]:
 def test_packed_equals_one_by_one_in_values_and_gradients(language_model: Qwen2Model, padding: int) -> None:
     lengths = [4, 1, 6, 3, 2]
     embeddings, is_valid, image_index = _prompts(lengths, [0, 0, 0, 1, 1], padding)
-    shared, own = run_packed(language_model, embeddings, is_valid, image_index, PREFIX)
+    shared, own = run_packed(language_model, embeddings, is_valid, image_index, PREFIX, 2)
     weight = torch.linspace(-1, 1, WIDTH)
     sum((own[p, :n] * weight).sum() for p, n in enumerate(lengths)).backward()
     packed_gradients = _gradients(language_model)
@@ -78,7 +78,7 @@ def test_any_number_of_phrases_equals_one_by_one(is_checkpointed: bool) -> None:
         image_index = [image for image, number in enumerate(phrases_of_images) for _ in range(number)]
         lengths = torch.randint(1, 10, (len(image_index),), generator=generator).tolist()
         embeddings, is_valid, index = _prompts(lengths, image_index, padding=2)
-        _, own = run_packed(language_model, embeddings, is_valid, index, PREFIX)
+        _, own = run_packed(language_model, embeddings, is_valid, index, PREFIX, len(phrases_of_images))
         torch.stack([(own[p, :n] * weight).sum() for p, n in enumerate(lengths)]).sum().backward()
         packed = _gradients(language_model)
         for p, n in enumerate(lengths):
@@ -100,7 +100,7 @@ class Recorder(torch.nn.Module):
 def test_a_phrase_sees_the_prefix_and_itself_at_the_positions_it_has_alone() -> None:
     embeddings, is_valid, image_index = _prompts([2, 3], [0, 0])
     recorder = Recorder()
-    shared, own = run_packed(recorder, embeddings, is_valid, image_index, PREFIX)
+    shared, own = run_packed(recorder, embeddings, is_valid, image_index, PREFIX, 1)
     assert recorder.given["position_ids"].tolist() == [[*range(PREFIX), 7, 8, 7, 8, 9]]
     assert torch.equal(shared[0], embeddings[0, :PREFIX])
     assert torch.equal(own[0, :2], embeddings[0, PREFIX : PREFIX + 2])
@@ -125,3 +125,13 @@ def test_without_flash_attention_everything_runs_on_sdpa() -> None:
         "vision_config": "sdpa",
         "text_config": "sdpa",
     }
+
+
+def test_what_cannot_be_packed_is_told() -> None:
+    prefixes = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 4]])
+    check_prefix(prefixes, torch.tensor([0, 0, 1]), 2)
+    with pytest.raises(ValueError, match=r"phrase 2 of the batch: expected the same prompt .* image 0, got other"):
+        check_prefix(prefixes, torch.tensor([0, 0, 0]), 1)
+    for index, num_images, without in (([0, 0, 2], 3, 1), ([0, 0, 1], 3, 2), ([1, 1, 2], 3, 0)):
+        with pytest.raises(ValueError, match=rf"every one of 3 images to have a phrase, got none for image {without} "):
+            check_prefix(prefixes, torch.tensor(index), num_images)
