@@ -163,6 +163,11 @@ class Loopback(nn.Module):
             perception, image_feats, cognition.image_feats_index, image_index
         )
         scales = self.query_decoder.scale_tokens(scale_maps)
+        phrases_per_map = (
+            mask_feats.phrases_per_row
+            if scale_index is mask_feats.index
+            else _phrases_per_row(scale_index, len(scale_maps[0]))
+        )
         numbers = torch.arange(self.query_decoder.num_queries, device=image_index.device)
         query_feats = self.initial_embed(self.initial_queries(numbers)).expand(len(image_index), -1, -1)
         perception_queries = cognition_queries = query_feats
@@ -172,7 +177,7 @@ class Loopback(nn.Module):
             if index > 0:
                 query_feats = self._queries_for_perception(index, query_feats, perception_queries, cognition_queries)
                 masks, scale = rounds[-1].mask_logits, scales[(index - 1) % len(scales)]
-                query_feats = self.query_decoder(index - 1, query_feats, masks, scale, scale_index)
+                query_feats = self.query_decoder(index - 1, query_feats, masks, scale, phrases_per_map)
             mask_logits = mask_feats.logits(self.query_decoder.mask_embeddings(query_feats))
             has_prior = self.prior_attention != "self" and self.form != "c2p"
             perception_queries, cognition_queries = self.cognition_rounds[index % len(self.cognition_rounds)](
@@ -304,8 +309,13 @@ def _mask_feats(feats: Tensor, index: Tensor) -> MaskFeats:
         feats=feats,
         pooled_feats=F.avg_pool2d(feats, PRIOR_STRIDE),
         index=index,
-        phrases_per_row=torch.bincount(index, minlength=len(feats)).tolist(),
+        phrases_per_row=_phrases_per_row(index, len(feats)),
     )
+
+
+def _phrases_per_row(index: Tensor, num_rows: int) -> list[int]:
+    """How many phrases look at each row; on a GPU the host waits for it."""
+    return torch.bincount(index, minlength=num_rows).tolist()
 
 
 class MaskFeatsFusion(nn.Module):

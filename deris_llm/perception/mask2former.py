@@ -1,6 +1,7 @@
 """The parts of a Mask2Former that DeRIS takes: backbone, pixel decoder, first decoder layers and mask head.
 
-I images, P phrases, Q queries, C channels, H W pixels, h w cells of a map.
+I images, P phrases, Q queries, R maps of one stride (I, or P where the phrase is in them), C channels, H W pixels, h w
+cells of a map.
 
 transformers' classes are used as they are and loaded through transformers' own loading (names on disk differ from names
 in memory). Left in the file: the decoder layers beyond the rounds of the loopback, the content queries (ours are
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import Mask2FormerConfig, PreTrainedConfig
 from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerMaskedAttentionDecoderLayer,
     Mask2FormerPixelDecoder,
     Mask2FormerPixelDecoderEncoderLayer,
     Mask2FormerPixelLevelModule,
@@ -30,6 +32,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 from deris_llm.config import PerceptionConfig
 from deris_llm.perception.deformable_attention import DeformableAttention
+from deris_llm.perception.masked_attention import MaskedAttention, VisibleCells
 from deris_llm.perception.timm_backbone import TimmBackbone, timm_channels
 from deris_llm.structures import PerceptionFeatures
 from deris_llm.weights import architecture_of, load_pretrained
@@ -86,7 +89,7 @@ class Perception(nn.Module):
 class ScaleTokens(NamedTuple):
     """A map of the pyramid as the query decoder reads it."""
 
-    values: Tensor  # float (I, h*w, C), level embedding added
+    values: Tensor  # float (R, h*w, C), level embedding added
     positions: Tensor  # float (1, h*w, C), 2-D sine
     size: tuple[int, int]  # h, w
 
@@ -94,21 +97,22 @@ class ScaleTokens(NamedTuple):
 class QueryDecoder(nn.Module):
     """The masked-attention layers and the mask head of a Mask2Former, one layer per round of the loopback."""
 
-    def __init__(self, transformer: Mask2FormerTransformerModule, *, num_queries: int, num_heads: int) -> None:
+    def __init__(self, transformer: Mask2FormerTransformerModule, *, num_queries: int) -> None:
         """Takes the parts out of transformers' module.
 
         Args:
             transformer: with as many layers as the loopback has rounds.
             num_queries: Q; the first Q rows of the table of query positions are used.
-            num_heads: of the layers.
         """
         super().__init__()
         self.num_queries = num_queries
-        self.num_heads = num_heads
         self.query_positions = _first_rows(transformer.queries_embedder, num_queries)
         self.level_embed = transformer.level_embed
         self.input_projections = transformer.input_projections
         self.layers = transformer.decoder.layers
+        for layer in self.layers:
+            assert isinstance(layer, Mask2FormerMaskedAttentionDecoderLayer)
+            layer.add_module("cross_attn", MaskedAttention(layer.cross_attn))
         self.norm = transformer.decoder.layernorm
         self.mask_embed = transformer.decoder.mask_predictor.mask_embedder
 
@@ -154,7 +158,7 @@ class QueryDecoder(nn.Module):
         return coarse_masks.flatten(2).sigmoid() < 0.5  # not `< 0`: the sigmoid of -1e-8 is 0.5
 
     def forward(
-        self, index: int, query_feats: Tensor, mask_logits: Tensor, scale: ScaleTokens, image_index: Tensor
+        self, index: int, query_feats: Tensor, mask_logits: Tensor, scale: ScaleTokens, phrases_per_map: list[int]
     ) -> Tensor:
         """Runs one layer: masked cross-attention to a map, self-attention among queries, FFN; post-norm.
 
@@ -163,8 +167,8 @@ class QueryDecoder(nn.Module):
             query_feats: float (P, Q, C).
             mask_logits: float (P, Q, H/4, W/4), the masks found so far: a query reads the cells inside its mask, or all
                 cells where that is empty. No gradient flows through them.
-            scale: the map to read.
-            image_index: int64 (P,).
+            scale: the map to read, R rows.
+            phrases_per_map: R numbers, sum P: phrases come in the order of their maps.
 
         Returns:
             float (P, Q, C).
@@ -177,10 +181,10 @@ class QueryDecoder(nn.Module):
             query_feats.transpose(0, 1),
             0,
             None,
-            [scale.positions.expand(image_index.shape[0], -1, -1).transpose(0, 1)],
+            [scale.positions],
             positions,
-            [scale.values[image_index].transpose(0, 1)],
-            encoder_attention_mask=outside.repeat_interleave(self.num_heads, dim=0),
+            [scale.values],
+            encoder_attention_mask=VisibleCells(~outside, phrases_per_map),
         )
         return updated.transpose(0, 1)
 
@@ -252,10 +256,7 @@ def build_perception(
         freeze_backbone=config.freeze_backbone,
         checkpointing=config.activation_checkpointing,
     )
-    decoder = QueryDecoder(
-        parts.transformer_module, num_queries=num_queries, num_heads=architecture.num_attention_heads
-    )
-    return perception, decoder
+    return perception, QueryDecoder(parts.transformer_module, num_queries=num_queries)
 
 
 def _first_rows(table: nn.Embedding, num_rows: int) -> nn.Embedding:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from deris_llm.config import RunConfig
+from deris_llm.perception.masked_attention import MaskedAttention
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def decaying_names(model: nn.Module) -> set[str]:
     Biases, norms and embeddings (learned queries, level and position embeddings) have none. Read off the owning
     module, not the shape: under ZeRO-3 a partitioned parameter has no shape to look at.
     """
-    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)  # noqa: SLF001 - torch has no public common base
+    convolution = nn.modules.conv._ConvNd  # noqa: SLF001 - torch has no public common base
+    kinds = (nn.Linear, convolution, nn.MultiheadAttention, MaskedAttention)
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()

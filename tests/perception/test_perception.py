@@ -41,7 +41,7 @@ def test_rounds_on_the_content_queries_are_mask2former(config: PerceptionConfig,
         for round_index in range(4):
             if round_index > 0:
                 scale = scales[(round_index - 1) % 3]
-                queries = decoder(round_index - 1, queries, masks, scale, torch.arange(2))
+                queries = decoder(round_index - 1, queries, masks, scale, [1, 1])
             masks = torch.einsum("pqc,pchw->pqhw", decoder.mask_embeddings(queries), feats.mask_feats)
             assert relative_difference(masks, expected[round_index]) < 1e-5  # measured: 0
 
@@ -62,7 +62,7 @@ def test_empty_mask_reads_everywhere_and_masked_cells_are_not_read(config: Perce
         scale = decoder.scale_tokens(perception(image).multi_scale_feats)[2]
 
         def run(masks: torch.Tensor, scale=scale) -> torch.Tensor:
-            return decoder(0, queries, masks, scale, torch.arange(2))
+            return decoder(0, queries, masks, scale, [1, 1])
 
         nothing, everything = torch.full((2, 10, 16, 16), -1.0), torch.ones(2, 10, 16, 16)
         assert torch.equal(run(nothing), run(everything))
