@@ -402,7 +402,7 @@ def _numbers(run: Run, *, max_images: int) -> dict[str, float | None] | None:
     if not asked.is_file() or json.loads(asked.read_text(encoding="utf-8")) != {"max_images": max_images}:
         return None
     report = json.loads(run.report.read_text(encoding="utf-8"))
-    return report["splits"][run.config.training.eval_split][run.config.evaluation.protocols[0]]
+    return next(iter(report["splits"][run.config.training.eval_split].values()))  # of the first protocol
 
 
 def _collected(run: Run, metrics: Sequence[str], *, max_images: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ examples:
   deris-llm data synth --out data/synth --seed 0          a small synthetic world in REFER's format
   deris-llm train --config tiny-refcoco                   fine-tune on whatever is there, GPUs or two CPU ranks
   deris-llm eval --checkpoint runs/tiny-refcoco/best      the table of all splits of the checkpoint's config
+  deris-llm predict --checkpoint runs/tiny-refcoco --image street.jpg --phrase "the red car"
 
 `deris-llm COMMAND --help` explains each one.
 """
@@ -106,6 +107,38 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_override_option(evaluate)
 
+    predict = _command(commands, "predict", "masks of what phrases mean in pictures, as files", run_predict)
+    predict.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a run, `best` or `checkpoint-STEP` of one, or a full one",
+    )
+    predict.add_argument(
+        "--image", type=Path, nargs="+", action="extend", default=[], metavar="FILE|DIR",
+        help="pictures; of a folder its own, those of folders in it not",
+    )  # fmt: skip
+    predict.add_argument(
+        "--phrase", action="append", default=[], metavar="TEXT", help="asked of every picture; repeatable"
+    )
+    predict.add_argument(
+        "--jsonl", type=Path, metavar="FILE",
+        help='instead: lines {"image": ..., "phrase": ...} or {"image": ..., "phrases": [...]}, pictures relative to its folder',
+    )  # fmt: skip
+    predict.add_argument(
+        "--out", type=Path, metavar="DIR", help="new folder, or that of an earlier call, which is gone on with "
+        "(default runs/predict/NAME-FINGERPRINT)",
+    )  # fmt: skip
+    predict.add_argument(
+        "--overlay", action=argparse.BooleanOptionalAction, default=True, help="masks drawn on the pictures, as JPEG"
+    )
+    predict.add_argument("--instances", action="store_true", help="also each object's mask by itself")
+    predict.add_argument(
+        "--skip-bad", action="store_true", help="leave out and count pictures and lines that cannot be used"
+    )
+    _add_override_option(predict)
+
     data = _command(commands, "data", "make, check and look at data")
     add_data_commands(data.add_subparsers(metavar="WHAT", required=True))
 
@@ -134,11 +167,13 @@ def run_train(arguments: argparse.Namespace) -> int:
     """Starts a training run."""
     from deris_llm.config import load_config
     from deris_llm.data.sources import check_split
+    from deris_llm.evaluation.protocols import protocols_of
     from deris_llm.training.launch import launch
 
     config = load_config(arguments.config, arguments.set)  # what is wrong is said once, not by every rank
     for name in (*(f"{dataset}/train" for dataset in config.data.train), *config.data.eval, config.training.eval_split):
         check_split(config.data.root, name)
+    protocols_of(config)
     return launch(
         arguments.config,
         overrides=arguments.set,
@@ -240,6 +275,27 @@ def _model_to_evaluate(arguments: argparse.Namespace, device: torch.device) -> t
 def _trusts_backend(arguments: argparse.Namespace) -> bool:
     """Whether `package.module:Class` may be imported: a run config is the user's own, a checkpoint's must be named again."""
     return arguments.checkpoint is None or any(text.startswith("cognition.backend=") for text in arguments.set)
+
+
+def run_predict(arguments: argparse.Namespace) -> int:
+    """Answers phrases about pictures."""
+    from rich.console import Console
+
+    from deris_llm.predict import run, show_predictions
+
+    result = run(
+        arguments.checkpoint,
+        arguments.image,
+        arguments.phrase,
+        jsonl=arguments.jsonl,
+        out=arguments.out,
+        overrides=arguments.set,
+        overlays=arguments.overlay,
+        instances=arguments.instances,
+        skip_bad=arguments.skip_bad,
+    )
+    show_predictions(result, Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False))
+    return 0
 
 
 def run_plan(arguments: argparse.Namespace) -> int:

@@ -277,7 +277,9 @@ class TrainingConfig:
 @dataclass(frozen=True)
 class EvaluationConfig:
     protocols: tuple[str, ...] = option(
-        ("original", "deris"), "ids of the evaluation protocols whose numbers are reported"
+        ("original", "deris"),
+        "evaluation protocols whose numbers are reported, the first decides: original, deris, rela480 or YAML files of one's own "
+        "(docs/protocols.md)",
     )
     score_threshold: float = option(0.7, "queries with a referring probability above this join the answer")
     selection: Literal["threshold", "threshold_or_best", "best"] = option(

@@ -1,19 +1,25 @@
 """Named evaluation protocols: a number never appears without the id of the one that made it.
 
 Everything that can change a number is a field; the fingerprint is a hash of the fields, so two numbers with the same id
-and fingerprint were made the same way.
+and fingerprint were made the same way. Protocols of one's own are YAML files with these fields (docs/protocols.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+import typing
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
+import yaml
+from PIL import Image
 
 from deris_llm.config import RunConfig
 from deris_llm.data.transforms import warp_mask
@@ -27,13 +33,19 @@ class Protocol:
     id: str
     size: Literal["original", "fixed"]  # where masks are compared: at the picture's own size, or all at `fixed_px`
     fixed_px: int | None  # side of the square for size = fixed; pictures are warped to it, their aspect is not kept
-    truth_resampling: Literal["none", "nearest"]  # nearest: OpenCV's, source = floor(target * scale)
-    # logits, align_corners=False, then sigmoid >= 0.5; for released DeRIS weights after x4 with align_corners=True
-    prediction_resampling: Literal["bilinear", "x4_align_corners_bilinear"] = "bilinear"
+    # nearest: OpenCV's, source = floor(target * scale); nearest_centre: Pillow's, the pixel under the centre
+    truth_resampling: Literal["none", "nearest", "nearest_centre"]
+    # of the logits, before sigmoid >= 0.5: bilinear, align_corners=False; for released DeRIS weights after x4 with
+    # align_corners=True. finished_mask: the binary mask at the picture's own size is resized as the truth is. given: a
+    # file of predictions holds masks of `size`
+    prediction_resampling: Literal["bilinear", "x4_align_corners_bilinear", "finished_mask", "given"] = "bilinear"
     text_field: Literal["sent", "raw"] = "sent"  # which text of a REFER sentence is the phrase
     score_threshold: float = 0.7  # queries with a greater referring score are joined
-    selection: Selection = "threshold_or_best"  # what happens when no query passes
-    miss: Literal["empty_mask"] = "empty_mask"  # no answer = an empty mask: IoU 0, its truth stays in the union of oIoU
+    # what happens when no query passes; given: the answers are those of a file of predictions
+    selection: Selection | Literal["given"] = "threshold_or_best"
+    # no answer to a phrase that has a target. empty_mask: IoU 0, its truth stays in the union of oIoU; dropped: the phrase
+    # leaves all numbers, as in some papers, and every number says how many did
+    miss: Literal["empty_mask", "dropped"] = "empty_mask"
     presence: PresenceUse = "none"  # what the presence has to say in the selection
 
     def size_hw(self, height: int, width: int) -> tuple[int, int]:
@@ -41,8 +53,33 @@ class Protocol:
         return (height, width) if self.fixed_px is None else (self.fixed_px, self.fixed_px)
 
     def resampled_truth(self, truth: np.ndarray) -> np.ndarray:
-        """Brings a ground-truth mask, bool (h, w) at the original size, to `size_hw`."""
-        return truth if self.fixed_px is None else warp_mask(truth, self.fixed_px, "opencv")
+        """Brings a ground-truth mask (or a finished prediction), bool (h, w) at the original size, to `size_hw`."""
+        if self.fixed_px is None:
+            return truth
+        if self.truth_resampling == "nearest":
+            return warp_mask(truth, self.fixed_px, "opencv")
+        # Pillow's own: which pixel it takes where two are equally near (every third column of 640 px at 480) is its rounding
+        grey = Image.fromarray(np.ascontiguousarray(truth).view(np.uint8))
+        return np.asarray(grey.resize((self.fixed_px, self.fixed_px), Image.Resampling.NEAREST)).view(bool)
+
+    @property
+    def rule(self) -> tuple[float, Selection, PresenceUse]:
+        """What decides which queries answer: protocols of one rule share their answers."""
+        assert self.selection != "given", "a file of predictions has no queries"
+        return self.score_threshold, self.selection, self.presence
+
+    def of_file(self, *, brings_own_masks_px: int | None = None) -> Self:
+        """This protocol for answers that a file of predictions gives: what chooses among queries has no part in it.
+
+        Args:
+            brings_own_masks_px: side of the masks that the file holds for this protocol (`size` = fixed); None = the file
+                has masks at the pictures' own size only, which are resized as the truth is.
+        """
+        changes: dict[str, Any] = {"selection": "given", "score_threshold": 0.0, "presence": "none"}
+        if self.fixed_px is not None:
+            changes["prediction_resampling"] = "given" if brings_own_masks_px else "finished_mask"
+            changes["fixed_px"] = brings_own_masks_px or self.fixed_px
+        return dataclasses.replace(self, **changes)
 
     def fingerprint(self) -> str:
         """Eight hex digits over all fields, the same on every machine."""
@@ -54,32 +91,45 @@ class Protocol:
 
     def describe(self) -> str:
         """One paragraph that says how the numbers came about."""
-        where = (
-            "at the picture's own size; mask logits are upsampled to it bilinearly"
-            if self.fixed_px is None
-            else f"at {self.fixed_px}x{self.fixed_px} px, the picture warped, aspect not kept; mask logits are "
-            f"upsampled to it bilinearly, the ground truth is resized to it with OpenCV's nearest neighbour"
-        )
-        if self.prediction_resampling != "bilinear":
-            where += ", after x4 with align_corners=True as the released DeRIS weights have it"
+        upsampled = {
+            "bilinear": "mask logits are upsampled to it bilinearly",
+            "x4_align_corners_bilinear": "mask logits are upsampled to it bilinearly, after x4 with align_corners=True as "
+            "the released DeRIS weights have it",
+            "finished_mask": "finished masks at the picture's own size are resized to it as the ground truth is",
+            "given": "masks are given at it",
+        }[self.prediction_resampling]
+        if self.fixed_px is None:
+            given = self.selection == "given"
+            where = f"at the picture's own size; {'masks are given at it' if given else upsampled}"
+        else:
+            neighbour = {"nearest": "OpenCV's nearest neighbour", "nearest_centre": "Pillow's nearest neighbour"}
+            where = (
+                f"at {self.fixed_px}x{self.fixed_px} px, the picture warped, aspect not kept; {upsampled}, the ground truth "
+                f"is resized to it with {neighbour.get(self.truth_resampling)}"
+            )
         above = f"the union of the queries that score above {self.score_threshold}"
         answer = {
             "threshold": f"{above}, else an empty mask",
             "threshold_or_best": f"{above}, else the best query",
             "best": "the best-scoring query",
+            "given": "what the file of predictions says; a phrase that it does not name is a miss",
         }[self.selection]
         answer += {
             "none": "",
             "multiply": "; scores are multiplied by the presence first",
             "gate": "; with a presence below 0.5 it is that there is no target",
         }[self.presence]
+        miss = {
+            "empty_mask": "A miss is an empty mask and counts IoU 0; no phrase is dropped",
+            "dropped": "PHRASES WITHOUT AN ANSWER ARE DROPPED from every number (n_dropped)",
+        }[self.miss]
+        binary = "" if self.selection == "given" else ", binary at probability >= 0.5"
         return (
-            f"protocol `{self.id}` ({self.fingerprint()}): IoU per phrase (`{self.text_field}` text) {where}, "
-            f"binary at probability >= 0.5. The answer is {answer}. A miss is an empty mask and counts IoU 0; no "
-            f"phrase is dropped. mIoU: mean over phrases; oIoU: sum I / sum U; Pr@X: share with IoU >= X; percent. "
-            f"gRefCOCO: a phrase without a target counts IoU 1 if none is answered, else 0; gIoU: mean over phrases; "
-            f"cIoU: sum I / sum U; N-acc, T-acc: share of the phrases without, with a target that are answered so; Pr@X: "
-            f"of the phrases with a target; F1: share whose boxes around the masks all match at generalised IoU >= 0.5."
+            f"protocol `{self.id}` ({self.fingerprint()}): IoU per phrase (`{self.text_field}` text) {where}{binary}. "
+            f"The answer is {answer}. {miss}. mIoU: mean over phrases; oIoU: sum I / sum U; Pr@X: share with IoU >= X; "
+            f"percent. gRefCOCO: a phrase without a target counts IoU 1 if none is answered, else 0; gIoU: mean over "
+            f"phrases; cIoU: sum I / sum U; N-acc, T-acc: share of the phrases without, with a target that are answered so; "
+            f"Pr@X: of the phrases with a target; F1: share whose boxes around the masks all match at generalised IoU >= 0.5."
         )
 
 
@@ -89,33 +139,207 @@ PROTOCOLS: Mapping[str, Protocol] = {
     # Upstream's DeRIS: 384 px, threshold 0.7 by its test script. Two differences remain, both named and both gone with
     # `compat: deris-2025`: no fallback to the best query (`selection`), x4 upsampling with align_corners=True.
     "deris": Protocol(id="deris", size="fixed", fixed_px=384, truth_resampling="nearest"),
+    # LAVT and ReLA: everything at 480 px, read in their public code (LAVT-RIS: test.py, transforms.py; ReLA:
+    # gres_model/data/dataset_mappers/refcoco_mapper.py, gres_model/evaluation/refer_evaluation.py). The picture is warped
+    # to 480x480; the prediction is the argmax of background and object at 480; IoU, sums and quadrants are ours. LAVT
+    # resizes the truth with Pillow's nearest neighbour, which is taken here; ReLA scales the polygons and draws them at
+    # 480, which differs along the border. From memory: LAVT upsamples its logits with align_corners=True, ReLA without.
+    # ReLA asks the `raw` text; set data.phrase_field=raw for that. Its N-acc has one too many in the denominator.
+    "rela480": Protocol(id="rela480", size="fixed", fixed_px=480, truth_resampling="nearest_centre"),
 }
 """The protocols by id, with the values they have when a run config says nothing else."""
 
+_SUFFIXES = (".yaml", ".yml")
+_MOST_PX = 4096
+
 
 def protocols_of(config: RunConfig) -> tuple[Protocol, ...]:
-    """The protocols a run reports, completed by its threshold, selection, phrase field and perception image size.
+    """The protocols a run reports.
+
+    What a protocol leaves open is the run's: threshold, selection, presence, phrase field, resampling of the logits, and
+    the side of `deris`, which is that of the perception image. What a YAML file fixes stays as it says.
 
     Raises:
-        ValueError: an unknown protocol id, or none.
+        ValueError: an unknown protocol id, none, a file that is none, or contradictions; all at once.
     """
-    unknown = [name for name in config.evaluation.protocols if name not in PROTOCOLS]
-    if unknown or not config.evaluation.protocols:
-        raise ValueError(
-            f"evaluation.protocols: expected some of {', '.join(PROTOCOLS)}, got {list(config.evaluation.protocols)}: "
-            f"correct the run config"
-        )
-    return tuple(
+    problems: list[str] = []
+    run = {
+        "text_field": config.data.phrase_field,
+        "score_threshold": config.evaluation.score_threshold,
+        "selection": config.evaluation.selection,
+        "presence": config.evaluation.presence,
+        "prediction_resampling": "bilinear"
+        if config.loopback.mask_upsampling == "direct"
+        else "x4_align_corners_bilinear",
+    }
+    named = _named(config.evaluation.protocols, problems)
+    found = [
         dataclasses.replace(
-            PROTOCOLS[name],
-            fixed_px=None if PROTOCOLS[name].size == "original" else config.perception.image_size,
-            text_field=config.data.phrase_field,
-            score_threshold=config.evaluation.score_threshold,
-            selection=config.evaluation.selection,
-            presence=config.evaluation.presence,
-            prediction_resampling="bilinear"
-            if config.loopback.mask_upsampling == "direct"
-            else "x4_align_corners_bilinear",
+            protocol,
+            **{name: value for name, value in run.items() if name not in given},
+            fixed_px=config.perception.image_size if protocol.id == "deris" else protocol.fixed_px,
         )
-        for name in config.evaluation.protocols
+        for protocol, given in named
+    ]
+    for protocol, given in named:
+        if "text_field" in given and protocol.text_field != config.data.phrase_field:
+            problems.append(
+                f"{protocol.id}: text_field={protocol.text_field} contradicts data.phrase_field={config.data.phrase_field}, the "
+                "text that is asked: evaluate it by itself with --set data.phrase_field=" + protocol.text_field
+            )
+        if given.get("prediction_resampling", "finished_mask") not in ("finished_mask", run["prediction_resampling"]):
+            problems.append(
+                f"{protocol.id}: prediction_resampling={protocol.prediction_resampling} contradicts "
+                f"loopback.mask_upsampling={config.loopback.mask_upsampling}, how this model's masks are read: remove it"
+            )
+    for protocol in found:
+        if protocol.miss == "dropped" and protocol.selection != "threshold" and protocol.presence != "gate":
+            problems.append(
+                f"{protocol.id}: miss=dropped cannot take effect with selection={protocol.selection}, which always answers: "
+                "set selection: threshold, or remove it"
+            )
+    _raise(problems)
+    return tuple(found)
+
+
+def protocols_of_file(names: Sequence[str], *, text_field: Literal["sent", "raw"] = "sent") -> tuple[Protocol, ...]:
+    """The protocols under which a file of predictions is scored; see `Protocol.of_file`.
+
+    Args:
+        names: ids, or paths of YAML files.
+        text_field: which text was asked.
+
+    Raises:
+        ValueError: as `protocols_of`.
+    """
+    problems: list[str] = []
+    named = _named(names, problems)
+    problems.extend(
+        f"{protocol.id}: text_field={protocol.text_field}, but --phrase-field is {text_field}: score it by itself"
+        for protocol, given in named
+        if given.get("text_field", text_field) != text_field
     )
+    _raise(problems)
+    return tuple(dataclasses.replace(protocol, text_field=text_field).of_file() for protocol, _ in named)
+
+
+def read_protocol(path: str | Path) -> tuple[Protocol, Mapping[str, Any]]:
+    """Reads a protocol of one's own.
+
+    Returns:
+        The protocol, and the fields that the file gives: the others are the run's to say.
+
+    Raises:
+        ValueError: no such file, or everything that is wrong with it at once.
+    """
+    problems: list[str] = []
+    found = _read(Path(path), problems)
+    _raise(problems)
+    assert found is not None, "without problems there is a protocol"
+    return found
+
+
+def _named(names: Sequence[str], problems: list[str]) -> list[tuple[Protocol, Mapping[str, Any]]]:
+    if not names:
+        problems.append(f"expected some of {', '.join(PROTOCOLS)} or YAML files, got none")
+    found: list[tuple[Protocol, Mapping[str, Any]]] = []
+    for name in names:
+        if Path(name).suffix in _SUFFIXES:
+            read = _read(Path(name), problems)
+            found += [read] if read else []
+        elif name in PROTOCOLS:
+            found.append((PROTOCOLS[name], {}))
+        else:
+            problems.append(f"{name}: expected one of {', '.join(PROTOCOLS)} or a .yaml file{_near(name, PROTOCOLS)}")
+    ids = [protocol.id for protocol, _ in found]
+    problems.extend(
+        f"{name}: the id occurs {ids.count(name)} times" for name in dict.fromkeys(ids) if ids.count(name) > 1
+    )
+    return found
+
+
+def _read(path: Path, problems: list[str]) -> tuple[Protocol, Mapping[str, Any]] | None:
+    """The protocol of a file, or None with what is wrong added to the problems."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{path}: no such file; a checkpoint names the files of its run: give --protocol instead")
+        return None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        problems.append(
+            f"{path}: expected a protocol in YAML, got {type(error).__name__}: {' '.join(str(error).split())}"
+        )
+        return None
+    if not isinstance(tree, dict):
+        problems.append(f"{path}: expected a mapping of fields, got {type(tree).__name__}; see docs/protocols.md")
+        return None
+    hints = typing.get_type_hints(Protocol)
+    faults: list[str] = []
+    for name, value in tree.items():
+        if name not in hints:
+            faults.append(f"{name}: unknown field{_near(str(name), hints)}; fields: {', '.join(hints)}")
+        else:
+            faults += _faults_of(name, hints[name], value)
+    faults += [f"{name}: missing" for name in ("id", "size") if name not in tree]
+    if not faults:
+        faults = _contradictions(tree)
+    if faults:
+        problems.extend(f"{path}: {fault}" for fault in faults)
+        return None
+    defaults = {"fixed_px": None, "truth_resampling": "none"}
+    return Protocol(**{**defaults, **tree}), tree
+
+
+def _faults_of(name: str, hint: Any, value: Any) -> list[str]:
+    choices = [choice for part in (hint, *typing.get_args(hint)) for choice in _literals(part)]
+    if choices:
+        choices = [choice for choice in choices if choice != "given"]  # of files of predictions, not to be asked for
+        return [] if value in choices else [f"{name}: expected one of {', '.join(choices)}, got {value!r}"]
+    if name == "fixed_px":
+        fits = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST_PX
+        return [] if fits else [f"{name}: expected a whole number of px, 1 to {_MOST_PX}, got {value!r}"]
+    if name == "score_threshold":
+        fits = isinstance(value, float) and 0 < value < 1
+        return [] if fits else [f"{name}: expected a probability in (0, 1), got {value!r}"]
+    fits = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}", value)
+    if not fits:
+        return [f"{name}: expected a name of up to 40 letters, digits and _ . + -, got {value!r}"]
+    return [f"{name}: {value!r} is a protocol of ours: take another name"] if value in PROTOCOLS else []
+
+
+def _literals(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
+def _contradictions(tree: Mapping[str, Any]) -> list[str]:
+    faults: list[str] = []
+    truth = tree.get("truth_resampling", "none")
+    if tree["size"] == "original":
+        if tree.get("fixed_px") is not None:
+            faults.append(f"fixed_px={tree['fixed_px']} contradicts size=original: remove one of them")
+        if truth != "none":
+            faults.append(f"truth_resampling={truth} cannot take effect with size=original: remove it")
+        if tree.get("prediction_resampling") == "finished_mask":
+            faults.append("prediction_resampling=finished_mask cannot take effect with size=original: remove it")
+    else:
+        if tree.get("fixed_px") is None:
+            faults.append("fixed_px: missing with size=fixed: the side of the square in px")
+        if truth == "none":
+            faults.append("truth_resampling: expected nearest or nearest_centre with size=fixed, got none")
+    if tree.get("selection") == "best" and "score_threshold" in tree:
+        faults.append("score_threshold cannot take effect with selection=best: remove it")
+    return faults
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        raise ValueError(
+            f"evaluation.protocols: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{listed}\n"
+            f"Correct the run config, --protocol or the file (docs/protocols.md)"
+        )
