@@ -220,6 +220,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     from deris_llm.evaluation.report import report_table
     from deris_llm.evaluation.run import run_evaluation
     from deris_llm.inference import for_cpu_inference
+    from deris_llm.out_of_memory import explains_out_of_memory
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.getLogger().setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -234,18 +235,19 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
         distributed.init_process_group("gloo")  # only Python objects travel
     try:
         output = arguments.output or Path("runs") / "eval" / config.name
-        report = run_evaluation(
-            config,
-            model,
-            build_processor(config, allow_module=_trusts_backend(arguments)),
-            arguments.splits or config.data.eval,
-            out=output,
-            control=arguments.control,
-            step0=arguments.checkpoint is None,
-            rank=rank,
-            world_size=world_size,
-            max_images=arguments.max_images,
-        )
+        with explains_out_of_memory(config):
+            report = run_evaluation(
+                config,
+                model,
+                build_processor(config, allow_module=_trusts_backend(arguments)),
+                arguments.splits or config.data.eval,
+                out=output,
+                control=arguments.control,
+                step0=arguments.checkpoint is None,
+                rank=rank,
+                world_size=world_size,
+                max_images=arguments.max_images,
+            )
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from deris_llm.cognition import CognitionBackend, resolve_backend
+from deris_llm.cognition.base import say_once
 from deris_llm.config import RunConfig
 from deris_llm.loopback import Loopback
 from deris_llm.perception import Perception, build_perception
@@ -137,6 +138,11 @@ def build_model(
             trains_presence=config.criterion.presence_weight > 0,
             structure=options.structure,
         ).to(dtype)
+        if weights and not cognition.shares_images:
+            say_once(
+                f"cognition.backend={config.cognition.backend} does not share an image between its phrases and runs once per phrase"
+                + (": cognition.prompt_order=text_first" if config.cognition.prompt_order == "text_first" else "")
+            )
         model = Deris(cognition, None if options.structure == "cognition_centric" else perception, loopback)
     if config.cognition.gradient_checkpointing:
         model.activation_checkpointing_enable()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 from deris_llm.config import CognitionConfig
 from deris_llm.structures import CognitionFeatures, CognitionInputs
+
+logger = logging.getLogger(__name__)
 
 
 class CognitionProcessor(Protocol):
@@ -67,9 +71,11 @@ class CognitionBackend(nn.Module, abc.ABC):
 
     Attributes:
         feature_dim: D, the width of all features.
+        shares_images: what depends on the image alone runs once for all of its phrases.
     """
 
     feature_dim: int
+    shares_images: bool = False
 
     @classmethod
     @abc.abstractmethod
@@ -109,3 +115,9 @@ class CognitionBackend(nn.Module, abc.ABC):
     @abc.abstractmethod
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recomputes the trained layers' activations in the backward pass; arguments of `torch.utils.checkpoint`."""
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Logs what is worth knowing once in a process."""
+    logger.info("%s", message)

@@ -9,8 +9,6 @@ phrase and the tokens after it the text features. No lm_head, no generation.
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,15 +20,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlavaOnevisionModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from deris_llm.cognition.base import CognitionBackend, PlannedInputs, TokenCount
+from deris_llm.cognition.base import CognitionBackend, PlannedInputs, TokenCount, say_once
 from deris_llm.cognition.lora import add_lora
 from deris_llm.cognition.prompts import PromptTokenizer, left_aligned, padded
 from deris_llm.cognition.shared_prefix import check_prefix, run_packed
 from deris_llm.config import CognitionConfig
 from deris_llm.structures import CognitionFeatures, CognitionInputs
 from deris_llm.weights import architecture_of, load_pretrained, resolve_weights
-
-logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"
 PLANNED_TEXT_TOKENS = 30  # of prompt and phrase, besides the image's, where no tokenizer is at hand
@@ -129,6 +125,7 @@ class Qwen2OneVision(CognitionBackend):
         super().__init__()
         self.model = model.requires_grad_(False)
         self.prompt_order = prompt_order
+        self.shares_images = prompt_order == "image_first"
         self.is_trained = tuning == "full" or lora_r > 0
         architecture: Any = model.config
         self.feature_dim = architecture.text_config.hidden_size
@@ -283,16 +280,13 @@ def attention_kernels(dtype: torch.dtype, *, prompt_order: Literal["image_first"
     Returns:
         transformers' `attn_implementation` for the vision tower and the language model.
     """
-    has_flash = torch.cuda.is_available() and dtype is torch.bfloat16 and is_flash_attn_2_available()
+    wants_flash = torch.cuda.is_available() and dtype is torch.bfloat16
+    has_flash = wants_flash and is_flash_attn_2_available()
     vision = "flash_attention_2" if has_flash else "sdpa"
     text = "flash_attention_2" if has_flash and prompt_order == "text_first" else "sdpa"
-    _say_once(f"attention: {vision} in the vision tower, {text} in the language model")
+    missing = "; flash-attn is not installed (or does not fit this GPU)" if wants_flash and not has_flash else ""
+    say_once(f"attention: {vision} in the vision tower, {text} in the language model{missing}")
     return {"vision_config": vision, "text_config": text}
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.info(message)
 
 
 def _architecture(name: str, *, weights: bool) -> Any:

@@ -179,6 +179,7 @@ class QwenVL(CognitionBackend):
         self.model: Any = model.requires_grad_(False)
         self.grid = grid
         self.prompt_order = prompt_order
+        self.shares_images = prompt_order == "image_first"
         self.is_trained = tuning == "full" or lora_r > 0
         self.feature_dim = self.model.config.text_config.hidden_size
         if tuning == "full":

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from deris_llm.config import RunConfig, load_config, save_config
+from deris_llm.out_of_memory import explains_out_of_memory
 from deris_llm.training import checkpoints
 from deris_llm.training.deepspeed_config import read_deepspeed_config
 from deris_llm.training.ranks import barrier, on_first_rank, rank, world_size
@@ -65,7 +66,8 @@ def train(
         fast_dev_run: in a folder of its own: load, 2 steps, save, reload, evaluate.
 
     Raises:
-        ValueError: config, DeepSpeed JSON, data or checkpoint contradict each other or are unusable; NaN loss.
+        ValueError: config, DeepSpeed JSON, data or checkpoint contradict each other or are unusable; NaN loss; out of
+            memory.
     """
     if fast_dev_run:
         config, output, resume = _dev_config(config), output / FAST_DEV_RUN, "never"
@@ -134,7 +136,8 @@ def train(
     trainer.remove_callback(PrinterCallback)
     _check_trainer(trainer, uses_deepspeed=deepspeed is not None)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with explains_out_of_memory(config):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         progress.stop()
     newest = checkpoints.newest_checkpoint(output)

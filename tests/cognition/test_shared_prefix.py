@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import Qwen2Config, Qwen2Model
 from transformers.modeling_outputs import BaseModelOutput
 
+from deris_llm.cognition import qwen2_ov
+from deris_llm.cognition.base import say_once
 from deris_llm.cognition.qwen2_ov import attention_kernels
 from deris_llm.cognition.shared_prefix import check_prefix, pack_prompts, run_packed
-from deris_llm.testing import relative_difference
+from deris_llm.model import build_model
+from deris_llm.testing import relative_difference, tiny_config
 
 TOLERANCE = 2e-6  # measured worst case 2.4e-7 (hidden states of size 1); gradients 3.7e-7 relative
 PREFIX, WIDTH = 7, 32
@@ -135,3 +140,31 @@ def test_what_cannot_be_packed_is_told() -> None:
     for index, num_images, without in (([0, 0, 2], 3, 1), ([0, 0, 1], 3, 2), ([1, 1, 2], 3, 0)):
         with pytest.raises(ValueError, match=rf"every one of 3 images to have a phrase, got none for image {without} "):
             check_prefix(prefixes, torch.tensor(index), num_images)
+
+
+def test_a_backend_that_cannot_share_says_so_once(overrides: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    say_once.cache_clear()
+    order = "cognition.prompt_order=text_first"
+    prompt = 'cognition.prompt="Where is {phrase}?<image>"'
+    with caplog.at_level(logging.INFO, logger="deris_llm"):
+        for options in ([], [order, prompt], [order, prompt]):
+            build_model(tiny_config(*overrides, *options))
+    said = [record.message for record in caplog.records if "once per phrase" in record.message]
+    assert said == [
+        "cognition.backend=qwen2_ov does not share an image between its phrases and runs once per phrase: "
+        "cognition.prompt_order=text_first"
+    ]
+
+
+def test_a_missing_kernel_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    say_once.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(qwen2_ov, "is_flash_attn_2_available", lambda: False)
+    with caplog.at_level(logging.INFO, logger="deris_llm"):
+        for _ in range(2):
+            kernels = attention_kernels(torch.bfloat16, prompt_order="image_first")
+    assert kernels == {"vision_config": "sdpa", "text_config": "sdpa"}
+    assert [record.message for record in caplog.records] == [
+        "attention: sdpa in the vision tower, sdpa in the language model; flash-attn is not installed (or does not fit "
+        "this GPU)"
+    ]
