@@ -1,0 +1,252 @@
+"""`deris-llm predict`: the files it writes, going on, and bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deris_llm.cli import main
+from deris_llm.data.masks import decode_segmentation
+from deris_llm.model import build_model
+from deris_llm.pipeline import DerisPipeline
+from deris_llm.predict import Question, captioned_overlay, predict, questions_about, read_pairs
+from deris_llm.testing import synthetic_images, tiny_config, tiny_weights
+from deris_llm.training.checkpoints import checkpoint_fingerprint, save_weights
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = tiny_config(*tiny_weights(folder), "evaluation.score_threshold=0.4", "evaluation.images_per_device=2")
+    torch.manual_seed(0)
+    save_weights(folder / "run" / "best", build_model(config), config, {})
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoint):
+    return DerisPipeline.from_pretrained(checkpoint)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "inside").mkdir(parents=True)
+    for number, image in enumerate(synthetic_images(3)):
+        image.save(folder / f"picture {number}.png")
+    synthetic_images(1)[0].save(folder / "inside" / "hidden.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def asked_of(pictures, *phrases):
+    return questions_about([pictures], phrases)
+
+
+def test_what_is_written(checkpoint, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    image = pictures / "picture 0.png"
+    options = ["--phrase", "The red circle!", "--phrase", "[bold]star", "--out", str(out), "--instances"]
+    assert main(["predict", "--checkpoint", str(checkpoint), "--image", str(image), *options]) == 0
+    lines = lines_of(out)
+    assert [line["phrase"] for line in lines] == ["The red circle!", "[bold]star"]
+    for line in lines:
+        mask = decode_segmentation(line["mask"], 60, 80)
+        drawn = np.asarray(Image.open(out / line["file"]))
+        np.testing.assert_array_equal(drawn, 255 * mask.astype(np.uint8))
+        assert line["image"] == str(image)
+        assert line["says_target"] is True
+        assert line["checkpoint"] == checkpoint_fingerprint(checkpoint / "best")
+        assert (line["score_threshold"], line["selection"], line["presence_use"]) == (0.4, "threshold_or_best", "none")
+        parts = [decode_segmentation(each["mask"], 60, 80) for each in line["instances"]]
+        np.testing.assert_array_equal(np.logical_or.reduce(parts), mask)
+        assert len(list((out / "masks").glob(f"{out.joinpath(line['file']).stem}.instance-*.png"))) == len(parts)
+        assert Image.open(out / line["file"].replace("masks", "overlays").replace("png", "jpg")).width == 480
+    assert lines[0]["file"].startswith("masks/picture-0-the-red-circle-")
+    said = capsys.readouterr().out
+    assert "[bold]star" in said
+    assert "2 answered: 2 found, 0 not there" in said
+    assert f"written to {out}" in said
+
+
+def test_nothing_is_there(checkpoint, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["predict", "--checkpoint", str(checkpoint), "--image", str(pictures), "--phrase", "star", "--no-overlay"]
+    settings = ["--set", "evaluation.score_threshold=0.999", "evaluation.selection=threshold"]
+    assert main([*command, "--out", str(out), *settings]) == 0
+    lines = lines_of(out)
+    assert len(lines) == 3
+    assert not any(line["says_target"] for line in lines)
+    assert not np.asarray(Image.open(out / lines[0]["file"])).any()
+    assert sorted(path.name for path in out.iterdir()) == ["masks", "predictions.jsonl"]
+    assert "not there" in capsys.readouterr().out
+
+
+def test_a_folder_gives_its_own_pictures(pictures):
+    questions = asked_of(pictures, "ring", "star")
+    assert [question.path.name for question in questions[::2]] == ["picture 0.png", "picture 1.png", "picture 2.png"]
+    assert len({question.file_stem for question in questions}) == 6
+    with pytest.raises(ValueError, match=r"got a folder without any"):
+        questions_about([pictures.parent], ["ring"])
+    with pytest.raises(ValueError, match=r"got no such file"):
+        questions_about([pictures / "nowhere.png"], ["ring"])
+
+
+def test_names_of_files_stay_short_and_inside():
+    question = Question("x/../../secret", Path("x" * 300 + "/../" + "漢" * 90), "../" + "字" * 400)
+    assert "/" not in question.file_stem
+    assert len(f"{question.file_stem}.instance-100.png".encode()) < 255
+
+
+def test_pairs_of_a_jsonl(pictures, pipeline, tmp_path):
+    path = pictures / "pairs.jsonl"
+    path.write_text(
+        '{"image": "picture 0.png", "phrases": ["ring", "star"], "note": 7}\n\n'
+        '{"image": "inside/hidden.png", "phrase": "ring", "phrase_id": "mine/val/7"}\n'
+        '{"image": "picture 0.png", "phrase": "circle"}\n{"image": "picture 0.png", "phrase": "ring"}\n'
+    )
+    questions, problems = read_pairs(path)
+    assert (len(questions), problems) == (5, [])
+    result = predict(pipeline, questions, tmp_path / "out", overlays=False, progress=False)
+    # the phrases of a picture are asked together, a question that is there twice once
+    assert [(line["image"], line["phrase"]) for line in lines_of(tmp_path / "out")] == [
+        ("picture 0.png", "ring"),
+        ("picture 0.png", "star"),
+        ("picture 0.png", "circle"),
+        ("inside/hidden.png", "ring"),
+    ]
+    assert lines_of(tmp_path / "out")[3]["phrase_id"] == "mine/val/7"
+    assert len(result.lines) == 4
+
+
+def test_a_second_call_goes_on(pictures, pipeline, tmp_path):
+    out = tmp_path / "out"
+    first = predict(pipeline, asked_of(pictures, "ring"), out, progress=False)
+    path = out / "predictions.jsonl"
+    written = path.read_bytes()
+    path.write_bytes(written[: written.index(b"\n") + 40])  # killed in the second line
+    second = predict(pipeline, asked_of(pictures, "ring"), out, progress=False)
+    assert (len(first.lines), len(second.lines), second.num_there) == (3, 2, 1)
+    assert path.read_bytes() == written
+    third = predict(pipeline, asked_of(pictures, "ring", "star"), out, progress=False)
+    assert (len(third.lines), third.num_there) == (3, 3)
+    assert path.read_bytes().startswith(written)
+
+
+def test_answers_of_another_kind_are_not_mixed(checkpoint, pictures, pipeline, tmp_path):
+    out = tmp_path / "out"
+    predict(pipeline, asked_of(pictures, "ring"), out, progress=False)
+    before = (out / "predictions.jsonl").read_bytes()
+    other = DerisPipeline.from_pretrained(checkpoint, score_threshold=0.9)
+    with pytest.raises(ValueError, match=r"score_threshold 0\.4 there, 0\.9 now\. Nothing was changed; choose another"):
+        predict(other, asked_of(pictures, "star"), out, progress=False)
+    with pytest.raises(ValueError, match=r"instances False there, True now"):
+        predict(pipeline, asked_of(pictures, "star"), out, instances=True, progress=False)
+    other.fingerprint = "0" * 12
+    with pytest.raises(ValueError, match=rf"checkpoint {pipeline.fingerprint} there, 000000000000 now"):
+        predict(other, asked_of(pictures, "star"), out, progress=False)
+    assert (out / "predictions.jsonl").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(pictures, pipeline, tmp_path):
+    with pytest.raises(ValueError, match=r"got one with other things in it; choose another name"):
+        predict(pipeline, [], pictures, progress=False)
+    with pytest.raises(ValueError, match="got a file; choose another name"):
+        predict(pipeline, [], pictures / "notes.txt", progress=False)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "predictions.jsonl").write_text('{"image": "a.png", "phrase": "ring"}\n')
+    with pytest.raises(ValueError, match=r"line 1: expected an answer of `deris-llm predict`"):
+        predict(pipeline, [], tmp_path / "theirs", progress=False)
+
+
+def test_bad_pictures_and_phrases_are_named(pictures, pipeline, tmp_path):
+    synthetic_images(1)[0].save(pictures / "picture 1.png", format="JPEG")
+    whole = (pictures / "picture 1.png").read_bytes()
+    (pictures / "picture 1.png").write_bytes(whole[: len(whole) // 2])
+    questions = [*asked_of(pictures, "ring"), Question("a", pictures / "picture 2.png", "ring <image>")]
+    with pytest.raises(ValueError, match=r"picture 1\.png.*\nWhat was answered before is kept.*--skip-bad"):
+        predict(pipeline, questions, tmp_path / "out", progress=False)
+    assert [line["image"] for line in lines_of(tmp_path / "out")] == [str(pictures / "picture 0.png")]
+    result = predict(pipeline, questions, tmp_path / "out", skip_bad=True, progress=False)
+    assert (len(result.lines), result.num_there, len(result.bad)) == (1, 1, 2)
+    assert "expected a whole picture" in result.bad[0]
+    assert "special token '<image>'" in result.bad[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("not json", "expected JSON in UTF-8 such as"),
+        ("[" * 100_000, "expected JSON in UTF-8 such as"),
+        ("[1]", "expected an object such as"),
+        ('{"phrase": "ring"}', "expected an object such as"),
+        ('{"image": 7, "phrase": "ring"}', "expected an object such as"),
+        ('{"image": "picture 0.png"}', "expected either `phrase`, a text, or `phrases`"),
+        ('{"image": "picture 0.png", "phrase": "a", "phrases": ["b"]}', "expected either `phrase`"),
+        ('{"image": "picture 0.png", "phrases": []}', "expected either `phrase`"),
+        ('{"image": "picture 0.png", "phrase": " "}', "expected phrases with words, got ' '"),
+        ('{"image": "picture 0.png", "phrases": ["a", null]}', "expected phrases with words, got None"),
+        ('{"image": "picture 0.png", "phrase": "a", "phrase_id": 3}', "expected a `phrase_id` that is a text"),
+        ('{"image": "nowhere.png", "phrase": "a"}', "expected a picture at "),
+        ('{"image": "inside", "phrase": "a"}', "expected a picture at "),
+        (b'{"image": "picture 0.png", "phrase": "\xff"}', "expected JSON in UTF-8 such as"),
+    ],
+)
+def test_a_broken_line_stops_before_anything_runs(checkpoint, pictures, tmp_path, capsys, line, said):
+    path = pictures / "pairs.jsonl"
+    line = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b'{"image": "picture 0.png", "phrase": "ring"}\n' + line + b"\n")
+    command = ["predict", "--checkpoint", str(checkpoint), "--jsonl", str(path), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "1 lines cannot be used" in error
+    assert f"pairs.jsonl, line 2: {said}" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_lines_are_left_out_and_counted(checkpoint, pictures, tmp_path, capsys):
+    (pictures / "pairs.jsonl").write_text('{"image": "picture 0.png", "phrase": "ring"}\n{}\n')
+    options = ["--jsonl", str(pictures / "pairs.jsonl"), "--out", str(tmp_path / "out"), "--skip-bad"]
+    assert main(["predict", "--checkpoint", str(checkpoint), *options]) == 0
+    said = capsys.readouterr().out
+    assert "1 bad ones left out" in said
+    assert "pairs.jsonl, line 2: expected an object" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--image", "x.png"], "got no --phrase"),
+        (["--phrase", "ring"], "got no --image"),
+        (["--image", "x.png", "--phrase", " "], "--phrase ' ': expected some words"),
+        (["--image", "x.png", "--phrase", "ring"], "--image x.png: expected a picture or a folder of pictures"),
+        (["--jsonl", "nowhere.jsonl"], "--jsonl nowhere.jsonl: expected a file"),
+        (["--jsonl", "nowhere.jsonl", "--phrase", "ring"], "--jsonl: expected it alone"),
+    ],
+)
+def test_wrong_commands(checkpoint, capsys, options, said):
+    assert main(["predict", "--checkpoint", str(checkpoint), *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_checkpoint(pictures, capsys):
+    command = ["predict", "--checkpoint", str(pictures), "--image", str(pictures), "--phrase", "ring"]
+    assert main(command) == 2
+    assert "expected a checkpoint folder with config.yaml" in capsys.readouterr().err
+
+
+def test_an_overlay_says_what_was_found(pipeline):
+    narrow = synthetic_images(1, size=(90, 30))[0]
+    (answer,) = pipeline(narrow, ["ring " * 60])
+    page = captioned_overlay(narrow, "ring " * 60, answer)
+    assert page.size == (480, 270 + 62)
+    wide = synthetic_images(1, size=(100, 2000))[0]
+    assert captioned_overlay(wide, "ring", pipeline(wide, ["ring"])[0]).size == (1280, 64 + 62)
