@@ -8,7 +8,7 @@
 The image-text model has the proportions of LLaVA-OneVision-0.5B: language model of width 896 (14 heads, 2 for keys and
 values, FFN 4,864), SigLIP of width 1,152 at 384 px (729 image tokens), as many layers of each (there 24 and 26), and
 random weights. "Evaluation" is its forward pass as `deris-llm eval` runs it, "training" forward and backward to its LoRA.
-One at a time is the same code with one phrase in the batch, at its own length. With `--split` the whole model (Swin-B and
+One at a time is the same code with one phrase in the batch, at its own length. With `--split` the whole model (Swin-S and
 all of DeRIS besides) goes through `deris-llm eval`'s own function: loader, answers at the pictures' size, metrics.
 
 Both sides are run in turn and must give equal results. CPU seconds are those of the process, the best of the repeats:
