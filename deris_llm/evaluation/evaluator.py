@@ -6,15 +6,15 @@ Letters: P phrases, Q queries.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
+import typing
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,8 +30,16 @@ from deris_llm.data.masks import decode_segmentation, encode_mask
 from deris_llm.data.sampler import EvaluationBatchSampler
 from deris_llm.data.sources import is_generalised
 from deris_llm.evaluation.boxes import boxes_of_masks
-from deris_llm.evaluation.gres_metrics import GrecMetrics, GrecOutcome, GresMetrics, GresOutcome, baseline_outcomes
-from deris_llm.evaluation.metrics import Overlap, RisMetrics, overlap
+from deris_llm.evaluation.gres_metrics import GrecOutcome
+from deris_llm.evaluation.metrics import Overlap, overlap
+from deris_llm.evaluation.predictions import (
+    EvaluationResult,
+    OtherAnswer,
+    PhrasePrediction,
+    box_array,
+    boxes_around,
+    check_misses,
+)
 from deris_llm.evaluation.protocols import Protocol, protocols_of
 from deris_llm.postprocess import answer_masks, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringRecord
@@ -40,86 +48,6 @@ logger = logging.getLogger(__name__)
 
 _NUM_TOP_SCORES = 3
 _SECONDS_BETWEEN_LINES = 15.0
-
-
-@dataclass(frozen=True)
-class PhrasePrediction:
-    """The answer to one phrase and how good it is."""
-
-    phrase_id: str
-    image: str  # file name of the picture
-    image_id: str
-    phrase: str  # as it was asked (in the control run: the swapped one)
-    mask: dict[str, Any]  # COCO RLE of the merged mask at the original size
-    overlaps: dict[str, Overlap]  # by protocol id
-    oracle_overlaps: dict[str, Overlap]  # of the queries that fit the referents best, one each, by protocol id
-    top_scores: tuple[float, ...]  # the highest referring scores, descending
-    presence: float  # probability that a target exists
-    has_target: bool = True
-    says_target: bool = True  # some query was selected
-    areas: dict[str, tuple[int, int]] = dataclasses.field(
-        default_factory=dict
-    )  # px of truth, of picture, by protocol id
-    boxes: GrecOutcome | None = (
-        None  # those around the selected queries' masks; None where phrases always have a target
-    )
-
-    def outcome(self, protocol: str) -> GresOutcome:
-        """What the phrase adds to the metrics of a generalised dataset; its ``iou`` holds for every dataset."""
-        return GresOutcome(self.overlaps[protocol], has_target=self.has_target, says_target=self.says_target)
-
-    def to_json(self) -> dict[str, Any]:
-        """One line of the predictions file."""
-        return {
-            "phrase_id": self.phrase_id,
-            "image": self.image,
-            "phrase": self.phrase,
-            "mask": self.mask,
-            "iou": {name: round(100 * self.outcome(name).iou, 3) for name in self.overlaps},
-            "oracle_iou": {name: round(100 * found.iou, 3) for name, found in self.oracle_overlaps.items()},
-            "top_scores": [round(score, 4) for score in self.top_scores],
-            "presence": round(self.presence, 4),
-            "has_target": self.has_target,
-            "says_target": self.says_target,
-        }
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Numbers in percent by protocol id, and the predictions they come from, in the order of the records."""
-
-    # protocol id -> metric -> percent or count. RefCOCO: mIoU, oIoU, Pr@0.5 ... Pr@0.9, oracle_mIoU; gRefCOCO: gIoU,
-    # cIoU, N-acc, T-acc, Pr@0.7 ... Pr@0.9, F1, oracle_gIoU, {always,never}_empty_{gIoU,cIoU}, n_no_target; None where
-    # there is nothing to take a number of. Both: n_phrases, n_images.
-    numbers: dict[str, dict[str, float | None]]
-    predictions: list[PhrasePrediction]
-    notes: tuple[str, ...] = ()  # why a number is None
-
-    @classmethod
-    def of(
-        cls, predictions: list[PhrasePrediction], protocol_ids: Sequence[str], *, is_generalised: bool = False
-    ) -> EvaluationResult:
-        """Summarises the predictions of a whole split with the metrics of its dataset."""
-        counts = {"n_phrases": len(predictions), "n_images": len({p.image_id for p in predictions})}
-        numbers: dict[str, dict[str, float | None]] = {}
-        notes: dict[str, None] = {}
-        for name in protocol_ids:
-            if is_generalised:
-                metrics = GresMetrics.of([p.outcome(name) for p in predictions])
-                numbers[name] = metrics.named() | _gres_extras(predictions, name)
-                notes |= dict.fromkeys(metrics.notes)
-            else:
-                ris = RisMetrics.of([p.overlaps[name] for p in predictions])
-                oracle = RisMetrics.of([p.oracle_overlaps[name] for p in predictions])
-                numbers[name] = {**ris.named(), "oracle_mIoU": oracle.mean_iou}
-            numbers[name] |= counts
-        return cls(numbers, predictions, tuple(notes))
-
-    def write_jsonl(self, path: str | Path) -> None:
-        """One JSON object a line; masks are COCO RLE at the original size."""
-        with Path(path).open("w", encoding="utf-8") as file:
-            for prediction in self.predictions:
-                file.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
 
 
 def evaluate(
@@ -165,12 +93,71 @@ def evaluate(
     _check_records(records, config.data.root)
     generalised = is_generalised(config.data.root, records[0].dataset)
     protocols = protocols_of(config)
+    check_misses(protocols, records[0].dataset, is_generalised=generalised)
+    predictions = answers_of(
+        model,
+        config,
+        records,
+        processor,
+        partial(compared, protocols=protocols, is_generalised=generalised),
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        progress=progress,
+        title=title,
+    )
+    return EvaluationResult.of(predictions, protocols, is_generalised=generalised)
+
+
+class HasPhraseId(typing.Protocol):
+    """What `answers_of` gathers and orders."""
+
+    @property
+    def phrase_id(self) -> str: ...
+
+
+Answer = TypeVar("Answer", bound=HasPhraseId)
+
+
+def answers_of(
+    model: nn.Module,
+    config: RunConfig,
+    records: Sequence[ReferringRecord],
+    processor: CognitionProcessor,
+    compare: Callable[[DerisOutput, Sequence[ReferringRecord]], list[Answer]],
+    *,
+    device: torch.device | str,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: bool = True,
+    title: str = "evaluation",
+) -> list[Answer]:
+    """Runs the model over records in exact shards and gathers what ``compare`` makes of its output.
+
+    Args:
+        model: as for `evaluate`.
+        config: sizes of the batches, precision.
+        records: each phrase id once, the same on every rank.
+        processor: the cognition backend's.
+        compare: the output of P phrases and their records -> P answers.
+        device: where the model is.
+        rank: this process.
+        world_size: number of ranks.
+        progress: shows a bar on rank 0.
+        title: its label.
+
+    Returns:
+        One answer per record, in their order, on every rank.
+
+    Raises:
+        RuntimeError: another rank failed.
+    """
     device = torch.device(device)
     loader = evaluation_loader(config, records, processor, rank=rank, world_size=world_size, with_targets=False)
     records_by_id = {record.phrase_id: record for record in records}
     dtype = torch.bfloat16 if config.training.precision == "bf16" else None
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-    predictions: list[PhrasePrediction] = []
+    answers: list[Answer] = []
     failure: Exception | None = None
     most_batches = _most_batches(len(loader)) if world_size > 1 and _is_partitioned(model) else len(loader)
     try:
@@ -178,93 +165,123 @@ def evaluate(
             size = _shard_size(loader)
             task, lines = bar.add_task(title, total=size), _LogLines(title, size)
             for batch in loader:
-                predictions += predict_batch(
-                    model, batch, records_by_id, protocols, device=device, dtype=dtype, is_generalised=generalised
-                )
-                bar.update(task, completed=len(predictions))
+                output: DerisOutput = model(batch.to(device, dtype=dtype))
+                answers += compare(output, [records_by_id[phrase_id] for phrase_id in batch.phrase_ids])
+                bar.update(task, completed=len(answers))
                 if progress and rank == 0 and not bar.console.is_terminal:
-                    lines.update(len(predictions))
+                    lines.update(len(answers))
             if len(loader) < most_batches:
                 _keep_step(model, config, records, processor, most_batches - len(loader), device, dtype)
     except Exception as error:  # told to the other ranks before it is raised: they would wait for this one forever
         if world_size == 1:
             raise
         failure = error
-    gathered = _gather(predictions, failure, world_size)
-    return EvaluationResult.of(
-        _in_order(gathered, records),
-        [protocol.id for protocol in protocols],
-        is_generalised=generalised,
-    )
+    return _in_order(_gather(answers, failure, world_size), records)
 
 
-def predict_batch(
-    model: nn.Module,
-    batch: ReferringBatch,
-    records: Mapping[str, ReferringRecord],
-    protocols: Sequence[Protocol],
+def compared(
+    output: DerisOutput,
+    asked: Sequence[ReferringRecord],
     *,
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    is_generalised: bool = False,
+    protocols: Sequence[Protocol],
+    is_generalised: bool,
 ) -> list[PhrasePrediction]:
-    """Runs the model once and compares its masks under every protocol.
+    """Answers P phrases and compares the masks under every protocol.
 
     Args:
-        model: gives a `DerisOutput`.
-        batch: P phrases, on any device.
-        records: by phrase id; where the ground truth comes from.
-        protocols: with equal threshold and selection (those of one run).
-        device: where the model is.
-        dtype: of the model's input; None = float32.
+        output: the model's, of these P phrases.
+        asked: P records; where the ground truth comes from.
+        protocols: those of one run; the first one's rule chooses `PhrasePrediction.mask`.
         is_generalised: phrases may name nothing, or several objects: boxes are compared too.
 
     Returns:
         P predictions.
     """
-    output: DerisOutput = model(batch.to(device, dtype=dtype))
-    asked = [records[phrase_id] for phrase_id in batch.phrase_ids]
-    referents = _decoded_referents(asked)
+    referents = decoded_referents(asked)
     truths = [np.logical_or.reduce(masks, axis=0) for masks in referents]
-    answering = {
-        "score_threshold": protocols[0].score_threshold,
-        "selection": protocols[0].selection,
-        "presence_use": protocols[0].presence,
-    }
     original_sizes = [(record.height, record.width) for record in asked]
-    originals = answer_masks(output, original_sizes, **answering)
+    originals = {
+        rule: answer_masks(output, original_sizes, score_threshold=rule[0], selection=rule[1], presence_use=rule[2])
+        for rule in dict.fromkeys(protocol.rule for protocol in protocols)
+    }
+    boxes = {
+        rule: [boxes_around(answer.instance_masks) if is_generalised else None for answer in answers]
+        for rule, answers in originals.items()
+    }
     oracle_queries = _best_queries(output, referents)
-    overlaps: dict[str, list[Overlap]] = {}
-    oracle_overlaps: dict[str, list[Overlap]] = {}
-    areas: dict[str, list[tuple[int, int]]] = {}
+    by_protocol: dict[str, list[_Compared]] = {}
     for protocol in protocols:
         sizes = [protocol.size_hw(*size) for size in original_sizes]
-        answers = originals if sizes == original_sizes else answer_masks(output, sizes, **answering)
-        oracles = [np.logical_or.reduce(m, axis=0) for m in upsampled_masks(output, oracle_queries, sizes)]
-        compared = [protocol.resampled_truth(truth) for truth in truths]
-        overlaps[protocol.id] = [overlap(a.mask, truth) for a, truth in zip(answers, compared, strict=True)]
-        oracle_overlaps[protocol.id] = [overlap(o, truth) for o, truth in zip(oracles, compared, strict=True)]
-        areas[protocol.id] = [(int(np.count_nonzero(truth)), truth.size) for truth in compared]
-    return [
-        PhrasePrediction(
-            phrase_id=record.phrase_id,
-            image=Path(record.image_path).name,
-            image_id=record.image_id,
-            phrase=record.phrase,
-            mask=encode_mask(answer.mask),
-            overlaps={name: found[i] for name, found in overlaps.items()},
-            oracle_overlaps={name: found[i] for name, found in oracle_overlaps.items()},
-            top_scores=tuple(float(s) for s in np.sort(answer.referring_scores)[::-1][:_NUM_TOP_SCORES]),
-            presence=answer.presence,
-            has_target=not record.is_no_target,
-            says_target=bool(answer.query_index),
-            areas={name: found[i] for name, found in areas.items()},
-            boxes=GrecOutcome.of(boxes_of_masks(answer.instance_masks), boxes_of_masks(referents[i]))
-            if is_generalised
-            else None,
+        finished = protocol.prediction_resampling == "finished_mask"
+        drawn_at = original_sizes if finished else sizes
+        score_threshold, selection, presence_use = protocol.rule
+        answers = (
+            originals[protocol.rule]
+            if drawn_at == original_sizes
+            else answer_masks(
+                output, drawn_at, score_threshold=score_threshold, selection=selection, presence_use=presence_use
+            )
         )
-        for i, (record, answer) in enumerate(zip(asked, originals, strict=True))
-    ]
+        masks = [answer.mask for answer in answers]
+        oracles = [np.logical_or.reduce(m, axis=0) for m in upsampled_masks(output, oracle_queries, drawn_at)]
+        if finished:
+            masks, oracles = ([protocol.resampled_truth(mask) for mask in drawn] for drawn in (masks, oracles))
+        keeps_mask = protocol.rule == protocols[0].rule and (finished or protocol.size == "original")
+        by_protocol[protocol.id] = [
+            _Compared(
+                overlap(mask, truth),
+                overlap(oracle, truth),
+                (int(np.count_nonzero(truth)), truth.size),
+                None if keeps_mask else OtherAnswer(encode_mask(mask), bool(answer.query_index), instance_boxes),
+            )
+            for mask, oracle, truth, answer, instance_boxes in zip(
+                masks,
+                oracles,
+                map(protocol.resampled_truth, truths),
+                answers,
+                boxes[protocol.rule],
+                strict=True,
+            )
+        ]
+    predictions = []
+    for i, (record, answer) in enumerate(zip(asked, originals[protocols[0].rule], strict=True)):
+        found = {name: rows[i] for name, rows in by_protocol.items()}
+        true_boxes = boxes_of_masks(referents[i]) if is_generalised else None
+        predictions.append(
+            PhrasePrediction(
+                phrase_id=record.phrase_id,
+                image=Path(record.image_path).name,
+                image_id=record.image_id,
+                phrase=record.phrase,
+                mask=encode_mask(answer.mask),
+                overlaps={name: row.overlap for name, row in found.items()},
+                oracle_overlaps={name: row.oracle for name, row in found.items()},
+                top_scores=tuple(float(s) for s in np.sort(answer.referring_scores)[::-1][:_NUM_TOP_SCORES]),
+                presence=answer.presence,
+                has_target=not record.is_no_target,
+                says_target=bool(answer.query_index),
+                areas={name: row.area for name, row in found.items()},
+                boxes={}
+                if true_boxes is None
+                else {
+                    protocol.id: GrecOutcome.of(box_array(boxes[protocol.rule][i]), true_boxes)
+                    for protocol in protocols
+                },
+                instance_boxes=boxes[protocols[0].rule][i],
+                other_answers={name: row.other for name, row in found.items() if row.other is not None},
+                truth_px=int(np.count_nonzero(truths[i])),
+            )
+        )
+    return predictions
+
+
+class _Compared(NamedTuple):
+    """One phrase under one protocol."""
+
+    overlap: Overlap
+    oracle: Overlap
+    area: tuple[int, int]  # px of truth, of picture
+    other: OtherAnswer | None
 
 
 def control_phrases(records: Sequence[ReferringRecord]) -> dict[str, str]:
@@ -298,10 +315,10 @@ def control_phrases(records: Sequence[ReferringRecord]) -> dict[str, str]:
 
 def merged_truth(record: ReferringRecord) -> np.ndarray:
     """Union of a phrase's referents, bool (height, width) of the original picture; all False for no target."""
-    return np.logical_or.reduce(_decoded_referents([record])[0], axis=0)
+    return np.logical_or.reduce(decoded_referents([record])[0], axis=0)
 
 
-def _decoded_referents(records: Sequence[ReferringRecord]) -> list[np.ndarray]:
+def decoded_referents(records: Sequence[ReferringRecord]) -> list[np.ndarray]:
     """Masks of each phrase's referents, bool (R, height, width); decodes once what several phrases share."""
     decoded: dict[tuple[str, str, int], np.ndarray] = {}
     referents = []
@@ -332,25 +349,6 @@ def _best_queries(output: DerisOutput, referents: Sequence[np.ndarray]) -> list[
     return best
 
 
-def _gres_extras(predictions: Sequence[PhrasePrediction], protocol: str) -> dict[str, float | None]:
-    """What stands beside the metrics of a generalised split: boxes, oracle, and what answers without looking get."""
-    oracle = GresMetrics.of(
-        [
-            GresOutcome(p.oracle_overlaps[protocol], has_target=p.has_target, says_target=p.has_target)
-            for p in predictions
-        ]
-    )
-    found: dict[str, float | None] = {
-        "F1": GrecMetrics.of([p.boxes for p in predictions if p.boxes is not None]).f1,
-        "oracle_gIoU": oracle.giou,
-    }
-    for name, outcomes in baseline_outcomes([p.areas[protocol] for p in predictions]).items():
-        baseline = GresMetrics.of(outcomes)
-        key = name.replace(" ", "_")
-        found |= {f"{key}_gIoU": baseline.giou, f"{key}_cIoU": baseline.ciou}
-    return found | {"n_no_target": sum(not p.has_target for p in predictions)}
-
-
 def _check_records(records: Sequence[ReferringRecord], root: str) -> None:
     if not records:
         raise ValueError(
@@ -371,7 +369,7 @@ def _check_records(records: Sequence[ReferringRecord], root: str) -> None:
         )
 
 
-def _gather(predictions: list[PhrasePrediction], failure: Exception | None, world_size: int) -> list[PhrasePrediction]:
+def _gather(predictions: list[Answer], failure: Exception | None, world_size: int) -> list[Answer]:
     if world_size == 1:
         return predictions
     parts: list[Any] = [None] * world_size
@@ -387,7 +385,7 @@ def _gather(predictions: list[PhrasePrediction], failure: Exception | None, worl
     return [prediction for part, _ in parts for prediction in part]
 
 
-def _in_order(predictions: list[PhrasePrediction], records: Sequence[ReferringRecord]) -> list[PhrasePrediction]:
+def _in_order(predictions: list[Answer], records: Sequence[ReferringRecord]) -> list[Answer]:
     by_id = {prediction.phrase_id: prediction for prediction in predictions}
     assert len(predictions) == len(by_id) == len(records), (
         f"every phrase must be predicted exactly once: {len(records)} phrases, {len(predictions)} predictions "
