@@ -25,6 +25,7 @@ from torch import nn
 from deris_llm.cognition import CognitionProcessor, build_processor
 from deris_llm.config import RunConfig
 from deris_llm.data.transforms import load_image, perception_pixels
+from deris_llm.evaluation.calibration import calibrated_config, threshold_source
 from deris_llm.inference import for_cpu_inference
 from deris_llm.postprocess import PhraseAnswer, PresenceUse, Selection, answer_masks
 from deris_llm.structures import DerisOutput, ReferringBatch
@@ -49,11 +50,18 @@ class DerisPipeline:
     Attributes:
         config: the checkpoint's run config as it is used; `config.evaluation` says when a query joins the answer.
         fingerprint: twelve hex digits that say which checkpoint it is.
+        threshold_source: where the score threshold comes from, in words.
         device: where the model is.
     """
 
     def __init__(
-        self, config: RunConfig, model: nn.Module, processor: CognitionProcessor, *, fingerprint: str = ""
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        processor: CognitionProcessor,
+        *,
+        fingerprint: str = "",
+        threshold_source: str = "",
     ) -> None:
         """Joins the parts; `from_pretrained` is the way to them.
 
@@ -62,11 +70,13 @@ class DerisPipeline:
             model: a `Deris`, in evaluation mode, on its device.
             processor: the cognition backend's.
             fingerprint: of the checkpoint.
+            threshold_source: where the score threshold comes from, in words.
         """
         self.config = config
         self.model = model
         self.processor = processor
         self.fingerprint = fingerprint
+        self.threshold_source = threshold_source
         self.device = next(model.parameters()).device
 
     @classmethod
@@ -92,7 +102,8 @@ class DerisPipeline:
                 `deris-llm convert` wrote.
             device: None = the GPU where there is one, else the CPU.
             dtype: float32 or bfloat16; None = the run's.
-            score_threshold: queries with a higher referring score join the answer; None = the checkpoint's.
+            score_threshold: queries with a higher referring score join the answer; None = the checkpoint's: the one
+                that a sweep chose (`deris_llm.evaluation.calibration`), else that of its run config.
             selection: see `answer_masks`; None = the checkpoint's.
             presence: see `answer_masks`; None = the checkpoint's.
             overrides: `section.field=value` over the run config, e.g. `cognition.weights=...` where the base weights lie
@@ -122,8 +133,13 @@ class DerisPipeline:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         config, model = load_checkpoint(folder, device, overrides=settings, allow_module=allow_module)
-        processor = build_processor(config, allow_module=allow_module)
-        return cls(config, for_cpu_inference(model), processor, fingerprint=checkpoint_fingerprint(folder))
+        return cls(
+            calibrated_config(folder, config, settings),
+            for_cpu_inference(model),
+            build_processor(config, allow_module=allow_module),
+            fingerprint=checkpoint_fingerprint(folder),
+            threshold_source=threshold_source(folder, config, settings),
+        )
 
     def __call__(self, image: Picture, phrases: Sequence[str]) -> list[PhraseAnswer]:
         """Answers phrases about one picture.

@@ -69,6 +69,7 @@ class Predictions:
     """What came of a call."""
 
     out: Path
+    threshold_source: str = ""  # in words
     lines: list[dict[str, Any]] = field(default_factory=list)  # those of this call
     num_there: int = 0  # questions that were answered before
     bad: list[str] = field(default_factory=list)  # what was left out, with the reason
@@ -196,7 +197,7 @@ def predict(
         ValueError: the folder holds something else, or (without `skip_bad`) a picture or phrase is bad.
     """
     done = _prepared(out, _settings(pipeline, instances=instances))
-    result = Predictions(out)
+    result = Predictions(out, pipeline.threshold_source)
     by_picture: dict[Path, list[Question]] = {}
     for question in dict.fromkeys(questions):
         if _key(question) in done:
@@ -420,6 +421,7 @@ def show_predictions(result: Predictions, console: Console) -> None:
         console.print(f"  left out: {problem}", highlight=False, markup=False)
     if len(result.bad) > _BAD_SHOWN:
         console.print(f"  ... and {len(result.bad) - _BAD_SHOWN:,} more", highlight=False)
+    console.print(result.threshold_source, highlight=False, markup=False)
     console.print(f"written to {result.out}", highlight=False, markup=False)
 
 

@@ -1,4 +1,4 @@
-"""``deris-llm convert mask2former | beit3 | deris``."""
+"""``deris-llm convert mask2former | beit3 | deris | merge``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ DERIS_EXAMPLE = """\
 example: the released DeRIS-B as a checkpoint that `eval` reads and `training.start_from` takes
   deris-llm convert deris DeRIS-B-refcoco.pth --config deris-b-refcoco --tokenizer beit3.spm --out weights/deris-b
   deris-llm eval --checkpoint weights/deris-b --splits refcoco/val
+"""
+MERGE_EXAMPLE = """\
+example: one file that holds all of a fine-tuned model
+  deris-llm convert merge runs/deris-7b-refcoco --out weights/mine --dtype bf16
+  deris-llm predict --checkpoint weights/mine --image street.jpg --phrase "the red car"
 """
 
 
@@ -45,6 +50,22 @@ def add_convert_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     deris.add_argument("--tokenizer", type=Path, metavar="SPM", help="beit3.spm, copied into the checkpoint")
     deris.set_defaults(run=run_deris)
+
+    merge = subparsers.add_parser(
+        "merge",
+        help="a checkpoint with LoRA into one that needs no base weights",
+        description="Folds LoRA into the weights beside it: a full checkpoint that needs neither base weights nor network.",
+        epilog=MERGE_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_checkpoint_options(merge)
+    merge.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="of the written weights (default fp32); bf16 is half of it",
+    )
+    merge.set_defaults(run=run_merge)
 
 
 def run_mask2former(arguments: argparse.Namespace) -> int:
@@ -89,6 +110,24 @@ def run_deris(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_merge(arguments: argparse.Namespace) -> int:
+    """Merges, and prints what it changed."""
+    from rich.console import Console
+
+    from deris_llm.merge import merge_checkpoint
+
+    done = merge_checkpoint(arguments.checkpoint, arguments.out, dtype=arguments.dtype)
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{done.source}: {done.num_linears} linears with LoRA merged; on a picture of noise")
+    console.print(f"  that moved {done.by_merging}")
+    if done.by_rounding is not None:
+        console.print(f"  rounding to bf16 moved {done.by_rounding}")
+    console.print(
+        f"written to {arguments.out}: needs no base weights; `eval`, `predict` and training.start_from read it"
+    )
+    return 0
+
+
 def show_account(
     architecture: str,
     out: Path,
@@ -126,6 +165,16 @@ def show_account(
     if num_half:
         console.print(f"{num_half:,} tensors were in half precision and are float32 now", highlight=False)
     console.print(f"written to {out}", highlight=False)
+
+
+def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a run (its `best`), `best` or `checkpoint-STEP` of one, or a full one",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
 
 
 def _shortened(names: list[str]) -> str:

@@ -18,6 +18,8 @@ A *full* checkpoint needs no base weights; it is what conversions of other peopl
     config.yaml             the complete run config
     model.safetensors       every parameter and saved buffer by name, frozen ones too
     beit3.spm               the tokenizer, where the backend needs one of its own (wins over `cognition.tokenizer`)
+    processor/cognition/    the base weights' own small files: config.json, tokenizer, image processor
+    processor/perception/   config.json of the Mask2Former
 
 Both kinds are read by `load_checkpoint`, and a new run can take its first weights from either (`training.start_from`).
 
@@ -36,7 +38,7 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +62,7 @@ CONFIG_FILE = "config.yaml"
 TRAINABLE_FILE = "trainable.safetensors"
 MODEL_FILE = "model.safetensors"
 TOKENIZER_FILE = "beit3.spm"
+PROCESSOR_FOLDER = "processor"  # in it a folder of each part that reads files of its own, in Hugging Face form
 BASE_CHECKPOINT = "checkpoint"  # the part of `base_weights.json` that a run has instead of `weights` of its config
 BASE_WEIGHTS_FILE = "base_weights.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -92,6 +95,10 @@ MAY_DIFFER = frozenset(
     }
 )
 """Config fields that may change when a run goes on: they do not change what is learned (images per step is checked)."""
+
+_KEPT_FILES = (BASE_WEIGHTS_FILE, METRICS_FILE, "calibration.json")  # the last: deris_llm.evaluation.calibration
+_PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
+_NOT_OF_PROCESSOR = ("*.index.json", "metrics.json")  # lists of weight files, numbers of shipped weights
 
 _NAMES_OF_FILES = frozenset({"cognition.weights", "cognition.tokenizer", "perception.weights"})
 
@@ -149,7 +156,7 @@ def written_aside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
-        for path in (*partial.iterdir(), partial):
+        for path in (*partial.rglob("*"), partial):
             _wait_for_disk(path)
         if folder.exists():
             replaced = folder.parent / f"{_PARTIAL}replaced-{folder.name}"
@@ -250,16 +257,24 @@ def save_full_checkpoint(
         folder: final name; a folder of that name is replaced, and stays whole until the new one is complete.
         model: the bare model, in one piece (no ZeRO), every tensor with the values to keep and in the dtype to keep.
         config: that builds this model; saved with it.
-        extra_files: name in the folder -> file that is copied there, e.g. ``beit3.spm``, the tokenizer.
+        extra_files: name in the folder, which may be in folders of it -> file that is copied there: ``beit3.spm``, the
+            tokenizer, or those of `processor_files`.
 
     Raises:
         CheckpointError: a file could not be written.
     """
-    # Copies, not views: two names of one tensor are two tensors in the file.
-    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        values = tensor.detach().cpu().contiguous()
+        storage = values.untyped_storage().data_ptr()
+        # Two names of one tensor are two tensors in the file; a copy of every tensor would be another 15 GB of a 7B.
+        tensors[name] = values.clone() if storage in storages else values
+        storages.add(storage)
     with written_aside(folder) as partial:
         save_config(config, partial / CONFIG_FILE)
         for name, source in (extra_files or {}).items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, partial / name)
         try:
             safetensors.torch.save_file(tensors, partial / MODEL_FILE, {"format": "pt"})
@@ -683,23 +698,62 @@ def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     config = load_config(folder / CONFIG_FILE, overrides)
     base = folder if is_full(folder) else recorded_base_checkpoint(folder)
-    if any(text.partition("=")[0].strip() == "cognition.tokenizer" for text in overrides):
+    if base is None:
         return config
-    return config if base is None else with_tokenizer_of(base, config, wins=base == folder)
+    given = {text.partition("=")[0].strip() for text in overrides}
+    return with_files_of(base, config, wins=base == folder, given=given)
 
 
-def with_tokenizer_of(folder: Path, config: RunConfig, *, wins: bool = False) -> RunConfig:
-    """The config with the tokenizer in a full checkpoint's folder, if there is one.
+def with_files_of(
+    folder: Path, config: RunConfig, *, wins: bool = False, given: Collection[str] = frozenset()
+) -> RunConfig:
+    """The config with the tokenizer, architectures and processors in a full checkpoint's folder, those that there are.
 
     Args:
         folder: of a full checkpoint.
-        config: whose `cognition.tokenizer` is filled in.
-        wins: also over one that the config names itself.
+        config: whose `cognition.tokenizer`, `cognition.weights` and `perception.weights` are filled in.
+        wins: also over a tokenizer that the config names itself.
+        given: names of fields that stay as they are.
     """
-    path = folder / TOKENIZER_FILE
-    if not path.is_file() or (config.cognition.tokenizer and not wins):
-        return config
-    return dataclasses.replace(config, cognition=dataclasses.replace(config.cognition, tokenizer=str(path)))
+    found = {f"{part}.weights": folder / PROCESSOR_FOLDER / part for part in ("cognition", "perception")}
+    if wins or not config.cognition.tokenizer:
+        found["cognition.tokenizer"] = folder / TOKENIZER_FILE
+    for name, path in found.items():
+        if path.exists() and name not in given:
+            section, _, field = name.partition(".")
+            changed = dataclasses.replace(getattr(config, section), **{field: str(path)})
+            config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
+def files_beside_weights(folder: Path, config: RunConfig) -> dict[str, Path]:
+    """The small files that a full checkpoint made of another one brings along, so that nothing else is needed to read it.
+
+    Args:
+        folder: of the checkpoint that it is made of.
+        config: as it was loaded: its base weights are on this machine.
+
+    Returns:
+        name in the new folder -> file: where the weights come from, numbers, configs, tokenizer, image processor.
+    """
+    if is_full(folder):
+        own = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+        return {str(name): path for name, path in own.items() if str(name) not in (MODEL_FILE, CONFIG_FILE)}
+    return _processor_files(config) | {name: folder / name for name in _KEPT_FILES if (folder / name).is_file()}
+
+
+def _processor_files(config: RunConfig) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for part, name in (("cognition", config.cognition.weights), ("perception", config.perception.weights)):
+        folder = _local_folder(name, _PROCESSOR_FILES)
+        found = [path for pattern in _PROCESSOR_FILES for path in folder.glob(pattern)]
+        kept = [path for path in found if not any(path.match(pattern) for pattern in _NOT_OF_PROCESSOR)]
+        if part == "perception":
+            kept = [folder / "config.json"]
+        files |= {f"{PROCESSOR_FOLDER}/{part}/{path.name}": path for path in kept}
+    if config.cognition.tokenizer:
+        files[f"{PROCESSOR_FOLDER}/cognition/{TOKENIZER_FILE}"] = Path(config.cognition.tokenizer).expanduser()
+    return files
 
 
 def find_checkpoint(folder: str | Path) -> Path:
@@ -897,13 +951,19 @@ def file_digest(path: Path) -> str:
 
 
 def _file_digests(name: str) -> dict[str, str]:
-    folder = Path(resolve_weights(name))
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download  # noqa: PLC0415
-
-        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin"], local_files_only=True))
+    folder = _local_folder(name, ("*.safetensors", "*.bin"))
     files: Iterable[Path] = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     return {path.name: file_digest(path) for path in files}
+
+
+def _local_folder(name: str, patterns: Sequence[str]) -> Path:
+    """Where weights lie on this machine, those of the hub in its cache."""
+    folder = Path(resolve_weights(name))
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+    return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=True))
 
 
 def plain_state(state: Any) -> dict[str, Any]:

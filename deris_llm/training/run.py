@@ -104,7 +104,8 @@ def train(
     base = (
         checkpoints.base_checkpoint(config) if checkpoint is None else checkpoints.recorded_base_checkpoint(checkpoint)
     )
-    model = build_model(config, weights=base is None)
+    used = config if base is None else checkpoints.with_files_of(base, config)
+    model = build_model(used, weights=base is None)
     if checkpoint is None:
         checkpoints.restore_first_weights(model, config)
     else:
@@ -112,7 +113,7 @@ def train(
         if base is not None:
             checkpoints.restore_full_weights(model, base)
     on_first_rank(lambda: checkpoints.fingerprints_of_run(config))  # now: its folders may be gone at the first save
-    processor = build_processor(config if base is None else checkpoints.with_tokenizer_of(base, config))
+    processor = build_processor(used)
     loader = train_loader(config, group_by_image(mix.records), processor, rank=rank(), world_size=world_size())
     on_first_rank(lambda: save_config(config, output / checkpoints.CONFIG_FILE))
 
