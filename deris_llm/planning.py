@@ -12,7 +12,6 @@ import dataclasses
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -26,8 +25,9 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from deris_llm.cognition import PlannedInputs, resolve_backend
 from deris_llm.config import RunConfig
 from deris_llm.data.check import known_num_phrases
-from deris_llm.data.dataset import group_by_image
+from deris_llm.data.dataset import group_by_image, group_sizes
 from deris_llm.data.mix import training_mix
+from deris_llm.data.sources import is_there
 from deris_llm.model import Deris, build_model
 from deris_llm.structures import DerisOutput, ReferringBatch
 
@@ -393,8 +393,7 @@ def _parts(model: Deris) -> Iterator[Part]:
 
 def _epoch(config: RunConfig, *, gpus: int, tokens_per_phrase: int, shared_tokens: int) -> Epoch:
     per_image = config.data.phrases_per_image
-    folders = {dataset: dataset.removesuffix("_umd").removesuffix("_google") for dataset in config.data.train}
-    if not any((Path(config.data.root) / folder).is_dir() for folder in folders.values()):
+    if not any(is_there(config.data.root, dataset) for dataset in config.data.train):
         phrases = sum(known_num_phrases(f"{name}/train") for name in config.data.train)
         shown = -(-phrases // per_image)
         source = (
@@ -404,7 +403,7 @@ def _epoch(config: RunConfig, *, gpus: int, tokens_per_phrase: int, shared_token
     else:
         mix = training_mix(config.data)
         phrases = mix.report.num_phrases
-        shown = sum(-(-len(group.records) // per_image) for group in group_by_image(mix.records))
+        shown = sum(-(-size // per_image) for size in group_sizes(group_by_image(mix.records)))
         source = f"the files under {config.data.root!r}"
     per_step = config.training.images_per_device * config.training.accumulation * gpus
     steps = -(-shown // per_step)

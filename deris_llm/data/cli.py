@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from deris_llm.structures import ReferringRecord
 
 
+FORMAT_NAMES = ("jsonl",)
+"""Those of `deris_llm.data.readers.FORMATS`, whose readers are imported when they are needed."""
+
 _MASK_COLOUR_RGB = (230, 25, 75)
 
 
@@ -34,6 +37,27 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--workers", type=int, default=1, metavar="N", help="processes (default 1); the files are the same"
     )
     synth.set_defaults(run=run_synth)
+
+    prepare = subparsers.add_parser(
+        "prepare", help="check a source of any format once and write it as a set that needs no memory"
+    )
+    prepare.add_argument(
+        "--format", required=True, choices=FORMAT_NAMES, help="of the source; docs/data.md has examples"
+    )
+    prepare.add_argument("--source", required=True, metavar="PATH", help="file or folder (hf: a name too)")
+    prepare.add_argument("--out", type=Path, required=True, metavar="ROOT/NAME", help="a run names it NAME/split")
+    prepare.add_argument(
+        "--images", type=Path, metavar="DIR", help="the pictures' folder; default: where the format has it"
+    )
+    prepare.add_argument("--splits", nargs="+", default=(), metavar="SPLIT", help="default: all")
+    prepare.add_argument("--mapping", nargs="+", default=(), metavar="K=V", help="which field of the source is what")
+    prepare.add_argument(
+        "--skip-bad", action="store_true", help="leave out what cannot be used, counted in the manifest"
+    )
+    prepare.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes (default 1); the set is the same"
+    )
+    prepare.set_defaults(run=run_prepare)
 
     check = subparsers.add_parser("check", help="read and check every split; counts beside the published ones")
     check.add_argument("--root", type=Path, default=Path("data"), metavar="DIR", help="data root (default data)")
@@ -68,6 +92,62 @@ def run_synth(arguments: argparse.Namespace) -> int:
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     return run_check(argparse.Namespace(root=arguments.out, datasets=None))
+
+
+def run_prepare(arguments: argparse.Namespace) -> int:
+    """Prepares a set and counts it."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from deris_llm.data.errors import DataError
+    from deris_llm.data.prepare import PrepareOptions, prepare
+
+    pairs = [pair.partition("=") for pair in arguments.mapping]
+    if wrong := [key for key, separator, value in pairs if not (key and separator and value)]:
+        raise DataError(
+            f"--mapping {wrong[0]}: expected field=name-in-the-source, got no such pair. Write e.g. phrase=caption"
+        )
+    options = PrepareOptions(
+        format=arguments.format,
+        source=arguments.source,
+        out=arguments.out,
+        images=arguments.images,
+        splits=tuple(arguments.splits),
+        skip_bad=arguments.skip_bad,
+        mapping={key: value for key, _, value in pairs},
+        workers=arguments.workers,
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        tasks = {stage: progress.add_task(stage, total=None) for stage in ("pictures", "phrases")}
+        made = prepare(
+            options, on_progress=lambda stage, done, total: progress.update(tasks[stage], completed=done, total=total)
+        )
+    name, lines = arguments.out.name, []
+    for split, found in made.manifest["splits"].items():
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in found["skipped"].items())
+        lines.append(
+            f"{name}/{split}: {found['num_phrases']:,} phrases ({found['num_no_target']:,} without a target) of "
+            f"{found['num_refs']:,} entries, {found['num_images']:,} pictures"
+            + (f"; left out: {skipped}" if skipped else "")
+        )
+    if made.was_there:
+        lines.append(f"{arguments.out} was made of this source before; nothing was written")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
 
 
 def run_check(arguments: argparse.Namespace) -> int:

@@ -11,12 +11,15 @@ class DataError(ValueError):
     """A folder, file or record that cannot be used; says where, what was expected, what was found and what to do."""
 
 
-def bad_records_error(where: str, problems: Sequence[str], *, num_records: int) -> DataError:
-    """One error for all bad records of a file, the first ten listed."""
+def bad_records_error(
+    where: str, problems: Sequence[str], *, num_records: int, num_bad: int | None = None
+) -> DataError:
+    """One error for all bad records of a file, the first ten listed; ``num_bad``: how many records they spoil, if known."""
     listed = "\n".join(f"  - {problem}" for problem in problems[:10])
-    more = f"\n  - and {len(problems) - 10:,} more" if len(problems) > 10 else ""
+    num_bad = len(problems) if num_bad is None else num_bad
+    more = f"\n  - and {num_bad - 10:,} more" if len(problems) >= 10 and num_bad > 10 else ""
     return DataError(
-        f"{where}: {len(problems):,} of {num_records:,} records cannot be used\n{listed}{more}\n"
+        f"{where}: {num_bad:,} of {num_records:,} records cannot be used\n{listed}{more}\n"
         "Repair or remove these records (nothing is dropped silently), or download the files again"
     )
 

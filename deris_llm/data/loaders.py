@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from deris_llm.config import RunConfig
 from deris_llm.data.collate import ReferringCollator
-from deris_llm.data.dataset import GroupDataset, ImageGroup, group_by_image
+from deris_llm.data.dataset import GroupDataset, ImageGroup, ImageGroups, every_nth_record, group_by_image
 from deris_llm.data.phrase_conversion import PhraseConversion
 from deris_llm.data.sampler import EvaluationBatchSampler, TrainingBatchSampler
 from deris_llm.data.token_budget import phrase_limits
@@ -70,10 +70,9 @@ def train_loader(
     )
     conversion = phrase_conversion(config, groups, seed=seed)
     if conversion is not None and rank == 0:
-        records = [record for group in groups for record in group.records]
-        step = -(-len(records) // _PHRASES_IN_STATISTICS)
+        records, step = every_nth_record(groups, _PHRASES_IN_STATISTICS)
         of_which = f" (counted on one phrase in {step})" if step > 1 else ""
-        logger.info("%s%s", conversion.statistics(records[::step], epoch), of_which)
+        logger.info("%s%s", conversion.statistics(records, epoch), of_which)
     return TrainingLoader(
         cast(Any, GroupDataset(groups, conversion)),  # DataLoader's type is that of the samples, ours of the batches
         batch_sampler=sampler,
@@ -89,7 +88,7 @@ def phrase_conversion(config: RunConfig, groups: Sequence[ImageGroup], *, seed: 
     if wanted.rate == 0:
         return None
     return PhraseConversion(
-        (record for group in groups for record in group.records),
+        groups if isinstance(groups, ImageGroups) else (record for group in groups for record in group.records),
         rate=wanted.rate,
         similarity_threshold=wanted.threshold,
         min_words=wanted.min_words,

@@ -9,10 +9,15 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow as pa
+
 from deris_llm.config import DataConfig, RunConfig
 from deris_llm.data.errors import DataError
+from deris_llm.data.prepared import PreparedSplit
+from deris_llm.data.record_views import RecordView, image_numbers, is_lazy
 from deris_llm.data.refer import DATASETS
-from deris_llm.data.sources import images_of_split, read_split, split_names
+from deris_llm.data.sources import image_hashes_of_split, images_of_split, read_split, split_names
 from deris_llm.structures import ReferringRecord
 
 logger = logging.getLogger(__name__)
@@ -60,14 +65,15 @@ class MixReport:
 class TrainingMix:
     """The phrases to train on, dataset after dataset, and how they came about."""
 
-    records: tuple[ReferringRecord, ...]
+    records: Sequence[ReferringRecord]  # a tuple; not in memory (`RecordView`) where a prepared set is part of the mix
     report: MixReport
 
 
 def training_mix(config: DataConfig) -> TrainingMix:
     """Reads the train splits of ``config.train`` and removes the images of every evaluation split.
 
-    Evaluation splits are all splits but train of every mixed dataset, and those of ``config.eval``.
+    Evaluation splits are all splits but train of every mixed dataset, and those of ``config.eval``. A picture is the same
+    if its id is (COCO's file names; `deris_llm.data.prepared`), or, among prepared sets, its file's content.
 
     Raises:
         DataError: unusable files or records, or nothing is left to train on.
@@ -89,32 +95,44 @@ def training_mix(config: DataConfig) -> TrainingMix:
         image for name in eval_splits if not name.endswith("/train") for image in images_of_split(config.root, name)
     }
 
-    records: list[ReferringRecord] = []
+    eval_hashes = {
+        digest
+        for name in eval_splits
+        if not name.endswith("/train")
+        for digest in image_hashes_of_split(config.root, name)
+    }
+    parts = [read_split(config.root, f"{name}/train", phrase_field=config.phrase_field) for name in config.train]
+    found = [image_numbers(part) for part in parts]
+    of_eval = [
+        _is_of_evaluation(part, ids, eval_images, eval_hashes) for part, (_, ids) in zip(parts, found, strict=True)
+    ]
     shares: list[DatasetShare] = []
-    removed_images: set[str] = set()
-    for dataset in config.train:
-        read = read_split(config.root, f"{dataset}/train", phrase_field=config.phrase_field)
-        removed = [r for r in read if r.image_id in eval_images] if not config.allow_leakage else []
-        kept = [r for r in read if r.image_id not in eval_images] if not config.allow_leakage else read
-        removed_here = {r.image_id for r in removed}
-        shares.append(
-            DatasetShare(dataset, len(kept), len({r.image_id for r in kept}), len(removed), len(removed_here))
-        )
-        removed_images |= removed_here
-        records.extend(kept)
-    if not records:
+    trained, removed_images, kept_eval_images = set[str](), set[str](), set[str]()
+    positions: list[np.ndarray] = []
+    offset = 0
+    for dataset, part, (numbers, ids), evaluated in zip(config.train, parts, found, of_eval, strict=True):
+        kept = np.ones(len(part), dtype=bool) if config.allow_leakage else ~evaluated[numbers]
+        images, removed = np.unique(numbers[kept]), np.unique(numbers[~kept])
+        num_removed = len(part) - int(kept.sum())
+        shares.append(DatasetShare(dataset, int(kept.sum()), len(images), num_removed, len(removed)))
+        trained |= set(ids.take(pa.array(images)).to_pylist())
+        removed_images |= set(ids.take(pa.array(removed)).to_pylist())
+        kept_eval_images |= set(ids.take(pa.array(images[evaluated[images]])).to_pylist())
+        positions.append(np.flatnonzero(kept) + offset)
+        offset += len(part)
+    chosen = np.concatenate(positions) if positions else np.zeros(0, np.int64)
+    if not len(chosen):
         raise DataError(
             f"training mix of {', '.join(config.train) or 'no dataset'}: no phrase is left after "
             f"{len(removed_images):,} evaluation images were removed. Name other datasets in data.train, or set "
             "data.allow_leakage=true knowingly"
         )
-    images = {r.image_id for r in records}
     report = MixReport(
         shares=tuple(shares),
-        num_phrases=len(records),
-        num_images=len(images),
+        num_phrases=len(chosen),
+        num_images=len(trained),
         num_images_removed=len(removed_images),
-        num_eval_images_kept=len(images & eval_images),
+        num_eval_images_kept=len(kept_eval_images),
         eval_splits=eval_splits,
     )
     if report.num_eval_images_kept:
@@ -124,7 +142,19 @@ def training_mix(config: DataConfig) -> TrainingMix:
             f"{report.num_eval_images_kept:,}",
             ", ".join(eval_splits),
         )
-    return TrainingMix(tuple(records), report)
+    view = RecordView(parts, chosen)
+    return TrainingMix(view if any(map(is_lazy, parts)) else tuple(view), report)
+
+
+def _is_of_evaluation(
+    records: Sequence[ReferringRecord], ids: pa.Array, eval_images: set[str], eval_hashes: set[str]
+) -> np.ndarray:
+    """Which pictures some evaluation split has too, by id or, among prepared sets, by content; bool, per id."""
+    found = np.fromiter((image_id in eval_images for image_id in ids.to_pylist()), bool, len(ids))
+    if isinstance(records, PreparedSplit) and eval_hashes:
+        hash_of = dict(zip(records.image_ids.to_pylist(), records.image_hashes.to_pylist(), strict=True))
+        found |= np.fromiter((hash_of[image_id] in eval_hashes for image_id in ids.to_pylist()), bool, len(ids))
+    return found
 
 
 def leakage_notice(config: RunConfig, splits: Sequence[str] = ()) -> str | None:

@@ -21,7 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -113,12 +113,23 @@ class ConversionStatistics:
         )
 
 
+@runtime_checkable
+class PhrasePool(Protocol):
+    """Phrases by picture, wherever they are; pictures are numbered in the order of their first appearance."""
+
+    def __len__(self) -> int: ...
+    def image_id(self, image: int, /) -> str: ...
+    def num_phrases(self, image: int, /) -> int: ...
+    def phrase(self, image: int, number: int, /) -> str: ...
+    def phrases_of(self, image_id: str, /) -> Sequence[str]: ...
+
+
 class PhraseConversion:
     """Converts records; knows the phrases of the training set by picture.
 
     Args:
-        records: the training set: the phrases that may be drawn. A picture is drawn first, each as likely as another,
-            then one of its phrases (as the public code does).
+        phrases: the phrases that may be drawn: the training set, as records or as a pool. A picture is drawn first, each
+            as likely as another, then one of its phrases (as the public code does).
         rate: probability in [0, 1] that a phrase with a target is converted.
         similarity_threshold: only phrases less similar than this are taken.
         min_words: only phrases of more words than this are taken.
@@ -132,7 +143,7 @@ class PhraseConversion:
 
     def __init__(
         self,
-        records: Iterable[ReferringRecord],
+        phrases: Iterable[ReferringRecord] | PhrasePool,
         *,
         rate: float,
         similarity_threshold: float,
@@ -141,17 +152,13 @@ class PhraseConversion:
         max_tries: int,
         seed: int,
     ) -> None:
-        phrases: dict[str, list[str]] = {}
-        for record in records:
-            phrases.setdefault(record.image_id, []).append(record.phrase)
-        if len(phrases) < 2:
+        pool = phrases if isinstance(phrases, PhrasePool) else _PhrasesInMemory(phrases)
+        if len(pool) < 2:
             raise ValueError(
-                f"data.conversion: expected phrases of two pictures at least to draw from, got {len(phrases)}; "
+                f"data.conversion: expected phrases of two pictures at least to draw from, got {len(pool)}; "
                 "set data.conversion.rate=0 or give more data"
             )
-        self._images = list(phrases)
-        self._phrases = phrases
-        self._own_texts: dict[str, frozenset[str]] = {}
+        self._pool = pool
         self.rate = rate
         self.similarity_threshold = similarity_threshold
         self.min_words = min_words
@@ -163,15 +170,15 @@ class PhraseConversion:
         """Draws what becomes of a record in an epoch; a record without a target is never touched."""
         if record.is_no_target:
             return Conversion(record, "kept")
-        random = np.random.default_rng([self.seed, epoch, _number_of(record.phrase_id)])
+        random = np.random.default_rng([self.seed, epoch, text_number(record.phrase_id)])
         if random.random() >= self.rate:
             return Conversion(record, "kept")
-        own = self._texts_of(record.image_id)
+        own = frozenset(map(_plain, self._pool.phrases_of(record.image_id)))
         refused: Counter[str] = Counter()
         for tries in range(1, self.max_tries + 1):
-            image = self._images[random.integers(len(self._images))]
-            phrase = self._phrases[image][random.integers(len(self._phrases[image]))]
-            if image == record.image_id or _plain(phrase) in own:
+            image = int(random.integers(len(self._pool)))
+            phrase = self._pool.phrase(image, int(random.integers(self._pool.num_phrases(image))))
+            if self._pool.image_id(image) == record.image_id or _plain(phrase) in own:
                 refused["same_image"] += 1
             elif len(phrase.split()) <= self.min_words:
                 refused["too_short"] += 1
@@ -199,17 +206,36 @@ class PhraseConversion:
             too_similar=sum(each.too_similar for each in found),
         )
 
-    def _texts_of(self, image_id: str) -> frozenset[str]:
-        """The picture's own phrases, for a comparison that ignores case and blanks."""
-        if image_id not in self._own_texts:
-            self._own_texts[image_id] = frozenset(map(_plain, self._phrases.get(image_id, ())))
-        return self._own_texts[image_id]
+
+class _PhrasesInMemory:
+    """The pool of records that are in memory anyway."""
+
+    def __init__(self, records: Iterable[ReferringRecord]) -> None:
+        self._phrases: dict[str, list[str]] = {}
+        for record in records:
+            self._phrases.setdefault(record.image_id, []).append(record.phrase)
+        self._images = list(self._phrases)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def image_id(self, image: int) -> str:
+        return self._images[image]
+
+    def num_phrases(self, image: int) -> int:
+        return len(self._phrases[self._images[image]])
+
+    def phrase(self, image: int, number: int) -> str:
+        return self._phrases[self._images[image]][number]
+
+    def phrases_of(self, image_id: str) -> Sequence[str]:
+        return self._phrases.get(image_id, ())
 
 
 def _plain(phrase: str) -> str:
     return " ".join(phrase.lower().split())
 
 
-def _number_of(text: str) -> int:
-    """The same on every machine and in every process, which Python's `hash` is not."""
+def text_number(text: str) -> int:
+    """64 bits of a text, the same on every machine and in every process, which Python's `hash` is not."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

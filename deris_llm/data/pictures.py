@@ -23,7 +23,7 @@ MAX_PIXELS = 80_000_000
 _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
-_BROKEN = (
+BROKEN = (
     OSError,
     SyntaxError,
     ValueError,
@@ -85,9 +85,9 @@ def picture_facts(path: Path) -> PictureFacts:
     """
     with _opened(path) as file:
         height, width = file.height, file.width
-        is_sideways = file.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
         file.draft("L", (width // 8, height // 8))  # JPEG: all of the file is read, an eighth of the pixels computed
         _load(file, path)
+        is_sideways = file.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS  # after: Pillow decodes a PNG to answer
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -109,8 +109,8 @@ def read_picture(path: str | Path, *, size_hw: tuple[int, int] | None = None) ->
         PictureError: the file is missing, cut off, too large or no picture.
     """
     with _opened(Path(path)) as file:
-        orientation = file.getexif().get(_EXIF_ORIENTATION, 1)
         _load(file, Path(path))
+        orientation = file.getexif().get(_EXIF_ORIENTATION, 1)  # after: Pillow decodes a PNG to answer
         turned_hw = (file.width, file.height) if orientation in _SIDEWAYS else (file.height, file.width)
         is_stored = size_hw == (file.height, file.width) or (size_hw is not None and size_hw != turned_hw)
         image = file if orientation == 1 or is_stored else ImageOps.exif_transpose(file)
@@ -126,7 +126,7 @@ def _opened(path: Path) -> Image.Image:
         raise PictureError("expected a picture, got a file of 0 bytes")
     try:
         file = Image.open(path)
-    except _BROKEN as error:
+    except BROKEN as error:
         raise PictureError(f"expected a picture, got {type(error).__name__}: {error}") from error
     if file.width * file.height > MAX_PIXELS:
         size = f"{file.width:,} x {file.height:,} px"
@@ -138,7 +138,7 @@ def _opened(path: Path) -> Image.Image:
 def _load(file: Image.Image, path: Path) -> None:
     try:
         file.load()
-    except _BROKEN as error:
+    except BROKEN as error:
         raise PictureError(
             f"expected a whole picture, got {type(error).__name__}: {error} ({os.path.getsize(path):,} bytes)"
         ) from error

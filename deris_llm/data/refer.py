@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -99,8 +99,12 @@ def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:
     Raises:
         DataError: an unknown dataset or a missing file.
     """
+    return in_known_order(_load(Path(root), dataset).splits)
+
+
+def in_known_order(splits: Iterable[str]) -> tuple[str, ...]:
+    """Names of splits, train first, then those of the published sets, then others by name."""
     known_order = ("train", "val", "testA", "testB", "test")
-    splits = _load(Path(root), dataset).splits
     return tuple(sorted(splits, key=lambda split: (known_order.index(split) if split in known_order else 99, split)))
 
 

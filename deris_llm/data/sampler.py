@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from deris_llm.data.dataset import GroupSelection, ImageGroup
+from deris_llm.data.dataset import GroupSelection, ImageGroup, group_phrase_ids, group_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class TrainingBatchSampler(Sampler[list[GroupSelection]]):
             raise ValueError(f"TrainingBatchSampler: expected 0 <= rank < world_size, got rank {rank} of {world_size}")
         if phrases_per_image < 1:
             raise ValueError(f"TrainingBatchSampler: expected phrases_per_image of 1 or more, got {phrases_per_image}")
-        self._sizes = [len(group.records) for group in groups]
+        self._sizes = group_sizes(groups)
         most = [phrases_per_image] * len(groups) if limits is None else [min(phrases_per_image, n) for n in limits]
         self._num_chunks = [-(-size // k) for size, k in zip(self._sizes, most, strict=True)]
         self._limits = None if limits is None else hashlib.sha256(repr(list(limits)).encode()).hexdigest()[:16]
@@ -164,8 +164,9 @@ class EvaluationBatchSampler(Sampler[list[GroupSelection]]):
         self._batches: list[list[GroupSelection]] = []
         batch: list[GroupSelection] = []
         num_phrases = 0
+        sizes = group_sizes(groups)
         for index in range(rank, len(groups), world_size):
-            size = len(groups[index].records)
+            size = sizes[index]
             most = max_phrases_per_batch if limits is None else min(max_phrases_per_batch, limits[index])
             for first in range(0, size, most):
                 piece = GroupSelection(index, tuple(range(first, min(first + most, size))))
@@ -189,8 +190,7 @@ class EvaluationBatchSampler(Sampler[list[GroupSelection]]):
 def _fingerprint(groups: Sequence[ImageGroup]) -> str:
     """Short hash of the phrase ids in their order."""
     digest = hashlib.sha256()
-    for group in groups:
-        for record in group.records:
-            digest.update(record.phrase_id.encode())
-            digest.update(b"\0")
+    for phrase_id in group_phrase_ids(groups):
+        digest.update(phrase_id.encode())
+        digest.update(b"\0")
     return digest.hexdigest()[:16]

@@ -2,17 +2,27 @@
 
 Two kinds of datasets exist at run time: REFER's own files (`deris_llm.data.refer`), and sets that `deris-llm data
 prepare` made of any format (`deris_llm.data.prepared`). Where one name has both, the prepared set is read, and the log
-says so. Everybody but these two modules reads data through this one.
+says so. Everybody but these modules reads data through this one.
 """
 
 from __future__ import annotations
 
+import difflib
+import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import pyarrow as pa
+
 from deris_llm.data import refer
+from deris_llm.data.errors import DataError
+from deris_llm.data.prepared import Manifest, PreparedSplit, find_manifest, prepared_sets, read_images
 from deris_llm.structures import ReferringRecord
+
+logger = logging.getLogger(__name__)
 
 
 def read_split(
@@ -20,14 +30,21 @@ def read_split(
 ) -> Sequence[ReferringRecord]:
     """The records of one split, one per phrase, in the order of the source.
 
+    Those of a prepared set are built when they are asked for: don't put them into a list where the split may be large.
+
     Args:
         root: the folder that holds the images and one folder per dataset.
         name: ``dataset/split``, e.g. ``refcoco/testA``.
-        phrase_field: ``sent`` is REFER's cleaned text, ``raw`` what the annotator typed.
+        phrase_field: ``sent`` is REFER's cleaned text, ``raw`` what the annotator typed; sources with one text have
+            it as both.
 
     Raises:
         DataError: a missing or misnamed file, an unknown dataset or split, or unusable records (all in one error).
     """
+    check_split(root, name)
+    dataset, _, split = name.partition("/")
+    if _prepared(root, dataset) is not None:
+        return PreparedSplit(root, dataset, split, phrase_field=phrase_field)
     return refer.read_split(root, name, phrase_field=phrase_field)
 
 
@@ -37,7 +54,16 @@ def check_split(root: str | Path, name: str) -> None:
     Raises:
         DataError: a missing or misnamed file or folder, an unknown dataset or split.
     """
-    refer.check_split(root, name)
+    dataset, _, split = name.partition("/")
+    existing = split_names(root, dataset)
+    if _prepared(root, dataset) is None:
+        refer.find_image_folder(root)
+    if split not in existing:
+        near = difflib.get_close_matches(split, existing, n=1)
+        raise DataError(
+            f"split {name!r}: expected one of {', '.join(f'{dataset}/{known}' for known in existing)}, got {split!r}."
+            + (f" Did you mean {dataset}/{near[0]}?" if near else "")
+        )
 
 
 def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:
@@ -46,20 +72,67 @@ def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:
     Raises:
         DataError: an unknown dataset or a missing file.
     """
+    if (manifest := _prepared(root, dataset)) is not None:
+        return refer.in_known_order(manifest.splits)
+    if dataset not in refer.DATASETS and (sets := prepared_sets(root)):
+        near = difflib.get_close_matches(dataset, sets, n=1)
+        raise DataError(
+            f"dataset {dataset!r}: expected one of {', '.join(refer.DATASETS)}, or one of the prepared sets of {root}: "
+            f"{', '.join(sets)}; got another." + (f" Did you mean {near[0]}?" if near else " Correct the name")
+        )
     return refer.split_names(root, dataset)
 
 
 def images_of_split(root: str | Path, name: str) -> set[str]:
     """Image ids of ``dataset/split``, without reading its phrases."""
+    dataset, _, split = name.partition("/")
+    if (manifest := _prepared(root, dataset)) is not None:
+        return set(_image_column(root, manifest, split, "image_id").to_pylist())
     return refer.images_of_split(root, name)
+
+
+def image_hashes_of_split(root: str | Path, name: str) -> set[str]:
+    """Content hashes of a prepared split's pictures: the same picture under another name. None are known of REFER's files."""
+    dataset, _, split = name.partition("/")
+    manifest = _prepared(root, dataset)
+    return set() if manifest is None else set(_image_column(root, manifest, split, "sha256").to_pylist())
 
 
 def count_refs(root: str | Path, name: str) -> int:
     """Number of entries of ``dataset/split``, each of one or more phrases for the same referents."""
+    dataset, _, split = name.partition("/")
+    if (manifest := _prepared(root, dataset)) is not None:
+        return manifest.splits[split]["num_refs"] if split in manifest.splits else 0
     return refer.count_refs(root, name)
 
 
 def is_generalised(root: str | Path, dataset: str) -> bool:
     """Whether phrases of a dataset may name nothing, or several objects: gRefCOCO's metrics are then the right ones."""
-    del root  # of REFER's files the name alone says it
+    if (manifest := _prepared(root, dataset)) is not None:
+        return manifest.is_generalised
     return dataset in refer.GENERALISED_DATASETS
+
+
+def is_there(root: str | Path, dataset: str) -> bool:
+    """A prepared set of that name, or at least the folder of REFER's files."""
+    folder = refer.DATASETS.get(dataset, (dataset, ""))[0]
+    return _prepared(root, dataset) is not None or (dataset in refer.DATASETS and (Path(root) / folder).is_dir())
+
+
+def _prepared(root: str | Path, dataset: str) -> Manifest | None:
+    manifest = find_manifest(root, dataset)
+    if manifest is not None and dataset in refer.DATASETS and refer.refs_path(root, dataset).is_file():
+        _say_which(str(manifest.folder), str(refer.refs_path(root, dataset)))
+    return manifest
+
+
+@cache
+def _say_which(folder: str, refs: str) -> None:
+    logger.info("%s is a prepared set and is read instead of %s", folder, refs)
+
+
+def _image_column(root: str | Path, manifest: Manifest, split: str, column: str) -> pa.ChunkedArray:
+    if split not in manifest.splits:
+        return pa.chunked_array([], pa.string())
+    rows = np.unique(PreparedSplit(root, manifest.folder.name, split, phrase_field="sent").image_rows)
+    return read_images(manifest).column(column).take(pa.array(rows))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from deris_llm.data.prepare import Prepared, PrepareOptions, prepare
 from deris_llm.structures import CognitionInputs, InstanceAnnotation, ReferringRecord
 
 WIDTH, HEIGHT = 40, 30
@@ -102,6 +103,48 @@ def refer_folder(tmp_path: Path) -> ReferFolder:
         folder.refs[dataset] = refs
         folder.instances[dataset] = {"images": images, "annotations": annotations, "categories": []}
     return folder
+
+
+@dataclass
+class SourceWorld:
+    """Writes sources of `deris-llm data prepare` and prepares them."""
+
+    folder: Path
+    root: Path  # where prepared sets go
+    square = ((4, 5, 16, 5, 16, 25, 4, 25),)  # polygons of an object
+    other = ((24, 5, 36, 5, 36, 25, 24, 25),)
+
+    def pictures(self, *names: str, size: tuple[int, int] = (WIDTH, HEIGHT), folder: Path | None = None) -> Path:
+        """Pictures of noise, each another; returns their folder."""
+        folder = self.folder if folder is None else folder
+        for name in names:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            random = np.random.default_rng([ord(letter) for letter in name])
+            Image.fromarray(random.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+        return folder
+
+    def lines(self, *lines: dict[str, Any] | str | bytes, file: str = "train.jsonl") -> Path:
+        """A JSONL file; texts and bytes are written as they are."""
+        encoded = [
+            line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+            for line in lines
+        ]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / file).write_bytes(b"\n".join(encoded) + b"\n")
+        return self.folder / file
+
+    def prepare(self, source: Path, name: str = "mine", *, format: str = "jsonl", **options: Any) -> Prepared:
+        return prepare(PrepareOptions(format=format, source=str(source), out=self.root / name, **options))
+
+    def is_untouched(self) -> bool:
+        """Nothing was written below the root."""
+        return not self.root.exists() or not list(self.root.iterdir())
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> SourceWorld:
+    return SourceWorld(tmp_path / "source", tmp_path / "root")
 
 
 @pytest.fixture

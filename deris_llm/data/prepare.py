@@ -1,0 +1,492 @@
+"""`deris-llm data prepare`: a source of any format becomes a prepared set (`deris_llm.data.prepared`).
+
+Two passes over the source: its pictures (each decoded once, hashed), then its phrases, in shards. Everything is written
+beside the final folder, as `.NAME.preparing`, and renamed when it is whole. Shards that an interrupted run had finished
+are taken over if source, options and pictures are still the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from deris_llm import __version__
+from deris_llm.data import refer
+from deris_llm.data.errors import DataError, bad_records_error
+from deris_llm.data.pictures import PictureFacts
+from deris_llm.data.prepared import ARROW_FOLDER, IMAGE_SCHEMA, IMAGES_FILE, LAYOUT, MANIFEST_FILE, map_arrow
+from deris_llm.data.readers import open_source
+from deris_llm.data.readers.base import FaultReason, SourceEntry, SourceFault, SourceOptions, SourceReader
+from deris_llm.data.validation import Fault, LocatedEntry, ShardResult, is_text, look_at, write_shard
+
+logger = logging.getLogger(__name__)
+
+PHRASES_PER_SHARD = 8192
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]*")
+_COCO_STEM = re.compile(r"COCO_(train|val|test)20\d\d_\d{12}")
+_PICTURES_PER_JOB = 32
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What is asked of a preparation."""
+
+    format: str
+    source: str
+    out: Path  # ROOT/NAME
+    images: Path | None = None  # folder of the pictures; None: where the format has them
+    splits: tuple[str, ...] = ()  # only these; () = all
+    skip_bad: bool = False  # leave out what cannot be used and count it, instead of stopping
+    mapping: dict[str, str] = field(default_factory=dict)
+    workers: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A finished preparation."""
+
+    manifest: dict[str, Any]
+    was_there: bool  # the same source had been prepared before; nothing was written
+
+
+def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], None] = lambda *_: None) -> Prepared:
+    """Reads, checks and writes a source.
+
+    Args:
+        options: what, from where, to where.
+        on_progress: called with the stage (`pictures`, `phrases`), what is done and what is to do.
+
+    Raises:
+        DataError: unusable records (the first ten are listed; nothing is written), a source that is not of the format,
+            or a folder that holds something else.
+    """
+    out = options.out
+    if not _NAME.fullmatch(out.name):
+        raise DataError(
+            f"--out {out}: expected ROOT/NAME with a name of letters, digits and _ + . -, got {out.name!r}. Name it otherwise"
+        )
+    reader = open_source(
+        options.format,
+        SourceOptions(options.source, out.name, options.images, options.splits, options.mapping),
+    )
+    source = _described_source(options, reader)
+    if (known := _existing(out, source)) is not None:
+        return Prepared(known, was_there=True)
+    work = out.parent / f".{out.name}.preparing"
+    (work / ARROW_FOLDER).mkdir(parents=True, exist_ok=True)
+    try:
+        with _pool(options.workers) as pool:
+            manifest = _Preparation(options, reader, source, work, pool, on_progress).run()
+        (work / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+        _rename(work, out)
+    except DataError:
+        shutil.rmtree(work)  # a repaired source is another source: nothing here would be of use
+        raise
+    return Prepared(manifest, was_there=False)
+
+
+def _described_source(options: PrepareOptions, reader: SourceReader) -> dict[str, Any]:
+    """What a preparation depends on, apart from the pictures."""
+    base = Path(options.source)
+    base = base if base.is_dir() else base.parent
+    files = [
+        {
+            "file": str(path.relative_to(base)) if path.is_relative_to(base) else path.name,
+            "bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }
+        for path in reader.files
+    ]
+    if len(files) > 100:  # masks that are files of their own
+        together = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+        files = [*files[:10], {"file": f"and {len(files) - 10:,} more, sha256 of the list of all", "sha256": together}]
+    return {
+        "format": options.format,
+        "source": options.source,
+        "files": files,
+        "splits": list(options.splits),
+        "mapping": dict(options.mapping),
+        "skip_bad": options.skip_bad,
+    }
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fingerprint(source: dict[str, Any], *more: str) -> str:
+    # Where the source lies is not what it is.
+    content = {key: value for key, value in source.items() if key != "source"}
+    return hashlib.sha256(json.dumps([LAYOUT, content, *more]).encode()).hexdigest()
+
+
+def _existing(out: Path, source: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest in ``out`` if it was made of this source; None where there is room."""
+    path = out / MANIFEST_FILE
+    if not path.is_file():
+        holds = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
+        if out.is_file() or (holds and out.name not in {folder for folder, _ in refer.DATASETS.values()}):
+            raise DataError(
+                f"--out {out}: expected a new folder, got one that holds {', '.join(holds[:5]) or 'a file'}. Name another, or "
+                "remove it"
+            )
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+        there = manifest["source"]
+        shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+        is_whole = all((out / ARROW_FOLDER / shard["file"]).stat().st_size == shard["bytes"] for shard in shards)
+    except (ValueError, KeyError, TypeError, OSError):
+        there, manifest, is_whole = {}, {}, False
+    if is_whole and _fingerprint(there) == _fingerprint(source):
+        return manifest
+    differ = [key for key in source if key != "source" and there.get(key) != source[key]]
+    raise DataError(
+        f"--out {out}: expected a new folder or a set made of the same input, got one made of {there.get('source')} with other "
+        f"{', '.join(differ) or 'shards than its manifest names'}. Name another folder, or remove this one"
+    )
+
+
+class _Preparation:
+    """One run: the pictures, the phrases, the manifest."""
+
+    def __init__(
+        self,
+        options: PrepareOptions,
+        reader: SourceReader,
+        source: dict[str, Any],
+        work: Path,
+        pool: ProcessPoolExecutor | None,
+        on_progress: Callable[[str, int, int], None],
+    ) -> None:
+        self.options = options
+        self.reader = reader
+        self.source = source
+        self.arrow = work / ARROW_FOLDER
+        self.pool = pool
+        self.on_progress = on_progress
+        self.images: dict[
+            str, tuple[int, int, int] | tuple[FaultReason, str]
+        ] = {}  # file -> row, height, width, or fault
+        self.faults: list[Fault] = []
+        self.num_bad: dict[str, Counter[str]] = {}
+        self.num_total = 0
+
+    def run(self) -> dict[str, Any]:
+        """Writes all files and returns the manifest."""
+        image_file = self._pictures()
+        splits = self._phrases(_fingerprint(self.source, image_file["sha256"]))
+        if self.faults and not self.options.skip_bad:
+            raise self._too_bad()
+        for split in [split for split, found in splits.items() if not found["num_phrases"]]:
+            del splits[split]
+        if not splits:
+            raise self._too_bad() if self.faults else self._nothing()
+        generalised = any(found.pop("is_generalised") for found in splits.values())
+        for leftover in (
+            set(self.arrow.iterdir())
+            - {self.arrow / IMAGES_FILE}
+            - {self.arrow / shard["file"] for split in splits.values() for shard in split["shards"]}
+        ):
+            leftover.unlink()
+        folder, root = self.reader.image_folder.resolve(), self.options.out.parent.resolve()
+        return {
+            "layout": LAYOUT,
+            "made_by": f"deris_llm {__version__}",
+            "name": self.options.out.name,
+            "is_generalised": generalised if self.reader.is_generalised is None else self.reader.is_generalised,
+            "image_folder": os.path.relpath(folder, root) if folder.is_relative_to(root) else str(folder),
+            "images": image_file,
+            "splits": {split: splits[split] for split in refer.in_known_order(splits)},
+            "source": self.source,
+        }
+
+    def _entries(self) -> Iterator[SourceEntry | SourceFault]:
+        wanted = self.options.splits
+        return (entry for entry in self.reader.entries() if not wanted or entry.split in wanted)
+
+    # Pictures
+
+    def _pictures(self) -> dict[str, Any]:
+        """Looks at every picture once and writes their table."""
+        declared: dict[str, tuple[Any, Any]] = {}  # file -> size and id that the first entries say
+        for entry in self._entries():
+            self.num_total += entry.num_phrases if isinstance(entry, SourceFault) else max(1, len(entry.phrases))
+            if isinstance(entry, SourceEntry) and is_text(entry.image):
+                size_hw, image_id = declared.get(entry.image, (None, None))
+                declared[entry.image] = (
+                    _declared_size(entry) if size_hw is None else size_hw,
+                    entry.image_id if image_id is None else image_id,
+                )
+        rows: list[dict[str, Any]] = []
+        of_id: dict[str, str] = {}
+        facts = self._facts(list(declared))
+        for name, (size_hw, given_id) in declared.items():
+            found = facts[name]
+            row = _image_row(name, found, size_hw, given_id) if isinstance(found, PictureFacts) else ("image", found)
+            if isinstance(row, dict):
+                same = of_id.setdefault(row["image_id"], row["sha256"])
+                if same != row["sha256"]:
+                    row = ("reference", f"image_id {row['image_id']!r} is given to two pictures; {name} is the second")
+            if isinstance(row, dict):
+                self.images[name] = (len(rows), row["height"], row["width"])
+                rows.append(row)
+            else:
+                self.images[name] = row
+        path = self.arrow / IMAGES_FILE
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, IMAGE_SCHEMA) as stream:
+            stream.write_batch(pa.RecordBatch.from_pylist(rows, IMAGE_SCHEMA))
+        return {"file": IMAGES_FILE, "count": len(rows), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+    def _facts(self, names: list[str]) -> dict[str, PictureFacts | str]:
+        found: dict[str, PictureFacts | str] = {}
+        jobs = [names[i : i + _PICTURES_PER_JOB] for i in range(0, len(names), _PICTURES_PER_JOB)]
+        look = partial(look_at, self.reader.image_folder)
+        self.on_progress("pictures", 0, len(names))
+        for part in self.pool.map(look, jobs) if self.pool else map(look, jobs):
+            found |= part
+            self.on_progress("pictures", len(found), len(names))
+        return found
+
+    # Phrases
+
+    def _phrases(self, key: str) -> dict[str, dict[str, Any]]:
+        """Writes all shards; what they hold by split."""
+        results: dict[str, dict[str, Any]] = {}
+        done = 0
+        for split, number, num_phrases, result in _in_order(self._shards(key), 2 * self.options.workers):
+            found = results.setdefault(
+                split,
+                {"num_refs": 0, "num_phrases": 0, "num_images": 0, "num_no_target": 0, "skipped": {}, "shards": []}
+                | {"is_generalised": False},
+            )
+            path = self.arrow / _shard_name(split, number)
+            for name in ("num_refs", "num_phrases", "num_no_target"):
+                found[name] += getattr(result, name)
+            found["is_generalised"] |= result.is_generalised
+            self.num_bad.setdefault(split, Counter()).update(result.num_bad)
+            self.faults += result.faults
+            if result.num_phrases:
+                size = path.stat().st_size
+                shard = {
+                    "file": path.name,
+                    "num_phrases": result.num_phrases,
+                    "bytes": size,
+                    "sha256": file_sha256(path),
+                }
+                found["shards"].append(shard)
+                _write_json(
+                    path.with_suffix(".json"),
+                    {
+                        "key": key,
+                        "sha256": shard["sha256"],
+                        **vars(result),
+                        "faults": [asdict(fault) for fault in result.faults],
+                    },
+                )
+            done += num_phrases
+            self.on_progress("phrases", done, self.num_total)
+        for split, found in results.items():
+            found["skipped"] = dict(self.num_bad.get(split, {}))
+            found["num_images"] = len(_images_of(self.arrow, found["shards"]))
+        self.on_progress("phrases", self.num_total, self.num_total)
+        return results
+
+    def _shards(self, key: str) -> Iterator[tuple[str, int, int, Future[ShardResult] | ShardResult]]:
+        """Split, number, phrases, and what is or will be known of each shard."""
+        pending: dict[str, list[LocatedEntry]] = {}
+        sizes: Counter[str] = Counter()
+        numbers: Counter[str] = Counter()
+        seen: dict[str, set[str]] = {}
+
+        def shard(split: str) -> tuple[str, int, int, Future[ShardResult] | ShardResult]:
+            path = self.arrow / _shard_name(split, numbers[split])
+            job = (path, split, pending.pop(split), self.reader.image_folder)
+            result = _finished_shard(path, key)
+            if result is None:
+                result = self.pool.submit(write_shard, *job) if self.pool else write_shard(*job)
+            numbers[split] += 1
+            return split, numbers[split] - 1, sizes.pop(split), result
+
+        for order, entry in enumerate(self._entries()):
+            located = self._located(order, entry, seen)
+            if located is None:
+                continue
+            split = str(located.entry.split)
+            pending.setdefault(split, []).append(located)
+            sizes[split] += len(located.entry.phrases)
+            if sizes[split] >= PHRASES_PER_SHARD:
+                yield shard(split)
+        for split in list(pending):
+            yield shard(split)
+
+    def _located(self, order: int, entry: SourceEntry | SourceFault, seen: dict[str, set[str]]) -> LocatedEntry | None:
+        """The entry with its picture, without phrases whose id was there before; None if nothing of it can be used."""
+        if isinstance(entry, SourceFault):
+            self._fault(Fault(order, entry.where, str(entry.split), entry.reason, entry.message, entry.num_phrases))
+            return None
+        whole = max(1, len(entry.phrases))
+        if not isinstance(entry.split, str) or not _NAME.fullmatch(entry.split):
+            message = f"expected the name of a split, letters and digits, got {entry.split!r}"
+            self._fault(Fault(order, entry.where, str(entry.split), "structure", message, whole))
+            return None
+        found: Any = self.images.get(entry.image) if isinstance(entry.image, str) else None
+        if found is None:
+            found = ("image", f"expected the name of a picture, got {entry.image!r}")
+        if isinstance(found[0], str):
+            self._fault(Fault(order, entry.where, entry.split, found[0], found[1], whole))
+            return None
+        ids = seen.setdefault(entry.split, set())
+        kept = []
+        for phrase in entry.phrases:
+            if str(phrase.id) in ids:
+                message = f"phrase id {phrase.id} occurs again in {entry.split}"
+                self._fault(Fault(order, entry.where, entry.split, "duplicate id", message))
+            else:
+                ids.add(str(phrase.id))
+                kept.append(phrase)
+        if len(kept) < len(entry.phrases):
+            entry = replace(entry, phrases=tuple(kept))
+        return LocatedEntry(order, entry, *found) if kept else None
+
+    def _fault(self, fault: Fault) -> None:
+        self.num_bad.setdefault(fault.split, Counter())[fault.reason] += fault.num_phrases
+        if len(self.faults) < 10:  # the stream is in the source's order: these are its first
+            self.faults.append(fault)
+
+    def _too_bad(self) -> DataError:
+        listed = [str(fault) for fault in sorted(self.faults, key=lambda fault: fault.order)]
+        total = sum(sum(counts.values()) for counts in self.num_bad.values())
+        error = bad_records_error(self.options.source, listed, num_records=self.num_total, num_bad=total)
+        return DataError(f"{error}; or leave them out with --skip-bad, which counts them in the manifest")
+
+    def _nothing(self) -> DataError:
+        return DataError(
+            f"--source {self.options.source}: expected phrases"
+            + (f" of the splits {', '.join(self.options.splits)}" if self.options.splits else "")
+            + f", got {'others only' if self.options.splits else 'none'}. Check the file{' and --splits' * bool(self.options.splits)}"
+        )
+
+
+def _image_row(name: str, facts: PictureFacts, size_hw: Any, given_id: Any) -> dict[str, Any] | tuple[FaultReason, str]:
+    """A row of the pictures' table, or what is wrong."""
+    if given_id is not None and (
+        isinstance(given_id, bool) or not isinstance(given_id, (int, str)) or not str(given_id)
+    ):
+        return "structure", f"expected image_id to be a text or number, got {given_id!r}"
+    if size_hw is None and facts.is_sideways and facts.height != facts.width:
+        return "size", (
+            f"picture {name}: EXIF turns it by 90 degrees, and nothing says for which orientation the masks were drawn. Give "
+            f"width and height: {facts.width} x {facts.height} px as stored, {facts.height} x {facts.width} px as shown"
+        )
+    size = (facts.height, facts.width) if size_hw is None else tuple(size_hw)
+    if not facts.fits(size):
+        return "size", (
+            f"picture {name}: expected {size[1]} x {size[0]} px, for which its masks were drawn, got {facts.width} x "
+            f"{facts.height} px. Use the original picture, not a resized one"
+        )
+    stem = Path(name).stem
+    named = (
+        str(given_id) if given_id is not None else stem if _COCO_STEM.fullmatch(stem) else f"sha256-{facts.sha256[:24]}"
+    )
+    return {"image_id": named, "file": name, "height": size[0], "width": size[1], "sha256": facts.sha256}
+
+
+def _declared_size(entry: SourceEntry) -> Any:
+    """Height and width that an entry, or its RLE, was made for; None if nothing says."""
+    if entry.size_hw is not None:
+        return tuple(entry.size_hw)
+    for instance in entry.instances:
+        size = instance.mask.get("size") if isinstance(instance.mask, dict) else None
+        if isinstance(size, (list, tuple)) and len(size) == 2:
+            return tuple(size)
+    return None
+
+
+def _shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.arrow"
+
+
+def _finished_shard(path: Path, key: str) -> ShardResult | None:
+    """What an interrupted run with the same input had finished."""
+    sidecar = path.with_suffix(".json")
+    if not sidecar.is_file() or not path.is_file():
+        return None
+    try:
+        content = json.loads(sidecar.read_bytes())
+    except ValueError:
+        return None
+    if content.pop("key", None) != key or content.pop("sha256", None) != file_sha256(path):
+        return None
+    faults = [Fault(**fault) for fault in content.pop("faults")]
+    return ShardResult(**{**content, "num_bad": Counter(content["num_bad"]), "faults": faults})
+
+
+def _in_order(
+    shards: Iterable[tuple[str, int, int, Future[ShardResult] | ShardResult]], window: int
+) -> Iterator[tuple[str, int, int, ShardResult]]:
+    """Results in the order of the jobs, with at most ``window`` of them under way."""
+    under_way: list[tuple[str, int, int, Future[ShardResult] | ShardResult]] = []
+
+    def first() -> tuple[str, int, int, ShardResult]:
+        split, number, size, result = under_way.pop(0)
+        return split, number, size, result.result() if isinstance(result, Future) else result
+
+    for shard in shards:
+        under_way.append(shard)
+        if len(under_way) >= window or not isinstance(shard[3], Future):
+            yield first()
+    while under_way:
+        yield first()
+
+
+def _images_of(arrow: Path, shards: list[dict[str, Any]]) -> set[int]:
+    found: set[int] = set()
+    for shard in shards:
+        for batch in map_arrow(arrow / shard["file"], shard["bytes"]):
+            found |= set(np.unique(batch.column("image").to_numpy()).tolist())
+    return found
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(content), encoding="utf-8")
+    aside.replace(path)
+
+
+def _pool(workers: int) -> Any:
+    """Fresh processes: forking one that has threads (Arrow's) may hang."""
+    if workers <= 1:
+        return nullcontext(None)
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _rename(work: Path, out: Path) -> None:
+    """Gives the finished folder its name; into a folder of REFER's files the manifest comes last."""
+    if not out.is_dir():
+        work.rename(out)
+        return
+    for entry in sorted(work.iterdir(), key=lambda entry: entry.name == MANIFEST_FILE):
+        if (out / entry.name).is_dir():  # of a run that was interrupted right here
+            shutil.rmtree(out / entry.name)
+        entry.replace(out / entry.name)
+    work.rmdir()

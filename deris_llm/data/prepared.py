@@ -1,0 +1,254 @@
+"""Prepared sets: what `deris-llm data prepare` wrote, read without being loaded.
+
+    ROOT/NAME/manifest.json             counts, hashes, where the pictures are; a folder without it is no prepared set
+    ROOT/NAME/arrow/images.arrow        a row per picture: id, file, size, sha256
+    ROOT/NAME/arrow/SPLIT-00000.arrow   a row per phrase (`deris_llm.data.validation.PHRASE_SCHEMA`), in the source's order
+
+The files are memory-mapped: a process holds a few integers per phrase and picture, and the pages that it is looking at
+belong to the system's cache, shared by all ranks and loader workers of a machine. The set's name is that of its folder.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import pyarrow as pa
+
+from deris_llm.data.errors import DataError
+from deris_llm.structures import InstanceAnnotation, ReferringRecord
+
+MANIFEST_FILE = "manifest.json"
+ARROW_FOLDER = "arrow"
+IMAGES_FILE = "images.arrow"
+LAYOUT = 1
+"""Version of the layout above; another one is refused."""
+
+IMAGE_SCHEMA = pa.schema(
+    {
+        "image_id": pa.string(),  # equal ids are the same picture, in whatever dataset
+        "file": pa.string(),  # below the manifest's image folder
+        "height": pa.int32(),  # px, as annotated
+        "width": pa.int32(),
+        "sha256": pa.string(),  # of the file
+    }
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """A prepared set's manifest."""
+
+    folder: Path
+    content: Mapping[str, Any]
+
+    @property
+    def is_generalised(self) -> bool:
+        return bool(self.content["is_generalised"])
+
+    @property
+    def splits(self) -> Mapping[str, Mapping[str, Any]]:
+        """Split -> num_refs, num_phrases, num_images, num_no_target, skipped, shards."""
+        return self.content["splits"]
+
+    @property
+    def image_folder(self) -> Path:
+        """Relative ones are relative to the data root, so that a root can be moved as a whole."""
+        return self.folder.parent / self.content["image_folder"]
+
+
+def find_manifest(root: str | Path, dataset: str) -> Manifest | None:
+    """The manifest of ``root/dataset``; None where there is no prepared set of that name.
+
+    Raises:
+        DataError: there is one, and it cannot be used.
+    """
+    path = Path(root) / dataset / MANIFEST_FILE
+    if not dataset or "/" in dataset or not path.is_file():
+        return None
+    return _read_manifest(path, path.stat().st_mtime_ns)
+
+
+def prepared_sets(root: str | Path) -> tuple[str, ...]:
+    """Names of the prepared sets below a data root."""
+    return tuple(sorted(path.parent.name for path in Path(root).glob(f"*/{MANIFEST_FILE}")))
+
+
+@lru_cache(maxsize=64)
+def _read_manifest(path: Path, _modified_ns: int) -> Manifest:
+    try:
+        content = json.loads(path.read_bytes())
+        layout = content["layout"]
+        for split in content["splits"].values():
+            if not {"num_refs", "num_phrases", "num_images", "num_no_target", "shards"} <= split.keys():
+                raise KeyError(f"only {', '.join(split)} of a split")
+        if not {"is_generalised", "image_folder", "images", "source"} <= content.keys():
+            raise KeyError(f"only {', '.join(content)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: expected the manifest of a prepared set, got {type(error).__name__}: {error}. Remove this folder and "
+            "run `deris-llm data prepare` again"
+        ) from error
+    if layout != LAYOUT:
+        raise DataError(
+            f"{path}: expected layout {LAYOUT}, got {layout!r}, made by {content.get('made_by')}. Remove this folder and run "
+            "`deris-llm data prepare` again"
+        )
+    return Manifest(path.parent, content)
+
+
+class PreparedSplit(Sequence[ReferringRecord]):
+    """The records of ``dataset/split``; each is built when it is asked for.
+
+    Args:
+        root: the data root.
+        dataset: name of the set.
+        split: name of the split.
+        phrase_field: which text becomes the phrase.
+
+    Raises:
+        DataError: a file is missing or not as the manifest says, or there is no raw text.
+    """
+
+    def __init__(self, root: str | Path, dataset: str, split: str, *, phrase_field: Literal["sent", "raw"]) -> None:
+        manifest = find_manifest(root, dataset)
+        assert manifest is not None, "the caller looked for it"
+        self.dataset, self.split, self.phrase_field = dataset, split, phrase_field
+        self._root = root
+        self._images = read_images(manifest)
+        self._image_folder = manifest.image_folder
+        if not self._image_folder.is_dir():
+            raise DataError(
+                f"{dataset}/{split}: expected its pictures in {self._image_folder}, got no such folder. Put them there, or "
+                f"name their folder as `image_folder` in {manifest.folder / MANIFEST_FILE}"
+            )
+        self._batches: list[pa.RecordBatch] = []
+        for shard in manifest.splits[split]["shards"]:
+            self._batches += map_arrow(manifest.folder / ARROW_FOLDER / shard["file"], shard["bytes"])
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
+        if len(self) != manifest.splits[split]["num_phrases"]:
+            raise DataError(
+                f"{manifest.folder}: expected {manifest.splits[split]['num_phrases']:,} phrases of {split}, got {len(self):,}. "
+                "Remove this folder and run `deris-llm data prepare` again"
+            )
+        columns = [batch.column("image").to_numpy() for batch in self._batches]
+        self.image_rows: np.ndarray = np.concatenate(columns) if columns else np.zeros(0, np.int32)
+        self._text = "raw" if phrase_field == "raw" else "phrase"
+        if phrase_field == "raw" and (missing := sum(batch.column("raw").null_count for batch in self._batches)):
+            if missing < len(self):
+                raise DataError(
+                    f"{dataset}/{split}: expected phrases as typed (data.phrase_field=raw), got {missing:,} of {len(self):,} "
+                    "without. Set data.phrase_field=sent"
+                )
+            self._text = "phrase"  # the source has one text only
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process maps the files again."""
+        return _reopened, (self._root, self.dataset, self.split, self.phrase_field)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @overload
+    def __getitem__(self, index: int) -> ReferringRecord: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ReferringRecord]: ...
+    def __getitem__(self, index: int | slice) -> ReferringRecord | list[ReferringRecord]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        batch, row = self._place(index)
+        return self._record(batch.slice(row, 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[ReferringRecord]:
+        for batch in self._batches:
+            yield from map(self._record, batch.to_pylist())
+
+    @property
+    def image_ids(self) -> pa.Array:
+        """Ids of the set's pictures, text, by the rows that `image_rows` names."""
+        return self._images.column("image_id").combine_chunks()
+
+    @property
+    def image_hashes(self) -> pa.Array:
+        """Content hashes of the set's pictures, by the rows that `image_rows` names."""
+        return self._images.column("sha256").combine_chunks()
+
+    def phrase_ids(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The phrase ids of some records, without the rest of them."""
+        return [f"{self.dataset}/{self.split}/{name}" for name in self._texts("id", rows)]
+
+    def phrases(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """The phrases of some records, without the rest of them."""
+        return self._texts(self._text, rows)
+
+    def _texts(self, column: str, rows: Sequence[int] | np.ndarray) -> list[str]:
+        places = map(self._place, map(int, rows))
+        return [batch.column(column)[row].as_py() for batch, row in places]
+
+    def _place(self, index: int) -> tuple[pa.RecordBatch, int]:
+        index = index + len(self) if index < 0 else index
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.dataset}/{self.split}: record {index} of {len(self)}")
+        number = bisect_right(self._ends, index)
+        return self._batches[number], index - (int(self._ends[number - 1]) if number else 0)
+
+    def _record(self, row: Mapping[str, Any]) -> ReferringRecord:
+        image = {
+            name: self._images.column(name)[row["image"]].as_py() for name in ("image_id", "file", "height", "width")
+        }
+        size = [image["height"], image["width"]]
+        return ReferringRecord(
+            phrase_id=f"{self.dataset}/{self.split}/{row['id']}",
+            dataset=self.dataset,
+            split=self.split,
+            image_id=image["image_id"],
+            image_path=str(self._image_folder / image["file"]),
+            width=image["width"],
+            height=image["height"],
+            phrase=row[self._text],
+            instances=tuple(
+                InstanceAnnotation(each["id"], {"size": size, "counts": each["counts"].decode("ascii")})
+                for each in row["instances"]
+            ),
+            category=row["category"],
+            num_same_class=row["num_same_class"],
+            ref_id=row["ref_id"],
+        )
+
+
+def _reopened(root: str | Path, dataset: str, split: str, phrase_field: Literal["sent", "raw"]) -> PreparedSplit:
+    return PreparedSplit(root, dataset, split, phrase_field=phrase_field)
+
+
+def read_images(manifest: Manifest) -> pa.Table:
+    """The table of a set's pictures, memory-mapped."""
+    images = manifest.content["images"]
+    batches = map_arrow(manifest.folder / ARROW_FOLDER / IMAGES_FILE, images["bytes"])
+    return pa.Table.from_batches(batches, IMAGE_SCHEMA)
+
+
+def map_arrow(path: Path, num_bytes: int) -> list[pa.RecordBatch]:
+    """The batches of an Arrow stream, whose columns lie in the file.
+
+    Raises:
+        DataError: it is not the file that the manifest speaks of.
+    """
+    found = path.stat().st_size if path.is_file() else None
+    if found != num_bytes:
+        raise DataError(
+            f"{path}: expected a file of {num_bytes:,} bytes, as the manifest says, got "
+            f"{'none' if found is None else f'{found:,} bytes'}. Remove {path.parent.parent} and run `deris-llm data prepare` "
+            "again"
+        )
+    try:
+        return list(pa.ipc.open_stream(pa.memory_map(str(path))))
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{path}: expected an Arrow stream, got {error}. Remove {path.parent.parent} and run `deris-llm data prepare` again"
+        ) from error

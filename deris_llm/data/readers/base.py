@@ -1,0 +1,148 @@
+"""What a reader of a source format gives to `deris-llm data prepare`: entries, unchecked, and where each stands.
+
+A reader only finds its way through its format. Whether a name is safe, a picture is there, a mask is a mask and a phrase
+says something is checked in one place for all formats (`deris_llm.data.validation`), so fields may hold whatever the
+source holds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from deris_llm.data.errors import DataError
+
+FaultReason = Literal["structure", "reference", "image", "size", "mask", "target", "phrase", "duplicate id"]
+"""Why a record cannot be used; the manifest counts skipped records by it."""
+
+
+@dataclass(frozen=True, eq=False)
+class SourcePhrase:
+    """One phrase as the source has it."""
+
+    id: Any  # unique in its split
+    text: Any
+    raw: Any = None  # what the annotator typed, where the source has both
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """A mask that is a picture of one channel; pixels above 0 are inside."""
+
+    name: str  # relative to the reader's image folder
+
+
+@dataclass(frozen=True, eq=False)
+class SourceInstance:
+    """One referent as the source has it."""
+
+    mask: Any  # COCO polygons or RLE, or a `MaskFile`
+    id: Any = None  # annotation id; None: the mask's content is its identity
+
+
+@dataclass(frozen=True, eq=False)
+class SourceEntry:
+    """Phrases of one picture for the same referents."""
+
+    where: str  # for messages: "line 7", "ref_id 12"
+    split: Any
+    image: Any  # file name below the reader's image folder
+    phrases: tuple[SourcePhrase, ...]
+    instances: tuple[SourceInstance, ...]
+    is_no_target: bool = False  # said by the source: nothing is meant; without it an entry needs an instance
+    size_hw: Any = None  # px, for which the masks were annotated; None: the masks say it themselves, or the picture
+    image_id: Any = None  # only if the source's ids are shared with other datasets
+    category: str | None = None
+    num_same_class: int | None = None
+    ref_id: int | None = None
+
+
+@dataclass(frozen=True)
+class SourceFault:
+    """An entry that the reader could not make sense of."""
+
+    where: str
+    split: Any
+    reason: FaultReason
+    message: str
+    num_phrases: int = 1
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What the user says about a source."""
+
+    source: str  # a file or folder; of Hugging Face datasets a name too
+    name: str  # of the prepared set
+    images: Path | None = None  # folder of the pictures; None: where the format has them
+    splits: tuple[str, ...] = ()  # only these; () = all
+    mapping: Mapping[str, str] = field(default_factory=dict)  # format-specific: which field is what
+
+
+class SourceReader(Protocol):
+    """An opened source; `entries` may be iterated several times and gives the same in the same order."""
+
+    image_folder: Path
+    files: tuple[Path, ...]  # whose content decides whether two runs have the same input
+    is_generalised: bool | None  # phrases may name nothing or several objects; None: the entries show it
+
+    def entries(self) -> Iterator[SourceEntry | SourceFault]: ...
+
+
+def read_json_file(path: Path) -> Any:
+    """Parses a JSON file; a byte order mark at its beginning is skipped.
+
+    Raises:
+        DataError: it is no JSON in UTF-8.
+    """
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: expected JSON in UTF-8, got {type(error).__name__}: {error}. Download the file again, or repair it "
+            "at the place named"
+        ) from error
+
+
+def checked_mapping(options: SourceOptions, known: Mapping[str, str]) -> dict[str, str]:
+    """The user's mapping over the defaults.
+
+    Raises:
+        DataError: a key that the format does not have.
+    """
+    unknown = [key for key in options.mapping if key not in known]
+    if unknown:
+        raise DataError(
+            f"--mapping {unknown[0]}=...: expected one of {', '.join(known) or 'none: this format has no mapping'}, got "
+            f"{', '.join(unknown)}. Correct the key, or leave it out"
+        )
+    return {**known, **options.mapping}
+
+
+def existing_source(options: SourceOptions, expected: str) -> Path:
+    """The source as a path.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    path = Path(options.source)
+    if not path.exists():
+        raise DataError(f"--source {path}: expected {expected}, got nothing at this path. Check the path")
+    return path
+
+
+def existing_image_folder(folder: Path, *, why: str) -> Path:
+    """The folder of the pictures.
+
+    Raises:
+        DataError: it is no folder.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"pictures in {folder} ({why}): expected a folder, got {'a file' if folder.exists() else 'nothing'} there. "
+            "Name the folder of the pictures with --images"
+        )
+    return folder

@@ -1,0 +1,140 @@
+"""Reads a user's own JSONL: one line per picture and referents.
+
+    {"image": "street/001.jpg", "phrase": "the red car", "polygons": [[10, 10, 60, 10, 60, 40]]}
+    {"image": "002.jpg", "phrases": ["both dogs", "the dogs"], "masks": [{"size": [480, 640], "counts": "..."}, "b.png"]}
+    {"image": "003.jpg", "phrase": "the unicorn", "no_target": true, "split": "val", "id": "u-17"}
+
+Referents, one of: `polygons`, the parts of one object, [[x0, y0, x1, y1, ...], ...] in px; `rle`, one object as COCO RLE;
+`png`, one object as a picture of one channel, above 0 = inside; `masks`, a list of objects, each in one of these forms.
+`no_target: true` says that nothing is meant; a line that has no mask without saying so is an error.
+
+Optional: `id` (of the phrase; default: the line's number), `split` (default: the file's name), `width` and `height` (of
+the picture as annotated), `raw` (text as typed), `category`, `image_id` (only if other datasets use the same ids for the
+same pictures). Unknown fields are ignored. `image` and `png` are relative to the folder of the file, or --images.
+
+`--source` is a file, or a folder whose `*.jsonl` are read in the order of their names. `--mapping phrase=caption` says
+that the field `phrase` is called `caption`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from deris_llm.data.errors import DataError, describe
+from deris_llm.data.pictures import safe_path
+from deris_llm.data.readers.base import (
+    MaskFile,
+    SourceEntry,
+    SourceFault,
+    SourceInstance,
+    SourceOptions,
+    SourcePhrase,
+    checked_mapping,
+    existing_image_folder,
+    existing_source,
+)
+
+FIELDS = (
+    "image", "phrase", "phrases", "raw", "masks", "polygons", "rle", "png", "no_target", "id", "split", "width", "height",
+    "category", "image_id",
+)  # fmt: skip
+
+_MASK_FIELDS = ("masks", "polygons", "rle", "png")
+
+
+class JsonlReader:
+    """Reads line by line; nothing but the current line is in memory."""
+
+    is_generalised: bool | None = None
+
+    def __init__(self, options: SourceOptions) -> None:
+        source = existing_source(options, "a .jsonl file, or a folder of them")
+        self._files = tuple(sorted(source.glob("*.jsonl"))) if source.is_dir() else (source,)
+        if not self._files:
+            raise DataError(f"--source {source}: expected *.jsonl files in this folder, got none. Check the path")
+        folder = source if source.is_dir() else source.parent
+        self.image_folder = existing_image_folder(options.images or folder, why="beside the JSONL, or --images")
+        self._mapping = checked_mapping(options, {name: name for name in FIELDS})
+        self.files = (*self._files, *self._mask_files())
+
+    def entries(self) -> Iterator[SourceEntry | SourceFault]:
+        for file in self._files:
+            for number, line, fault in _lines(file):
+                where = f"{file.name} line {number}"
+                if fault is not None:
+                    yield SourceFault(where, file.stem, "structure", fault)
+                elif line is not None:
+                    yield self._entry(line, where, number, file.stem)
+
+    def _entry(self, line: Mapping[str, Any], where: str, number: int, file_stem: str) -> SourceEntry | SourceFault:
+        found = {name: line[key] for name, key in self._mapping.items() if key in line}
+        split = found.get("split", file_stem)
+
+        def fault(message: str) -> SourceFault:
+            return SourceFault(where, split, "structure", message)
+
+        if ("phrase" in found) == ("phrases" in found):
+            return fault(f"expected `phrase` or `phrases`, got {describe(dict(line))}")
+        texts = found["phrases"] if "phrases" in found else [found["phrase"]]
+        raws = found.get("raw") if "phrases" in found else [found.get("raw")]
+        if not isinstance(texts, list) or not texts:
+            return fault(f"expected `phrases` to be a list of texts, got {describe(texts)}")
+        if raws is not None and (not isinstance(raws, list) or len(raws) != len(texts)):
+            return fault(f"expected `raw` to be as many texts as `phrases`, {len(texts)}, got {describe(raws)}")
+        given = [name for name in _MASK_FIELDS if name in found]
+        if len(given) > 1:
+            return fault(f"expected one of {', '.join(_MASK_FIELDS)}, got {' and '.join(given)}")
+        masks = found[given[0]] if given else []
+        if given == ["masks"] and not isinstance(masks, list):
+            return fault(f"expected `masks` to be a list of objects' masks, got {describe(masks)}")
+        if given and given != ["masks"]:
+            masks = [masks]
+        if not isinstance(found.get("no_target", False), bool):
+            return fault(f"expected `no_target` to be true or false, got {found['no_target']!r}")
+        first_id = found.get("id", number)
+        return SourceEntry(
+            where=where,
+            split=split,
+            image=found.get("image"),
+            phrases=tuple(
+                SourcePhrase(first_id if len(texts) == 1 else f"{first_id}-{k}", text, raws[k] if raws else None)
+                for k, text in enumerate(texts)
+            ),
+            instances=tuple(SourceInstance(MaskFile(mask) if isinstance(mask, str) else mask) for mask in masks),
+            is_no_target=found.get("no_target", False),
+            size_hw=(found.get("height"), found.get("width")) if {"width", "height"} & found.keys() else None,
+            image_id=found.get("image_id"),
+            category=found.get("category"),
+        )
+
+    def _mask_files(self) -> tuple[Path, ...]:
+        """Masks that are files of their own: what they hold is part of the source."""
+        found: dict[Path, None] = {}
+        keys = (self._mapping["png"], self._mapping["masks"])
+        for file in self._files:
+            for _, line, _ in _lines(file):
+                for value in [line.get(key) for key in keys] if line else ():
+                    for mask in value if isinstance(value, list) else [value]:
+                        path = safe_path(self.image_folder, mask)[0] if isinstance(mask, str) else None
+                        if path is not None and path.is_file():
+                            found[path] = None
+        return tuple(found)
+
+
+def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | None, str | None]]:
+    """Number from 1, the object of each line that is not blank, and what is wrong with it or None."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                value = json.loads(text) if text else None
+            except (ValueError, RecursionError) as error:
+                yield number, None, f"expected an object of JSON in UTF-8, got {type(error).__name__}: {error}"
+                continue
+            if isinstance(value, dict):
+                yield number, value, None
+            elif text:
+                yield number, None, f"expected an object {{...}}, got {describe(value)}"

@@ -1,0 +1,231 @@
+"""Entries of any source become rows of a prepared set, or faults: the one place where a source's claims are checked.
+
+Runs in the workers of `deris-llm data prepare`, so it imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from deris_llm.data.errors import describe
+from deris_llm.data.masks import encode_mask, segmentation_rle, usable_segmentation
+from deris_llm.data.pictures import BROKEN, MAX_PIXELS, PictureError, PictureFacts, picture_facts, safe_path
+from deris_llm.data.readers.base import FaultReason, MaskFile, SourceEntry, SourceInstance
+
+PHRASE_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),  # unique in its split
+        "image": pa.int32(),  # row of the pictures' table
+        "phrase": pa.string(),
+        "raw": pa.string(),  # as typed; null where the source has one text only
+        "category": pa.string(),
+        "num_same_class": pa.int32(),
+        "ref_id": pa.int64(),
+        "instances": pa.list_(pa.struct({"id": pa.int64(), "counts": pa.binary()})),  # COCO RLE, the picture's size
+    }
+)
+"""A row per phrase, in the source's order."""
+
+ROWS_PER_BATCH = 1024
+
+_MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an entry, or a phrase of it, cannot be used."""
+
+    order: int  # of the entry in the source
+    where: str
+    split: str
+    reason: FaultReason
+    message: str
+    num_phrases: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+@dataclass(frozen=True, eq=False)
+class LocatedEntry:
+    """An entry whose picture is known to be there and whole."""
+
+    order: int
+    entry: SourceEntry
+    image: int  # row of the pictures' table
+    height: int  # px, as annotated
+    width: int
+
+
+@dataclass(eq=False)
+class ShardResult:
+    """What became of a shard's entries."""
+
+    num_refs: int = 0
+    num_phrases: int = 0
+    num_no_target: int = 0
+    is_generalised: bool = False  # some phrase has no referent, or several
+    num_bad: Counter[str] = field(default_factory=Counter)  # phrases by reason
+    faults: list[Fault] = field(default_factory=list)  # the first ten
+
+
+def look_at(image_folder: Path, names: list[str]) -> dict[str, PictureFacts | str]:
+    """Facts of some pictures, or what is wrong with them."""
+    found: dict[str, PictureFacts | str] = {}
+    for name in names:
+        path, fault = safe_path(image_folder, name)
+        if path is None:
+            found[name] = f"picture: {fault}"
+            continue
+        try:
+            found[name] = picture_facts(path)
+        except PictureError as error:
+            found[name] = f"picture {path}: {error}"
+    return found
+
+
+def write_shard(path: Path, split: str, entries: Sequence[LocatedEntry], image_folder: Path) -> ShardResult:
+    """Checks entries and writes the good ones as an Arrow stream, which `datasets.Dataset.from_file` opens too."""
+    result = ShardResult()
+    rows: list[dict[str, Any]] = []
+    checked: dict[tuple[int, int], dict[str, Any] | str] = {}
+    for located in entries:
+        found, faults = _rows(located, split, image_folder, checked)
+        for fault in faults:
+            result.num_bad[fault.reason] += fault.num_phrases
+            result.faults += [fault] if len(result.faults) < 10 else []
+        rows += found
+        result.num_refs += bool(found)
+        result.num_no_target += len(found) if located.entry.is_no_target else 0
+        result.is_generalised |= bool(found) and len(found[0]["instances"]) != 1
+    result.num_phrases = len(rows)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, PHRASE_SCHEMA) as stream:
+        for first in range(0, len(rows), ROWS_PER_BATCH):
+            stream.write_batch(pa.RecordBatch.from_pylist(rows[first : first + ROWS_PER_BATCH], PHRASE_SCHEMA))
+    return result
+
+
+def _rows(
+    located: LocatedEntry, split: str, image_folder: Path, checked: dict[tuple[int, int], dict[str, Any] | str]
+) -> tuple[list[dict[str, Any]], list[Fault]]:
+    entry = located.entry
+
+    def bad(reason: FaultReason, message: str, num_phrases: int) -> Fault:
+        return Fault(located.order, entry.where, split, reason, message, num_phrases)
+
+    whole = max(1, len(entry.phrases))
+    size_hw = (located.height, located.width)
+    if entry.size_hw is not None and tuple(entry.size_hw) != size_hw:
+        height, width = entry.size_hw
+        said = f"expected height and width of {entry.image}, {size_hw[0]} and {size_hw[1]} px, got {height!r} and {width!r}"
+        return [], [bad("size", said, whole)]
+    if entry.category is not None and not is_text(entry.category):
+        return [], [bad("structure", f"expected the category's name, got {describe(entry.category)}", whole)]
+    if entry.is_no_target and entry.instances:
+        return [], [bad("target", f"says that there is no target, and has {len(entry.instances)} masks", whole)]
+    if not entry.is_no_target and not entry.instances:
+        ask = "expected a mask, or the word that there is no target (no_target: true), got neither"
+        return [], [bad("target", ask, whole)]
+    instances: list[dict[str, Any]] = []
+    for number, instance in enumerate(entry.instances):
+        found = _instance(instance, located, image_folder, checked)
+        if isinstance(found, str):
+            of = f"object {number + 1} of {len(entry.instances)}: " if len(entry.instances) > 1 else ""
+            return [], [bad("mask", of + found, whole)]
+        instances.append(found)
+    if len({each["id"] for each in instances}) < len(instances):
+        return [], [bad("target", "expected each object once, got one twice (same id or same mask)", whole)]
+    rows: list[dict[str, Any]] = []
+    faults: list[Fault] = []
+    for phrase in entry.phrases:
+        if isinstance(phrase.id, bool) or not isinstance(phrase.id, (int, str)) or not is_text(str(phrase.id)):
+            faults.append(bad("structure", f"expected a phrase id, a text or number, got {describe(phrase.id)}", 1))
+        elif not is_text(phrase.text):
+            faults.append(bad("phrase", f"expected a phrase {phrase.id} of some words, got {describe(phrase.text)}", 1))
+        elif phrase.raw is not None and not isinstance(phrase.raw, str):
+            faults.append(bad("phrase", f"expected phrase {phrase.id} as typed, got {describe(phrase.raw)}", 1))
+        else:
+            rows.append(
+                {
+                    "id": str(phrase.id),
+                    "image": located.image,
+                    "phrase": phrase.text.strip(),
+                    "raw": phrase.raw.strip() if phrase.raw and is_text(phrase.raw) else None,
+                    "category": entry.category,
+                    "num_same_class": entry.num_same_class,
+                    "ref_id": entry.ref_id,
+                    "instances": instances,
+                }
+            )
+    return rows, faults
+
+
+def is_text(value: object) -> bool:
+    """Text that says something and that UTF-8 can hold (JSON can name lone surrogates, which it cannot)."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _instance(
+    instance: SourceInstance,
+    located: LocatedEntry,
+    image_folder: Path,
+    checked: dict[tuple[int, int], dict[str, Any] | str],
+) -> dict[str, Any] | str:
+    """A referent's columns, or what is wrong with it; each annotation of a picture is drawn once."""
+    if instance.id is None:
+        return _drawn(instance, located, image_folder)
+    if isinstance(instance.id, bool) or not isinstance(instance.id, int) or not -(2**63) <= instance.id < 2**63:
+        return f"expected an annotation id, a whole number, got {instance.id!r}"
+    key = (located.image, instance.id)
+    if key not in checked:
+        checked[key] = _drawn(instance, located, image_folder)
+    return checked[key]
+
+
+def _drawn(instance: SourceInstance, located: LocatedEntry, image_folder: Path) -> dict[str, Any] | str:
+    size_hw = (located.height, located.width)
+    if isinstance(instance.mask, MaskFile):
+        found = _read_mask(image_folder, instance.mask.name, size_hw)
+        if isinstance(found, str):
+            return found
+        counts = encode_mask(found)["counts"].encode()
+    else:
+        segmentation, fault = usable_segmentation(instance.mask, *size_hw)
+        if fault is not None:
+            return fault
+        counts = segmentation_rle(segmentation, *size_hw)["counts"]
+    named = instance.id
+    if named is None:  # the same mask is the same object, whichever line names it
+        named = int.from_bytes(hashlib.sha256(counts).digest()[:8], "little") >> 1
+    return {"id": named, "counts": counts}
+
+
+def _read_mask(image_folder: Path, name: str, size_hw: tuple[int, int]) -> np.ndarray | str:
+    path, fault = safe_path(image_folder, name)
+    if path is None:
+        return f"mask: {fault}"
+    try:
+        with Image.open(path) as file:
+            if file.width * file.height > MAX_PIXELS or (file.height, file.width) != size_hw:
+                return f"mask {name}: expected {size_hw[1]} x {size_hw[0]} px, got {file.width} x {file.height} px"
+            if file.mode not in _MASK_MODES:
+                return f"mask {name}: expected one channel, above 0 = inside, got mode {file.mode}"
+            mask = np.asarray(file) > 0
+    except BROKEN as error:
+        return f"mask {name}: expected a picture, got {type(error).__name__}: {error}"
+    return mask if mask.any() else f"mask {name}: expected some pixels above 0, got none"

@@ -1,0 +1,286 @@
+"""A source becomes a set on disk: whole or not at all, once, the same with any number of workers and after interruptions."""
+
+import argparse
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+import deris_llm.data.prepare as prepare_module
+from deris_llm.data.cli import FORMAT_NAMES, add_data_commands
+from deris_llm.data.errors import DataError
+from deris_llm.data.masks import decode_segmentation
+from deris_llm.data.prepared import PreparedSplit
+from deris_llm.data.readers import FORMATS
+from deris_llm.data.sources import (
+    check_split,
+    count_refs,
+    image_hashes_of_split,
+    images_of_split,
+    is_generalised,
+    read_split,
+    split_names,
+)
+
+
+def _source(world: Any, *, num_phrases: int = 12) -> Path:
+    world.pictures("a.png", "b.png", "COCO_train2014_000000000009.jpg")
+    names = ("a.png", "b.png", "COCO_train2014_000000000009.jpg")
+    return world.lines(
+        *(
+            {
+                "image": names[i % 3],
+                "phrase": f"thing {i}",
+                "polygons": world.square if i % 2 else world.other,
+                "split": "val" if i % 4 == 3 else "train",
+            }
+            for i in range(num_phrases)
+        )
+    )
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_is_written_is_what_is_read(world: Any) -> None:
+    made = world.prepare(_source(world))
+    assert not made.was_there
+    assert split_names(world.root, "mine") == ("train", "val")
+    records = read_split(world.root, "mine/train")
+    assert [record.phrase for record in records] == [f"thing {i}" for i in range(12) if i % 4 != 3]
+    assert [record.phrase_id for record in records[:2]] == ["mine/train/1", "mine/train/2"]
+    assert records[-1] == list(records)[-1]
+    assert {record.image_id for record in records if "COCO" in record.image_path} == {"COCO_train2014_000000000009"}
+    assert (count_refs(world.root, "mine/train"), count_refs(world.root, "mine/val")) == (9, 3)
+    assert images_of_split(world.root, "mine/val") == {record.image_id for record in read_split(world.root, "mine/val")}
+    assert len(image_hashes_of_split(world.root, "mine/train")) == 3
+    assert not is_generalised(world.root, "mine")
+    record = records[1]
+    mask = decode_segmentation(record.instances[0].segmentation, record.height, record.width)
+    assert np.array_equal(mask, decode_segmentation(world.square, 30, 40))
+    assert records[1].instances[0].annotation_id == records[4].instances[0].annotation_id  # the same mask
+    assert records[1].instances[0].annotation_id != records[0].instances[0].annotation_id
+    assert Image.open(record.image_path).size == (record.width, record.height)
+
+
+def test_the_manifest_counts(world: Any) -> None:
+    manifest = world.prepare(_source(world)).manifest
+    assert manifest == json.loads((world.root / "mine/manifest.json").read_text())
+    train = manifest["splits"]["train"]
+    assert (train["num_refs"], train["num_phrases"], train["num_images"], train["num_no_target"]) == (9, 9, 3, 0)
+    assert manifest["source"]["files"][0]["sha256"] == prepare_module.file_sha256(world.folder / "train.jsonl")
+    assert manifest["images"]["count"] == 3
+
+
+def test_datasets_opens_the_shards(world: Any) -> None:
+    world.prepare(_source(world))
+    shard = datasets.Dataset.from_file(str(world.root / "mine/arrow/train-00000.arrow"))
+    assert shard["phrase"][:2] == ["thing 0", "thing 1"]
+
+
+def test_the_same_again_is_nothing_and_another_is_refused(world: Any) -> None:
+    source = _source(world)
+    world.prepare(source)
+    before = _files(world.root)
+    assert world.prepare(source).was_there
+    with pytest.raises(DataError, match="made of the same input, got one made of .* with other skip_bad"):
+        world.prepare(source, skip_bad=True)
+    _source(world, num_phrases=13)
+    with pytest.raises(DataError, match=r"with other files\. Name another folder"):
+        world.prepare(source)
+    assert _files(world.root) == before
+
+
+def test_a_folder_of_something_else_is_refused(world: Any) -> None:
+    (world.root / "mine").mkdir(parents=True)
+    (world.root / "mine/thesis.tex").write_text("precious")
+    with pytest.raises(DataError, match=r"expected a new folder, got one that holds thesis\.tex"):
+        world.prepare(_source(world))
+    with pytest.raises(DataError, match="expected ROOT/NAME"):
+        world.prepare(_source(world), name="a b")
+    assert _files(world.root) == {"mine/thesis.tex": b"precious"}
+
+
+def test_workers_and_shards_change_nothing(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _source(world, num_phrases=30)
+    monkeypatch.setattr(prepare_module, "PHRASES_PER_SHARD", 4)
+    world.prepare(source)
+    world.prepare(source, name="by_two", workers=2)
+    one, two = _files(world.root / "mine"), _files(world.root / "by_two")
+    assert one.pop("manifest.json").replace(b'"mine"', b'"by_two"') == two.pop("manifest.json")
+    assert one == two
+    assert len(one) > 6
+    monkeypatch.setattr(prepare_module, "PHRASES_PER_SHARD", 1000)
+    world.prepare(source, name="whole")
+    cut, whole = read_split(world.root, "mine/train"), read_split(world.root, "whole/train")
+    assert [r.phrase for r in cut] == [r.phrase for r in whole] == [cut[i].phrase for i in range(len(cut))]
+
+
+def test_an_interrupted_run_goes_on(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _source(world, num_phrases=30)
+    monkeypatch.setattr(prepare_module, "PHRASES_PER_SHARD", 4)
+    written: list[str] = []
+    real = prepare_module.write_shard
+
+    def until_the_power_fails(path: Path, *rest: Any) -> Any:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return real(path, *rest)
+
+    monkeypatch.setattr(prepare_module, "write_shard", until_the_power_fails)
+    with pytest.raises(KeyboardInterrupt):
+        world.prepare(source)
+    assert not (world.root / "mine").exists()
+    monkeypatch.setattr(
+        prepare_module, "write_shard", lambda path, *rest: (written.append(path.name), real(path, *rest))[1]
+    )
+    world.prepare(source)
+    assert len(written) == len(set(written)) == len(list((world.root / "mine/arrow").glob("[tv]*.arrow")))
+    monkeypatch.setattr(prepare_module, "write_shard", real)
+    world.prepare(source, name="straight")
+    one, two = _files(world.root / "mine"), _files(world.root / "straight")
+    assert one.pop("manifest.json").replace(b'"mine"', b'"straight"') == two.pop("manifest.json")
+    assert one == two
+
+
+def test_a_finished_shard_of_another_input_is_not_taken_over(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _source(world)
+    real = prepare_module._rename
+    monkeypatch.setattr(prepare_module, "_rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        world.prepare(source)
+    monkeypatch.setattr(prepare_module, "_rename", real)
+    source.write_text(source.read_text().replace("thing", "creature"))
+    world.prepare(source)
+    assert read_split(world.root, "mine/train")[0].phrase == "creature 0"
+
+
+def test_bad_records_stop_everything(world: Any) -> None:
+    source = _source(world)
+    lines = source.read_text().splitlines()
+    bad = json.dumps({"image": "a.png", "phrase": " ", "polygons": world.square})
+    source.write_text("\n".join([*lines, *[bad] * 12]))
+    with pytest.raises(DataError, match="12 of 24 records cannot be used") as caught:
+        world.prepare(source)
+    assert str(caught.value).count("\n  - train.jsonl line") == 10
+    assert "train.jsonl line 13: expected a phrase 13 of some words, got str ' '" in str(caught.value)
+    assert "and 2 more" in str(caught.value)
+    assert "--skip-bad" in str(caught.value)
+    assert world.is_untouched()
+
+
+def test_skipping_counts_by_reason(world: Any) -> None:
+    source = _source(world)
+    good = {"image": "a.png", "polygons": world.square}
+    extra = [
+        {**good, "phrase": ""},
+        {**good, "phrases": ["one", "", "two"]},
+        {**good, "phrases": ["three", "four"], "polygons": [[1, 2]]},
+        {**good, "phrase": "five", "image": "nowhere.png"},
+        {**good, "phrase": "six", "id": 1},
+    ]
+    source.write_text("\n".join([*source.read_text().splitlines(), *map(json.dumps, extra)]))
+    made = world.prepare(source, skip_bad=True)
+    assert made.manifest["splits"]["train"]["skipped"] == {"phrase": 2, "mask": 2, "image": 1, "duplicate id": 1}
+    assert [record.phrase for record in read_split(world.root, "mine/train")][-2:] == ["one", "two"]
+
+
+def test_only_some_splits(world: Any) -> None:
+    source = _source(world)
+    world.prepare(source, splits=("val",))
+    assert split_names(world.root, "mine") == ("val",)
+    with pytest.raises(
+        DataError, match=r"expected phrases of the splits dev, got others only\. Check the file and --splits"
+    ):
+        world.prepare(source, name="dev", splits=("dev",))
+
+
+def test_names_are_explained(world: Any) -> None:
+    world.prepare(_source(world))
+    with pytest.raises(DataError, match=r"Did you mean mine/train\?"):
+        check_split(world.root, "mine/trian")
+    with pytest.raises(DataError, match=r"prepared sets of .*: mine; got another\. Did you mean mine\?"):
+        check_split(world.root, "mne/train")
+
+
+def test_pictures_may_move_with_the_root(world: Any) -> None:
+    world.folder = world.root / "pictures"
+    world.prepare(_source(world))
+    world.root.rename(world.root.parent / "elsewhere")
+    record = read_split(world.root.parent / "elsewhere", "mine/train")[0]
+    assert Path(record.image_path).is_file()
+    shutil.rmtree(world.root.parent / "elsewhere/pictures")
+    with pytest.raises(DataError, match="expected its pictures in .*elsewhere/pictures, got no such folder"):
+        read_split(world.root.parent / "elsewhere", "mine/train")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "manifest.json").write_text("{"), "expected the manifest of a prepared set"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "expected the manifest of a prepared set"),
+        (lambda folder: (folder / "arrow/train-00000.arrow").unlink(), "as the manifest says, got none"),
+        (lambda folder: (folder / "arrow/images.arrow").write_bytes(b"1234"), "as the manifest says, got 4 bytes"),
+        (
+            lambda folder: (folder / "manifest.json").write_text(
+                (folder / "manifest.json").read_text().replace('"layout": 1', '"layout": 9')
+            ),
+            "expected layout 1, got 9",
+        ),
+    ],
+)
+def test_a_spoilt_set(world: Any, spoil: Any, message: str) -> None:
+    world.prepare(_source(world))
+    spoil(world.root / "mine")
+    with pytest.raises(DataError, match=message) as caught:
+        read_split(world.root, "mine/train")
+    assert "data prepare" in str(caught.value)
+
+
+def test_texts_as_typed(world: Any) -> None:
+    world.pictures("a.png")
+    source = world.lines({"image": "a.png", "phrase": "a cat", "raw": "A cat!", "polygons": world.square})
+    world.prepare(source)
+    assert read_split(world.root, "mine/train", phrase_field="raw")[0].phrase == "A cat!"
+    world.prepare(_source(world), name="plain")
+    assert read_split(world.root, "plain/train", phrase_field="raw")[0].phrase == "thing 0"
+    mixed = world.lines(
+        {"image": "a.png", "phrase": "a cat", "raw": "A cat!", "polygons": world.square},
+        {"image": "a.png", "phrase": "a dog", "polygons": world.square},
+    )
+    world.prepare(mixed, name="mixed")
+    with pytest.raises(DataError, match="got 1 of 2 without"):
+        read_split(world.root, "mixed/train", phrase_field="raw")
+
+
+def test_another_process_maps_the_files_again(world: Any) -> None:
+    world.prepare(_source(world))
+    records = read_split(world.root, "mine/train")
+    assert isinstance(records, PreparedSplit)
+    sent = pickle.dumps(records)
+    assert len(sent) < 500
+    assert list(pickle.loads(sent)) == list(records)
+
+
+def test_the_command(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(FORMAT_NAMES) == set(FORMATS)
+    parser = argparse.ArgumentParser()
+    add_data_commands(parser.add_subparsers(required=True))
+    source = _source(world)
+    words = ["prepare", "--format", "jsonl", "--source", str(source), "--out", str(world.root / "mine")]
+    arguments = parser.parse_args([*words, "--mapping", "phrase=phrase"])
+    assert arguments.run(arguments) == 0
+    assert "mine/train: 9 phrases (0 without a target) of 9 entries, 3 pictures" in capsys.readouterr().out
+    assert arguments.run(arguments) == 0
+    assert "was made of this source before" in capsys.readouterr().out
+    arguments = parser.parse_args([*words, "--mapping", "phrase"])
+    with pytest.raises(DataError, match=r"Write e\.g\. phrase=caption"):
+        arguments.run(arguments)
