@@ -139,6 +139,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_override_option(predict)
 
+    report = _command(commands, "report", "one self-contained HTML page of an evaluation or a run", run_report)
+    report.add_argument(
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="of an evaluation (report.json), or of a run that was or was not evaluated",
+    )
+    report.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="the evaluated one: looks into it at some phrases (masks by query and by round)",
+    )
+    report.add_argument(
+        "--data", type=Path, metavar="ROOT", help="folder of the data (default: where it was evaluated)"
+    )
+    report.add_argument("--out", type=Path, metavar="FILE", help="default DIR/report.html")
+    report.add_argument("--seed", type=int, default=0, help="of the cases that are shown (default 0)")
+
     data = _command(commands, "data", "make, check and look at data")
     add_data_commands(data.add_subparsers(metavar="WHAT", required=True))
 
@@ -149,6 +168,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config_options(plan)
     plan.add_argument("--gpus", type=int, default=1, help="GPUs the run would have (default 1)")
     plan.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="only this ZeRO stage (default: all, and offload)")
+    plan.add_argument(
+        "--measure", action="store_true", help="also time a phrase at test on this machine, where the model fits"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     config = _command(commands, "config", "the shipped run configs and every field")
@@ -300,6 +322,20 @@ def run_predict(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_report(arguments: argparse.Namespace) -> int:
+    """Writes the page of an evaluation or a run."""
+    from deris_llm.evaluation.page import PAGE_FILE, look_inside, write_page
+    from deris_llm.evaluation.page_data import open_evaluation
+
+    evaluation = open_evaluation(arguments.folder, arguments.checkpoint)
+    if arguments.checkpoint is not None:
+        evaluation = look_inside(evaluation, arguments.checkpoint, data_root=arguments.data, seed=arguments.seed)
+    out = arguments.out or arguments.folder / PAGE_FILE
+    path = write_page(evaluation, out, data_root=arguments.data, seed=arguments.seed)
+    sys.stdout.write(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)\n")
+    return 0
+
+
 def run_plan(arguments: argparse.Namespace) -> int:
     """Plans a run."""
     from rich.console import Console
@@ -308,14 +344,17 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.set)
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet on stdout when they are imported
+        from deris_llm.efficiency import efficiency_of, show_efficiency
         from deris_llm.planning import STAGES, plan_run, show_plan
 
         stages = STAGES if arguments.zero is None else [s for s in STAGES if s.startswith(str(arguments.zero))]
         plan = plan_run(config, gpus=arguments.gpus, stages=stages)
+        efficiency = efficiency_of(config, measure=arguments.measure)
     if arguments.json:
-        sys.stdout.write(json.dumps(plan.to_json(), indent=1) + "\n")
+        sys.stdout.write(json.dumps(plan.to_json() | {"efficiency": efficiency.to_json()}, indent=1) + "\n")
     else:
         show_plan(plan, Console())
+        show_efficiency(efficiency, Console())
     return 0
 
 

@@ -13,7 +13,7 @@ from deris_llm.config import config_names, iter_fields
 
 HEAVY = ("torch", "transformers", "deepspeed", "peft", "datasets", "timm", "scipy", "numpy", "PIL")
 COMMANDS = (
-    ["train"], ["eval"], ["predict"], ["plan"], ["data"], ["data", "synth"], ["data", "check"], ["config"], ["config", "list"],
+    ["train"], ["eval"], ["report"], ["predict"], ["plan"], ["data"], ["data", "synth"], ["data", "check"], ["config"], ["config", "list"],
     ["config", "show"], ["config", "fields"],
 )  # fmt: skip
 

@@ -48,7 +48,7 @@ def test_data_files_are_built_into_the_package(tmp_path):
     subprocess.run([*command, *egg_info, *build], cwd=ROOT, check=True, capture_output=True)
     wanted = [
         path
-        for pattern in ("*.yaml", "configs/**/*.yaml", "architectures/*.json", "builtin/**/*", "**/*.py")
+        for pattern in ("*.yaml", "configs/**/*.yaml", "architectures/*.json", "builtin/**/*", "**/*.css", "**/*.py")
         for path in (ROOT / "deris_llm").glob(pattern)
         if path.is_file()
     ]

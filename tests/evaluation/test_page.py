@@ -1,0 +1,299 @@
+"""The page of an evaluation: valid, self-contained, true to report.json, safe with hostile text, bounded."""
+
+import importlib.util
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deris_llm.evaluation.page import write_page
+from deris_llm.evaluation.page_cases import QUADRANTS, choose_groups, many_phrases
+from deris_llm.evaluation.page_charts import Line, Marker, line_chart
+from deris_llm.evaluation.page_data import open_evaluation
+from deris_llm.evaluation.page_html import element, picture
+from deris_llm.evaluation.page_numbers import precision_curve
+
+_spec = importlib.util.spec_from_file_location("page_world", Path(__file__).with_name("page_world.py"))
+assert _spec is not None
+assert _spec.loader is not None
+world = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(world)
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Reads a page: every tag must be closed in order; keeps tags, attributes, texts, numbers."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.values: list[tuple[float, str]] = []  # of <data>: value and what is shown
+        self.texts: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert tag not in VOID, f"void element closed: {tag}"
+        assert self.open.pop() == tag, f"{tag} closed out of order"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "data":
+            self.values.append((float(str(self.tags[-1][1]["value"])), data))
+        if self.open and self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.write_data(tmp_path_factory.mktemp("data") / "data")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.write_evaluation(tmp_path_factory.mktemp("eval") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path, data: Path) -> Page:
+    return Page(write_page(open_evaluation(folder), folder / "page.html", data_root=data).read_text(encoding="utf-8"))
+
+
+def test_page_needs_nothing_else(page: Page) -> None:
+    names = {tag for tag, _ in page.tags}
+    assert names >= {"html", "head", "body", "table", "svg", "img", "nav"}
+    assert not names & {"script", "link", "iframe", "object", "base", "form"}
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")], tag
+        for name in ("src", "href", "srcset", "data", "action"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/jpeg;base64,")), (tag, name)
+    anchors = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {str(a["href"])[1:] for tag, a in page.tags if tag == "a"} == anchors
+
+
+def test_style_loads_nothing(folder: Path, data: Path) -> None:
+    text = write_page(open_evaluation(folder), folder / "page.html", data_root=data).read_text(encoding="utf-8")
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    assert "prefers-color-scheme: dark" in style
+    assert "@media print" in style
+    assert not re.search(r"url\(|@import|https?:", style)
+
+
+def test_numbers_are_those_of_the_report(page: Page, folder: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    shown = {value for value, _ in page.values}
+    for split, numbers in report["splits"].items():
+        for metric, value in numbers["original"].items():
+            if not metric.startswith("n_"):
+                assert value in shown, (split, metric)
+        for metric in ("mIoU", "oIoU", "gIoU", "cIoU"):
+            assert numbers["deris"].get(metric) in {None, *shown}, (split, metric)
+        assert split in page.text
+    assert 4.3211 in shown  # the control
+    assert {84.05, 77.67} & shown == {77.67}  # published ones of gRefCOCO are numbers in its columns
+    assert "84.05" in page.text
+    for value, text in page.values:
+        assert abs(value - float(text)) <= 0.05 + 1e-9, "rounded only"
+
+
+def test_pictures_are_embedded_and_captioned(page: Page, folder: Path) -> None:
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) > 30
+    assert all(attributes["alt"] for attributes in pictures)
+    for name, *_ in QUADRANTS:
+        assert name in page.text
+    assert "box 3 of picture 4" in page.text
+    assert (folder / "page.html").stat().st_size < 8_000_000
+
+
+def test_hostile_text_is_text(tmp_path: Path) -> None:
+    phrases = {f"refcoco/val/{n}": world.HOSTILE for n in range(1, 17)}
+    data = world.write_data(tmp_path / "data", {k: "plain" for k in phrases})
+    folder = world.write_evaluation(tmp_path / "<b>eval & co", phrases=phrases)
+    report = json.loads((folder / "report.json").read_text())
+    report["about"] = {"name": world.HOSTILE, "leakage": world.HOSTILE, "date": world.HOSTILE}
+    report["notes"] = {"refcoco/val": [world.HOSTILE]}
+    report["versions"]["protocols"]["original"] = world.HOSTILE
+    report["splits"]["refcoco/val"]["original"]["breakdown"] = {
+        world.HOSTILE: [{"label": world.HOSTILE, "n_phrases": 3, "mIoU": 50.0}]
+    }
+    (folder / "report.json").write_text(json.dumps(report))
+    text = write_page(open_evaluation(folder), folder / "page.html", data_root=data).read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {"script", "b"}
+    assert '<script>alert("1")</script> &' in " ".join(page.texts)
+    assert all(
+        (a["src"] or "").startswith("data:image/jpeg;base64,") and "onerror" not in a
+        for tag, a in page.tags
+        if tag == "img"
+    )
+    assert "\x00" not in text
+    assert text.count("</style>") == 1
+
+
+def test_without_predictions_data_or_anything_optional(folder: Path, data: Path, tmp_path: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for split in report["splits"]:  # as an older evaluation, or one of predictions without scores
+        for name, numbers in report["splits"][split].items():
+            kept = ("mIoU", "gIoU", "N-acc", "T-acc", "n_phrases", "n_images", "n_no_target")
+            report["splits"][split][name] = {k: v for k, v in numbers.items() if k in kept}
+    report["control"], report["timing"], report["versions"] = {}, {}, {}
+    (bare / "report.json").write_text(json.dumps(report))
+    page = Page(write_page(open_evaluation(bare), bare / "page.html").read_text(encoding="utf-8"))
+    assert "no predictions beside the report" in page.text
+    assert "Where the rest is lost" not in page.text
+    assert "always empty" not in page.text
+    somewhere = write_page(open_evaluation(folder), tmp_path / "no_data.html").read_text(encoding="utf-8")
+    assert "No pictures: neither the evaluation nor a checkpoint says where the data is" in somewhere
+    assert "<img" not in somewhere
+    other = world.write_data(tmp_path / "other")
+    refs = json.loads((other / "grefcoco" / "grefs(unc).json").read_text())
+    for ref in refs:
+        ref["sentences"][0]["sent_id"] += 1000
+    (other / "grefcoco" / "grefs(unc).json").write_text(json.dumps(refs))
+    with pytest.raises(ValueError, match=r"expected the phrases of the predictions in .* --data ROOT"):
+        write_page(open_evaluation(folder), tmp_path / "other.html", data_root=other)
+    assert not (tmp_path / "other.html").exists()
+
+
+def test_intervals_and_breakdowns_are_shown(folder: Path, data: Path, tmp_path: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    numbers = report["splits"]["refcoco/val"]["original"]
+    numbers["intervals"] = {"mIoU": [41.25, 59.75]}
+    numbers["breakdown"] = {
+        "object_size": [
+            {"label": "small", "n_phrases": 7, "mIoU": 31.4159, "oracle": 61.5, "interval": [25.0, 40.0]},
+            {"label": "large", "n_phrases": 9, "mIoU": None, "oracle": None, "interval": None},
+        ]
+    }
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    page = Page(write_page(open_evaluation(tmp_path), tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert "41.2–59.8" in page.text
+    assert "object size" in page.text
+    assert 31.4159 in {value for value, _ in page.values}
+    assert "95 %: 25.0 to 40.0" in page.text
+
+
+def test_a_run_has_curves_with_or_without_an_evaluation(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    checkpoint = run / "checkpoint-20"
+    checkpoint.mkdir(parents=True)
+    history = [
+        {
+            "step": 10 * i,
+            "loss": 9.0 / i,
+            "loss/dice/round0": 1.0,
+            "loss/dice/round3": 0.5 / i,
+            "learning_rate/lora": 1e-4 * i,
+        }
+        for i in range(1, 9)
+    ]
+    history += [
+        {"step": 40, "eval_mIoU": 20.0, "eval_n_phrases": 9},
+        {"step": 80, "eval_mIoU": 35.0, "eval_n_phrases": 9},
+    ]
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    page = Page(write_page(open_evaluation(run), run / "page.html").read_text(encoding="utf-8"))
+    for title in ("Training loss", "Its parts in the last round", "Learning rate", "Evaluation during training"):
+        assert title in page.text
+    assert "not evaluated yet" in page.text
+    (run / "eval").symlink_to(folder, target_is_directory=True)
+    assert list(open_evaluation(run).report["splits"]) == ["refcoco/val", "refcoco/testA", "grefcoco/val"]
+    best = run / "best"
+    best.mkdir()
+    assert len(open_evaluation(folder, best).training) == len(history)  # `best` has no log of its own
+
+
+def test_a_folder_of_neither_kind(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"expected the folder of an evaluation.*got \['notes.txt'\].*deris-llm eval"):
+        open_evaluation(tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        open_evaluation(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["not json", "[]", '{"phrase_id": "a"}', '{"phrase_id": "a", "image": "b", "phrase": "c", "mask": 1, "iou": 2}'],
+)
+def test_a_broken_line_of_predictions_is_named(tmp_path: Path, line: str) -> None:
+    folder = world.write_evaluation(tmp_path / "eval")
+    path = folder / "predictions" / "refcoco_val.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=r"refcoco_val.jsonl:17: expected a prediction with .* evaluate again"):
+        open_evaluation(folder)
+
+
+def test_groups_are_what_they_say(folder: Path) -> None:
+    evaluation = open_evaluation(folder)
+    groups = choose_groups(evaluation.answers["grefcoco/val"], "original", is_generalised=True, num_each=2, seed=0)
+    chosen = [a.phrase_id for group in groups for a in group.answers]
+    assert len(chosen) == len(set(chosen))
+    by_title = {group.title.partition(":")[0]: group.answers for group in groups}
+    assert all(a.has_target and not a.says_target for a in by_title["Missed"])
+    assert all(not a.has_target and a.says_target for a in by_title["Imagined"])
+    assert max(a.iou["original"] for a in by_title["Worst"]) <= min(a.iou["original"] for a in by_title["Best"])
+    again = choose_groups(evaluation.answers["grefcoco/val"], "original", is_generalised=True, num_each=2, seed=0)
+    assert again == groups
+
+
+def test_many_phrases_are_of_one_picture(folder: Path) -> None:
+    found = many_phrases(open_evaluation(folder).answers["grefcoco/val"], seed=1)
+    assert len({a.image for a in found}) == 1
+    assert {a.has_target for a in found} == {True, False}
+    assert not many_phrases(open_evaluation(folder).answers["grefcoco/val"][:2], seed=1)
+
+
+def test_precision_curve_is_pr_at_x(folder: Path) -> None:
+    answers = open_evaluation(folder).answers["refcoco/val"]
+    curve = dict(precision_curve(answers, "original"))
+    assert curve[0.0] == 100
+    for level in (0.5, 0.7, 0.9):
+        assert curve[level] == 100 * np.mean([a.iou["original"] >= 100 * level for a in answers])
+
+
+def test_a_picture_is_of_bounded_size() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8))
+    found = picture(noise, "noise", max_bytes=20_000)
+    assert len(str(found.get("src"))) < 27_000
+    assert int(str(found.get("width"))) < 800
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [],
+        [(1.0, 2.0)],
+        [(0.0, 5.0), (1.0, 5.0)],
+        [(0.0, float("nan")), (1.0, 1.0)],
+        [(float(i), i**2) for i in range(5000)],
+    ],
+)
+def test_charts_of_any_points(points: list[tuple[float, float]]) -> None:
+    chart = line_chart("t", [Line("a", points)], x_label="x", y_label="y", marker=Marker(0.5, "here"))
+    paths = [path.get("d") or "" for path in chart.iter("path")]
+    assert "nan" not in "".join(paths)
+    assert max(path.count("L") for path in paths) <= 240
+
+
+def test_elements_are_escaped_and_closed() -> None:
+    made = element("p", "a < b", element("b", "&"), "tail", None, ["x", element("i")], class_="c", stroke_width=1.5)
+    assert (made.get("class"), made.get("stroke-width")) == ("c", "1.5")
+    assert "".join(made.itertext()) == "a < b&tailx"
