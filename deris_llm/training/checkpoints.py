@@ -5,13 +5,17 @@ A folder ``checkpoint-STEP`` of a run holds
     config.yaml             the complete run config
     trainable.safetensors   every trainable parameter by name, float32 (under bf16 the optimizer's master weights)
     base_weights.json       fingerprints of the weights the frozen part came from
+    data.json               what it was trained on: datasets, counts, hashes (`training.data_manifest`)
+    protocol.json           the evaluation protocols of the run, all fields: by the first one `best` was chosen
     optimizer.safetensors   ``exp_avg/NAME``, ``exp_avg_sq/NAME`` and, with AMSGrad, ``max_exp_avg_sq/NAME``, float32; its
                             metadata has the step
     state.pt                scheduler, random states by rank, images per step
     trainer_state.json      the Trainer's own: step, epoch, log history, best metric
 
-and ``best`` the first three and ``metrics.json``. DeepSpeed's own format is not used: it holds the frozen 15 GB, is tied
-to the number of ranks and the stage, and its way out of that (universal checkpoints) mixes up the groups' rates (0.19.8).
+and ``best`` the first five and ``metrics.json``; `deris-llm eval --sweep` adds ``calibration.json``. Checkpoints of earlier
+versions lack ``data.json`` and ``protocol.json`` and are read all the same. DeepSpeed's own format is not used: it holds
+the frozen 15 GB, is tied to the number of ranks and the stage, and its way out of that (universal checkpoints) mixes up
+the groups' rates (0.19.8).
 
 A *full* checkpoint needs no base weights; it is what conversions of other people's files write:
 
@@ -69,6 +73,8 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.pt"
 TRAINER_STATE_FILE = "trainer_state.json"
 METRICS_FILE = "metrics.json"
+DATA_FILE = "data.json"
+PROTOCOL_FILE = "protocol.json"
 BEST = "best"
 
 _PREFIX = "checkpoint-"
@@ -96,7 +102,8 @@ MAY_DIFFER = frozenset(
 )
 """Config fields that may change when a run goes on: they do not change what is learned (images per step is checked)."""
 
-_KEPT_FILES = (BASE_WEIGHTS_FILE, METRICS_FILE, "calibration.json")  # the last: deris_llm.evaluation.calibration
+# What a checkpoint made of another one takes over; the last: deris_llm.evaluation.calibration.
+_KEPT_FILES = (BASE_WEIGHTS_FILE, METRICS_FILE, DATA_FILE, PROTOCOL_FILE, "calibration.json")
 _PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
 _NOT_OF_PROCESSOR = ("*.index.json", "metrics.json")  # lists of weight files, numbers of shipped weights
 
@@ -301,10 +308,17 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor], config: RunConfig) -> None:
+    from deris_llm.evaluation.protocols import protocols_of  # noqa: PLC0415 - transformers takes seconds to import
+
     # Bytes are made first and written by Python, so that a full disk is an OSError whatever library made them.
     save_config(config, folder / CONFIG_FILE)
     (folder / TRAINABLE_FILE).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
     (folder / BASE_WEIGHTS_FILE).write_bytes(json.dumps(fingerprints_of_run(config), indent=2).encode())
+    protocols = [{"fingerprint": p.fingerprint(), **dataclasses.asdict(p)} for p in protocols_of(config)]
+    (folder / PROTOCOL_FILE).write_bytes(json.dumps(protocols, indent=2).encode())
+    data = folder.parent / DATA_FILE  # `train` writes it into the run's folder
+    if data.is_file():
+        shutil.copyfile(data, folder / DATA_FILE)
 
 
 def _optimizer_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[float, dict[str, Tensor]]:
@@ -372,13 +386,24 @@ def check_base_weights(folder: Path, config: RunConfig) -> None:
     else:
         now = _parts_fingerprints(config)
     other = [
-        f"{part}: {now[part]['weights']}" for part in now if saved.get(part, {}).get("files") != now[part]["files"]
+        f"{part}: {entry['weights']} has fingerprint {weights_fingerprint(entry['files'])}, it was trained on "
+        + (f"{then['weights']} with {weights_fingerprint(then['files'])}" if then else "none")
+        for part, entry in now.items()
+        if (then := saved.get(part, {})).get("files") != entry["files"]
     ]
     if other:
         raise CheckpointError(
             f"{folder}: expected the base weights it was trained on ({BASE_WEIGHTS_FILE}), got other files for {'; '.join(other)}. "
-            f"Give the original files under that name, or train again on these"
+            f"Give the original files under that name (or their folder with --set cognition.weights=... perception.weights=...), "
+            f"or train again on these"
         )
+
+
+def weights_fingerprint(files: Mapping[str, str]) -> str:
+    """Twelve hex digits of what is recorded of a part's weight files, whatever their names: those of one file are its own."""
+    if len(files) == 1:
+        return next(iter(files.values()))[:12]
+    return hashlib.sha256("".join(digest for _, digest in sorted(files.items())).encode()).hexdigest()[:12]
 
 
 def restore_weights(model: nn.Module, folder: Path) -> None:

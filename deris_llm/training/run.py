@@ -93,6 +93,7 @@ def train(
     from deris_llm.data.mix import training_mix  # noqa: PLC0415
     from deris_llm.model import build_model  # noqa: PLC0415
     from deris_llm.training.callbacks import ProgressLines  # noqa: PLC0415
+    from deris_llm.training.data_manifest import write_data_manifest  # noqa: PLC0415
     from deris_llm.training.trainer import DerisTrainer, training_arguments  # noqa: PLC0415
 
     # The arguments come before the model: under ZeRO-3 it is partitioned while it is built.
@@ -116,6 +117,7 @@ def train(
     processor = build_processor(used)
     loader = train_loader(config, group_by_image(mix.records), processor, rank=rank(), world_size=world_size())
     on_first_rank(lambda: save_config(config, output / checkpoints.CONFIG_FILE))
+    on_first_rank(lambda: write_data_manifest(output, config.data, mix))
 
     progress = ProgressLines(enabled=rank() == 0)
 

@@ -1,3 +1,5 @@
+import dataclasses
+import hashlib
 import json
 import os
 import resource
@@ -6,11 +8,15 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
+from deris_llm.cli import main
+from deris_llm.data.mix import training_mix
 from deris_llm.model import build_model
 from deris_llm.testing import synthetic_batch, tiny_config
 from deris_llm.training import checkpoints
 from deris_llm.training.checkpoints import CheckpointError, load_checkpoint, save_weights, written_aside
+from deris_llm.training.data_manifest import data_manifest, write_data_manifest
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +76,69 @@ def test_at_most_ten_names_are_listed(copy):
     assert str(caught.value).count("missing in the file") == 10
 
 
-def test_other_base_weights_are_refused(copy):
+def test_other_base_weights_are_refused_with_both_fingerprints(copy, config):
     prints = json.loads((copy / "base_weights.json").read_text())
     prints["perception"]["files"]["model.safetensors"] = "0" * 64
     (copy / "base_weights.json").write_text(json.dumps(prints))
-    with pytest.raises(CheckpointError, match=r"expected the base weights it was trained on.*perception"):
+    with pytest.raises(CheckpointError) as caught:
         load_checkpoint(copy)
+    ours = checkpoints.base_fingerprints(config)["perception"]
+    assert (
+        f"expected the base weights it was trained on (base_weights.json), got other files for perception: {ours['weights']} has "
+        f"fingerprint {ours['files']['model.safetensors'][:12]}, it was trained on {ours['weights']} with {'0' * 12}."
+    ) in str(caught.value)
+
+
+def test_base_weights_may_lie_elsewhere(copy, config, tmp_path):
+    moved = shutil.copytree(config.cognition.weights, tmp_path / "moved")
+    loaded_config, _ = load_checkpoint(copy, overrides=[f"cognition.weights={moved}"])
+    assert loaded_config.cognition.weights == str(moved)
+
+
+def test_a_fingerprint_of_several_files_does_not_depend_on_their_order():
+    files = {"b.safetensors": "1" * 64, "a.safetensors": "2" * 64}
+    together = checkpoints.weights_fingerprint(files)
+    assert together == checkpoints.weights_fingerprint(dict(sorted(files.items())))
+    assert len(together) == 12
+    assert together != checkpoints.weights_fingerprint({"a.safetensors": "2" * 64})
+
+
+def test_the_protocols_of_the_run_lie_beside_the_weights(saved):
+    protocols = json.loads((saved / "protocol.json").read_text())
+    assert [protocol["id"] for protocol in protocols] == ["original", "deris"]
+    assert protocols[0]["score_threshold"] == 0.9
+    assert len(protocols[0]["fingerprint"]) == 8
+
+
+def test_what_a_run_is_trained_on_travels_with_its_checkpoints(config, model, tmp_path):
+    mix = training_mix(config.data)
+    write_data_manifest(tmp_path, config.data, mix)
+    save_weights(tmp_path / "best", model, config, {})
+    text = (tmp_path / "best" / "data.json").read_text()
+    assert config.data.root not in text
+    found = json.loads(text)
+    assert found["num_phrases"] == len(mix.records)
+    assert found["datasets"]["refcoco"]["num_images"] == len({record.image_id for record in mix.records})
+    assert len(found["datasets"]["refcoco"]["sha256"]) == 64
+    assert data_manifest(config.data, training_mix(config.data)) == found
+    fewer = dataclasses.replace(mix, records=mix.records[1:])
+    other = data_manifest(config.data, fewer)
+    assert other["datasets"]["refcoco"]["sha256"] != found["datasets"]["refcoco"]["sha256"]
+
+
+def test_a_prepared_set_is_named_by_its_manifest(run_overrides, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (40, 30)).save(pictures / "a.png")
+    line = {"image": "a.png", "phrase": "ring", "polygons": [[1, 1, 20, 1, 20, 20]], "split": "train"}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(line) + "\n")
+    root = tmp_path / "root"
+    command = ["data", "prepare", "--format", "jsonl", "--source", str(tmp_path / "mine.jsonl")]
+    assert main([*command, "--images", str(pictures), "--out", str(root / "mine")]) == 0
+    config = tiny_config(*run_overrides, f"data.root={root}", "data.train=[mine]", "data.eval=[]").data
+    found = data_manifest(config, training_mix(config))["datasets"]["mine"]
+    assert (found["num_phrases"], found["sha256_of"]) == (1, "manifest.json")
+    assert found["sha256"] == hashlib.sha256((root / "mine" / "manifest.json").read_bytes()).hexdigest()
 
 
 def test_a_folder_that_is_no_checkpoint_says_where_one_is(tmp_path, copy):

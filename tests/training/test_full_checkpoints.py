@@ -175,6 +175,9 @@ def test_a_run_starts_from_a_full_checkpoint(full, started, model):
     recorded = json.loads((started.checkpoint / "base_weights.json").read_text())
     assert {part: entry["weights"] for part, entry in recorded.items()} == {"checkpoint": str(full)}
     assert not (started.checkpoint / "model.safetensors").exists()
+    data = [(folder / "data.json").read_text() for folder in (started.output, started.checkpoint, started.best)]
+    assert data[0] == data[1] == data[2]
+    assert json.loads(data[0])["datasets"].keys() == {"refcoco"}
 
 
 def test_before_its_first_step_it_is_the_checkpoint(full, overrides, model):

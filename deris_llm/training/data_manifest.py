@@ -1,0 +1,67 @@
+"""What a run is trained on: `data.json` of the run's folder and of every checkpoint in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from deris_llm import __version__
+from deris_llm.config import DataConfig
+from deris_llm.data.mix import TrainingMix
+from deris_llm.data.prepared import MANIFEST_FILE, find_manifest
+from deris_llm.training.checkpoints import DATA_FILE
+
+
+def write_data_manifest(output: Path, config: DataConfig, mix: TrainingMix) -> None:
+    """Writes `data.json` into a run's folder."""
+    text = json.dumps(data_manifest(config, mix), indent=2, ensure_ascii=False)
+    (output / DATA_FILE).write_text(f"{text}\n", encoding="utf-8")
+
+
+def data_manifest(config: DataConfig, mix: TrainingMix) -> dict[str, Any]:
+    """Describes a training mix without naming any folder of this machine.
+
+    Args:
+        config: of the run.
+        mix: what was read.
+
+    Returns:
+        plain values: counts in all; per dataset counts, what left because evaluation needs it, and a SHA-256: of the
+        records (ids, phrases, referents, size of the picture), or of a prepared set's manifest, which has those of its files.
+    """
+    manifests = {share.dataset: find_manifest(config.root, share.dataset) for share in mix.report.shares}
+    hashes = {name: hashlib.sha256() for name, manifest in manifests.items() if manifest is None}
+    if hashes:
+        for record in mix.records:
+            if record.dataset in hashes:
+                referents = [instance.annotation_id for instance in record.instances]
+                fields = [record.phrase_id, record.image_id, record.width, record.height, record.phrase, referents]
+                hashes[record.dataset].update(json.dumps(fields).encode())
+    datasets: dict[str, Any] = {}
+    for share in mix.report.shares:
+        manifest = manifests[share.dataset]
+        datasets[share.dataset] = {
+            "split": "train",
+            "num_phrases": share.num_phrases,
+            "num_images": share.num_images,
+            "num_phrases_left_out": share.num_phrases_removed,
+            "num_images_left_out": share.num_images_removed,
+        }
+        if manifest is None:
+            datasets[share.dataset] |= {"sha256_of": "records", "sha256": hashes[share.dataset].hexdigest()}
+        else:
+            content = (manifest.folder / MANIFEST_FILE).read_bytes()
+            datasets[share.dataset] |= {"sha256_of": MANIFEST_FILE, "sha256": hashlib.sha256(content).hexdigest()}
+    return {
+        "deris_llm": __version__,
+        "num_phrases": mix.report.num_phrases,
+        "num_images": mix.report.num_images,
+        "num_images_left_out": mix.report.num_images_removed,
+        "num_eval_images_kept": mix.report.num_eval_images_kept,  # more than 0: evaluation pictures were trained on
+        "evaluation_splits": list(mix.report.eval_splits),
+        "phrase_field": config.phrase_field,
+        "conversion_rate": config.conversion.rate,
+        "datasets": datasets,
+    }
