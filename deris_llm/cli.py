@@ -168,6 +168,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config_options(plan)
     plan.add_argument("--gpus", type=int, default=1, help="GPUs the run would have (default 1)")
     plan.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="only this ZeRO stage (default: all, and offload)")
+    plan.add_argument(
+        "--measure", action="store_true", help="also time a phrase at test on this machine, where the model fits"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
     config = _command(commands, "config", "the shipped run configs and every field")
@@ -341,14 +344,17 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.set)
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet on stdout when they are imported
+        from deris_llm.efficiency import efficiency_of, show_efficiency
         from deris_llm.planning import STAGES, plan_run, show_plan
 
         stages = STAGES if arguments.zero is None else [s for s in STAGES if s.startswith(str(arguments.zero))]
         plan = plan_run(config, gpus=arguments.gpus, stages=stages)
+        efficiency = efficiency_of(config, measure=arguments.measure)
     if arguments.json:
-        sys.stdout.write(json.dumps(plan.to_json(), indent=1) + "\n")
+        sys.stdout.write(json.dumps(plan.to_json() | {"efficiency": efficiency.to_json()}, indent=1) + "\n")
     else:
         show_plan(plan, Console())
+        show_efficiency(efficiency, Console())
     return 0
 
 

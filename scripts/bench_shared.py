@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ from transformers import AutoTokenizer
 
 from deris_llm.cognition import CognitionBackend, CognitionProcessor, build_processor, resolve_backend
 from deris_llm.config import RunConfig, load_config
+from deris_llm.efficiency import cpu_name
 from deris_llm.inference import for_cpu_inference
 from deris_llm.structures import CognitionFeatures, CognitionInputs
 from deris_llm.testing import relative_difference, synthetic_images
@@ -251,13 +251,6 @@ def main() -> None:
             bench_split(config, arguments.split, arguments.max_images, console)
         else:
             bench_phrases(config, arguments.phrases, arguments.repeats, console)
-
-
-def cpu_name() -> str:
-    """Name of this machine's processor."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
