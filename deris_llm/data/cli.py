@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from deris_llm.structures import ReferringRecord
 
 
-FORMAT_NAMES = ("jsonl",)
+FORMAT_NAMES = ("refer", "seqtr", "hf", "coco", "jsonl")
 """Those of `deris_llm.data.readers.FORMATS`, whose readers are imported when they are needed."""
 
 _MASK_COLOUR_RGB = (230, 25, 75)

@@ -82,14 +82,16 @@ def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], N
         raise DataError(
             f"--out {out}: expected ROOT/NAME with a name of letters, digits and _ + . -, got {out.name!r}. Name it otherwise"
         )
+    work = out.parent / f".{out.name}.preparing"
     reader = open_source(
         options.format,
-        SourceOptions(options.source, out.name, options.images, options.splits, options.mapping),
+        SourceOptions(
+            options.source, out.name, options.images, options.splits, options.mapping, own_pictures=work / "pictures"
+        ),
     )
     source = _described_source(options, reader)
     if (known := _existing(out, source)) is not None:
         return Prepared(known, was_there=True)
-    work = out.parent / f".{out.name}.preparing"
     (work / ARROW_FOLDER).mkdir(parents=True, exist_ok=True)
     try:
         with _pool(options.workers) as pool:
@@ -121,6 +123,7 @@ def _described_source(options: PrepareOptions, reader: SourceReader) -> dict[str
         "format": options.format,
         "source": options.source,
         "files": files,
+        "identity": reader.identity,
         "splits": list(options.splits),
         "mapping": dict(options.mapping),
         "skip_bad": options.skip_bad,
@@ -184,9 +187,7 @@ class _Preparation:
         self.arrow = work / ARROW_FOLDER
         self.pool = pool
         self.on_progress = on_progress
-        self.images: dict[
-            str, tuple[int, int, int] | tuple[FaultReason, str]
-        ] = {}  # file -> row, height, width, or fault
+        self.images: dict[str, tuple[int, int, int] | tuple[FaultReason, str]] = {}  # row, height, width; or a fault
         self.faults: list[Fault] = []
         self.num_bad: dict[str, Counter[str]] = {}
         self.num_total = 0
@@ -201,14 +202,17 @@ class _Preparation:
             del splits[split]
         if not splits:
             raise self._too_bad() if self.faults else self._nothing()
-        generalised = any(found.pop("is_generalised") for found in splits.values())
+        generalised = any([found.pop("is_generalised") for found in splits.values()])
         for leftover in (
             set(self.arrow.iterdir())
             - {self.arrow / IMAGES_FILE}
             - {self.arrow / shard["file"] for split in splits.values() for shard in split["shards"]}
         ):
             leftover.unlink()
-        folder, root = self.reader.image_folder.resolve(), self.options.out.parent.resolve()
+        folder, work = self.reader.image_folder.absolute(), self.arrow.parent.absolute()
+        if folder.is_relative_to(work):  # written by the reader; its folder is about to be renamed
+            folder = self.options.out.absolute() / folder.relative_to(work)
+        root = self.options.out.parent.absolute()
         return {
             "layout": LAYOUT,
             "made_by": f"deris_llm {__version__}",

@@ -99,7 +99,7 @@ def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:
     Raises:
         DataError: an unknown dataset or a missing file.
     """
-    return in_known_order(_load(Path(root), dataset).splits)
+    return in_known_order(load_dataset(Path(root), dataset).splits)
 
 
 def in_known_order(splits: Iterable[str]) -> tuple[str, ...]:
@@ -111,13 +111,13 @@ def in_known_order(splits: Iterable[str]) -> tuple[str, ...]:
 def count_refs(root: str | Path, name: str) -> int:
     """Number of refs (referred objects, each with a few phrases) of ``dataset/split``."""
     dataset, _, split = name.partition("/")
-    return len(_load(Path(root), dataset).splits.get(split, ()))
+    return len(load_dataset(Path(root), dataset).splits.get(split, ()))
 
 
 def images_of_split(root: str | Path, name: str) -> set[str]:
     """Image ids of ``dataset/split``, without reading or checking its phrases."""
     dataset, _, split = name.partition("/")
-    loaded = _load(Path(root), dataset)
+    loaded = load_dataset(Path(root), dataset)
     return {
         loaded.images[ref["image_id"]].stem for ref in loaded.splits.get(split, ()) if ref["image_id"] in loaded.images
     }
@@ -158,7 +158,7 @@ class _Image:
 
 
 @dataclass(frozen=True, eq=False)
-class _Loaded:
+class LoadedDataset:
     """One dataset's files: the refs by split, and of ``instances.json`` what they point at."""
 
     splits: dict[str, list[dict[str, Any]]]
@@ -169,7 +169,12 @@ class _Loaded:
     class_counts: Counter[tuple[int, int]]  # (image id, category id) -> annotations, referred or not, crowds left out
 
 
-def _paths(root: Path, dataset: str) -> tuple[Path, Path]:
+def dataset_paths(root: Path, dataset: str) -> tuple[Path, Path]:
+    """The refs file and instances.json of a dataset.
+
+    Raises:
+        DataError: an unknown dataset or a missing file.
+    """
     if dataset not in DATASETS:
         near = [name for name in DATASETS if dataset and name.startswith(f"{dataset}_")]
         near = near or difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0.4)
@@ -187,15 +192,18 @@ def _paths(root: Path, dataset: str) -> tuple[Path, Path]:
 
 def _stamps(root: Path, dataset: str) -> tuple[tuple[str, int, int], ...]:
     """Path, time and size of the files: what the caches of this module are keyed by."""
-    return tuple((str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in _paths(root, dataset))
+    return tuple(
+        (str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in dataset_paths(root, dataset)
+    )
 
 
-def _load(root: Path, dataset: str) -> _Loaded:
+def load_dataset(root: Path, dataset: str) -> LoadedDataset:
+    """A dataset's files, parsed once per process; their form is checked, not yet what they say."""
     return _load_stamped(_stamps(root, dataset))
 
 
 @lru_cache(maxsize=8)
-def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> _Loaded:
+def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> LoadedDataset:
     refs_file, instances_file = stamps[0][0], stamps[1][0]
     refs = _read_json(refs_file) if refs_file.endswith(".json") else load_plain_pickle(refs_file)
     if fault := _fault_of_refs(refs):
@@ -204,9 +212,9 @@ def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> _Loaded:
             "Use the dataset's own file"
         )
     instances = _read_json(instances_file)
-    if not isinstance(instances, dict) or not {"images", "annotations"} <= instances.keys():
+    if fault := fault_of_instances(instances):
         raise DataError(
-            f"{instances_file}: expected COCO instances with `images` and `annotations`, got {describe(instances)}. "
+            f"{instances_file}: expected COCO instances with `images` and `annotations`, got {fault}. "
             "Use the instances.json that comes with REFER's refs"
         )
     wanted = {i for ref in refs for i in _plain_ids(ref["ann_id"])}
@@ -214,7 +222,7 @@ def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> _Loaded:
     for ref in refs:
         splits.setdefault(ref["split"], []).append(ref)
     classed = [a for a in instances["annotations"] if isinstance(a.get("category_id"), int)]
-    return _Loaded(
+    return LoadedDataset(
         splits=splits,
         images={
             # A picture is looked up in the images folder only, whatever path a file may name.
@@ -250,9 +258,37 @@ def _fault_of_refs(refs: Any) -> str | None:
         if not ref.keys() >= _REF_KEYS:
             missing = ", ".join(sorted(_REF_KEYS - ref.keys()))
             return f"number {number} (ref_id {ref.get('ref_id')}) without {missing}: {describe(ref)}"
+        if not isinstance(ref["split"], str) or not _is_id(ref["image_id"]):
+            return (
+                f"number {number} (ref_id {ref['ref_id']}) with split {ref['split']!r} and image_id {ref['image_id']!r}"
+            )
         if not isinstance(ref["sentences"], list) or not all(isinstance(each, dict) for each in ref["sentences"]):
             return f"number {number} (ref_id {ref['ref_id']}) whose sentences are {describe(ref['sentences'])}"
     return None
+
+
+def fault_of_instances(instances: object) -> str | None:
+    """What keeps a file from being COCO instances, or None; masks and names of pictures are not looked at."""
+    if not isinstance(instances, dict) or not {"images", "annotations"} <= instances.keys():
+        return describe(instances)
+    for name, keys in (("images", ("id", "width", "height")), ("annotations", ("id", "image_id"))):
+        if not isinstance(instances[name], list):
+            return f"{name} that are {describe(instances[name])}"
+        for number, each in enumerate(instances[name]):
+            if not isinstance(each, dict) or not all(_is_id(each.get(key)) for key in keys):
+                return f"number {number} of {name} without whole numbers {', '.join(keys)}: {describe(each)}"
+            if name == "images" and not isinstance(each.get("file_name", ""), str):
+                return f"number {number} of images with file_name {each['file_name']!r}"
+            if name == "annotations" and "segmentation" not in each:
+                return f"number {number} of annotations without segmentation: {describe(each)}"
+    categories = instances.get("categories", [])
+    if not isinstance(categories, list) or not all(isinstance(category, dict) for category in categories):
+        return f"categories that are {describe(categories)}"
+    return None
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _plain_ids(ann_id: Any) -> list[int]:
@@ -260,7 +296,7 @@ def _plain_ids(ann_id: Any) -> list[int]:
     return [i for i in (ann_id if isinstance(ann_id, list) else [ann_id]) if isinstance(i, int)]
 
 
-def _annotation_ids(ref: Mapping[str, Any], dataset: str) -> tuple[list[int], str | None]:
+def annotation_ids_of(ref: Mapping[str, Any], dataset: str) -> tuple[list[int], str | None]:
     """The annotations of a ref's referents, and what is wrong with its ann_id or None."""
     ann_id = ref["ann_id"]
     if dataset not in GENERALISED_DATASETS:
@@ -294,7 +330,7 @@ def _read_split(
         num_phrases += len(ref["sentences"])
         where = f"ref_id {ref['ref_id']}"
         image = loaded.images.get(ref["image_id"])
-        annotation_ids, problem = _annotation_ids(ref, dataset)
+        annotation_ids, problem = annotation_ids_of(ref, dataset)
         if image is None:
             problem = f"image_id {ref['image_id']} is not among the images of {instances_file}"
         elif image.file_name not in present:
@@ -315,7 +351,7 @@ def _read_split(
             instances.append(annotation)
         if len(instances) != len(annotation_ids):
             continue
-        category, num_same_class = _classes_of(loaded, ref["image_id"], annotation_ids)
+        category, num_same_class = classes_of(loaded, ref["image_id"], annotation_ids)
         for sentence in ref["sentences"]:
             phrase = sentence.get(phrase_field)
             if "sent_id" not in sentence:
@@ -349,7 +385,7 @@ def _read_split(
     return tuple(records)
 
 
-def _classes_of(loaded: _Loaded, image_id: int, annotation_ids: Sequence[int]) -> tuple[str | None, int | None]:
+def classes_of(loaded: LoadedDataset, image_id: int, annotation_ids: Sequence[int]) -> tuple[str | None, int | None]:
     """The one class of some referents, and how many other objects of their classes the picture has."""
     classes = {loaded.classes.get(annotation_id, -1) for annotation_id in annotation_ids}
     if not classes or -1 in classes:
@@ -359,7 +395,7 @@ def _classes_of(loaded: _Loaded, image_id: int, annotation_ids: Sequence[int]) -
 
 
 def _checked_annotation(
-    loaded: _Loaded, annotation_id: int, instances_file: Path
+    loaded: LoadedDataset, annotation_id: int, instances_file: Path
 ) -> tuple[InstanceAnnotation | None, int, str | None]:
     """The annotation, the id of its image, and what makes it unusable or None."""
     if annotation_id not in loaded.annotations:

@@ -6,6 +6,7 @@ Runs in the workers of `deris-llm data prepare`, so it imports no torch.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -199,8 +200,8 @@ def _instance(
 
 def _drawn(instance: SourceInstance, located: LocatedEntry, image_folder: Path) -> dict[str, Any] | str:
     size_hw = (located.height, located.width)
-    if isinstance(instance.mask, MaskFile):
-        found = _read_mask(image_folder, instance.mask.name, size_hw)
+    if isinstance(instance.mask, (MaskFile, bytes)):
+        found = _read_mask(image_folder, instance.mask, size_hw)
         if isinstance(found, str):
             return found
         counts = encode_mask(found)["counts"].encode()
@@ -215,17 +216,21 @@ def _drawn(instance: SourceInstance, located: LocatedEntry, image_folder: Path) 
     return {"id": named, "counts": counts}
 
 
-def _read_mask(image_folder: Path, name: str, size_hw: tuple[int, int]) -> np.ndarray | str:
-    path, fault = safe_path(image_folder, name)
-    if path is None:
-        return f"mask: {fault}"
+def _read_mask(image_folder: Path, mask: MaskFile | bytes, size_hw: tuple[int, int]) -> np.ndarray | str:
+    if isinstance(mask, MaskFile):
+        name = mask.name
+        opened, fault = safe_path(image_folder, name)
+        if opened is None:
+            return f"mask: {fault}"
+    else:
+        name, opened = f"of {len(mask):,} bytes", io.BytesIO(mask)
     try:
-        with Image.open(path) as file:
+        with Image.open(opened) as file:
             if file.width * file.height > MAX_PIXELS or (file.height, file.width) != size_hw:
                 return f"mask {name}: expected {size_hw[1]} x {size_hw[0]} px, got {file.width} x {file.height} px"
             if file.mode not in _MASK_MODES:
                 return f"mask {name}: expected one channel, above 0 = inside, got mode {file.mode}"
-            mask = np.asarray(file) > 0
+            inside = np.asarray(file) > 0
     except BROKEN as error:
         return f"mask {name}: expected a picture, got {type(error).__name__}: {error}"
-    return mask if mask.any() else f"mask {name}: expected some pixels above 0, got none"
+    return inside if inside.any() else f"mask {name}: expected some pixels above 0, got none"

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from deris_llm.data.errors import DataError
 from deris_llm.data.readers.base import SourceOptions, SourceReader
+from deris_llm.data.readers.coco import CocoReader
+from deris_llm.data.readers.huggingface import HuggingFaceReader
 from deris_llm.data.readers.jsonl import JsonlReader
+from deris_llm.data.readers.refer import ReferReader
+from deris_llm.data.readers.seqtr import SeqtrReader
 
 FORMATS = {
+    "refer": ReferReader,
+    "seqtr": SeqtrReader,
+    "hf": HuggingFaceReader,
+    "coco": CocoReader,
     "jsonl": JsonlReader,
 }
 """Format name -> its reader."""

@@ -39,7 +39,7 @@ class MaskFile:
 class SourceInstance:
     """One referent as the source has it."""
 
-    mask: Any  # COCO polygons or RLE, or a `MaskFile`
+    mask: Any  # COCO polygons or RLE, a `MaskFile`, or the bytes of such a file
     id: Any = None  # annotation id; None: the mask's content is its identity
 
 
@@ -80,6 +80,7 @@ class SourceOptions:
     images: Path | None = None  # folder of the pictures; None: where the format has them
     splits: tuple[str, ...] = ()  # only these; () = all
     mapping: Mapping[str, str] = field(default_factory=dict)  # format-specific: which field is what
+    own_pictures: Path = Path("pictures")  # where a reader writes pictures that are no files in the source
 
 
 class SourceReader(Protocol):
@@ -87,6 +88,7 @@ class SourceReader(Protocol):
 
     image_folder: Path
     files: tuple[Path, ...]  # whose content decides whether two runs have the same input
+    identity: str  # the same for a source that has no files here
     is_generalised: bool | None  # phrases may name nothing or several objects; None: the entries show it
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]: ...

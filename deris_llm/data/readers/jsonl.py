@@ -48,6 +48,7 @@ _MASK_FIELDS = ("masks", "polygons", "rle", "png")
 class JsonlReader:
     """Reads line by line; nothing but the current line is in memory."""
 
+    identity = ""
     is_generalised: bool | None = None
 
     def __init__(self, options: SourceOptions) -> None:
