@@ -21,20 +21,25 @@ from collections.abc import Callable, Sequence
 import torch
 from _bench import Comparison, bench_console, compare, comparison_table, machine
 from rich.table import Column, Table
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
+    pair_wise_dice_loss,
+    pair_wise_sigmoid_cross_entropy_loss,
 )
 
 from deris_llm.config import PerceptionConfig
+from deris_llm.criterion.matcher import MatchingWeights, match
+from deris_llm.criterion.point_sampling import sample_points
 from deris_llm.loopback import MaskFeatsFusion
 from deris_llm.perception import Perception, QueryDecoder, build_perception
 from deris_llm.perception.deformable_attention import DeformableAttention
 from deris_llm.perception.masked_attention import MaskedAttention, VisibleCells
 from deris_llm.postprocess import readable_logits, upsampled_masks
-from deris_llm.structures import DerisOutput, PerceptionFeatures, RoundOutput
+from deris_llm.structures import DerisOutput, PerceptionFeatures, ReferringTargets, RoundOutput
 
 ROUNDS = 3
 NUM_QUERIES = 10
@@ -201,6 +206,36 @@ def masked_attention(decoder: QueryDecoder, size: int, num_phrases: int, repeats
     return [forward, training]
 
 
+@torch.no_grad()
+def matching(size: int, num_phrases: int, num_points: int, repeats: int) -> list[Comparison]:
+    """Which query answers for which referent: by transformers' costs, a transfer to the host for each phrase and round."""
+    side = size // 4
+    coarse = torch.randn(ROUNDS + 1, num_phrases, NUM_QUERIES, 8, 8)
+    rounds = tuple(
+        RoundOutput(F.interpolate(one, size=(side, side), mode="bicubic"), torch.randn(num_phrases, NUM_QUERIES))
+        for one in coarse
+    )
+    targets = ReferringTargets(torch.rand(num_phrases, size, size) < 0.3, torch.arange(num_phrases))
+    points, weights = torch.rand(num_phrases, num_points, 2), MatchingWeights()
+
+    def plain() -> list[Tensor]:
+        found = torch.empty(num_phrases, len(rounds), dtype=torch.int64)
+        for index, one in enumerate(rounds):
+            for p in range(num_phrases):
+                logits = sample_points(one.mask_logits[p : p + 1], points[p : p + 1])[0]
+                truth = sample_points(targets.masks[p : p + 1, None].float(), points[p : p + 1])[0]
+                cost = weights.mask_bce * pair_wise_sigmoid_cross_entropy_loss(logits, truth)
+                cost = cost + weights.dice * pair_wise_dice_loss(logits, truth)
+                cost = cost - weights.referring * one.referring_logits[p].sigmoid()[:, None]
+                found[p, index] = int(linear_sum_assignment(cost.cpu())[0][0])
+        return [found]
+
+    def ours() -> list[Tensor]:
+        return [match(DerisOutput(rounds, torch.zeros(num_phrases)), targets, points, weights)]
+
+    return [compare(f"matching, {num_phrases} phrases, 4 rounds", plain, ours, repeats=repeats, tolerance=0)]
+
+
 def flat(feats: PerceptionFeatures) -> list[Tensor]:
     """All maps."""
     return [feats.mask_feats, *feats.multi_scale_feats]
@@ -318,6 +353,7 @@ def main() -> None:
         *upsampling(size, num_phrases, repeats),
         *deformable_attention(perception, size, repeats),
         *masked_attention(decoder, size, num_phrases, repeats),
+        *matching(size, num_phrases, 12544 if size >= 384 else 1024, repeats),
         *per_image(perception, size, num_phrases, repeats),
     ]
     frozen, kept = frozen_backbone(perception, size, repeats)

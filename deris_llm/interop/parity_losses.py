@@ -129,9 +129,9 @@ def _readable(one: RoundOutput, output: DerisOutput) -> RoundOutput:
 def _match(weights: MatchingWeights, one: RoundOutput, targets: ReferringTargets, points: Tensor) -> _Match:
     at = points[targets.phrase_index]
     truth = sample_points(targets.masks.float()[:, None], at).squeeze(1)
-    costs = matching_costs(one, targets.phrase_index, truth, at, weights)
-    query_index = assign_targets(costs[:, None].numpy(), targets.phrase_index.numpy())[:, 0]
-    return _Match(torch.from_numpy(query_index), costs)
+    costs = matching_costs([one], targets.phrase_index, truth, at, weights)
+    query_index = assign_targets(costs.numpy(), targets.phrase_index.numpy())[:, 0]
+    return _Match(torch.from_numpy(query_index), costs[:, 0])
 
 
 def _by_query(phrase_index: Tensor, query_index: Tensor) -> Tensor:

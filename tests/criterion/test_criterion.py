@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from deris_llm.config import RunConfig
 from deris_llm.criterion import Criterion, NonFiniteOutputError, build_criterion
@@ -263,6 +264,31 @@ def test_a_weight_is_the_share_of_its_loss_in_the_total(kind: str) -> None:
     )
     difference = float(three.weighted_total(parts) - one.weighted_total(parts))
     assert difference == pytest.approx(2 * expected, rel=1e-4)
+
+
+class _HostReads(TorchFunctionMode):
+    """Counts what makes the host wait for the device, had the tensors been on one."""
+
+    NAMES = ("cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in self.NAMES or (name == "to" and "cpu" in args):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("counts", [[1, 2, 0, 1], [1], [0, 0]])
+def test_the_host_waits_once_per_step(counts: list[int]) -> None:
+    """Whatever the number of rounds and phrases: all costs cross together (`numpy` reads what has arrived)."""
+    output, targets = _output(len(counts)), _targets(counts)
+    with _HostReads() as reads:
+        Criterion(num_points=50)(output, targets, num_targets=torch.tensor(2.0), generator=torch.Generator())
+    assert reads.found == ["cpu", "numpy"]
 
 
 def test_weights_of_the_matching_choose_the_query() -> None:
