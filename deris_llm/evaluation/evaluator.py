@@ -90,7 +90,7 @@ def evaluate(
             for r in records
             if r.phrase_id in phrase_override
         ]
-    _check_records(records, config.data.root)
+    check_records(records, config.data.root)
     generalised = is_generalised(config.data.root, records[0].dataset)
     protocols = protocols_of(config)
     check_misses(protocols, records[0].dataset, is_generalised=generalised)
@@ -349,7 +349,12 @@ def _best_queries(output: DerisOutput, referents: Sequence[np.ndarray]) -> list[
     return best
 
 
-def _check_records(records: Sequence[ReferringRecord], root: str) -> None:
+def check_records(records: Sequence[ReferringRecord], root: str | Path) -> None:
+    """Refuses records that have no common numbers: none, of datasets with other metrics, or with one id twice.
+
+    Raises:
+        ValueError: see above.
+    """
     if not records:
         raise ValueError(
             "evaluation: expected at least one phrase, got none: check the split, or, in a control run, that pictures "

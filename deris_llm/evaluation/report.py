@@ -13,12 +13,14 @@ from typing import Any, Literal
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from deris_llm.evaluation.protocols import Protocol
 
 Section = Literal["splits", "control", "step0"]
-SplitNumbers = Mapping[str, Mapping[str, Mapping[str, float | None]]]
-"""Split -> protocol id -> metric -> percent or count; None where there is nothing to take a number of."""
+SplitNumbers = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""Split -> protocol id -> metric -> percent or count, None where there is nothing to take a number of; and beside them what
+`output.extras` gives."""
 
 _SPLITS = (
     "refcoco/val", "refcoco/testA", "refcoco/testB",
@@ -34,7 +36,7 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
 """Table 1 of the DeRIS paper, percent."""
 
 PUBLISHED_NOTE = (
-    "orig., deris: protocols `original` and `deris`. Other data: published numbers on the real COCO pictures, DeRIS "
+    "95 %: bootstrap over pictures. Oracle: each referent's best query. Other data: published numbers on the real COCO pictures, DeRIS "
     "paper, Table 1. DeRIS-7B: mIoU at 384 px (its appendix: 'For RIS, we use mIoU'); LISA-7B and GLaMM-7B: their "
     "authors report cIoU (here: oIoU) at the original size."
 )
@@ -56,15 +58,17 @@ PUBLISHED_GRES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
 
 GRES_NOTE = (
     "Always empty, never empty: what answers without looking get (no target for every phrase; the whole picture for "
-    "every phrase). F1: share of phrases whose boxes are all right. Oracle: each referent's best query. Other data: "
-    "published gIoU / cIoU / N-acc on the real COCO pictures, DeRIS paper, Table 2."
+    "every phrase). F1: share of phrases whose boxes are all right. Oracle: each referent's best query. 95 %: bootstrap over "
+    "pictures. Other data: published gIoU / cIoU / N-acc on the real COCO pictures, DeRIS paper, Table 2."
 )
 
-_TABLE_METRICS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")
+_INTERVAL = "95 %"  # a column of the table beside the first metric, not a metric
 
-_GRES_TABLE_METRICS = ("gIoU", "cIoU", "N-acc", "T-acc", "Pr@0.7", "F1", "oracle_gIoU")
+_TABLE_METRICS = ("mIoU", _INTERVAL, "oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9", "oracle_mIoU")
 
-_SHORT = {"original": "orig.", "oracle_gIoU": "oracle"}
+_GRES_TABLE_METRICS = ("gIoU", _INTERVAL, "cIoU", "N-acc", "T-acc", "Pr@0.7", "F1", "oracle_gIoU")
+
+_SHORT = {"original": "orig.", "oracle_gIoU": "oracle", "oracle_mIoU": "oracle"}
 
 _EMPTY: dict[str, Any] = {"splits": {}, "control": {}, "step0": {}, "timing": {}, "versions": {}}
 
@@ -99,6 +103,7 @@ def update_report(
     timing: Mapping[str, float] | None = None,
     protocols: Iterable[Protocol] = (),
     notes: Mapping[str, Sequence[str]] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Adds numbers and times to a report and writes it aside before it takes the old one's place.
 
@@ -108,7 +113,9 @@ def update_report(
         numbers: per split and protocol; replace those of the same split.
         timing: seconds per stage.
         protocols: those that made the numbers; their descriptions join ``versions``.
-        notes: split -> why some of its numbers are null; they join ``notes``, which is there only when needed.
+        notes: split -> what must be read with its numbers, and why some are null; they join ``notes``, which is there only
+            when needed.
+        about: where the numbers come from; replaces ``about``, which is there only when given.
 
     Returns:
         The whole report.
@@ -127,6 +134,8 @@ def update_report(
             report.setdefault("notes", {})[split] = list(said)
         else:
             report.get("notes", {}).pop(split, None)
+    if about is not None:
+        report["about"] = dict(about)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")
     aside.write_text(json.dumps(_rounded(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -146,10 +155,10 @@ def library_versions() -> dict[str, str]:
 
 
 def report_table(report: Mapping[str, Any]) -> RenderableType:
-    """The numbers of a report beside published ones: a table of the RIS splits, one of the GRES splits, or both.
+    """The numbers of a report beside published ones, and under them what they must not be read without.
 
     Args:
-        report: as `read_report` gives it; its ``splits`` decide the rows.
+        report: as `read_report` gives it; its ``splits`` decide the rows, the first split's protocols the columns.
     """
     is_gres = {split: "gIoU" in next(iter(found.values())) for split, found in report["splits"].items()}
     tables: list[RenderableType] = []
@@ -157,7 +166,36 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
         tables.append(_ris_table(report, [split for split, gres in is_gres.items() if not gres]))
     if any(is_gres.values()):
         tables.append(_gres_table(report, [split for split, gres in is_gres.items() if gres]))
-    return tables[0] if len(tables) == 1 else Group(*tables)
+    return Group(*tables, *(Text(line) for line in provenance(report)))
+
+
+def provenance(report: Mapping[str, Any]) -> list[str]:
+    """One line each: leakage, protocols with their fingerprints, the threshold's source, notes of the splits."""
+    about, lines = report.get("about") or {}, []
+    if about.get("leakage"):
+        lines.append(str(about["leakage"]))
+    prints: dict[str, dict[str, list[str]]] = {}  # protocol id -> fingerprint -> splits
+    for split, found in report["splits"].items():
+        for name, values in found.items():
+            prints.setdefault(name, {}).setdefault(values.get("fingerprint", "not noted"), []).append(split)
+    said = [
+        f"{name} ({fingerprint}{'' if len(by_print) == 1 else ': ' + ', '.join(splits)})"
+        for name, by_print in prints.items()
+        for fingerprint, splits in by_print.items()
+    ]
+    if said:
+        lines.append(f"Protocols: {', '.join(said)}.")
+    if about.get("threshold_source"):
+        lines.append(f"Score {about['threshold_source']}.")
+    lines += [f"{split}: {'; '.join(notes)}." for split, notes in report.get("notes", {}).items()]
+    return lines
+
+
+def _columns(report: Mapping[str, Any], splits: Sequence[str], metrics: Sequence[str]) -> list[tuple[str, str]]:
+    """All metrics of the first protocol, the means and sums of the others."""
+    protocols = list(dict.fromkeys(name for split in splits for name in report["splits"][split])) or ["original"]
+    means = [metric for metric in metrics if metric in ("mIoU", "oIoU", "gIoU", "cIoU")]
+    return [(protocols[0], metric) for metric in metrics] + [(name, m) for name in protocols[1:] for m in means]
 
 
 def _ris_table(report: Mapping[str, Any], splits: Sequence[str]) -> Table:
@@ -171,7 +209,7 @@ def _ris_table(report: Mapping[str, Any], splits: Sequence[str]) -> Table:
     )
     table.add_column("\n\nsplit", no_wrap=True)
     table.add_column("\n\nphrases", justify="right", no_wrap=True)
-    columns = [("original", metric) for metric in _TABLE_METRICS] + [("deris", metric) for metric in ("mIoU", "oIoU")]
+    columns = _columns(report, splits, _TABLE_METRICS)
     _add_metric_columns(table, columns)
     for name, heading in (("control", "control"), ("step0", "step 0")):
         if has[name]:
@@ -183,7 +221,7 @@ def _ris_table(report: Mapping[str, Any], splits: Sequence[str]) -> Table:
         row = [split, f"{next(iter(found.values()))['n_phrases']:,}"]
         row += [_cell(found.get(protocol), metric) for protocol, metric in columns]
         row += [
-            _cell(report[name].get(split, {}).get("original"), "mIoU") for name in ("control", "step0") if has[name]
+            _cell(report[name].get(split, {}).get(columns[0][0]), "mIoU") for name in ("control", "step0") if has[name]
         ]
         row += [f"{numbers[split]:.2f}" if split in numbers else "-" for numbers in PUBLISHED.values()]
         table.add_row(*row)
@@ -192,18 +230,16 @@ def _ris_table(report: Mapping[str, Any], splits: Sequence[str]) -> Table:
 
 def _gres_table(report: Mapping[str, Any], splits: Sequence[str]) -> Table:
     has = {name: any(report[name].get(split) for split in splits) for name in ("control", "step0")}
-    notes = [f"{split}: {'; '.join(said)}." for split, said in report.get("notes", {}).items() if split in splits]
     table = Table(
         title="Generalised referring segmentation, percent",
-        caption=" ".join([GRES_NOTE, *notes]),
+        caption=GRES_NOTE,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=0,
     )
     table.add_column("\n\nsplit", no_wrap=True)
     table.add_column("\nphrases\n(no target)", justify="right", no_wrap=True)
-    columns = [("original", metric) for metric in _GRES_TABLE_METRICS]
-    columns += [("deris", metric) for metric in ("gIoU", "cIoU")]
+    columns = _columns(report, splits, _GRES_TABLE_METRICS)
     _add_metric_columns(table, columns)
     for name, heading in (("control", "control"), ("step0", "step 0")):
         if has[name]:
@@ -216,7 +252,7 @@ def _gres_table(report: Mapping[str, Any], splits: Sequence[str]) -> Table:
         row = [split, f"{counts['n_phrases']:,} ({counts['n_no_target']:,})"]
         row += [_cell(found.get(protocol), metric) for protocol, metric in columns]
         row += [
-            _cell(report[name].get(split, {}).get("original"), "gIoU") for name in ("control", "step0") if has[name]
+            _cell(report[name].get(split, {}).get(columns[0][0]), "gIoU") for name in ("control", "step0") if has[name]
         ]
         row += [
             " / ".join(f"{number:.1f}" for number in numbers[split]) if split in numbers else "-"
@@ -251,7 +287,11 @@ def _add_metric_columns(table: Table, columns: Sequence[tuple[str, str]]) -> Non
         )
 
 
-def _cell(values: Mapping[str, float | None] | None, metric: str) -> str:
+def _cell(values: Mapping[str, Any] | None, metric: str) -> str:
+    if metric == _INTERVAL:
+        found = (values or {}).get("intervals") or {}
+        interval = found.get("mIoU") or found.get("gIoU")
+        return f" {interval[0]:.1f}-{interval[1]:.1f}" if interval else "-"
     value = None if values is None else values.get(metric)
     return "-" if value is None else f"{value:.2f}"
 
@@ -259,4 +299,6 @@ def _cell(values: Mapping[str, float | None] | None, metric: str) -> str:
 def _rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
     return round(value, 4) if isinstance(value, float) else value

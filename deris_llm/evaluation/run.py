@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from torch import nn
 from deris_llm.cognition import CognitionProcessor
 from deris_llm.config import RunConfig
 from deris_llm.data.dataset import group_by_image
+from deris_llm.data.mix import leakage_notice
 from deris_llm.data.sources import read_split
-from deris_llm.evaluation.evaluator import EvaluationResult, control_phrases, evaluate
-from deris_llm.evaluation.overlays import Case, choose_cases, write_contact_sheet, write_page
+from deris_llm.evaluation.evaluator import control_phrases, evaluate
+from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder
+from deris_llm.evaluation.predictions import EvaluationResult
 from deris_llm.evaluation.protocols import protocols_of
-from deris_llm.evaluation.report import read_report, update_report
+from deris_llm.evaluation.report import Section, read_report
 from deris_llm.structures import ReferringRecord
 
 logger = logging.getLogger(__name__)
@@ -39,18 +42,17 @@ def run_evaluation(
     max_images: int = 0,
     pictures: bool = True,
     progress: bool = True,
+    about: Mapping[str, Any] | None = None,
+    notes: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
-    """Evaluates splits and writes, on rank 0, what came out; a report that is already there is added to.
-
-    ``out`` gets ``report.json``, ``predictions/<split>.jsonl`` (one line per phrase, COCO RLE), ``overlays.html`` and
-    ``overlays/<split>.png``. All ranks call this together.
+    """Evaluates splits and writes, on rank 0, what came out (`EvaluationFolder`). All ranks call this together.
 
     Args:
         config: the run.
         model: a `Deris` or a wrapper of one.
         processor: the cognition backend's.
         splits: e.g. ``refcoco/val``.
-        out: folder.
+        out: folder; a report that is already there is added to.
         control: also asks every picture the wrong phrases (`control_phrases`), into section ``control``.
         step0: the model is not fine-tuned yet: numbers go to section ``step0``, without predictions and pictures.
         device: where the model is; None = where its parameters are.
@@ -59,17 +61,20 @@ def run_evaluation(
         max_images: evenly spaced pictures of each split; 0 = all. The report's n_images says it.
         pictures: writes the overlays.
         progress: shows a bar on rank 0.
+        about: what the caller knows of the numbers' origin: checkpoint, threshold_source; stored in the report.
+        notes: split -> what must be read with its numbers, e.g. that the threshold was chosen on it.
 
     Returns:
         The report (on every rank; on ranks above 0 with this call's numbers only).
     """
-    out = Path(out)
     device = next(model.parameters()).device if device is None else torch.device(device)
     protocols = protocols_of(config)
-    report_path = out / "report.json"
-    report = read_report(report_path)  # a file of something else is an error before the work, not after
-    cases: dict[str, list[Case]] = {}
-    section = "step0" if step0 else "splits"
+    leakage = leakage_notice(config, splits)
+    folder = EvaluationFolder(
+        out, protocols, title=config.name, about=_about(config, leakage, max_images) | dict(about or {})
+    )
+    section: Section = "step0" if step0 else "splits"
+    report: dict[str, Any] = {"splits": {}, "control": {}, "step0": {}}
 
     def evaluated(
         records: Sequence[ReferringRecord], title: str, override: dict[str, str] | None = None
@@ -91,31 +96,15 @@ def run_evaluation(
         records = some_images(read_split(config.data.root, split, phrase_field=config.data.phrase_field), max_images)
         started = time.monotonic()
         result = evaluated(records, f"{split}{' (step 0)' if step0 else ''}")
-        timing = {f"evaluate {section} {split}": time.monotonic() - started}
         report[section][split] = result.numbers
         if rank == 0:
-            update_report(
-                report_path,
-                section=section,
-                numbers={split: result.numbers},
-                timing=timing,
-                protocols=protocols,
-                notes={} if step0 else {split: result.notes},
-            )
-            if not step0:
-                _write_predictions(result, out, split)
-                by_id = {record.phrase_id: record for record in records}
-                cases[split] = choose_cases(result.predictions, by_id, protocol=protocols[0].id)
+            seconds, said = time.monotonic() - started, (notes or {}).get(split, ())
+            folder.add(split, result, records, seconds=seconds, section=section, notes=said)
         if control:
-            report["control"][split] = _run_control(records, split, evaluated, report_path if rank == 0 else None)
-    if rank == 0 and pictures and cases:
-        for split, chosen in cases.items():
-            title = f"{config.name}: {split} ({protocols[0].id})"
-            write_contact_sheet(
-                chosen, out / "overlays" / f"{_file_name(split)}.png", title=title, protocol=protocols[0].id
-            )
-        write_page(cases, out / "overlays.html", title=config.name, protocol=protocols[0].id)
-    return read_report(report_path) if rank == 0 else report
+            report["control"][split] = _run_control(records, split, evaluated, folder if rank == 0 else None)
+    if rank == 0 and pictures:
+        folder.write_pictures()
+    return read_report(folder.folder / REPORT_FILE) if rank == 0 else report
 
 
 def some_images(records: Sequence[ReferringRecord], max_images: int) -> list[ReferringRecord]:
@@ -127,8 +116,24 @@ def some_images(records: Sequence[ReferringRecord], max_images: int) -> list[Ref
     return [record for record in records if record.image_id in kept]
 
 
+def _about(config: RunConfig, leakage: str | None, max_images: int) -> dict[str, Any]:
+    """Where the numbers of a run come from."""
+    found = {
+        "name": config.name,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "data_root": config.data.root,
+        "phrase_field": config.data.phrase_field,
+        "seed": config.training.seed,
+        "score_threshold": config.evaluation.score_threshold,
+        "selection": config.evaluation.selection,
+        "presence": config.evaluation.presence,
+        "max_images": max_images,
+    }
+    return found | ({"leakage": leakage} if leakage else {})
+
+
 def _run_control(
-    records: Sequence[ReferringRecord], split: str, evaluated: Any, report_path: Path | None
+    records: Sequence[ReferringRecord], split: str, evaluated: Any, folder: EvaluationFolder | None
 ) -> dict[str, Any]:
     swapped = control_phrases(records)
     left_out = len(records) - len(swapped)
@@ -142,21 +147,8 @@ def _run_control(
     if not swapped:
         return {}
     started = time.monotonic()
-    numbers = {
-        name: values | {"n_left_out": left_out}
-        for name, values in evaluated(records, f"{split} (control)", swapped).numbers.items()
-    }
-    if report_path is not None:
-        timing = {f"evaluate control {split}": time.monotonic() - started}
-        update_report(report_path, section="control", numbers={split: numbers}, timing=timing)
-    return numbers
-
-
-def _write_predictions(result: EvaluationResult, out: Path, split: str) -> None:
-    path = out / "predictions" / f"{_file_name(split)}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result.write_jsonl(path)
-
-
-def _file_name(split: str) -> str:
-    return split.replace("/", "_")
+    result = evaluated(records, f"{split} (control)", swapped)
+    if folder is not None:
+        seconds = time.monotonic() - started
+        folder.add(split, result, records, seconds=seconds, section="control", more={"n_left_out": left_out})
+    return {name: values | {"n_left_out": left_out} for name, values in result.numbers.items()}

@@ -1,0 +1,147 @@
+"""The folder of an evaluation: the same files whether a model answered or somebody's file of predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deris_llm.evaluation.breakdown import breakdown
+from deris_llm.evaluation.intervals import intervals, metric_ratios
+from deris_llm.evaluation.overlays import Case, choose_cases, write_contact_sheet, write_page
+from deris_llm.evaluation.predictions import EvaluationResult, counted_under
+from deris_llm.evaluation.protocols import Protocol
+from deris_llm.evaluation.report import Section, read_report, update_report
+from deris_llm.structures import ReferringRecord
+
+REPORT_FILE = "report.json"
+
+
+class EvaluationFolder:
+    """Takes the results of splits and writes what belongs to them; a report that is already there is added to.
+
+        report.json             numbers with intervals, breakdown and selection error, where they come from, times, versions
+        predictions/SPLIT.jsonl one line per phrase, masks as COCO RLE
+        overlays.html           worst, best and random cases; overlays/SPLIT.png the same as sheets
+
+    Args:
+        folder: made when something is written.
+        protocols: those of all results.
+        title: of the pictures.
+        about: where the numbers come from: name, checkpoint, data_root, date, threshold_source, ...; stored as it is.
+
+    Raises:
+        ValueError: the folder's ``report.json`` is something else; found before the work, not after.
+    """
+
+    def __init__(
+        self, folder: str | Path, protocols: Sequence[Protocol], *, title: str, about: Mapping[str, Any] | None = None
+    ) -> None:
+        self.folder = Path(folder)
+        self.protocols = protocols
+        self.title = title
+        self.about = about
+        self._cases: dict[str, list[Case]] = {}
+        read_report(self.folder / REPORT_FILE)
+
+    def add(
+        self,
+        split: str,
+        result: EvaluationResult,
+        records: Sequence[ReferringRecord],
+        *,
+        seconds: float,
+        section: Section = "splits",
+        notes: Sequence[str] = (),
+        more: Mapping[str, Any] | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Adds a split's numbers to the report; those of section ``splits`` with predictions and pictures.
+
+        Args:
+            split: ``dataset/split``.
+            result: of the whole split.
+            records: the same phrases.
+            seconds: that it took.
+            section: of the report.
+            notes: what must be read with the split's numbers, besides the result's own.
+            more: further entries of each protocol's numbers.
+
+        Returns:
+            The numbers as they stand in the report.
+        """
+        by_id = {record.phrase_id: record for record in records}
+        numbers = {
+            protocol.id: result.numbers[protocol.id]
+            | extras(result, by_id, protocol, with_breakdown=section != "control")
+            | dict(more or {})
+            for protocol in self.protocols
+        }
+        update_report(
+            self.folder / REPORT_FILE,
+            section=section,
+            numbers={split: numbers},
+            timing={f"evaluate {section} {split}": seconds},
+            protocols=self.protocols,
+            notes={split: (*notes, *result.notes)} if section == "splits" else {},
+            about=None if section == "step0" else self.about,
+        )
+        if section == "splits":
+            path = self.folder / "predictions" / f"{file_name(split)}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result.write_jsonl(path)
+            self._cases[split] = choose_cases(result.predictions, by_id, protocol=self.protocols[0].id)
+        return numbers
+
+    def write_pictures(self) -> None:
+        """Draws the cases of the splits that were added."""
+        first = self.protocols[0].id
+        for split, cases in self._cases.items():
+            write_contact_sheet(
+                cases,
+                self.folder / "overlays" / f"{file_name(split)}.png",
+                title=f"{self.title}: {split} ({first})",
+                protocol=first,
+            )
+        if self._cases:
+            write_page(self._cases, self.folder / "overlays.html", title=self.title, protocol=first)
+
+
+def extras(
+    result: EvaluationResult,
+    records: Mapping[str, ReferringRecord],
+    protocol: Protocol,
+    *,
+    with_breakdown: bool = True,
+) -> dict[str, Any]:
+    """What stands beside the numbers of a protocol.
+
+    Args:
+        result: of the whole split.
+        records: by phrase id.
+        protocol: one of the result's.
+        with_breakdown: by kind of phrase and object too.
+
+    Returns:
+        ``fingerprint``; ``intervals`` {metric: [low, high]}, 95 %, see `intervals.intervals`; ``selection`` {"metric", "oracle",
+        "answer", "error"}: what the choice of queries loses against the best ones, in points, where the best are known;
+        ``breakdown``, see `breakdown.breakdown`.
+    """
+    counted = counted_under(protocol, result.predictions)
+    ratios = metric_ratios(counted, protocol.id, is_generalised=result.is_generalised)
+    sure = intervals(ratios, [p.image_id for p in counted])
+    found: dict[str, Any] = {
+        "fingerprint": protocol.fingerprint(),
+        "intervals": {name: interval for name, interval in sure.items() if interval is not None},
+    }
+    metric = "gIoU" if result.is_generalised else "mIoU"
+    if counted and f"oracle_{metric}" in ratios:
+        answer, oracle = ratios[metric].percent or 0.0, ratios[f"oracle_{metric}"].percent or 0.0
+        found["selection"] = {"metric": metric, "oracle": oracle, "answer": answer, "error": oracle - answer}
+    if with_breakdown and counted:
+        found["breakdown"] = breakdown(counted, records, protocol.id, is_generalised=result.is_generalised)
+    return found
+
+
+def file_name(split: str) -> str:
+    """``refcoco/val`` as part of a file's name."""
+    return split.replace("/", "_")
