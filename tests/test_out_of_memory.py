@@ -46,7 +46,7 @@ def test_evaluation_names_its_own_fields(monkeypatch: pytest.MonkeyPatch) -> Non
     def full(*_: object, **__: object) -> object:
         raise RuntimeError("rank 1: OutOfMemoryError: CUDA out of memory.")
 
-    monkeypatch.setattr(evaluator, "_check_records", full)
+    monkeypatch.setattr(evaluator, "check_records", full)
     told = r"evaluation ran out of memory(.|\n)*images_per_device=2 \(now 4\)"
     with pytest.raises(DoesNotFitError, match=told), explains_out_of_memory(config):
         evaluator.evaluate(torch.nn.Identity(), config, [], None, device="cpu")  # type: ignore[arg-type]
