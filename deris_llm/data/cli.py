@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 FORMAT_NAMES = ("refer", "seqtr", "hf", "coco", "jsonl")
-"""Those of `deris_llm.data.readers.FORMATS`, whose readers are imported when they are needed."""
+"""Those of `deris_llm.data.readers.registry.FORMATS`, whose readers are imported when they are needed."""
 
 _MASK_COLOUR_RGB = (230, 25, 75)
 

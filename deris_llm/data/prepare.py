@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -31,8 +31,8 @@ from deris_llm.data import refer
 from deris_llm.data.errors import DataError, bad_records_error
 from deris_llm.data.pictures import PictureFacts
 from deris_llm.data.prepared import ARROW_FOLDER, IMAGE_SCHEMA, IMAGES_FILE, LAYOUT, MANIFEST_FILE, map_arrow
-from deris_llm.data.readers import open_source
 from deris_llm.data.readers.base import FaultReason, SourceEntry, SourceFault, SourceOptions, SourceReader
+from deris_llm.data.readers.registry import open_source
 from deris_llm.data.validation import Fault, LocatedEntry, ShardResult, is_text, look_at, write_shard
 
 logger = logging.getLogger(__name__)
@@ -232,25 +232,28 @@ class _Preparation:
 
     def _pictures(self) -> dict[str, Any]:
         """Looks at every picture once and writes their table."""
-        declared: dict[str, tuple[Any, Any]] = {}  # file -> size and id that the first entries say
+        sizes: dict[str, list[Any]] = {}  # file -> the different sizes that its entries say, in their order
+        ids: dict[str, Any] = {}
         for entry in self._entries():
             self.num_total += entry.num_phrases if isinstance(entry, SourceFault) else max(1, len(entry.phrases))
             if isinstance(entry, SourceEntry) and is_text(entry.image):
-                size_hw, image_id = declared.get(entry.image, (None, None))
-                declared[entry.image] = (
-                    _declared_size(entry) if size_hw is None else size_hw,
-                    entry.image_id if image_id is None else image_id,
-                )
+                size_hw, said = _declared_size(entry), sizes.setdefault(entry.image, [])
+                said += [size_hw] if size_hw is not None and size_hw not in said else []
+                if entry.image_id is not None:
+                    ids.setdefault(entry.image, entry.image_id)
         rows: list[dict[str, Any]] = []
         of_id: dict[str, str] = {}
-        facts = self._facts(list(declared))
-        for name, (size_hw, given_id) in declared.items():
+        facts = self._facts(list(sizes))
+        for name, said in sizes.items():
             found = facts[name]
-            row = _image_row(name, found, size_hw, given_id) if isinstance(found, PictureFacts) else ("image", found)
+            row = _image_row(name, found, said, ids.get(name)) if isinstance(found, PictureFacts) else ("image", found)
             if isinstance(row, dict):
                 same = of_id.setdefault(row["image_id"], row["sha256"])
                 if same != row["sha256"]:
-                    row = ("reference", f"image_id {row['image_id']!r} is given to two pictures; {name} is the second")
+                    row = (
+                        "reference",
+                        f"expected each image_id to be one picture, got {row['image_id']!r} for {name} and another",
+                    )
             if isinstance(row, dict):
                 self.images[name] = (len(rows), row["height"], row["width"])
                 rows.append(row)
@@ -363,7 +366,7 @@ class _Preparation:
         kept = []
         for phrase in entry.phrases:
             if str(phrase.id) in ids:
-                message = f"phrase id {phrase.id} occurs again in {entry.split}"
+                message = f"expected each phrase id once in {entry.split}, got {phrase.id} again"
                 self._fault(Fault(order, entry.where, entry.split, "duplicate id", message))
             else:
                 ids.add(str(phrase.id))
@@ -391,22 +394,20 @@ class _Preparation:
         )
 
 
-def _image_row(name: str, facts: PictureFacts, size_hw: Any, given_id: Any) -> dict[str, Any] | tuple[FaultReason, str]:
-    """A row of the pictures' table, or what is wrong."""
+def _image_row(
+    name: str, facts: PictureFacts, sizes_hw: Sequence[Any], given_id: Any
+) -> dict[str, Any] | tuple[FaultReason, str]:
+    """A row of the pictures' table, or what is wrong; ``sizes_hw`` are those that the picture's entries say."""
     if given_id is not None and (
         isinstance(given_id, bool) or not isinstance(given_id, (int, str)) or not str(given_id)
     ):
         return "structure", f"expected image_id to be a text or number, got {given_id!r}"
-    if size_hw is None and facts.is_sideways and facts.height != facts.width:
+    size = next((size_hw for size_hw in sizes_hw if facts.fits(size_hw)), (facts.height, facts.width))
+    if not sizes_hw and facts.is_sideways and facts.height != facts.width:
         return "size", (
-            f"picture {name}: EXIF turns it by 90 degrees, and nothing says for which orientation the masks were drawn. Give "
-            f"width and height: {facts.width} x {facts.height} px as stored, {facts.height} x {facts.width} px as shown"
-        )
-    size = (facts.height, facts.width) if size_hw is None else tuple(size_hw)
-    if not facts.fits(size):
-        return "size", (
-            f"picture {name}: expected {size[1]} x {size[0]} px, for which its masks were drawn, got {facts.width} x "
-            f"{facts.height} px. Use the original picture, not a resized one"
+            f"picture {name}: expected width and height, for EXIF turns it by 90 degrees and nothing says for which orientation "
+            f"the masks were drawn: {facts.width} x {facts.height} px as stored, {facts.height} x {facts.width} px as shown; "
+            "got neither"
         )
     stem = Path(name).stem
     named = (

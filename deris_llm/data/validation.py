@@ -127,12 +127,12 @@ def _rows(
     size_hw = (located.height, located.width)
     if entry.size_hw is not None and tuple(entry.size_hw) != size_hw:
         height, width = entry.size_hw
-        said = f"expected height and width of {entry.image}, {size_hw[0]} and {size_hw[1]} px, got {height!r} and {width!r}"
+        said = f"expected masks drawn for {entry.image}, {size_hw[1]} x {size_hw[0]} px, got {width!r} x {height!r} px"
         return [], [bad("size", said, whole)]
     if entry.category is not None and not is_text(entry.category):
         return [], [bad("structure", f"expected the category's name, got {describe(entry.category)}", whole)]
     if entry.is_no_target and entry.instances:
-        return [], [bad("target", f"says that there is no target, and has {len(entry.instances)} masks", whole)]
+        return [], [bad("target", f"expected no mask where there is no target, got {len(entry.instances)}", whole)]
     if not entry.is_no_target and not entry.instances:
         ask = "expected a mask, or the word that there is no target (no_target: true), got neither"
         return [], [bad("target", ask, whole)]

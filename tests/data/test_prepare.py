@@ -17,7 +17,7 @@ from deris_llm.data.cli import FORMAT_NAMES, add_data_commands
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.prepared import PreparedSplit
-from deris_llm.data.readers import FORMATS
+from deris_llm.data.readers.registry import FORMATS
 from deris_llm.data.sources import (
     check_split,
     count_refs,

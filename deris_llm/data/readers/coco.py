@@ -75,10 +75,10 @@ class CocoReader:
             if annotation.get("iscrowd"):
                 continue
             if annotation["image_id"] not in images:
-                message = f"belongs to image {annotation['image_id']}, which is not among `images`"
+                message = f"expected image_id among `images`, got {annotation['image_id']}"
                 yield SourceFault(where, split, "reference", message)
             elif self._caption not in annotation and _category(annotation) not in names:
-                message = f"has category_id {annotation.get('category_id')!r}, which is not among `categories`"
+                message = f"expected category_id among `categories`, got {annotation.get('category_id')!r}"
                 yield SourceFault(where, split, "reference", message)
             else:
                 by_image.setdefault(annotation["image_id"], []).append(annotation)

@@ -50,13 +50,15 @@ class ReferReader:
             return fault(wrong)
         image = loaded.images.get(ref["image_id"])
         if image is None:
-            return fault(f"image_id {ref['image_id']} is not among the images of {self.files[1]}")
+            return fault(f"expected image_id among the images of {self.files[1].name}, got {ref['image_id']}")
         for annotation_id in ids:
             found = loaded.annotations.get(annotation_id)
             if found is None:
-                return fault(f"ann_id {annotation_id} is not among the annotations of {self.files[1]}")
+                return fault(f"expected ann_id among the annotations of {self.files[1].name}, got {annotation_id}")
             if found[0] != ref["image_id"]:
-                return fault(f"ann_id {annotation_id} belongs to image {found[0]}, the ref to image {ref['image_id']}")
+                return fault(
+                    f"expected an annotation of image {ref['image_id']}, got ann_id {annotation_id} of image {found[0]}"
+                )
         category, num_same_class = refer.classes_of(loaded, ref["image_id"], ids)
         return SourceEntry(
             where=where,

@@ -129,10 +129,10 @@ class SeqtrReader:
         found: list[SourceInstance] = []
         for annotation_id, mask in masks:
             if mask is None and self._instances is None:
-                return f"annotation {annotation_id} has no mask here; name COCO's file with --mapping instances=PATH"
+                return f"expected a mask, got annotation {annotation_id} without; name COCO's file with --mapping instances=PATH"
             if mask is None and self._instances is not None:
                 if annotation_id not in self._instances:
-                    return f"annotation {annotation_id} is not in the file named by --mapping instances=PATH"
+                    return f"expected an annotation of the file that --mapping instances names, got {annotation_id}"
                 mask = self._instances[annotation_id]
             found.append(SourceInstance(mask, annotation_id))
         return found

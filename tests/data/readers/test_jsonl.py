@@ -1,0 +1,270 @@
+"""A user's own JSONL: every form of a mask, and every way to get it wrong."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deris_llm.data.errors import DataError
+from deris_llm.data.masks import decode_segmentation, encode_mask
+from deris_llm.data.sources import is_generalised, read_split, split_names
+
+SQUARE = [[4, 5, 16, 5, 16, 25, 4, 25]]
+OTHER = [[24, 5, 36, 5, 36, 25, 24, 25]]
+
+
+def _masks(record: Any) -> list[np.ndarray]:
+    return [decode_segmentation(i.segmentation, record.height, record.width) for i in record.instances]
+
+
+def test_every_form_of_a_mask(world: Any) -> None:
+    folder = world.pictures("a.png")
+    square, other = (decode_segmentation(polygons, 30, 40) for polygons in (SQUARE, OTHER))
+    Image.fromarray(square.astype(np.uint8) * 255).save(folder / "square.png")
+    counts = {
+        "size": [30, 40],
+        "counts": [int(n) for n in np.diff(np.flatnonzero(np.diff(square.T.ravel(), prepend=2)))],
+    }
+    counts["counts"].append(1200 - sum(counts["counts"]))
+    lines = [
+        {"image": "a.png", "phrase": "p", "polygons": SQUARE},
+        {"image": "a.png", "phrase": "p", "rle": encode_mask(square)},
+        {"image": "a.png", "phrase": "p", "rle": counts},
+        {"image": "a.png", "phrase": "p", "png": "square.png"},
+        {"image": "a.png", "phrase": "p", "masks": [SQUARE]},
+        {"image": "a.png", "phrase": "p", "masks": ["square.png"]},
+        {"image": "a.png", "phrase": "p", "masks": [OTHER, "square.png"]},
+        {"image": "a.png", "phrase": "p", "no_target": True},
+    ]
+    made = world.prepare(world.lines(*lines))
+    records = read_split(world.root, "mine/train")
+    for record in records[:6]:
+        assert all(map(np.array_equal, _masks(record), [square]))
+    assert all(map(np.array_equal, _masks(records[6]), [other, square]))
+    assert records[7].is_no_target
+    assert is_generalised(world.root, "mine")
+    assert made.manifest["splits"]["train"]["num_no_target"] == 1
+    assert any(file["file"] == "square.png" for file in made.manifest["source"]["files"])
+
+
+def test_ids_splits_and_names_of_fields(world: Any) -> None:
+    world.pictures("a.png", "b/c.png")
+    world.lines(
+        {"photo": "a.png", "captions": ["one", "two"], "raw": ["One.", "Two."], "polygons": SQUARE, "id": "x"},
+        "",
+        {"photo": "b/c.png", "captions": ["three"], "polygons": SQUARE, "split": "val", "category": "cat"},
+        file="train.jsonl",
+    )
+    world.lines({"photo": "a.png", "captions": ["four"], "polygons": SQUARE, "image_id": "shared-1"}, file="dev.jsonl")
+    world.prepare(world.folder, mapping={"image": "photo", "phrases": "captions"})
+    assert split_names(world.root, "mine") == ("train", "val", "dev")
+    assert [r.phrase_id for r in read_split(world.root, "mine/train")] == ["mine/train/x-0", "mine/train/x-1"]
+    assert read_split(world.root, "mine/train", phrase_field="raw")[1].phrase == "Two."
+    (record,) = read_split(world.root, "mine/val")
+    assert (record.phrase_id, record.category) == ("mine/val/3", "cat")
+    assert read_split(world.root, "mine/dev")[0].image_id == "shared-1"
+
+
+def test_a_byte_order_mark_at_the_beginning_is_skipped(world: Any) -> None:
+    world.pictures("a.png")
+    line = json.dumps({"image": "a.png", "phrase": "à la carte", "polygons": SQUARE}, ensure_ascii=False)
+    world.prepare(world.lines(b"\xef\xbb\xbf" + line.encode()))
+    assert read_split(world.root, "mine/train")[0].phrase == "à la carte"
+
+
+GOOD = {"image": "a.png", "phrase": "a thing", "polygons": SQUARE}
+
+BROKEN = {
+    "no JSON": (b'{"image": "a.png"', "expected an object of JSON in UTF-8, got JSONDecodeError"),
+    "not UTF-8": (b'{"image": "a.png", "phrase": "caf\xe9"}', "in UTF-8, got UnicodeDecodeError"),
+    "BOM inside": (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "got JSONDecodeError: Unexpected UTF-8 BOM"),
+    "a list": ([1, 2], "expected an object {...}, got a list of 2, first int '1'"),
+    "a number": (7, "expected an object {...}, got int '7'"),
+    "deep": ("[" * 100_000, "expected an object of JSON in UTF-8, got RecursionError"),
+    "no phrase": (
+        {"image": "a.png", "polygons": SQUARE},
+        "expected `phrase` or `phrases`, got a dict with image, polygons",
+    ),
+    "both": (
+        {**GOOD, "phrases": ["x"]},
+        "expected `phrase` or `phrases`, got a dict with image, phrase, polygons, phrases",
+    ),
+    "phrases no list": (
+        {"image": "a.png", "phrases": "x", "polygons": SQUARE},
+        "`phrases` to be a list of texts, got str 'x'",
+    ),
+    "no phrases": (
+        {"image": "a.png", "phrases": [], "polygons": SQUARE},
+        "`phrases` to be a list of texts, got list '[]'",
+    ),
+    "raw too short": (
+        {"image": "a.png", "phrases": ["x", "y"], "raw": ["X"], "polygons": SQUARE},
+        "expected `raw` to be as many texts as `phrases`, 2, got a list of 1",
+    ),
+    "empty phrase": ({**GOOD, "phrase": " \t"}, "expected a phrase 2 of some words, got str ' \\t'"),
+    "phrase a number": ({**GOOD, "phrase": 5}, "expected a phrase 2 of some words, got int '5'"),
+    "half a character": (
+        '{"image": "a.png", "phrase": "\\ud800", "polygons": [[4,5,16,5,16,25]]}',
+        "expected a phrase 2",
+    ),
+    "two masks": ({**GOOD, "png": "m.png"}, "expected one of masks, polygons, rle, png, got polygons and png"),
+    "no mask": ({"image": "a.png", "phrase": "x"}, "expected a mask, or the word that there is no target"),
+    "masks empty": (
+        {"image": "a.png", "phrase": "x", "masks": []},
+        "expected a mask, or the word that there is no target",
+    ),
+    "masks no list": (
+        {"image": "a.png", "phrase": "x", "masks": {}},
+        "expected `masks` to be a list of objects' masks",
+    ),
+    "mask and no target": ({**GOOD, "no_target": True}, "expected no mask where there is no target, got 1"),
+    "no_target a text": ({**GOOD, "no_target": "no"}, "expected `no_target` to be true or false, got 'no'"),
+    "two points": ({**GOOD, "polygons": [[1, 2, 3, 4]]}, "none of its polygons has three points"),
+    "odd": ({**GOOD, "polygons": [[1, 2, 3, 4, 5, 6, 7]]}, "as an even count of numbers in a polygon, got 7"),
+    "NaN": ('{"image": "a.png", "phrase": "x", "polygons": [[1, 2, NaN, 4, 5, 6]]}', "expected polygons [x0, y0"),
+    "huge": ({**GOOD, "polygons": [[1, 2, 10**400, 4, 5, 6]]}, "expected polygons [x0, y0"),
+    "far": ({**GOOD, "polygons": [[1, 2, 1e9, 4, 5, 6]]}, "expected polygons [x0, y0"),
+    "outside": ({**GOOD, "polygons": [[100, 100, 200, 100, 200, 200]]}, "lie outside the image (40 x 30 px)"),
+    "texts": ({**GOOD, "polygons": [["1", "2", "3", "4", "5", "6"]]}, "got a list of 6, first str '1'"),
+    "RLE of another size": (
+        {"image": "a.png", "phrase": "x", "rle": {"size": [3, 4], "counts": [12]}},
+        "expected an RLE of the picture's size [h, w] = [30, 40], got [3, 4]",
+    ),
+    "RLE too short": (
+        {"image": "a.png", "phrase": "x", "rle": {"size": [30, 40], "counts": [3, 4]}},
+        "expected RLE counts that sum to 30 x 40 = 1200 pixels, got [3, 4]",
+    ),
+    "RLE no text": (
+        {"image": "a.png", "phrase": "x", "rle": {"size": [30, 40], "counts": "~~~"}},
+        "expected a compressed RLE of 30 x 40 = 1200 pixels, got one of no valid form",
+    ),
+    "RLE nothing": (
+        {"image": "a.png", "phrase": "x", "rle": {"size": [30, 40], "counts": [1200]}},
+        "its RLE mask is empty",
+    ),
+    "RLE without size": ({"image": "a.png", "phrase": "x", "rle": {"counts": [1200]}}, "expected polygons"),
+    "png absent": (
+        {"image": "a.png", "phrase": "x", "png": "m.png"},
+        "mask m.png: expected a picture, got FileNotFoundError",
+    ),
+    "png a folder": (
+        {"image": "a.png", "phrase": "x", "png": "folder"},
+        "mask folder: expected a picture, got IsADirectory",
+    ),
+    "png in colours": (
+        {"image": "a.png", "phrase": "x", "png": "a.png"},
+        "expected one channel, above 0 = inside, got mode RGB",
+    ),
+    "png small": (
+        {"image": "a.png", "phrase": "x", "png": "small.png"},
+        "mask small.png: expected 40 x 30 px, got 4 x 3 px",
+    ),
+    "png black": (
+        {"image": "a.png", "phrase": "x", "png": "black.png"},
+        "mask black.png: expected some pixels above 0, got none",
+    ),
+    "png outside": ({"image": "a.png", "phrase": "x", "png": "../m.png"}, "mask: expected a name relative to"),
+    "the same mask twice": ({"image": "a.png", "phrase": "x", "masks": [SQUARE, SQUARE]}, "expected each object once"),
+    "no picture": ({"phrase": "x", "polygons": SQUARE}, "expected the name of a picture, got None"),
+    "picture absent": ({**GOOD, "image": "b.png"}, "expected a picture, got no file"),
+    "picture a folder": ({**GOOD, "image": "folder"}, "expected a picture, got a folder"),
+    "picture empty": ({**GOOD, "image": "empty.png"}, "expected a picture, got a file of 0 bytes"),
+    "picture a text": ({**GOOD, "image": "text.png"}, "expected a picture, got UnidentifiedImageError"),
+    "picture cut off": ({**GOOD, "image": "cut.jpg"}, "expected a whole picture, got OSError: image file is truncated"),
+    "parent": ({**GOOD, "image": "../../etc/passwd"}, "that stays inside it, got '../../etc/passwd'"),
+    "parent inside": ({**GOOD, "image": "folder/../../a.png"}, "that stays inside it, got 'folder/../../a.png'"),
+    "absolute": ({**GOOD, "image": "/etc/passwd"}, "that stays inside it, got '/etc/passwd'"),
+    "home": ({**GOOD, "image": "~/a.png"}, "that stays inside it, got '~/a.png'"),
+    "drive": ({**GOOD, "image": "C:/a.png"}, "with / between folders, got 'C:/a.png'"),
+    "backslash": ({**GOOD, "image": "..\\a.png"}, "with / between folders, got"),
+    "NUL": ({**GOOD, "image": "a.png\0.jpg"}, "with / between folders, got 'a.png\\x00.jpg'"),
+    "link": ({**GOOD, "image": "link.png"}, "got 'link.png', a link to"),
+    "a number as a name": ({**GOOD, "image": 12}, "expected the name of a picture, got 12"),
+    "size differs": (
+        {**GOOD, "width": 41, "height": 30},
+        "expected masks drawn for a.png, 40 x 30 px, got 41 x 30 px",
+    ),
+    "half a size": ({**GOOD, "width": 40}, "expected masks drawn for a.png, 40 x 30 px, got 40 x None px"),
+    "sizes texts": (
+        {**GOOD, "width": "40", "height": "30"},
+        "expected masks drawn for a.png, 40 x 30 px, got '40' x '30' px",
+    ),
+    "duplicate id": ({**GOOD, "id": 1}, "expected each phrase id once in train, got 1 again"),
+    "id a list": ({**GOOD, "id": [1]}, "expected a phrase id, a text or number, got a list of 1"),
+    "split a path": ({**GOOD, "split": "../val"}, "expected the name of a split, letters and digits, got '../val'"),
+    "split a number": ({**GOOD, "split": 3}, "expected the name of a split, letters and digits, got 3"),
+    "category a number": ({**GOOD, "category": 3}, "expected the category's name, got int '3'"),
+    "image_id a list": (
+        {**GOOD, "image": "b/b.png", "image_id": [3]},
+        "expected image_id to be a text or number, got [3]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_lines(world: Any, case: str) -> None:
+    line, expected = BROKEN[case]
+    folder = world.pictures("a.png", "cut.jpg", "b/b.png")
+    (folder / "folder").mkdir()
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("no picture")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-300])
+    Image.new("L", (4, 3), 1).save(folder / "small.png")
+    Image.new("L", (40, 30)).save(folder / "black.png")
+    Image.new("RGB", (40, 30)).save(folder.parent / "outside.png")
+    os.symlink(folder.parent / "outside.png", folder / "link.png")
+    source = world.lines(GOOD, line if isinstance(line, (str, bytes)) else json.dumps(line))
+    with pytest.raises(DataError) as caught:
+        world.prepare(source)
+    message = str(caught.value)
+    assert message.startswith(f"{source}: ")
+    assert "\n  - train.jsonl line 2: " in message
+    assert expected in message, message
+    assert "Repair or remove these records" in message
+    assert world.is_untouched()
+    world.prepare(source, skip_bad=True)  # the good ones are used, the others counted
+    manifest = json.loads((world.root / "mine/manifest.json").read_text())
+    kept = manifest["splits"]["train"]
+    assert kept["num_phrases"] == 1
+    assert [r.phrase for r in read_split(world.root, "mine/train")] == ["a thing"]
+
+
+def test_a_mask_of_another_size_than_its_picture(world: Any) -> None:
+    world.pictures("a.png")
+    rle = {"size": [30, 41], "counts": [1000, 230]}
+    with pytest.raises(DataError, match="line 2: .*expected an RLE of the picture's size"):
+        world.prepare(
+            world.lines({**GOOD, "width": 40, "height": 30}, {"image": "a.png", "phrase": "y", "masks": [rle]})
+        )
+
+
+def test_two_pictures_of_one_id(world: Any) -> None:
+    world.pictures("a.png", "b.png")
+    source = world.lines({**GOOD, "image_id": 1}, {**GOOD, "image": "b.png", "image_id": 1})
+    with pytest.raises(DataError, match="expected each image_id to be one picture, got '1' for b.png and another"):
+        world.prepare(source)
+
+
+def test_unusable_sources(world: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"expected a \.jsonl file, or a folder of them, got nothing at this path\. Check"
+    ):
+        world.prepare(tmp_path / "nowhere.jsonl")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"expected \*\.jsonl files in this folder, got none\. Check the path"):
+        world.prepare(tmp_path / "empty")
+    (tmp_path / "train.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"expected phrases, got none\. Check the file"):
+        world.prepare(tmp_path / "train.jsonl")
+    world.pictures("a.png")
+    with pytest.raises(DataError, match=r"--mapping foto=\.\.\.: expected one of image, phrase"):
+        world.prepare(world.lines(GOOD), mapping={"foto": "image"})
+    with pytest.raises(
+        DataError, match=r"expected a folder, got nothing there\. Name the folder of the pictures with --images"
+    ):
+        world.prepare(world.lines(GOOD), images=tmp_path / "no")
+    assert world.is_untouched()
