@@ -34,6 +34,7 @@ from deris_llm.training.checkpoints import (
     checkpoint_fingerprint,
     find_checkpoint,
     load_checkpoint,
+    with_files_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class DerisPipeline:
         return cls(
             calibrated_config(folder, config, settings),
             for_cpu_inference(model),
-            build_processor(config, allow_module=allow_module),
+            build_processor(with_files_of(folder, config), allow_module=allow_module),
             fingerprint=checkpoint_fingerprint(folder),
             threshold_source=threshold_source(folder, config, settings),
         )

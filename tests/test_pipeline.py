@@ -242,7 +242,7 @@ def test_folders_that_are_no_checkpoints(run, tmp_path):
         (tmp_path / "nowhere", "there is no such folder"),
         (tmp_path / "other", r"expected a checkpoint folder with config\.yaml.*got no .*there is weights\.bin"),
         (tmp_path / "other" / "weights.bin", "there is only a file of that name"),
-        (tmp_path / "half", r"got no base_weights\.json in it: there is config\.yaml, metrics\.json, trainable"),
+        (tmp_path / "half", r"got no base_weights\.json in it: there is config\.yaml, metrics\.json, protocol\.json, trainable"),
     ):
         with pytest.raises(CheckpointError, match=said):
             DerisPipeline.from_pretrained(folder)

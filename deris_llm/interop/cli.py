@@ -1,4 +1,4 @@
-"""``deris-llm convert mask2former | beit3 | deris | merge``."""
+"""``deris-llm convert mask2former | beit3 | deris | merge | export``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ MERGE_EXAMPLE = """\
 example: one file that holds all of a fine-tuned model
   deris-llm convert merge runs/deris-7b-refcoco --out weights/mine --dtype bf16
   deris-llm predict --checkpoint weights/mine --image street.jpg --phrase "the red car"
+"""
+EXPORT_EXAMPLE = """\
+example: evaluate, then publish with the numbers
+  deris-llm eval --checkpoint runs/deris-7b-refcoco/best --output runs/eval/mine
+  deris-llm convert export runs/deris-7b-refcoco --out hub/mine --merge --dtype bf16 --report runs/eval/mine \\
+      --repo-name me/deris-7b-refcoco
 """
 
 
@@ -66,6 +72,22 @@ def add_convert_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="of the written weights (default fp32); bf16 is half of it",
     )
     merge.set_defaults(run=run_merge)
+
+    export = subparsers.add_parser(
+        "export",
+        help="a checkpoint as a folder to publish, with a model card",
+        description="Writes weights, config, processor and a model card; nothing in them names a folder of this machine.",
+        epilog=EXPORT_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_checkpoint_options(export)
+    export.add_argument(
+        "--merge", action="store_true", help="with LoRA in full weights, so that no base weights are needed"
+    )
+    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of merged weights (default fp32)")
+    export.add_argument("--repo-name", metavar="OWNER/NAME", help="what it will be called, for the card")
+    export.add_argument("--report", type=Path, metavar="DIR", help="of `deris-llm eval` on it: numbers for the card")
+    export.set_defaults(run=run_export)
 
 
 def run_mask2former(arguments: argparse.Namespace) -> int:
@@ -125,6 +147,37 @@ def run_merge(arguments: argparse.Namespace) -> int:
     console.print(
         f"written to {arguments.out}: needs no base weights; `eval`, `predict` and training.start_from read it"
     )
+    return 0
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    """Exports, and says what is left to do."""
+    from rich.console import Console
+
+    from deris_llm.export import CARD_FILE, export_checkpoint
+
+    if arguments.dtype != "fp32" and not arguments.merge:
+        raise ValueError(f"--dtype {arguments.dtype} cannot take effect without --merge: remove it, or give --merge.")
+    done = export_checkpoint(
+        arguments.checkpoint,
+        arguments.out,
+        merge=arguments.merge,
+        dtype=arguments.dtype,
+        repo_name=arguments.repo_name,
+        report=arguments.report,
+    )
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(f"written to {arguments.out}: made of {done.source}, fingerprint {done.fingerprint}")
+    if done.merge is not None:
+        console.print(f"{done.merge.num_linears} linears with LoRA merged, which moved {done.merge.by_merging}")
+        if done.merge.by_rounding is not None:
+            console.print(f"rounding to bf16 moved {done.merge.by_rounding}")
+    if done.local_weights:
+        console.print(
+            f"WARNING: readers need {' and '.join(done.local_weights)}, which has no name on the hub: they must give its folder "
+            "with --set cognition.weights=... perception.weights=...; with --merge they would not"
+        )
+    console.print(f"read {CARD_FILE} and choose a license, then: hf upload OWNER/NAME {arguments.out}")
     return 0
 
 

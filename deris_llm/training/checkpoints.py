@@ -724,7 +724,12 @@ def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = load_config(folder / CONFIG_FILE, overrides)
     base = folder if is_full(folder) else recorded_base_checkpoint(folder)
     if base is None:
-        return config
+        own = (
+            folder / PROCESSOR_FOLDER / "cognition" / TOKENIZER_FILE
+        )  # of an exported run: its processor alone is used
+        has_own = own.is_file() and not config.cognition.tokenizer
+        cognition = dataclasses.replace(config.cognition, tokenizer=str(own)) if has_own else config.cognition
+        return dataclasses.replace(config, cognition=cognition)
     given = {text.partition("=")[0].strip() for text in overrides}
     return with_files_of(base, config, wins=base == folder, given=given)
 
