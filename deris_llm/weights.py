@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ def load_pretrained(
 def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:
     try:
         return cls.from_pretrained(resolve_weights(name), **options)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(
             f"weights {name!r}: expected a complete local folder or a Hugging Face id that can be reached, got: "
             f"{error}; check the name, the network (or `hf auth login`), or download the folder and give its path."
