@@ -24,6 +24,7 @@ from torch import nn
 
 from deris_llm.cognition import CognitionProcessor, build_processor
 from deris_llm.config import RunConfig
+from deris_llm.data.pictures import rgb_picture
 from deris_llm.data.transforms import load_image, perception_pixels
 from deris_llm.evaluation.calibration import calibrated_config, threshold_source
 from deris_llm.inference import for_cpu_inference
@@ -249,7 +250,7 @@ def as_picture(image: Picture) -> Image.Image:
     if isinstance(image, (str, Path)):
         return load_image(image)
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return rgb_picture(image)
     if not isinstance(image, np.ndarray):
         raise ValueError(
             f"picture: expected a path, a PIL image or a numpy array, got {type(image).__name__}; convert it to one of these."

@@ -129,6 +129,17 @@ def test_a_file_a_picture_and_an_array_are_the_same(pipeline, picture, tmp_path)
         same(answer, answers[0])
 
 
+def test_a_picture_in_memory_is_read_as_its_file_is(tmp_path):
+    grey = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    clear = np.zeros((64, 64, 4), dtype=np.uint8)
+    for number, image in enumerate((Image.fromarray(grey), Image.fromarray(clear), Image.fromarray(clear[..., 0]))):
+        image.save(tmp_path / f"{number}.png")
+        np.testing.assert_array_equal(np.asarray(as_picture(image)), np.asarray(as_picture(tmp_path / f"{number}.png")))
+    assert np.asarray(as_picture(Image.fromarray(clear))).min() == 255  # what is transparent lies on white
+    with pytest.raises(ValueError, match="got floating-point numbers"):
+        as_picture(Image.fromarray(np.zeros((4, 4), dtype=np.float32)))
+
+
 def test_the_best_of_a_run_or_its_newest(run, tmp_path):
     assert find_checkpoint(run) == run / "best"
     assert find_checkpoint(run / "checkpoint-2") == run / "checkpoint-2"
@@ -242,7 +253,10 @@ def test_folders_that_are_no_checkpoints(run, tmp_path):
         (tmp_path / "nowhere", "there is no such folder"),
         (tmp_path / "other", r"expected a checkpoint folder with config\.yaml.*got no .*there is weights\.bin"),
         (tmp_path / "other" / "weights.bin", "there is only a file of that name"),
-        (tmp_path / "half", r"got no base_weights\.json in it: there is config\.yaml, metrics\.json, protocol\.json, trainable"),
+        (
+            tmp_path / "half",
+            r"got no base_weights\.json in it: there is config\.yaml, metrics\.json, protocol\.json, trainable",
+        ),
     ):
         with pytest.raises(CheckpointError, match=said):
             DerisPipeline.from_pretrained(folder)

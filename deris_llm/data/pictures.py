@@ -114,7 +114,7 @@ def read_picture(path: str | Path, *, size_hw: tuple[int, int] | None = None) ->
         turned_hw = (file.width, file.height) if orientation in _SIDEWAYS else (file.height, file.width)
         is_stored = size_hw == (file.height, file.width) or (size_hw is not None and size_hw != turned_hw)
         image = file if orientation == 1 or is_stored else ImageOps.exif_transpose(file)
-        return _rgb(image, Path(path))
+        return rgb_picture(image)
 
 
 def _opened(path: Path) -> Image.Image:
@@ -144,7 +144,12 @@ def _load(file: Image.Image, path: Path) -> None:
         ) from error
 
 
-def _rgb(image: Image.Image, path: Path) -> Image.Image:
+def rgb_picture(image: Image.Image) -> Image.Image:
+    """A decoded picture of any mode in RGB, as the head of this file says.
+
+    Raises:
+        PictureError: its values have no range, or its mode no colours.
+    """
     if image.mode.startswith("I"):  # 16 bit; Pillow's own conversion cuts off at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
