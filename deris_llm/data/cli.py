@@ -138,12 +138,13 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         )
     name, lines = arguments.out.name, []
     for split, found in made.manifest["splits"].items():
-        skipped = ", ".join(f"{count:,} {reason}" for reason, count in found["skipped"].items())
         lines.append(
             f"{name}/{split}: {found['num_phrases']:,} phrases ({found['num_no_target']:,} without a target) of "
             f"{found['num_refs']:,} entries, {found['num_images']:,} pictures"
-            + (f"; left out: {skipped}" if skipped else "")
         )
+    for split, counts in made.manifest["skipped"].items():
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+        lines.append(f"{name}/{split}: {sum(counts.values()):,} phrases left out ({reasons})")
     if made.was_there:
         lines.append(f"{arguments.out} was made of this source before; nothing was written")
     sys.stdout.write("\n".join(lines) + "\n")

@@ -221,6 +221,7 @@ class _Preparation:
             "image_folder": os.path.relpath(folder, root) if folder.is_relative_to(root) else str(folder),
             "images": image_file,
             "splits": {split: splits[split] for split in refer.in_known_order(splits)},
+            "skipped": {split: dict(counts) for split, counts in self.num_bad.items() if counts},
             "source": self.source,
         }
 
@@ -283,7 +284,7 @@ class _Preparation:
         for split, number, num_phrases, result in _in_order(self._shards(key), 2 * self.options.workers):
             found = results.setdefault(
                 split,
-                {"num_refs": 0, "num_phrases": 0, "num_images": 0, "num_no_target": 0, "skipped": {}, "shards": []}
+                {"num_refs": 0, "num_phrases": 0, "num_images": 0, "num_no_target": 0, "shards": []}
                 | {"is_generalised": False},
             )
             path = self.arrow / _shard_name(split, number)
@@ -312,8 +313,7 @@ class _Preparation:
                 )
             done += num_phrases
             self.on_progress("phrases", done, self.num_total)
-        for split, found in results.items():
-            found["skipped"] = dict(self.num_bad.get(split, {}))
+        for found in results.values():
             found["num_images"] = len(_images_of(self.arrow, found["shards"]))
         self.on_progress("phrases", self.num_total, self.num_total)
         return results

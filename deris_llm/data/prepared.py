@@ -54,7 +54,7 @@ class Manifest:
 
     @property
     def splits(self) -> Mapping[str, Mapping[str, Any]]:
-        """Split -> num_refs, num_phrases, num_images, num_no_target, skipped, shards."""
+        """Split -> num_refs, num_phrases, num_images, num_no_target, shards."""
         return self.content["splits"]
 
     @property

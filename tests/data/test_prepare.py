@@ -189,7 +189,7 @@ def test_skipping_counts_by_reason(world: Any) -> None:
     ]
     source.write_text("\n".join([*source.read_text().splitlines(), *map(json.dumps, extra)]))
     made = world.prepare(source, skip_bad=True)
-    assert made.manifest["splits"]["train"]["skipped"] == {"phrase": 2, "mask": 2, "image": 1, "duplicate id": 1}
+    assert made.manifest["skipped"]["train"] == {"phrase": 2, "mask": 2, "image": 1, "duplicate id": 1}
     assert [record.phrase for record in read_split(world.root, "mine/train")][-2:] == ["one", "two"]
 
 

@@ -176,7 +176,7 @@ def _mask(field: str, value: Any) -> Any:
             array = np.asarray(value)
         except ValueError:  # rows of different lengths: polygons
             return value
-        if array.ndim == 2 and array.dtype.kind in "biu" and array.size:
+        if array.ndim == 2 and array.size and np.isin(array, (0, 1, 255)).all():  # no coordinates
             return encode_mask(array > 0)
     return value
 

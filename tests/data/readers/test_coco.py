@@ -1,0 +1,156 @@
+"""COCO-style folders: the category is the phrase, all its instances are meant; and what is wrong with others."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deris_llm.data.errors import DataError
+from deris_llm.data.sources import is_generalised, read_split, split_names
+
+SQUARE = [[4, 5, 16, 5, 16, 25, 4, 25]]
+OTHER = [[24, 5, 36, 5, 36, 25, 24, 25]]
+
+
+@pytest.fixture
+def coco(world: Any) -> dict[str, Any]:
+    """Two dogs and a cat in one picture, nothing in the other."""
+    world.pictures("a.png", "b.png", folder=world.folder / "images")
+    return {
+        "images": [{"id": i, "file_name": f"{'ab'[i]}.png", "width": 40, "height": 30} for i in (0, 1)],
+        "annotations": [
+            {"id": 1, "image_id": 0, "category_id": 3, "segmentation": SQUARE, "iscrowd": 0},
+            {"id": 2, "image_id": 0, "category_id": 3, "segmentation": OTHER, "iscrowd": 0},
+            {"id": 3, "image_id": 0, "category_id": 4, "segmentation": OTHER, "iscrowd": 0},
+            {
+                "id": 4,
+                "image_id": 1,
+                "category_id": 4,
+                "segmentation": {"size": [30, 40], "counts": [0, 1200]},
+                "iscrowd": 1,
+            },
+        ],
+        "categories": [{"id": 3, "name": "dog"}, {"id": 4, "name": "cat"}],
+    }
+
+
+def _write(world: Any, content: Any, name: str = "instances_train.json") -> Path:
+    (world.folder / name).write_text(json.dumps(content))
+    return world.folder / name
+
+
+def test_categories_are_phrases(world: Any, coco: Any) -> None:
+    _write(world, coco)
+    _write(world, coco, "instances_val.json")
+    world.prepare(world.folder, format="coco")
+    assert split_names(world.root, "mine") == ("train", "val")
+    dogs, cat = read_split(world.root, "mine/train")  # crowds are nobody's object
+    assert (dogs.phrase_id, dogs.phrase, [i.annotation_id for i in dogs.instances]) == ("mine/train/0-3", "dog", [1, 2])
+    assert (cat.phrase, cat.category, cat.num_same_class) == ("cat", "cat", 0)
+    assert is_generalised(world.root, "mine")
+    assert Path(cat.image_path) == world.folder / "images/a.png"
+
+
+def test_captions_are_phrases_of_one_object(world: Any, coco: Any) -> None:
+    coco["annotations"][0]["caption"] = "the left dog"
+    world.prepare(_write(world, coco), format="coco")
+    records = read_split(world.root, "mine/train")
+    assert [(r.phrase, [i.annotation_id for i in r.instances], r.num_same_class) for r in records] == [
+        ("the left dog", [1], 1),
+        ("dog", [1, 2], 0),
+        ("cat", [3], 0),
+    ]
+    coco["annotations"][0]["says"] = coco["annotations"][0].pop("caption")
+    world.prepare(_write(world, coco), "said", format="coco", mapping={"caption": "says"})
+    assert [r.phrase for r in read_split(world.root, "said/train")] == ["the left dog", "dog", "cat"]
+
+
+def _first(key: str, **changes: Any) -> Callable[[Any], Any]:
+    return lambda content: content[key][0].update(changes)
+
+
+RECORDS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "another picture's": (_first("annotations", image_id=9), "expected image_id among `images`, got 9"),
+    "no category": (_first("annotations", category_id=9), "expected category_id among `categories`, got 9"),
+    "a category of text": (_first("annotations", category_id="3"), "expected category_id among `categories`, got '3'"),
+    "a list as category": (_first("annotations", category_id=[3]), "expected category_id among `categories`, got [3]"),
+    "no polygons": (_first("annotations", segmentation=[]), "expected polygons or RLE, got list '[]'"),
+    "NaN": (_first("annotations", segmentation=[[1, 2, float("nan"), 4, 5, 6]]), "expected polygons [x0, y0"),
+    "two points": (_first("annotations", segmentation=[[1, 2, 3, 4]]), "none of its polygons has three points"),
+    "outside": (_first("annotations", segmentation=[[50, 50, 60, 50, 60, 60]]), "lie outside the image (40 x 30 px)"),
+    "bad RLE": (
+        _first("annotations", segmentation={"size": [30, 40], "counts": [5]}),
+        "expected RLE counts that sum to",
+    ),
+    "an RLE's size": (
+        _first("annotations", segmentation={"size": [3, 4], "counts": [0, 12]}),
+        "RLE of the picture's size",
+    ),
+    "the same id": (_first("annotations", id=2), "expected each object once, got one twice"),
+    "an empty caption": (_first("annotations", caption=""), "expected a phrase a1 of some words, got str ''"),
+    "a caption of numbers": (_first("annotations", caption=4), "expected a phrase a1 of some words, got int '4'"),
+    "a category without name": (_first("categories", name=" "), "expected the category's name, got str ' '"),
+    "another size": (_first("images", width=41), "expected masks drawn for a.png, 40 x 30 px, got 41 x 30 px"),
+    "an absent picture": (_first("images", file_name="c.png"), "expected a picture, got no file"),
+    "a path": (_first("images", file_name="../instances_train.json"), "that stays inside it"),
+    "no picture": (lambda content: content["images"][0].pop("file_name"), "expected the name of a picture, got None"),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_broken_records(world: Any, coco: Any, case: str) -> None:
+    spoil, expected = RECORDS[case]
+    spoil(coco)
+    source = _write(world, coco)
+    with pytest.raises(DataError) as caught:
+        world.prepare(source, format="coco")
+    message = str(caught.value)
+    assert message.startswith(f"{source}: ")
+    assert "\n  - train annotation " in message
+    assert expected in message, message
+    assert "Repair or remove these records" in message
+    assert world.is_untouched()
+
+
+FILES: dict[str, tuple[Any, str]] = {
+    "cut off": (b'{"images": [', "expected JSON in UTF-8, got JSONDecodeError"),
+    "not UTF-8": (b'"\xff"', "expected JSON in UTF-8, got UnicodeDecodeError"),
+    "a list": ([], "expected COCO instances with `images`, `annotations` and `categories`, got list '[]'"),
+    "no annotations": ({"images": []}, "got a dict with images"),
+    "annotations an object": ({"images": [], "annotations": {}}, "got annotations that are a dict with nothing"),
+    "ids of text": (
+        {"images": [{"id": "0", "width": 4, "height": 3}], "annotations": []},
+        "number 0 of images without whole",
+    ),
+    "sizes absent": (
+        {"images": [{"id": 0}], "annotations": []},
+        "number 0 of images without whole numbers id, width, height",
+    ),
+    "no segmentation": (
+        {"images": [], "annotations": [{"id": 0, "image_id": 0}]},
+        "number 0 of annotations without segmentation",
+    ),
+    "categories of text": (
+        {"images": [], "annotations": [], "categories": ["dog"]},
+        "got categories that are a list of 1",
+    ),
+    "categories unnamed": (
+        {"images": [], "annotations": [], "categories": [{"id": 1}]},
+        "categories without id, a number, or name",
+    ),
+    "nothing": ({"images": [], "annotations": []}, "expected phrases, got none. Check the file"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_broken_files(world: Any, coco: Any, case: str) -> None:
+    content, expected = FILES[case]
+    source = world.folder / "instances_train.json"
+    source.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(DataError) as caught:
+        world.prepare(source, format="coco")
+    assert str(source) in str(caught.value)
+    assert expected in str(caught.value), str(caught.value)
+    assert world.is_untouched()

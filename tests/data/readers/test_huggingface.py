@@ -1,0 +1,212 @@
+"""Hugging Face datasets: pictures inside or by path, every kind of mask column, and rows that are no good."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from deris_llm.data.errors import DataError
+from deris_llm.data.masks import decode_segmentation, encode_mask
+from deris_llm.data.sources import images_of_split, is_generalised, read_split, split_names
+
+SQUARE = [[4, 5, 16, 5, 16, 25, 4, 25]]
+MASK = decode_segmentation(SQUARE, 30, 40)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def _png(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _picture(seed: int) -> bytes:
+    return _png(np.random.default_rng(seed).integers(0, 255, (30, 40, 3), dtype=np.uint8))
+
+
+def _inside(content: bytes) -> dict[str, Any]:
+    return {"bytes": content, "path": None}
+
+
+def _save(world: Any, rows: list[dict[str, Any]], features: datasets.Features | None = None) -> Path:
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(world.folder / "set")
+    return world.folder / "set"
+
+
+def _same_mask(record: Any) -> bool:
+    return all(np.array_equal(decode_segmentation(i.segmentation, 30, 40), MASK) for i in record.instances)
+
+
+def test_pictures_inside(world: Any) -> None:
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "sentences": datasets.List({"raw": datasets.Value("string"), "sent": datasets.Value("string")}),
+            "mask": datasets.Image(),
+            "label": datasets.ClassLabel(names=["cat", "dog"]),
+        }
+    )
+    rows = [
+        {
+            "image": _inside(_picture(i // 2)),  # two rows of a picture
+            "sentences": [{"raw": f"The {k}-th.", "sent": f"the {k} th"} for k in range(i + 1)],
+            "mask": _inside(_png(MASK.astype(np.uint8) * 255)),
+            "label": i % 2,
+        }
+        for i in range(4)
+    ]
+    mapping = {"phrase": "sentences.sent", "raw": "sentences.raw", "category": "label"}
+    splits = datasets.DatasetDict(
+        train=datasets.Dataset.from_list(rows, features=features),
+        validation=datasets.Dataset.from_list(rows[:1], features=features),
+    )
+    splits.save_to_disk(world.folder / "set")
+    made = world.prepare(world.folder / "set", format="hf", mapping=mapping)
+    assert split_names(world.root, "mine") == ("train", "validation")
+    records = read_split(world.root, "mine/train")
+    assert [r.phrase_id.rpartition("/")[2] for r in records[:4]] == ["0", "1-0", "1-1", "2-0"]
+    assert {r.category for r in records} == {"cat", "dog"}
+    assert all(map(_same_mask, records))
+    assert len(images_of_split(world.root, "mine/train")) == 2
+    assert Path(records[0].image_path).read_bytes() == _picture(0)
+    assert Path(records[0].image_path).parent == world.root / "mine/pictures"
+    assert made.manifest["image_folder"] == "mine/pictures"
+    assert read_split(world.root, "mine/train", phrase_field="raw")[0].phrase == "The 0-th."
+    assert world.prepare(world.folder / "set", format="hf", mapping=mapping).was_there
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "number"),
+    [
+        ("mask", MASK.astype(int).tolist(), 1),
+        ("mask", encode_mask(MASK), 1),
+        ("rle", encode_mask(MASK), 1),
+        ("polygons", SQUARE, 1),
+        ("polygons", SQUARE[0], 1),
+        ("masks", [_inside(_png(MASK.astype(np.uint8)))], 1),
+        ("masks", [SQUARE, [[24, 5, 36, 5, 36, 25, 24, 25]]], 2),
+    ],
+)
+def test_kinds_of_masks_and_pictures_by_path(world: Any, field: str, value: Any, number: int) -> None:
+    world.pictures("a.png")
+    source = _save(world, [{"image": "a.png", "phrase": "x", field: value}])
+    world.prepare(source, format="hf", images=world.folder)
+    (record,) = read_split(world.root, "mine/train")
+    assert len(record.instances) == number
+    assert _same_mask(record) or number == 2
+    assert is_generalised(world.root, "mine") == (number == 2)
+
+
+def test_no_target_and_absolute_paths(world: Any) -> None:
+    world.pictures("a.png")
+    rows = [
+        {
+            "image": str((world.folder / "a.png").resolve()),
+            "phrase": ["x", "y"],
+            "polygons": None,
+            "no_target": True,
+            "id": "q",
+        },
+        {"image": "a.png", "phrase": ["z"], "polygons": SQUARE, "no_target": False, "id": "r"},
+    ]
+    world.prepare(_save(world, rows), format="hf", images=world.folder)
+    records = read_split(world.root, "mine/train")
+    assert [(r.phrase_id, r.is_no_target) for r in records] == [
+        ("mine/train/q-0", True), ("mine/train/q-1", True), ("mine/train/r", False),
+    ]  # fmt: skip
+
+
+def test_what_load_dataset_reads(world: Any) -> None:
+    """A folder without `save_to_disk`: JSON files, named by split."""
+    world.pictures("a.png")
+    folder = world.folder / "files"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(
+            json.dumps({"image": "a.png", "phrase": split, "polygons": SQUARE}) + "\n"
+        )
+    world.prepare(folder, format="hf", images=world.folder)
+    assert [read_split(world.root, f"mine/{split}")[0].phrase for split in ("train", "test")] == ["train", "test"]
+
+
+GOOD = {"image": "a.png", "phrase": "x", "polygons": SQUARE}
+
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
+    "empty phrase": ({**GOOD, "phrase": " "}, "expected a phrase 1 of some words, got str ' '"),
+    "no phrase": ({**GOOD, "phrase": None}, "expected a phrase 1 of some words, got NoneType"),
+    "no picture": ({**GOOD, "image": None}, "expected the name of a picture, got None"),
+    "absent picture": ({**GOOD, "image": "b.png"}, "expected a picture, got no file"),
+    "picture a folder": ({**GOOD, "image": "set"}, "expected a picture, got a folder"),
+    "path": ({**GOOD, "image": "../a.png"}, "that stays inside it, got '../a.png'"),
+    "absolute path": ({**GOOD, "image": "/etc/hostname"}, "that stays inside it, got '/etc/hostname'"),
+    "no mask": ({**GOOD, "polygons": None}, "expected a mask, or the word that there is no target"),
+    "two points": ({**GOOD, "polygons": [[1.0, 2.0, 3.0, 4.0]]}, "none of its polygons has three points"),
+    "NaN": ({**GOOD, "polygons": [[1.0, 2.0, float("nan"), 4.0, 5.0, 6.0]]}, "expected polygons [x0, y0"),
+    "infinite": ({**GOOD, "polygons": [[1.0, 2.0, float("inf"), 4.0, 5.0, 6.0]]}, "expected polygons [x0, y0"),
+    "outside": ({**GOOD, "polygons": [[90.0, 90.0, 99.0, 90.0, 99.0, 99.0]]}, "lie outside the image (40 x 30 px)"),
+    "odd": ({**GOOD, "polygons": [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]]}, "as an even count of numbers in a polygon"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_rows(world: Any, case: str) -> None:
+    row, expected = BROKEN[case]
+    world.pictures("a.png")
+    source = _save(world, [GOOD, row])
+    with pytest.raises(DataError) as caught:
+        world.prepare(source, format="hf", images=world.folder)
+    message = str(caught.value)
+    assert message.startswith(f"{source}: ")
+    assert "\n  - train row 1: " in message
+    assert expected in message, message
+    assert "Repair or remove these records" in message
+    assert world.is_untouched()
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "expected"),
+    [
+        (_picture(1), b"no picture", "mask of 10 bytes: expected a picture, got UnidentifiedImageError"),
+        (_picture(1), _picture(1), "expected one channel, above 0 = inside, got mode RGB"),
+        (_picture(1), _png(np.ones((3, 4), np.uint8)), "expected 40 x 30 px, got 4 x 3 px"),
+        (_picture(1), _png(np.zeros((30, 40), np.uint8)), "expected some pixels above 0, got none"),
+        (b"no picture", _png(MASK.astype(np.uint8)), "expected a picture, got UnidentifiedImageError"),
+        (_picture(1)[:-400], _png(MASK.astype(np.uint8)), "expected a whole picture, got"),
+    ],
+)
+def test_broken_pictures_inside(world: Any, image: bytes, mask: bytes, expected: str) -> None:
+    features = datasets.Features(
+        {"image": datasets.Image(), "phrase": datasets.Value("string"), "mask": datasets.Image()}
+    )
+    rows = [{"image": _inside(image), "phrase": "x", "mask": _inside(mask)}]
+    with pytest.raises(DataError) as caught:
+        world.prepare(_save(world, rows, features), format="hf")
+    assert expected in str(caught.value), str(caught.value)
+    assert world.is_untouched()
+
+
+def test_unusable_sources(world: Any, tmp_path: Path) -> None:
+    world.pictures("a.png")
+    with pytest.raises(DataError, match=r"expected a Hugging Face dataset .*, got .*\. Check the path"):
+        world.prepare(tmp_path / "nowhere", format="hf")
+    source = _save(world, [GOOD])
+    with pytest.raises(DataError, match=r"expected a column 'photo', got image, phrase, polygons\. Say with --mapping"):
+        world.prepare(source, format="hf", mapping={"image": "photo"})
+    with pytest.raises(DataError, match="--mapping sentence=.*: expected one of image, phrase, raw, mask"):
+        world.prepare(source, format="hf", mapping={"sentence": "phrase"})
+    datasets.Dataset.from_list([{"image": "a.png", "phrase": "x"}]).save_to_disk(tmp_path / "bare")
+    with pytest.raises(DataError, match="expected a column for one of masks, mask, polygons, rle, got image, phrase"):
+        world.prepare(tmp_path / "bare", format="hf")
+    (source / "data-00000-of-00001.arrow").write_bytes(b"ARROW?")
+    with pytest.raises(DataError, match="expected a Hugging Face dataset"):
+        world.prepare(source, format="hf")
+    assert world.is_untouched()

@@ -1,0 +1,181 @@
+"""The JSON of SeqTR, SimVG and DeRIS in its variants, whole and broken."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deris_llm.data.errors import DataError
+from deris_llm.data.masks import decode_segmentation, encode_mask
+from deris_llm.data.sources import is_generalised, read_split, split_names
+
+SQUARE = [[4, 5, 16, 5, 16, 25, 4, 25]]
+OTHER = [[24, 5, 36, 5, 36, 25, 24, 25]]
+ENTRY = {"image_id": 5, "bbox": [4, 5, 12, 20], "category_id": 1, "expressions": ["left one", "a"], "mask": SQUARE}
+SIZED = {**ENTRY, "width": 40, "height": 30}
+
+
+@pytest.fixture
+def tree(world: Any) -> Path:
+    """A root with pictures where COCO has them and a folder for annotations."""
+    images = world.folder / "images/mscoco/images/train2014"
+    world.pictures(*(f"COCO_train2014_{i:012d}.jpg" for i in (5, 6)), folder=images)
+    (world.folder / "seqtr_type/annotations/refcoco-unc").mkdir(parents=True)
+    return world.folder
+
+
+def _write(tree: Path, content: Any, name: str = "seqtr_type/annotations/refcoco-unc/instances.json") -> Path:
+    path = tree / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_one_file_with_all_splits(world: Any, tree: Path) -> None:
+    _write(tree, {"train": [ENTRY, {**SIZED, "image_id": 6, "mask": OTHER}], "val_refcoco_unc": [ENTRY]})
+    world.prepare(tree, format="seqtr")
+    assert split_names(world.root, "mine") == ("train", "val_refcoco_unc")
+    records = read_split(world.root, "mine/train")
+    assert [r.phrase_id for r in records] == [f"mine/train/{i}-{k}" for i in (0, 1) for k in (0, 1)]
+    assert [r.image_id for r in records[::2]] == ["COCO_train2014_000000000005", "COCO_train2014_000000000006"]
+    assert Path(records[0].image_path).is_file()
+    assert not is_generalised(world.root, "mine")
+
+
+def test_a_file_per_split(world: Any, tree: Path) -> None:
+    for split in ("train", "testA"):
+        _write(tree, [ENTRY], f"annotations/{split}.json")
+    world.prepare(tree / "annotations", format="seqtr")
+    assert split_names(world.root, "mine") == ("train", "testA")
+
+
+def test_grefcoco(world: Any, tree: Path) -> None:
+    several = {
+        "image_id": 5,
+        "expressions": {"raw": "Both of them", "sent": "both of them"},
+        "annotations": [{"id": 51, "segmentation": OTHER}, {"id": 50, "mask": SQUARE}],
+    }
+    nothing = {
+        "image_id": 5,
+        "expressions": {"raw": ["A unicorn", "A dragon"]},
+        "annotations": [{"id": -1, "mask": []}],
+    }
+    empty = {"image_id": 5, "expressions": "a griffin", "empty": True, "annotations": []}
+    ids = {"image_id": 6, "expressions": ["a"], "ann_id": [-1]}
+    world.prepare(_write(tree, {"val": [several, nothing, empty, ids]}), format="seqtr")
+    assert is_generalised(world.root, "mine")
+    records = read_split(world.root, "mine/val")
+    assert [[i.annotation_id for i in r.instances] for r in records] == [[51, 50], [], [], [], []]
+    assert records[0].phrase == "both of them"
+    assert [r.phrase for r in records[1:]] == ["A unicorn", "A dragon", "a griffin", "a"]
+
+
+def test_masks_of_cocos_own_file(world: Any, tree: Path) -> None:
+    source = _write(tree, {"val": [{"image_id": 5, "expressions": ["x"], "mask_id": 50}]})
+    coco = {
+        "images": [{"id": 5, "width": 40, "height": 30}],
+        "annotations": [{"id": 50, "image_id": 5, "segmentation": SQUARE}],
+    }
+    with pytest.raises(DataError, match="expected a mask, got annotation 50 without; name COCO's file"):
+        world.prepare(source, format="seqtr")
+    world.prepare(source, format="seqtr", mapping={"instances": str(_write(tree, coco, "coco.json"))})
+    assert read_split(world.root, "mine/val")[0].instances[0].annotation_id == 50
+    with pytest.raises(DataError, match="expected COCO's instances file, got nothing there"):
+        world.prepare(source, "other", format="seqtr", mapping={"instances": str(tree / "no.json")})
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "a text": ("x", "expected an object, got str 'x'"),
+    "no expressions": ({"image_id": 5, "mask": SQUARE}, "expected `expressions` to be texts, got NoneType"),
+    "expressions a number": ({**ENTRY, "expressions": 5}, "expected `expressions` to be texts, got int '5'"),
+    "expressions empty": ({**ENTRY, "expressions": []}, "expected `expressions` to be texts, got list '[]'"),
+    "expressions without raw": (
+        {**ENTRY, "expressions": {"tokens": []}},
+        "`expressions` to be texts, got a dict with tokens",
+    ),
+    "an empty phrase": ({**ENTRY, "expressions": ["a", ""]}, "expected a phrase 1-1 of some words, got str ''"),
+    "a number for a phrase": ({**ENTRY, "expressions": [3]}, "expected a phrase 1-0 of some words, got int '3'"),
+    "no mask": ({"image_id": 5, "expressions": ["x"]}, "expected `mask`, `annotations` or ids of COCO's annotations"),
+    "an annotation's number": (
+        {"image_id": 5, "expressions": ["x"], "ann_id": "50"},
+        "expected `mask`, `annotations` or ids",
+    ),
+    "annotations an object": (
+        {**ENTRY, "annotations": {}},
+        "expected `annotations` to be a list of objects, got a dict with nothing",
+    ),
+    "annotations empty": ({**ENTRY, "annotations": []}, "or one of id -1 for no target, got an empty list"),
+    "an id of text": (
+        {**ENTRY, "annotations": [{"id": "3", "mask": SQUARE}]},
+        "ids of annotations to be whole numbers, got '3'",
+    ),
+    "an object twice": (
+        {**ENTRY, "annotations": [{"id": 3, "mask": SQUARE}] * 2},
+        "expected each object once, got one twice",
+    ),
+    "another picture": ({**ENTRY, "image_id": 7}, "COCO_train2014_000000000007.jpg: expected a picture, got no file"),
+    "no picture": ({**ENTRY, "image_id": None}, "expected the name of a picture, got None"),
+    "a path": ({**ENTRY, "file_name": "../x.jpg"}, "that stays inside it, got '../x.jpg'"),
+    "size differs": ({**SIZED, "width": 39}, "expected masks drawn for COCO_train2014_000000000005.jpg, 40 x 30 px"),
+    "two points": ({**ENTRY, "mask": [[1, 2, 3, 4]]}, "none of its polygons has three points"),
+    "outside": ({**ENTRY, "mask": [[99, 99, 98, 99, 99, 98]]}, "lie outside the image (40 x 30 px)"),
+    "bad RLE": ({**ENTRY, "mask": {"size": [30, 40], "counts": "~"}}, "got one of no valid form"),
+    "a mask of text": ({**ENTRY, "mask": "x"}, "expected polygons or RLE, got str 'x'"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_entries(world: Any, tree: Path, case: str) -> None:
+    entry, expected = BROKEN[case]
+    source = _write(tree, {"train": [ENTRY, entry]})
+    with pytest.raises(DataError) as caught:
+        world.prepare(source, format="seqtr")
+    message = str(caught.value)
+    assert message.startswith(f"{source}: ")
+    assert "\n  - train[1]: " in message
+    assert expected in message, message
+    assert "Repair or remove these records" in message
+    assert world.is_untouched()
+
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "cut off": (b'{"train": [', "expected JSON in UTF-8, got JSONDecodeError"),
+    "not UTF-8": (b'{"train": "\xff"}', "expected JSON in UTF-8, got UnicodeDecodeError"),
+    "a text": (b'"x"', "expected lists of entries by split, or one list, got str 'x'"),
+    "an object of objects": (b'{"train": {}}', "expected lists of entries by split"),
+    "empty": (b"{}", "expected lists of entries by split"),
+    "deep": (b"[" * 100_000, "expected JSON in UTF-8, got RecursionError"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_broken_files(world: Any, tree: Path, case: str) -> None:
+    content, expected = FILES[case]
+    source = _write(tree, {})
+    source.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        world.prepare(source, format="seqtr")
+    assert str(source) in str(caught.value)
+    assert expected in str(caught.value), str(caught.value)
+    assert world.is_untouched()
+
+
+def test_the_tree_that_is_expected(world: Any, tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        world.prepare(tree, format="seqtr")
+    assert "ROOT/seqtr_type/annotations/SET/instances*.json   with ROOT/images/mscoco/images/train2014" in str(
+        caught.value
+    )
+    assert "got a folder that holds images, seqtr_type" in str(caught.value)
+    _write(tree, [ENTRY])
+    _write(tree, [ENTRY], "seqtr_type/annotations/mixed-seg/instances_nogoogle.json")
+    with pytest.raises(DataError, match="expected one annotation file, got .*mixed-seg.*refcoco-unc"):
+        world.prepare(tree, format="seqtr")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    source = _write(elsewhere, [{**ENTRY, "mask": encode_mask(decode_segmentation(SQUARE, 30, 40))}], "train.json")
+    with pytest.raises(DataError, match="expected COCO's train2014 in a folder above, .*Name the folder with --images"):
+        world.prepare(source, format="seqtr")
+    world.prepare(source, format="seqtr", images=tree / "images/mscoco/images/train2014")
+    assert len(read_split(world.root, "mine/train")) == 2
