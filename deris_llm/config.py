@@ -140,6 +140,11 @@ class CognitionConfig:
         "lora: the image-text model is frozen but for `lora`; full: all of it trains and `lora` is not used (qwen2_ov, qwen_vl: "
         "the language model alone; that of a 7B has 7.07e9 parameters)",
     )
+    quantization: Literal["none", "nf4"] = option(
+        "none",
+        "nf4 (QLoRA): the frozen linears of the language model in 4 bits, a quarter of their memory and slower; needs bitsandbytes, "
+        "ZeRO up to stage 2 (qwen2_ov, qwen_vl)",
+    )
     lora: LoraConfig = section(LoraConfig)
     gradient_checkpointing: bool = option(True, "recompute the image-text model's layers in the backward pass")
     tokenizer: str = option("", "beit3: path of the sentencepiece model `beit3.spm`; empty = beside the weights")
@@ -592,6 +597,7 @@ READERS_OF_COGNITION_FIELDS = {
     "prompt": _LANGUAGE_MODELS,
     "prompt_order": _LANGUAGE_MODELS,
     "text_features": _LANGUAGE_MODELS,
+    "quantization": _LANGUAGE_MODELS,
     "tokenizer": ("beit3",),
     "image_size": ("beit3",),
     "drop_path": ("beit3",),
@@ -614,6 +620,11 @@ def _cognition_contradictions(config: RunConfig) -> list[str]:
         and cognition.backend not in readers
         and _is_set(config, f"cognition.{name}")
     ]
+    if cognition.quantization != "none" and cognition.tuning == "full":
+        found.append(
+            f"cognition.quantization={cognition.quantization} contradicts cognition.tuning=full: weights in 4 bits cannot train; set "
+            "one of them to its default"
+        )
     if config.data.max_tokens_per_image < 0:
         found.append(
             f"data.max_tokens_per_image: expected tokens, or 0 for no limit, got {config.data.max_tokens_per_image}"

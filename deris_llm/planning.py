@@ -35,6 +35,7 @@ GIB = 2**30
 STAGES = ("0", "1", "2", "3", "3 + offload")
 FP32_BYTES = 4  # of a master weight or a moment of a parameter
 BUCKET_ELEMENTS = 13_000_000  # reduce_bucket_size of ds_configs/*.json
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: 4 bits, a byte of scale for 64, 4 bytes of theirs for 256
 LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: so many stay gathered at once
 MATCHING_COPIES = 5  # float32 tensors of all queries' points that live at once in the matcher (measured: 5.1)
 TYPICAL_PHRASE = "the woman in the red jacket on the left"
@@ -234,6 +235,8 @@ def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES
     planned = plan_cognition(config)
     batch = shape_batch(config, planned)
     activations = simulate_step(model, batch) + matching_bytes(config)
+    in_4_bits = linears_in_4_bits(model) if config.cognition.quantization == "nf4" else ()
+    activations += max((weight.numel() * weight.element_size() for weight in in_4_bits), default=0)  # one is unpacked
     tokens, shared = planned.tokens_per_phrase, planned.shared_tokens
     lora = {name: p.numel() for name, p in model.named_parameters() if ".lora_" in name}
     return RunPlan(
@@ -249,9 +252,15 @@ def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES
         lora_parameters=sum(lora.values()),
         memory=tuple(
             memory_per_gpu(
-                model, stage, gpus=gpus, activations=activations, moments=3 if config.training.amsgrad else 2
+                model,
+                stage,
+                gpus=gpus,
+                activations=activations,
+                moments=3 if config.training.amsgrad else 2,
+                in_4_bits=in_4_bits,
             )
             for stage in stages
+            if not (in_4_bits and stage.startswith("3"))  # refused: packed weights cannot be partitioned
         ),
         epoch=_epoch(config, gpus=gpus, tokens_per_phrase=tokens, shared_tokens=shared),
     )
@@ -334,7 +343,24 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def memory_per_gpu(model: nn.Module, stage: str, *, gpus: int, activations: int, moments: int = 2) -> Memory:
+def linears_in_4_bits(model: nn.Module) -> tuple[Tensor, ...]:
+    """The weights that `cognition.quantization=nf4` packs: the frozen linears of the language model."""
+    return tuple(
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".language_model." in name and ".lora_" not in name
+    )
+
+
+def memory_per_gpu(
+    model: nn.Module,
+    stage: str,
+    *,
+    gpus: int,
+    activations: int,
+    moments: int = 2,
+    in_4_bits: Sequence[Tensor] = (),
+) -> Memory:
     """Expected peak under a ZeRO stage; stage 0 is plain data parallelism (the table in docs/design.md).
 
     Args:
@@ -343,10 +369,12 @@ def memory_per_gpu(model: nn.Module, stage: str, *, gpus: int, activations: int,
         gpus: processes that share the partitions.
         activations: from `simulate_step` and `matching_bytes`.
         moments: that the optimizer keeps of a parameter: 2 of Adam and AdamW, 3 with AMSGrad.
+        in_4_bits: weights that are kept in 4 bits.
     """
     level, offload = int(stage[0]), stage.endswith("offload")
     trainable = [p for p in model.parameters() if p.requires_grad]
     weights = _bytes(model.parameters()) + _bytes(model.buffers())
+    weights -= _bytes(in_4_bits) - round(NF4_BYTES * sum(weight.numel() for weight in in_4_bits))
     gradients = _bytes(trainable)
     masters = level > 0 or gradients < 4 * sum(p.numel() for p in trainable)  # DeepSpeed keeps them in fp32 runs too
     optimizer = FP32_BYTES * (moments + int(masters)) * sum(p.numel() for p in trainable)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import importlib.util
 import json
 import logging
 import re
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ def load_pretrained(
     may_be_fresh: tuple[str, ...] = (),
     left_in_file: tuple[str, ...] = (),
     attention: dict[str, str] | None = None,
+    in_4_bits_except: tuple[str, ...] | None = None,
 ) -> _ModelT:
     """Builds a transformers model and loads it strictly; works under ZeRO-3 and on the meta device.
 
@@ -113,10 +115,15 @@ def load_pretrained(
             then freshly initialised, and the log says so.
         left_in_file: globs over names in the file that the model does not take.
         attention: transformers' `attn_implementation` by part of the model; None = transformers' choice.
+        in_4_bits_except: linears are kept in 4 bits (NF4, bitsandbytes) but for those of these parts; None = none are. On
+            the meta device they are plain ones.
 
     Raises:
-        ValueError: the file lacks other parameters, holds unknown ones, or shapes differ.
+        ValueError: the file lacks other parameters, holds unknown ones, or shapes differ; 4 bits without bitsandbytes, or
+            without a file to make them of.
     """
+    if in_4_bits_except is not None:
+        _check_4_bits(weights=weights)
     if not weights:
         return cls._from_config(config, dtype=dtype, attn_implementation=attention)
     # Under ZeRO-3 loading draws other random numbers than elsewhere; what is made fresh later must not depend on it.
@@ -129,6 +136,7 @@ def load_pretrained(
             attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **({} if in_4_bits_except is None else {"quantization_config": _nf4(in_4_bits_except, dtype)}),
         )
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     fresh = _matching({*info["missing_keys"], *mismatched}, may_be_fresh)
@@ -150,6 +158,30 @@ def load_pretrained(
     if fresh:
         logger.warning("%s: %d parameters are not in the file and start fresh: %s", name, len(fresh), _listed(fresh))
     return model
+
+
+def _check_4_bits(*, weights: bool) -> None:
+    if not weights and torch.get_default_device().type != "meta":
+        raise ValueError(
+            "cognition.quantization=nf4: expected base weights that are read from a folder or the hub, got a full checkpoint, "
+            "whose weights are put into plain linears; set cognition.quantization=none, or fine-tune base weights."
+        )
+    if weights and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "cognition.quantization=nf4: expected the package bitsandbytes, which is not installed; `pip install bitsandbytes` "
+            "(it is in the extra `gpu`), or set cognition.quantization=none."
+        )
+
+
+def _nf4(plain_parts: tuple[str, ...], dtype: torch.dtype) -> BitsAndBytesConfig:
+    """4-bit normal floats, their scales quantised too, as in QLoRA (Dettmers et al. 2023); computes in `dtype`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(plain_parts),
+    )
 
 
 def _from_pretrained(cls: Any, name: str, **options: Any) -> Any:

@@ -45,6 +45,8 @@ def add_lora(
     Raises:
         ValueError: no target, or one that means no linear of this model.
     """
+    if any(type(module).__name__ == "Linear4bit" for module in part.modules()):
+        part.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks the part, transformers tells the whole only
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=_linears(part, targets, paths=paths)
     )

@@ -149,6 +149,7 @@ class Qwen2OneVision(CognitionBackend):
             dtype=dtype,
             left_in_file=("*lm_head.weight",),
             attention=attention_kernels(dtype, prompt_order=config.prompt_order),
+            in_4_bits_except=("vision_tower", "multi_modal_projector") if config.quantization == "nf4" else None,
         )
         return cls(
             model,

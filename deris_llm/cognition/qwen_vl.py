@@ -207,6 +207,7 @@ class QwenVL(CognitionBackend):
             dtype=dtype,
             left_in_file=("*lm_head.weight",),
             attention=attention_kernels(dtype, prompt_order=config.prompt_order),
+            in_4_bits_except=("visual",) if config.quantization == "nf4" else None,
         )
         return cls(
             model,

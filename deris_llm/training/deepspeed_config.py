@@ -85,6 +85,11 @@ def contradictions(content: dict[str, Any], config: RunConfig, *, num_ranks: int
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         found.append(f'"zero_optimization.stage": expected 0, 1, 2 or 3, got {stage!r}')
+    if stage == 3 and config.cognition.quantization != "none":
+        found.append(
+            f'"zero_optimization.stage": 3 in the JSON, but cognition.quantization is {config.cognition.quantization}, whose packed '
+            "weights cannot be partitioned; use ds_configs/zero2.json"
+        )
     if stage == 0 and training.precision == "bf16":
         found.append(
             '"zero_optimization.stage": 0 in the JSON, but training.precision is bf16, for which DeepSpeed without ZeRO takes '
