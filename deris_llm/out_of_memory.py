@@ -30,7 +30,8 @@ def explains_out_of_memory(config: RunConfig) -> Iterator[None]:
         if not (isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _SIGNS)):
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        is_evaluating = any("deris_llm/evaluation/" in frame.filename.replace("\\", "/") for frame in frames)
+        names = [frame.filename.replace("\\", "/") for frame in frames]
+        is_evaluating = any("deris_llm/evaluation/" in name or name.endswith("deris_llm/pipeline.py") for name in names)
         cures = evaluation_cures(config) if is_evaluating else training_cures(config)
         raise DoesNotFitError(
             f"{'evaluation' if is_evaluating else 'training'} ran out of memory: expected a batch to fit, got: "

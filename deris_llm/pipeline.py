@@ -28,6 +28,7 @@ from deris_llm.data.pictures import rgb_picture
 from deris_llm.data.transforms import load_image, perception_pixels
 from deris_llm.evaluation.calibration import calibrated_config, threshold_source
 from deris_llm.inference import for_cpu_inference
+from deris_llm.out_of_memory import explains_out_of_memory
 from deris_llm.postprocess import PhraseAnswer, PresenceUse, Selection, answer_masks
 from deris_llm.structures import DerisOutput, ReferringBatch
 from deris_llm.training.checkpoints import (
@@ -194,9 +195,12 @@ class DerisPipeline:
         for asked in waiting:
             yield asked.answers
 
-    @torch.inference_mode()
     def _answer(self, batch: Sequence[_Part]) -> None:
         """Runs the model once and hands each answer to whom it belongs."""
+        with torch.inference_mode(), explains_out_of_memory(self.config):
+            self._run(batch)
+
+    def _run(self, batch: Sequence[_Part]) -> None:
         options, size, resize = self.config.evaluation, self.config.perception.image_size, self.config.perception.resize
         dtype = torch.bfloat16 if self.config.training.precision == "bf16" else None
         pictures = [part.picture for part in batch]

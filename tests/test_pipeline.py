@@ -283,6 +283,17 @@ def test_a_config_of_other_trained_parts_is_refused(run, tmp_path):
         DerisPipeline.from_pretrained(folder)
 
 
+def test_out_of_memory_names_what_lowers_it(run, picture, monkeypatch):
+    pipeline = DerisPipeline.from_pretrained(run)
+
+    def fails(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(pipeline.model, "forward", fails)
+    with pytest.raises(ValueError, match=r"evaluation ran out of memory[\s\S]*evaluation\.max_phrases_per_batch="):
+        pipeline(picture, PHRASES)
+
+
 def test_importing_the_package_stays_cheap():
     script = "import sys, deris_llm; print([name for name in ('torch', 'numpy', 'PIL') if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
