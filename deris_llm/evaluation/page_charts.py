@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element
 from deris_llm.evaluation.page_html import element
 
 _WIDTH, _HEIGHT = 420, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 10, 12, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 12, 40
 _MAX_POINTS = 240  # of a line: a page stays small however long a run was
 NUM_SERIES = 6
 """Series that the page's style tells apart, by colour and by dashes."""

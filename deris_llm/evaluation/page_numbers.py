@@ -55,12 +55,12 @@ def header(evaluation: Evaluation) -> Element:
         found = numbers[evaluation.protocol(split)]
         metric = main_metric(evaluation, split)
         interval = (found.get("intervals") or {}).get(metric)
-        unit = element("small", metric if interval is None else f"{metric}, {interval[0]:.1f}–{interval[1]:.1f}")
+        sure = "" if interval is None else f" · {interval[0]:.1f}–{interval[1]:.1f}"
         tiles.append(
             element(
                 "div",
                 element("div", split, class_="what"),
-                element("div", number(found.get(metric), 1), unit, class_="value"),
+                element("div", number(found.get(metric), 1), element("small", metric + sure), class_="value"),
                 element("div", f"{found['n_phrases']:,} phrases", class_="soft"),
                 class_="tile",
             )
@@ -127,7 +127,7 @@ def _table(evaluation: Evaluation, splits: Sequence[str], metrics: Sequence[str]
         over.append(element("th", "comparison", colspan=len(sections), scope="colgroup"))
     if published:
         over.append(element("th", "published, other data", colspan=len(published), scope="colgroup", class_="other"))
-    titles = [element("th", "split"), element("th", "phrases", " (no target)" if is_gres else None)]
+    titles = [element("th", "split"), element("th", "phrases", [element("br"), "(no target)"] if is_gres else None)]
     titles += [
         element("th", _NAMES.get(metric, metric), scope="col", class_="first" if metric == metrics[0] else None)
         for _, metric in columns
@@ -277,7 +277,7 @@ def precision_charts(evaluation: Evaluation) -> list[Node]:
             )
     return [
         line_chart(
-            f"{dataset}: phrases whose IoU is at least x",
+            f"{dataset}: IoU of at least x",
             lines[:NUM_SERIES],
             x_label="IoU x",
             y_label="percent of phrases",
