@@ -153,6 +153,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="the evaluated one: looks into it at some phrases (masks by query and by round)",
     )
     report.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="another evaluation of the same splits, set beside it phrase by phrase",
+    )
+    report.add_argument(
         "--data", type=Path, metavar="ROOT", help="folder of the data (default: where it was evaluated)"
     )
     report.add_argument("--out", type=Path, metavar="FILE", help="default DIR/report.html")
@@ -330,8 +336,9 @@ def run_report(arguments: argparse.Namespace) -> int:
     evaluation = open_evaluation(arguments.folder, arguments.checkpoint)
     if arguments.checkpoint is not None:
         evaluation = look_inside(evaluation, arguments.checkpoint, data_root=arguments.data, seed=arguments.seed)
+    against = open_evaluation(arguments.against) if arguments.against is not None else None
     out = arguments.out or arguments.folder / PAGE_FILE
-    path = write_page(evaluation, out, data_root=arguments.data, seed=arguments.seed)
+    path = write_page(evaluation, out, data_root=arguments.data, against=against, seed=arguments.seed)
     sys.stdout.write(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)\n")
     return 0
 

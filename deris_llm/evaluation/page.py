@@ -30,6 +30,7 @@ from deris_llm.evaluation.page_cases import (
     quadrant_table,
     view,
 )
+from deris_llm.evaluation.page_compare import comparison, pairs_of, shown_ids
 from deris_llm.evaluation.page_data import Evaluation, records_of
 from deris_llm.evaluation.page_html import Node, document, element
 from deris_llm.evaluation.page_numbers import (
@@ -57,26 +58,38 @@ NUM_VIEWS = 8
 _SAME_SCORE = 0.05  # a GPU's bf16 and a CPU's float32 differ by less
 
 
-def write_page(evaluation: Evaluation, path: str | Path, *, data_root: str | Path | None = None, seed: int = 0) -> Path:
+def write_page(
+    evaluation: Evaluation,
+    path: str | Path,
+    *,
+    data_root: str | Path | None = None,
+    against: Evaluation | None = None,
+    seed: int = 0,
+) -> Path:
     """Writes the page of an evaluation, aside before it takes the old one's place.
 
     Args:
         evaluation: as `open_evaluation` gives it.
         path: of the page.
         data_root: folder of the data, for the pictures; None = the one the evaluation or its checkpoint names.
+        against: another evaluation of the same phrases, that is set beside it.
         seed: of the cases that are shown.
 
     Returns:
         ``path``.
 
     Raises:
-        ValueError: the data is not where it was said to be, or is of another picture size.
+        ValueError: the data is not where it was said to be, or is of another picture size; the other evaluation has no phrase in common.
     """
     path = Path(path)
     root, phrase_field = data_of(evaluation, data_root)
     sections: list[tuple[str, str, list[Node]]] = []
     if evaluation.report["splits"]:
         sections.append(("numbers", "Numbers", [*tables(evaluation), *lost_where(evaluation), *breakdowns(evaluation)]))
+    if against is not None:
+        pairs = pairs_of(evaluation, against)
+        records = {} if root is None else _records(root, shown_ids(pairs), phrase_field)
+        sections.append(("against", "Side by side", comparison(evaluation, against, pairs, records)))
     sections.append(("curves", "Curves", _curves(evaluation)))
     sections += _pictures(evaluation, root, phrase_field, seed)
     sections.append(("made", "How the numbers were made", provenance(evaluation)))

@@ -13,6 +13,7 @@ from PIL import Image
 from deris_llm.evaluation.page import write_page
 from deris_llm.evaluation.page_cases import QUADRANTS, choose_groups, many_phrases
 from deris_llm.evaluation.page_charts import Line, Marker, line_chart
+from deris_llm.evaluation.page_compare import choose_pairs, pairs_of
 from deris_llm.evaluation.page_data import open_evaluation
 from deris_llm.evaluation.page_html import element, picture
 from deris_llm.evaluation.page_numbers import precision_curve
@@ -219,6 +220,72 @@ def test_a_run_has_curves_with_or_without_an_evaluation(folder: Path, tmp_path: 
     best = run / "best"
     best.mkdir()
     assert len(open_evaluation(folder, best).training) == len(history)  # `best` has no log of its own
+
+
+def test_side_by_side_says_who_is_better_where(folder: Path, data: Path, tmp_path: Path) -> None:
+    other = world.write_evaluation(tmp_path / "weaker", shift=-30.0)
+    out = write_page(open_evaluation(folder), tmp_path / "page.html", data_root=data, against=open_evaluation(other))
+    page = Page(out.read_text(encoding="utf-8"))
+    assert "This evaluation, tiny , against weaker ." in page.text
+    means = [
+        np.mean([a.iou["original"] for a in open_evaluation(one).answers["refcoco/val"]]) for one in (other, folder)
+    ]
+    for mean in means:
+        assert min(abs(value - mean) for value, _ in page.values) < 1e-9
+    assert f"{means[1] - means[0]:+.2f}" in page.text
+    assert "refcoco/val: tiny is better" in page.text
+    assert "weaker is better" not in page.text
+    assert "points apart" in page.text
+
+
+def test_side_by_side_of_the_same_has_no_pictures(folder: Path, data: Path, tmp_path: Path) -> None:
+    same = open_evaluation(folder)
+    text = write_page(same, tmp_path / "page.html", data_root=data, against=same).read_text(encoding="utf-8")
+    assert "points apart" not in text
+    assert "1.000" in text  # p
+
+
+def test_pairs_are_the_largest_differences_both_ways(folder: Path, tmp_path: Path) -> None:
+    other = open_evaluation(world.write_evaluation(tmp_path / "other", seed=1))
+    pairs = pairs_of(open_evaluation(folder), other)["refcoco/val"]
+    better, worse = choose_pairs(pairs, 2)
+    assert all(pair.gain > 0 for pair in better)
+    assert all(pair.gain < 0 for pair in worse)
+    assert better[0].gain == max(pair.gain for pair in pairs)
+    assert worse[0].gain == min(pair.gain for pair in pairs)
+
+
+def test_side_by_side_warns_of_other_protocols_and_phrases(data: Path, tmp_path: Path) -> None:
+    ours = world.write_evaluation(tmp_path / "ours")
+    other = world.write_evaluation(tmp_path / "other", phrases={"refcoco/val/1": "other words"})
+    for where, fingerprint in ((ours, "aaaaaaaa"), (other, "bbbbbbbb")):
+        report = json.loads((where / "report.json").read_text())
+        report["splits"]["refcoco/val"]["original"]["fingerprint"] = fingerprint
+        (where / "report.json").write_text(json.dumps(report))
+    lines = (other / "predictions" / "refcoco_testA.jsonl").read_text().splitlines()
+    (other / "predictions" / "refcoco_testA.jsonl").write_text("\n".join(lines[:5]))
+    out = write_page(open_evaluation(ours), tmp_path / "page.html", data_root=data, against=open_evaluation(other))
+    text = Page(out.read_text(encoding="utf-8")).text
+    assert "protocol original was aaaaaaaa here and bbbbbbbb there" in text
+    assert "refcoco/val: 1 phrases were asked in other words" in text
+    assert "refcoco/testA: 7 phrases were answered only here, 0 only there" in text
+
+
+def test_side_by_side_of_other_splits_or_other_data_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = world.write_evaluation(tmp_path / "other")
+    report = json.loads((other / "report.json").read_text())
+    report["splits"] = {"refcoco/testB": report["splits"]["refcoco/testA"]}
+    (other / "report.json").write_text(json.dumps(report))
+    (other / "predictions" / "refcoco_testA.jsonl").rename(other / "predictions" / "refcoco_testB.jsonl")
+    with pytest.raises(
+        ValueError, match=r"got refcoco/testB, beside refcoco/val, .*: evaluate both on the same splits"
+    ):
+        pairs_of(open_evaluation(folder), open_evaluation(other))
+    moved = world.write_evaluation(tmp_path / "moved")
+    path = moved / "predictions" / "refcoco_val.jsonl"
+    path.write_text(path.read_text().replace("COCO_train2014_000000000001.jpg", "elsewhere.jpg"))
+    with pytest.raises(ValueError, match=r"got 4 phrases of refcoco/val with another picture"):
+        pairs_of(open_evaluation(folder), open_evaluation(moved))
 
 
 def test_a_folder_of_neither_kind(tmp_path: Path) -> None:
