@@ -100,6 +100,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-images", type=int, default=0, metavar="N", help="images of each split (default 0 = all)"
     )
     evaluate.add_argument(
+        "--protocol",
+        nargs="+",
+        metavar="ID|FILE",
+        help="original, deris, rela480 or YAML files (default: the config's)",
+    )
+    evaluate.add_argument(
+        "--sweep",
+        metavar="SPLIT",
+        help="choose the score threshold on a val split and keep it in the checkpoint, where eval and predict find it",
+    )
+    evaluate.add_argument(
         "--control", action="store_true", help="also ask each image for another object than is scored"
     )
     evaluate.add_argument(
@@ -217,8 +228,12 @@ def run_eval(arguments: argparse.Namespace) -> int:
     """Evaluates; with several ranks this process becomes torchrun, which runs this command again on each."""
     from deris_llm.config import load_config
     from deris_llm.data.sources import check_split
+    from deris_llm.evaluation.protocols import protocols_of
+    from deris_llm.evaluation.sweep import check_sweep
     from deris_llm.training.launch import num_ranks
 
+    if arguments.protocol:
+        arguments.set = [*arguments.set, f"evaluation.protocols={json.dumps(arguments.protocol)}"]
     if "RANK" in os.environ:
         return _evaluate_on_this_rank(arguments)
     source = arguments.config or arguments.checkpoint / "config.yaml"
@@ -228,7 +243,19 @@ def run_eval(arguments: argparse.Namespace) -> int:
             "config.yaml; see the run's output folder"
         )
     config = load_config(source, arguments.set)
-    for name in arguments.splits or config.data.eval:
+    protocols_of(config)
+    if arguments.sweep:
+        without = [name for name in ("config", "splits", "control", "output") if getattr(arguments, name)]
+        if without:
+            raise ValueError(
+                f"--sweep: expected --checkpoint alone, got --{without[0]} too: it chooses a threshold and reports nothing else"
+            )
+        if not os.access(arguments.checkpoint, os.W_OK):
+            raise ValueError(
+                f"--sweep: expected a checkpoint that can be written to, got {arguments.checkpoint}: copy it"
+            )
+        check_sweep(config, arguments.sweep)
+    for name in [arguments.sweep] if arguments.sweep else arguments.splits or config.data.eval:
         check_split(config.data.root, name)
     ranks = num_ranks(arguments.gpus)
     if ranks > 1:
@@ -245,8 +272,10 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     from torch import distributed
 
     from deris_llm.cognition import build_processor
-    from deris_llm.evaluation.report import report_table
+    from deris_llm.evaluation.calibration import calibrated_config, calibration_notes, threshold_source
+    from deris_llm.evaluation.report import report_table, sweep_table
     from deris_llm.evaluation.run import run_evaluation
+    from deris_llm.evaluation.sweep import sweep
     from deris_llm.inference import for_cpu_inference
     from deris_llm.out_of_memory import explains_out_of_memory
 
@@ -261,7 +290,31 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     for_cpu_inference(model)
     if world_size > 1:
         distributed.init_process_group("gloo")  # only Python objects travel
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    about: dict[str, Any] = {}
+    notes: dict[str, list[str]] = {}
+    of_checkpoint: Path | None = arguments.checkpoint
+    if of_checkpoint is not None and not arguments.sweep:
+        asked = (of_checkpoint, config, arguments.set)
+        about = {"checkpoint": str(of_checkpoint), "threshold_source": threshold_source(*asked)}
+        config, notes = calibrated_config(*asked), calibration_notes(*asked)
     try:
+        if arguments.sweep and of_checkpoint is not None:
+            processor = build_processor(config, allow_module=_trusts_backend(arguments))
+            with explains_out_of_memory(config):
+                chosen = sweep(
+                    model,
+                    config,
+                    processor,
+                    arguments.sweep,
+                    rank=rank,
+                    world_size=world_size,
+                    max_images=arguments.max_images,
+                )
+            if rank == 0:
+                console.print(sweep_table(chosen))
+                console.print(f"written to {chosen.write(of_checkpoint)}", highlight=False)
+            return 0
         output = arguments.output or Path("runs") / "eval" / config.name
         with explains_out_of_memory(config):
             report = run_evaluation(
@@ -275,12 +328,13 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
                 rank=rank,
                 world_size=world_size,
                 max_images=arguments.max_images,
+                about=about,
+                notes=notes,
             )
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
     if rank == 0:
-        console = Console(width=None if sys.stdout.isatty() else 160)
         if arguments.checkpoint is not None:
             console.print(report_table(report))
         console.print(f"written to {output}", highlight=False)

@@ -116,6 +116,20 @@ def threshold_source(folder: str | Path, config: RunConfig, overrides: Sequence[
     )
 
 
+def calibration_notes(folder: str | Path, config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, list[str]]:
+    """What must be read with the numbers of the swept split, by split; empty where the calibration is not used.
+
+    Args:
+        folder: of the checkpoint.
+        config: as for `calibrated_config`.
+        overrides: the same.
+    """
+    found = Calibration.read(folder)
+    if found is None or _not_used(found, folder, config, overrides):
+        return {}
+    return {found.split: ["the threshold was chosen on this split, which flatters it a little"]}
+
+
 def _applied(found: Calibration, config: RunConfig) -> RunConfig:
     changes = {"score_threshold": found.threshold, "selection": found.selection, "presence": found.presence}
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **changes))

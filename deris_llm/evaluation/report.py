@@ -15,6 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deris_llm.evaluation.calibration import Calibration
 from deris_llm.evaluation.protocols import Protocol
 
 Section = Literal["splits", "control", "step0"]
@@ -191,10 +192,24 @@ def provenance(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def sweep_table(found: Calibration) -> RenderableType:
+    """A sweep's curve with the chosen threshold marked, and the choice in words."""
+    metrics = [name for name in found.curve[0] if name != "threshold"]
+    table = Table(title=f"Sweep of {found.split}, percent", box=box.SIMPLE_HEAD, padding=0)
+    for name in ("threshold", *metrics):
+        table.add_column(f" {name}", justify="right", no_wrap=True)
+    for point in found.curve:
+        style = "bold green" if point["threshold"] == found.threshold else ""
+        cells = [_cell(point, name) for name in metrics]
+        table.add_row(f"{point['threshold']:.2f}", *cells, style=style)
+    return Group(table, Text(f"{found}."))
+
+
 def _columns(report: Mapping[str, Any], splits: Sequence[str], metrics: Sequence[str]) -> list[tuple[str, str]]:
-    """All metrics of the first protocol, the means and sums of the others."""
+    """All metrics of the first protocol; of another one mean and sums, of several others the means alone."""
     protocols = list(dict.fromkeys(name for split in splits for name in report["splits"][split])) or ["original"]
-    means = [metric for metric in metrics if metric in ("mIoU", "oIoU", "gIoU", "cIoU")]
+    shown = ("mIoU", "gIoU", "oIoU", "cIoU") if len(protocols) == 2 else ("mIoU", "gIoU")
+    means = [metric for metric in metrics if metric in shown]
     return [(protocols[0], metric) for metric in metrics] + [(name, m) for name in protocols[1:] for m in means]
 
 
@@ -255,7 +270,7 @@ def _gres_table(report: Mapping[str, Any], splits: Sequence[str]) -> Table:
             _cell(report[name].get(split, {}).get(columns[0][0]), "gIoU") for name in ("control", "step0") if has[name]
         ]
         row += [
-            " / ".join(f"{number:.1f}" for number in numbers[split]) if split in numbers else "-"
+            "/".join(f"{number:.1f}" for number in numbers[split]) if split in numbers else "-"
             for numbers in PUBLISHED_GRES.values()
         ]
         table.add_row(*row)
