@@ -19,7 +19,7 @@ from deris_llm.evaluation.calibration import CALIBRATION_FILE, calibrated_config
 from deris_llm.evaluation.protocols import protocols_of
 from deris_llm.evaluation.report import read_report
 from deris_llm.interop.conversion import check_new_folder
-from deris_llm.merge import Merge, merge_checkpoint
+from deris_llm.merge import QUANTIZED, Merge, merge_checkpoint
 from deris_llm.training.checkpoints import (
     BASE_WEIGHTS_FILE,
     CONFIG_FILE,
@@ -249,6 +249,8 @@ def _about(source: Path, folder: Path, config: RunConfig, merge: Merge | None) -
         text += f"\n- Merging LoRA moved, on a picture of noise, {merge.by_merging} (float32)"
         if merge.by_rounding is not None:
             text += f"; rounding the weights to bf16 moved {merge.by_rounding}"
+        if merge.was_quantized:
+            text += f"\n- **Not what the numbers below were measured with**: {QUANTIZED}"
     return text
 
 

@@ -44,6 +44,9 @@ class Change:
         )
 
 
+QUANTIZED = "the run had its base weights in 4 bits, here they are whole: answers are near those of the run, not the same; evaluate again"
+
+
 @dataclass(frozen=True)
 class Merge:
     """What merging did."""
@@ -52,6 +55,7 @@ class Merge:
     num_linears: int  # that had LoRA; 0 = the run had none, or was full already
     by_merging: Change  # in float32
     by_rounding: Change | None  # float32 against what was written; None where that is float32
+    was_quantized: bool  # the run had its base weights in 4 bits; they are whole here
 
 
 def merge_checkpoint(
@@ -61,7 +65,8 @@ def merge_checkpoint(
 
     Everything is computed in float32, with all of the model in memory: 4 bytes per parameter, about 33 GB for a 7B.
     What the run computes in (`training.precision`) stays as it is in the config. `data.json`, `metrics.json` and
-    what else says where the checkpoint comes from goes along.
+    what else says where the checkpoint comes from goes along. LoRA that was trained on weights in 4 bits is added to the
+    whole ones: the answers are then near those of the run, not the same.
 
     Args:
         folder: any checkpoint, or the folder of a run (`find_checkpoint`).
@@ -74,7 +79,8 @@ def merge_checkpoint(
     """
     check_new_folder(out)
     folder = find_checkpoint(folder)
-    config, model = load_checkpoint(folder, overrides=["training.precision=fp32"], allow_module=allow_module)
+    whole = ["training.precision=fp32", "cognition.quantization=none"]
+    config, model = load_checkpoint(folder, overrides=whole, allow_module=allow_module)
     batch = _probe(config, allow_module=allow_module)
     with torch.inference_mode():
         before: DerisOutput = model(batch)
@@ -90,8 +96,10 @@ def merge_checkpoint(
             by_rounding = change_of(merged, model(batch))
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-    save_full_checkpoint(out, model, _without_lora(folder), files_beside_weights(folder, config))
-    return Merge(folder, num_linears, change_of(before, merged), by_rounding)
+    run = load_config(folder / CONFIG_FILE)
+    save_full_checkpoint(out, model, _without_lora(run, str(folder)), files_beside_weights(folder, config))
+    was_quantized = run.cognition.quantization != "none"
+    return Merge(folder, num_linears, change_of(before, merged), by_rounding, was_quantized)
 
 
 def merge_lora(model: nn.Module) -> int:
@@ -107,16 +115,15 @@ def merge_lora(model: nn.Module) -> int:
     return len(updated)
 
 
-def _without_lora(folder: Path) -> RunConfig:
+def _without_lora(config: RunConfig, where: str) -> RunConfig:
     """The run config of a checkpoint that is merged; a folder of this machine that it started from is of no use there."""
-    config = load_config(folder / CONFIG_FILE)
     lora = dataclasses.replace(config.cognition.lora, r=0, dropout=0.0)
     changed = dataclasses.replace(
         config,
-        cognition=dataclasses.replace(config.cognition, lora=lora, tokenizer=""),
+        cognition=dataclasses.replace(config.cognition, lora=lora, tokenizer="", quantization="none"),
         training=dataclasses.replace(config.training, start_from=""),
     )
-    return config_from_dict(config_to_dict(changed), where=f"merged {folder}")
+    return config_from_dict(config_to_dict(changed), where=f"merged {where}")
 
 
 def change_of(before: DerisOutput, after: DerisOutput) -> Change:

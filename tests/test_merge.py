@@ -202,6 +202,15 @@ def test_a_run_starts_from_it_with_lora_of_its_own(merged, config, model, weight
         assert max(differences(load_checkpoint(tmp_path / "again")[1](batch), model(batch))) < 1e-5
 
 
+def test_lora_on_weights_in_4_bits_is_added_to_whole_ones(run, tmp_path, capsys):
+    source = shutil.copytree(run / "best", tmp_path / "best")
+    text = (source / "config.yaml").read_text()
+    (source / "config.yaml").write_text(text.replace("quantization: none", "quantization: nf4"))
+    assert main(["convert", "merge", str(source), "--out", str(tmp_path / "merged")]) == 0
+    assert "WARNING: the run had its base weights in 4 bits" in capsys.readouterr().out
+    assert load_config(tmp_path / "merged" / "config.yaml").cognition.quantization == "none"
+
+
 def test_the_command(run, tmp_path, capsys):
     out = tmp_path / "merged"
     assert main(["convert", "merge", str(run), "--out", str(out), "--dtype", "bf16"]) == 0

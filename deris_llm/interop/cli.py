@@ -136,7 +136,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
     """Merges, and prints what it changed."""
     from rich.console import Console
 
-    from deris_llm.merge import merge_checkpoint
+    from deris_llm.merge import QUANTIZED, merge_checkpoint
 
     done = merge_checkpoint(arguments.checkpoint, arguments.out, dtype=arguments.dtype)
     console = Console(markup=False, highlight=False, soft_wrap=True)
@@ -144,6 +144,8 @@ def run_merge(arguments: argparse.Namespace) -> int:
     console.print(f"  that moved {done.by_merging}")
     if done.by_rounding is not None:
         console.print(f"  rounding to bf16 moved {done.by_rounding}")
+    if done.was_quantized:
+        console.print(f"WARNING: {QUANTIZED}")
     console.print(
         f"written to {arguments.out}: needs no base weights; `eval`, `predict` and training.start_from read it"
     )
