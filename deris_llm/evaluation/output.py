@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deris_llm.evaluation.breakdown import breakdown
 from deris_llm.evaluation.intervals import intervals, metric_ratios
-from deris_llm.evaluation.overlays import Case, choose_cases, write_contact_sheet, write_page
+from deris_llm.evaluation.overlays import Case, choose_cases, write_contact_sheet
+from deris_llm.evaluation.overlays import write_page as write_overlays
+from deris_llm.evaluation.page import PAGE_FILE, write_page
+from deris_llm.evaluation.page_data import Evaluation, open_evaluation
 from deris_llm.evaluation.predictions import EvaluationResult, counted_under
 from deris_llm.evaluation.protocols import Protocol
 from deris_llm.evaluation.report import Section, read_report, update_report
+from deris_llm.evaluation.views import VIEWS_FILE
 from deris_llm.structures import ReferringRecord
+
+logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
 
@@ -23,6 +31,7 @@ class EvaluationFolder:
         report.json             numbers with intervals, breakdown and selection error, where they come from, times, versions
         predictions/SPLIT.jsonl one line per phrase, masks as COCO RLE
         overlays.html           worst, best and random cases; overlays/SPLIT.png the same as sheets
+        report.html             the page of it all (`page`); views.json what the model's queries said of some phrases
 
     Args:
         folder: made when something is written.
@@ -92,8 +101,12 @@ class EvaluationFolder:
             self._cases[split] = choose_cases(result.predictions, by_id, protocol=self.protocols[0].id)
         return numbers
 
-    def write_pictures(self) -> None:
-        """Draws the cases of the splits that were added."""
+    def write_pictures(self, look_inside: Callable[[Evaluation], Evaluation] | None = None) -> None:
+        """Draws the cases of the splits that were added, and the page of the folder.
+
+        Args:
+            look_inside: adds to the page what only the model that answered can show.
+        """
         first = self.protocols[0].id
         for split, cases in self._cases.items():
             write_contact_sheet(
@@ -103,7 +116,20 @@ class EvaluationFolder:
                 protocol=first,
             )
         if self._cases:
-            write_page(self._cases, self.folder / "overlays.html", title=self.title, protocol=first)
+            write_overlays(self._cases, self.folder / "overlays.html", title=self.title, protocol=first)
+            try:
+                self._write_page(look_inside)
+            except (ValueError, OSError) as error:  # everything else is written: a page can be made again
+                logger.warning("%s was not written: %s", self.folder / PAGE_FILE, error)
+
+    def _write_page(self, look_inside: Callable[[Evaluation], Evaluation] | None) -> None:
+        (self.folder / VIEWS_FILE).unlink(missing_ok=True)  # of answers that are no more
+        evaluation = open_evaluation(self.folder)
+        if look_inside is not None:  # at the splits of this model: others in the folder may be of another
+            added = {split: evaluation.answers[split] for split in self._cases}
+            views = look_inside(dataclasses.replace(evaluation, answers=added)).views
+            evaluation = dataclasses.replace(evaluation, views=views)
+        write_page(evaluation, self.folder / PAGE_FILE)
 
 
 def extras(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from deris_llm.data.mix import leakage_notice
 from deris_llm.data.sources import read_split
 from deris_llm.evaluation.evaluator import control_phrases, evaluate
 from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder
+from deris_llm.evaluation.page import look_inside_model
 from deris_llm.evaluation.predictions import EvaluationResult
 from deris_llm.evaluation.protocols import protocols_of
 from deris_llm.evaluation.report import Section, read_report
@@ -103,7 +105,9 @@ def run_evaluation(
         if control:
             report["control"][split] = _run_control(records, split, evaluated, folder if rank == 0 else None)
     if rank == 0 and pictures:
-        folder.write_pictures()
+        is_whole = not any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # not spread by ZeRO-3
+        inside = functools.partial(look_inside_model, model=model, config=config, processor=processor)
+        folder.write_pictures(inside if is_whole else None)
     return read_report(folder.folder / REPORT_FILE) if rank == 0 else report
 
 

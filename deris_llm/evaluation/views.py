@@ -128,6 +128,7 @@ def compute_views(
     """
     device = next(model.parameters()).device
     dtype = torch.bfloat16 if config.training.precision == "bf16" else None
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))  # a few phrases
     was_training = model.training
     model.eval()
     views: list[PhraseView] = []

@@ -48,6 +48,9 @@ def test_report_predictions_and_pictures(config: RunConfig, tmp_path: Path) -> N
         assert report["timing"][f"evaluate splits {split}"] > 0
     page = (tmp_path / "overlays.html").read_text()
     assert all(f"<h2>{split}</h2>" in page for split in splits)
+    page = (tmp_path / "report.html").read_text()
+    assert f'value="{report["splits"]["refcocog_umd/test"]["original"]["mIoU"]}"' in page
+    assert page.count('<article class="view">') == len(json.loads((tmp_path / "views.json").read_text())) == 8
 
 
 def test_a_generalised_split_is_reported_with_its_metrics(config: RunConfig, tmp_path: Path) -> None:
@@ -82,3 +85,21 @@ def test_unusable_report_is_found_before_the_work(config: RunConfig, tmp_path: P
         run_evaluation(
             config, torch.nn.Linear(1, 1), build_processor(config), ["refcoco/val"], out=tmp_path, progress=False
         )
+
+
+def test_a_page_that_cannot_be_made_loses_no_numbers(
+    config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model, processor = build_model(config), build_processor(config)
+    line = {"phrase_id": "refcoco/testA/-5", "image": "x.jpg", "phrase": "x", "mask": {}, "iou": {"original": 50.0}}
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "refcoco_testA.jsonl").write_text(json.dumps(line) + "\n")  # of other data
+    earlier = {"refcoco/testA": {"original": {"mIoU": 50.0, "n_phrases": 1, "n_images": 1}}}
+    parts = {"control": {}, "step0": {}, "timing": {}, "versions": {}}
+    (tmp_path / "report.json").write_text(json.dumps({"splits": earlier} | parts))
+    report = run_evaluation(config, model, processor, ["refcoco/val"], out=tmp_path, progress=False)
+    assert list(report["splits"]) == ["refcoco/testA", "refcoco/val"]
+    assert not (tmp_path / "report.html").exists()
+    assert "report.html was not written" in caplog.text
+    assert "refcoco/testA/-5" in caplog.text
