@@ -64,7 +64,7 @@ def export_checkpoint(
     dtype: Literal["fp32", "bf16"] = "fp32",
     repo_name: str | None = None,
     report: Path | None = None,
-    allow_module: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Export:
     """Writes a folder to publish.
 
@@ -76,7 +76,7 @@ def export_checkpoint(
         dtype: of merged weights.
         repo_name: `owner/name` that it will have, for the card.
         report: folder of `deris-llm eval`, or its report.json, of this checkpoint: its numbers go into the card.
-        allow_module: see `load_checkpoint`.
+        overrides: see `merge_checkpoint`.
 
     Raises:
         ValueError: no checkpoint, a folder that is not new, no report, or a run on a full checkpoint without `merge`.
@@ -91,19 +91,19 @@ def export_checkpoint(
     content = _read_report(report)
     done = None
     if merge:
-        done = merge_checkpoint(folder, out, dtype=dtype, allow_module=allow_module)
+        done = merge_checkpoint(folder, out, dtype=dtype, overrides=overrides)
         _finish(folder, out, content, repo_name=repo_name, merge=done)
     else:
-        config = checkpoint_config(folder)
+        config = checkpoint_config(folder, overrides)
         with written_aside(out) as partial:
             weights = MODEL_FILE if is_full(folder) else TRAINABLE_FILE
             shutil.copyfile(folder / weights, partial / weights)
-            save_config(load_config(folder / CONFIG_FILE), partial / CONFIG_FILE)
+            save_config(load_config(folder / CONFIG_FILE, overrides), partial / CONFIG_FILE)
             for name, source in files_beside_weights(folder, config).items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, partial / name)
             _finish(folder, partial, content, repo_name=repo_name, merge=None)
-    saved = load_config(folder / CONFIG_FILE)
+    saved = load_config(folder / CONFIG_FILE, overrides)
     names = (saved.cognition.weights, saved.perception.weights)
     local = () if is_full(out) else tuple(name for name in names if _is_local(name))
     return Export(folder, checkpoint_fingerprint(out), done, local)

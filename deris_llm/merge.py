@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,7 @@ from deris_llm.training.checkpoints import (
     files_beside_weights,
     find_checkpoint,
     load_checkpoint,
+    names_backend,
     save_full_checkpoint,
 )
 
@@ -59,7 +61,7 @@ class Merge:
 
 
 def merge_checkpoint(
-    folder: str | Path, out: Path, *, dtype: Literal["fp32", "bf16"] = "fp32", allow_module: bool = False
+    folder: str | Path, out: Path, *, dtype: Literal["fp32", "bf16"] = "fp32", overrides: Sequence[str] = ()
 ) -> Merge:
     """Writes a full checkpoint with the answers of another one.
 
@@ -72,14 +74,16 @@ def merge_checkpoint(
         folder: any checkpoint, or the folder of a run (`find_checkpoint`).
         out: new folder.
         dtype: of the parameters in the file; buffers, such as a backbone's statistics, keep theirs.
-        allow_module: see `load_checkpoint`.
+        overrides: `section.field=value` over the run config, such as `cognition.weights=...` where the base weights lie
+            elsewhere now; they are written too.
 
     Raises:
         ValueError: no checkpoint, other base weights, or a folder that is not new.
     """
     check_new_folder(out)
     folder = find_checkpoint(folder)
-    whole = ["training.precision=fp32", "cognition.quantization=none"]
+    allow_module = names_backend(overrides)
+    whole = [*overrides, "training.precision=fp32", "cognition.quantization=none"]
     config, model = load_checkpoint(folder, overrides=whole, allow_module=allow_module)
     batch = _probe(config, allow_module=allow_module)
     with torch.inference_mode():
@@ -96,7 +100,7 @@ def merge_checkpoint(
             by_rounding = change_of(merged, model(batch))
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-    run = load_config(folder / CONFIG_FILE)
+    run = load_config(folder / CONFIG_FILE, overrides)
     save_full_checkpoint(out, model, _without_lora(run, str(folder)), files_beside_weights(folder, config))
     was_quantized = run.cognition.quantization != "none"
     return Merge(folder, num_linears, change_of(before, merged), by_rounding, was_quantized)

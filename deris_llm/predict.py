@@ -30,8 +30,10 @@ from rich.table import Table
 
 from deris_llm.data.masks import encode_mask
 from deris_llm.evaluation.overlays import draw_overlay
+from deris_llm.out_of_memory import DoesNotFitError
 from deris_llm.pipeline import DerisPipeline, as_picture
 from deris_llm.postprocess import PhraseAnswer
+from deris_llm.training.checkpoints import names_backend
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class Predictions:
 
     out: Path
     threshold_source: str = ""  # in words
-    lines: list[dict[str, Any]] = field(default_factory=list)  # those of this call
+    lines: list[dict[str, Any]] = field(default_factory=list)  # those of this call without masks, with area and number
     num_there: int = 0  # questions that were answered before
     bad: list[str] = field(default_factory=list)  # what was left out, with the reason
 
@@ -218,7 +220,8 @@ def predict(
                 _write_files(question, picture, answer, out, overlays=overlays, instances=instances)
                 line = _line(question, answer, instances=instances) | _settings(pipeline)
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                result.lines.append(line | {"area": float(answer.mask.mean()), "number": len(answer.query_index)})
+                small = {name: value for name, value in line.items() if name not in ("mask", "instances")}
+                result.lines.append(small | {"area": float(answer.mask.mean()), "number": len(answer.query_index)})
             file.flush()
             bar.update(task, advance=sum(map(len, batch)))
     return result
@@ -232,6 +235,8 @@ def _answered(
         pictures = [as_picture(asked[0].path) for asked in batch]
         pairs = [(picture, [q.phrase for q in asked]) for picture, asked in zip(pictures, batch, strict=True)]
         answers = list(pipeline.answer_all(pairs))
+    except DoesNotFitError:
+        raise
     except ValueError:
         yield from _one_by_one(pipeline, batch, bad, skip_bad=skip_bad)
         return
@@ -248,6 +253,8 @@ def _one_by_one(
             try:
                 picture = as_picture(question.path)
                 (answer,) = pipeline(picture, [question.phrase])
+            except DoesNotFitError:
+                raise
             except ValueError as error:
                 problem = f"{question.image}, {question.phrase!r}: {error}"
                 if not skip_bad:
@@ -497,8 +504,7 @@ def run(
 ) -> Predictions:
     """`deris-llm predict`, without the printing."""
     questions, problems = questions_of_command(images, phrases, jsonl, skip_bad=skip_bad)
-    trusts_backend = any(text.startswith("cognition.backend=") for text in overrides)
-    pipeline = DerisPipeline.from_pretrained(checkpoint, overrides=overrides, allow_module=trusts_backend)
+    pipeline = DerisPipeline.from_pretrained(checkpoint, overrides=overrides, allow_module=names_backend(overrides))
     result = predict(
         pipeline, questions, out or default_out(pipeline), overlays=overlays, instances=instances, skip_bad=skip_bad
     )

@@ -202,6 +202,20 @@ def test_a_run_starts_from_it_with_lora_of_its_own(merged, config, model, weight
         assert max(differences(load_checkpoint(tmp_path / "again")[1](batch), model(batch))) < 1e-5
 
 
+def test_base_weights_that_moved_and_a_backend_of_ones_own(run, weights, tmp_path):
+    moved = shutil.copytree(weights / "llava", tmp_path / "moved")
+    source = shutil.copytree(run / "best", tmp_path / "best")
+    text = (source / "config.yaml").read_text()
+    (source / "config.yaml").write_text(text.replace(str(weights / "llava"), "no/where"))
+    module = "deris_llm.cognition.qwen2_ov:Qwen2OneVision"
+    merge_checkpoint(
+        source, tmp_path / "merged", overrides=[f"cognition.weights={moved}", f"cognition.backend={module}"]
+    )
+    with pytest.raises(ValueError, match="which could run any code"):
+        load_checkpoint(tmp_path / "merged")
+    load_checkpoint(tmp_path / "merged", allow_module=True)
+
+
 def test_lora_on_weights_in_4_bits_is_added_to_whole_ones(run, tmp_path, capsys):
     source = shutil.copytree(run / "best", tmp_path / "best")
     text = (source / "config.yaml").read_text()

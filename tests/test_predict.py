@@ -180,6 +180,17 @@ def test_bad_pictures_and_phrases_are_named(pictures, pipeline, tmp_path):
     assert "special token '<image>'" in result.bad[1]
 
 
+def test_too_little_memory_is_no_bad_picture(pictures, checkpoint, tmp_path, monkeypatch):
+    pipeline = DerisPipeline.from_pretrained(checkpoint)
+
+    def fails(batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline.model, "forward", fails)
+    with pytest.raises(ValueError, match="evaluation ran out of memory"):
+        predict(pipeline, asked_of(pictures, "ring"), tmp_path / "out", skip_bad=True, progress=False)
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -138,7 +138,7 @@ def run_merge(arguments: argparse.Namespace) -> int:
 
     from deris_llm.merge import QUANTIZED, merge_checkpoint
 
-    done = merge_checkpoint(arguments.checkpoint, arguments.out, dtype=arguments.dtype)
+    done = merge_checkpoint(arguments.checkpoint, arguments.out, dtype=arguments.dtype, overrides=arguments.set)
     console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(f"{done.source}: {done.num_linears} linears with LoRA merged; on a picture of noise")
     console.print(f"  that moved {done.by_merging}")
@@ -167,6 +167,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         repo_name=arguments.repo_name,
         report=arguments.report,
+        overrides=arguments.set,
     )
     console = Console(markup=False, highlight=False, soft_wrap=True)
     console.print(f"written to {arguments.out}: made of {done.source}, fingerprint {done.fingerprint}")
@@ -230,6 +231,10 @@ def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
         help="a run (its `best`), `best` or `checkpoint-STEP` of one, or a full one",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE",
+        help="override fields of its config, e.g. cognition.weights=FOLDER where the base weights lie elsewhere now",
+    )  # fmt: skip
 
 
 def _shortened(names: list[str]) -> str:
