@@ -6,7 +6,7 @@ RefCOCO, RefCOCO+ and RefCOCOg drew their splits independently: a picture of Ref
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from deris_llm.config import DataConfig, RunConfig
 from deris_llm.data.errors import DataError
-from deris_llm.data.prepared import PreparedSplit
+from deris_llm.data.prepared import COCO_STEM, PreparedSplit
 from deris_llm.data.record_views import RecordView, image_numbers, is_lazy
 from deris_llm.data.refer import DATASETS
 from deris_llm.data.sources import image_hashes_of_split, images_of_split, read_split, split_names
@@ -73,7 +73,8 @@ def training_mix(config: DataConfig) -> TrainingMix:
     """Reads the train splits of ``config.train`` and removes the images of every evaluation split.
 
     Evaluation splits are all splits but train of every mixed dataset, and those of ``config.eval``. A picture is the same
-    if its id is (COCO's file names; `deris_llm.data.prepared`), or, among prepared sets, its file's content.
+    if its id is (COCO's file names; `deris_llm.data.prepared`), or, among prepared sets, its file's
+    content, unless COCO's names tell two apart.
 
     Raises:
         DataError: unusable files or records, or nothing is left to train on.
@@ -96,10 +97,10 @@ def training_mix(config: DataConfig) -> TrainingMix:
     }
 
     eval_hashes = {
-        digest
+        digest: image_id
         for name in eval_splits
         if not name.endswith("/train")
-        for digest in image_hashes_of_split(config.root, name)
+        for digest, image_id in image_hashes_of_split(config.root, name).items()
     }
     parts = [read_split(config.root, f"{name}/train", phrase_field=config.phrase_field) for name in config.train]
     found = [image_numbers(part) for part in parts]
@@ -147,13 +148,19 @@ def training_mix(config: DataConfig) -> TrainingMix:
 
 
 def _is_of_evaluation(
-    records: Sequence[ReferringRecord], ids: pa.Array, eval_images: set[str], eval_hashes: set[str]
+    records: Sequence[ReferringRecord], ids: pa.Array, eval_images: set[str], eval_hashes: Mapping[str, str]
 ) -> np.ndarray:
-    """Which pictures some evaluation split has too, by id or, among prepared sets, by content; bool, per id."""
-    found = np.fromiter((image_id in eval_images for image_id in ids.to_pylist()), bool, len(ids))
+    """Which pictures some evaluation split has too, by id or, among prepared sets, by content; bool, per id.
+
+    Two pictures that both have COCO's names are told apart by these, as all published splits are.
+    """
+    names = ids.to_pylist()
+    found = np.fromiter((image_id in eval_images for image_id in names), bool, len(names))
     if isinstance(records, PreparedSplit) and eval_hashes:
         hash_of = dict(zip(records.image_ids.to_pylist(), records.image_hashes.to_pylist(), strict=True))
-        found |= np.fromiter((hash_of[image_id] in eval_hashes for image_id in ids.to_pylist()), bool, len(ids))
+        for i, image_id in enumerate(names):
+            other = eval_hashes.get(hash_of[image_id])
+            found[i] |= other is not None and not (COCO_STEM.fullmatch(image_id) and COCO_STEM.fullmatch(other))
     return found
 
 

@@ -30,7 +30,7 @@ from deris_llm import __version__
 from deris_llm.data import refer
 from deris_llm.data.errors import DataError, bad_records_error
 from deris_llm.data.pictures import PictureFacts
-from deris_llm.data.prepared import ARROW_FOLDER, IMAGE_SCHEMA, IMAGES_FILE, LAYOUT, MANIFEST_FILE, map_arrow
+from deris_llm.data.prepared import ARROW_FOLDER, COCO_STEM, IMAGE_SCHEMA, IMAGES_FILE, LAYOUT, MANIFEST_FILE, map_arrow
 from deris_llm.data.readers.base import FaultReason, SourceEntry, SourceFault, SourceOptions, SourceReader
 from deris_llm.data.readers.registry import open_source
 from deris_llm.data.validation import Fault, LocatedEntry, ShardResult, is_text, look_at, write_shard
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 PHRASES_PER_SHARD = 8192
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]*")
-_COCO_STEM = re.compile(r"COCO_(train|val|test)20\d\d_\d{12}")
 _PICTURES_PER_JOB = 32
 
 
@@ -411,7 +410,7 @@ def _image_row(
         )
     stem = Path(name).stem
     named = (
-        str(given_id) if given_id is not None else stem if _COCO_STEM.fullmatch(stem) else f"sha256-{facts.sha256[:24]}"
+        str(given_id) if given_id is not None else stem if COCO_STEM.fullmatch(stem) else f"sha256-{facts.sha256[:24]}"
     )
     return {"image_id": named, "file": name, "height": size[0], "width": size[1], "sha256": facts.sha256}
 

@@ -11,6 +11,7 @@ belong to the system's cache, shared by all ranks and loader workers of a machin
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ IMAGE_SCHEMA = pa.schema(
         "sha256": pa.string(),  # of the file
     }
 )
+
+
+COCO_STEM = re.compile(r"COCO_(train|val|test)20\d\d_\d{12}")
+"""Names of pictures by which datasets over COCO know each other's pictures."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -87,15 +87,17 @@ def images_of_split(root: str | Path, name: str) -> set[str]:
     """Image ids of ``dataset/split``, without reading its phrases."""
     dataset, _, split = name.partition("/")
     if (manifest := _prepared(root, dataset)) is not None:
-        return set(_image_column(root, manifest, split, "image_id").to_pylist())
+        return set(_images(root, manifest, split).column("image_id").to_pylist())
     return refer.images_of_split(root, name)
 
 
-def image_hashes_of_split(root: str | Path, name: str) -> set[str]:
-    """Content hashes of a prepared split's pictures: the same picture under another name. None are known of REFER's files."""
+def image_hashes_of_split(root: str | Path, name: str) -> dict[str, str]:
+    """Content hash -> image id of a prepared split's pictures. None are known of REFER's own files."""
     dataset, _, split = name.partition("/")
-    manifest = _prepared(root, dataset)
-    return set() if manifest is None else set(_image_column(root, manifest, split, "sha256").to_pylist())
+    if (manifest := _prepared(root, dataset)) is None:
+        return {}
+    images = _images(root, manifest, split)
+    return dict(zip(images.column("sha256").to_pylist(), images.column("image_id").to_pylist(), strict=True))
 
 
 def count_refs(root: str | Path, name: str) -> int:
@@ -131,8 +133,9 @@ def _say_which(folder: str, refs: str) -> None:
     logger.info("%s is a prepared set and is read instead of %s", folder, refs)
 
 
-def _image_column(root: str | Path, manifest: Manifest, split: str, column: str) -> pa.ChunkedArray:
+def _images(root: str | Path, manifest: Manifest, split: str) -> pa.Table:
+    """The pictures of a prepared split."""
     if split not in manifest.splits:
-        return pa.chunked_array([], pa.string())
+        return read_images(manifest).slice(0, 0)
     rows = np.unique(PreparedSplit(root, manifest.folder.name, split, phrase_field="sent").image_rows)
-    return read_images(manifest).column(column).take(pa.array(rows))
+    return read_images(manifest).take(pa.array(rows))

@@ -100,3 +100,73 @@ def test_the_fields_earlier_name_in_peoples_checkpoints(excluded: bool) -> None:
     config = config_from_dict(tree)
     assert config.data.allow_leakage is not excluded
     assert config.data.root == "elsewhere"
+
+
+def _mine(world: Any, name: str, pictures: dict[str, str], **options: Any) -> None:
+    """A set over pictures: file name -> split; a file's content is that of its first letter."""
+    lines = []
+    for file, split in pictures.items():
+        world.pictures(file[0], folder=world.folder / "originals")
+        (world.folder / file).write_bytes((world.folder / "originals" / file[0]).read_bytes())
+        lines.append({"image": file, "phrase": f"thing of {file}", "polygons": world.square, "split": split})
+    world.prepare(world.lines(*lines, file=f"{name}.jsonl"), name, **options)
+
+
+@pytest.fixture
+def no_suffix(world: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pictures need no suffix in these tests."""
+    real = world.pictures
+
+    def as_png(name: str, *, folder: Path) -> None:
+        real(f"{name}.png", folder=folder)
+        (folder / f"{name}.png").rename(folder / name)
+
+    monkeypatch.setattr(world, "pictures", as_png, raising=False)
+    return world
+
+
+def test_a_renamed_picture_of_another_sets_evaluation_leaves(no_suffix: Any) -> None:
+    world = no_suffix
+    _mine(world, "one", {"a1.png": "train", "b1.png": "train", "c1.png": "val"})
+    _mine(world, "two", {"c2.png": "train", "d2.png": "train", "b2.png": "val"})
+    config = _config(world.root, train=("one", "two"), eval=())
+    mix = training_mix(config)
+    assert [r.phrase for r in mix.records] == ["thing of a1.png", "thing of d2.png"]
+    assert mix.report.num_images_removed == 2
+    alone = training_mix(dataclasses.replace(config, train=("one",)))
+    assert [r.phrase for r in alone.records] == ["thing of a1.png", "thing of b1.png"]
+    leaking = training_mix(dataclasses.replace(config, allow_leakage=True))
+    assert (len(leaking.records), leaking.report.num_eval_images_kept) == (4, 2)
+    also = training_mix(dataclasses.replace(config, train=("one",), eval=("two/val",)))
+    assert [r.phrase for r in also.records] == ["thing of a1.png"]
+
+
+def test_cocos_names_tell_equal_files_apart_but_a_renamed_one_leaves(no_suffix: Any) -> None:
+    world = no_suffix
+    folder = world.folder
+    folder.mkdir()
+    names = [f"COCO_train2014_{i:012d}.jpg" for i in (1, 2)]
+    world.pictures("a", folder=folder)
+    for name in (*names, "renamed.jpg"):
+        (folder / name).write_bytes((folder / "a").read_bytes())
+    lines = [
+        {"image": image, "phrase": image, "polygons": world.square, "split": split}
+        for image, split in ((names[0], "train"), ("renamed.jpg", "train"), (names[1], "val"))
+    ]
+    world.prepare(world.lines(*lines))
+    mix = training_mix(_config(world.root, train=("mine",), eval=()))
+    assert [r.phrase for r in mix.records] == [names[0]]
+
+
+def test_pictures_of_refers_files_and_of_a_prepared_set(refer_folder: Any, world: Any) -> None:
+    """A set of one's own over COCO's pictures knows REFER's evaluation splits."""
+    root = refer_folder.write()
+    world.root = root
+    lines = [
+        {"image": refer_folder.image_path(i).name, "phrase": f"mine in {i}", "polygons": world.square}
+        for i in (1, 5, 9)
+    ]
+    world.prepare(world.lines(*lines), images=root / refer_folder.images)
+    mix = training_mix(_config(root, train=("refcoco", "mine"), eval=("refcoco/val",)))
+    assert [r.phrase for r in mix.records if r.dataset == "mine"] == ["mine in 1", "mine in 9"]  # 5 is refcoco/val
+    assert mix.report.num_images_removed == 1
