@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from deris_llm.data.masks import encode_mask
+from deris_llm.evaluation.boxes import boxes_of_masks
 from deris_llm.evaluation.overlays import draw_overlay
 from deris_llm.out_of_memory import DoesNotFitError
 from deris_llm.pipeline import DerisPipeline, as_picture
@@ -288,6 +289,7 @@ def _line(question: Question, answer: PhraseAnswer, *, instances: bool) -> dict[
         "score": round(answer.score, 4),
         "presence": round(answer.presence, 4),
         "says_target": answer.says_target,
+        "boxes": boxes_of_masks(answer.instance_masks).astype(int).tolist(),
         "file": f"masks/{question.file_stem}.png",
     }
     if instances:

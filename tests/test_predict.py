@@ -10,6 +10,7 @@ from PIL import Image
 
 from deris_llm.cli import main
 from deris_llm.data.masks import decode_segmentation
+from deris_llm.evaluation.boxes import boxes_of_masks
 from deris_llm.model import build_model
 from deris_llm.pipeline import DerisPipeline
 from deris_llm.predict import Question, captioned_overlay, predict, questions_about, read_pairs
@@ -67,6 +68,7 @@ def test_what_is_written(checkpoint, pictures, tmp_path, capsys):
         assert (line["score_threshold"], line["selection"], line["presence_use"]) == (0.4, "threshold_or_best", "none")
         parts = [decode_segmentation(each["mask"], 60, 80) for each in line["instances"]]
         np.testing.assert_array_equal(np.logical_or.reduce(parts), mask)
+        assert line["boxes"] == [box.astype(int).tolist() for part in parts for box in boxes_of_masks(part[None])]
         assert len(list((out / "masks").glob(f"{out.joinpath(line['file']).stem}.instance-*.png"))) == len(parts)
         assert Image.open(out / line["file"].replace("masks", "overlays").replace("png", "jpg")).width == 480
     assert lines[0]["file"].startswith("masks/picture-0-the-red-circle-")
