@@ -346,11 +346,12 @@ def _model_to_evaluate(arguments: argparse.Namespace, device: torch.device) -> t
 
     from deris_llm.config import load_config
     from deris_llm.model import build_model
-    from deris_llm.training.checkpoints import checkpoint_config, load_checkpoint
+    from deris_llm.training.checkpoints import load_checkpoint
 
     if arguments.checkpoint is not None:
-        config, model = load_checkpoint(arguments.checkpoint, device, allow_module=_trusts_backend(arguments))
-        return checkpoint_config(arguments.checkpoint, arguments.set) if arguments.set else config, model
+        return load_checkpoint(
+            arguments.checkpoint, device, overrides=arguments.set, allow_module=_trusts_backend(arguments)
+        )
     config = load_config(arguments.config, arguments.set)
     set_seed(config.training.seed)  # the fresh parts are those that training would start from
     return config, build_model(config, device=device).eval()

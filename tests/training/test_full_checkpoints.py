@@ -167,6 +167,22 @@ def test_eval_reads_a_full_checkpoint(full, tmp_path):
     assert report["splits"]["refcoco/val"]["original"]["n_images"] == 2
 
 
+def test_settings_of_eval_reach_the_model(full, tmp_path, capsys):
+    command = [
+        "eval",
+        "--checkpoint",
+        str(full),
+        "--splits",
+        "refcoco/val",
+        "--gpus",
+        "1",
+        "--output",
+        str(tmp_path / "eval"),
+    ]
+    assert main([*command, "--set", "loopback.rounds=2"]) == 2
+    assert "unknown here: loopback.cognition_rounds.3." in capsys.readouterr().err
+
+
 def test_a_run_starts_from_a_full_checkpoint(full, started, model):
     config, trained = load_checkpoint(started.checkpoint)
     assert same_state(trained, model, but_for=lambda name: dict(trained.named_parameters())[name].requires_grad)
