@@ -137,6 +137,25 @@ def count_macs(model: Deris, batch: ReferringBatch) -> dict[str, int]:
     return found | ({"rest": rest} if rest else {})
 
 
+def training_flops(config: RunConfig) -> int:
+    """Floating-point operations of one micro-batch, forward and backward, without those that checkpointing repeats.
+
+    The loss is stood in for by a sum of all outputs; a multiply-accumulate counts as two.
+    """
+    cognition = dataclasses.replace(config.cognition, gradient_checkpointing=False)
+    perception = dataclasses.replace(config.perception, activation_checkpointing=False)
+    config = dataclasses.replace(config, cognition=cognition, perception=perception)
+    model = build_model(config, weights=False, device="meta").train()
+    batch = shape_batch(config, plan_cognition(config))
+    with ShapeSimulation(), FlopCounterMode(display=False) as counter:
+        output = model(batch)
+        loss = output.presence_logit.float().sum()
+        for answer in output.rounds:
+            loss = loss + answer.mask_logits.float().sum() + answer.referring_logits.float().sum()
+        loss.backward()
+    return counter.get_total_flops()
+
+
 def _part_names(model: Deris) -> Iterator[str]:
     """As the counter calls them."""
     inner = getattr(model.cognition, "model", None)

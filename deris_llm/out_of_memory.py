@@ -46,6 +46,8 @@ def training_cures(config: RunConfig) -> list[str]:
     cures = []
     if not cognition.gradient_checkpointing:
         cures.append("cognition.gradient_checkpointing=true (now false): recomputes the image-text model's layers")
+    if cognition.backend in ("qwen2_ov", "qwen_vl") and cognition.quantization == "none" and cognition.tuning == "lora":
+        cures.append("cognition.quantization=nf4 (now none): QLoRA, the language model's weights in 4 bits")
     if training.images_per_device > 1:
         cures.append(
             f"training.images_per_device={training.images_per_device // 2} (now {training.images_per_device}), with "

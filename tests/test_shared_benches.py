@@ -1,0 +1,103 @@
+"""The benches of the shared prefix and of the 7B run at the smallest size: both sides equal, every column filled."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from deris_llm.data.synthetic.world import write_world
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Loads a script of that name."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
+    monkeypatch.setattr(module.logging, "disable", lambda _: None)
+    module.main()
+
+
+@pytest.fixture
+def small_shape(monkeypatch: pytest.MonkeyPatch, bench: Callable[[str], ModuleType]) -> ModuleType:
+    """bench_shared with a narrow model: the proportions are the bench's business, the program is the test's."""
+    module = bench("bench_shared")
+    write = module.write_weights_folder
+
+    def write_narrow(folder: Path, layers: int) -> None:
+        write(folder, layers)
+        shape = json.loads((folder / "config.json").read_text())
+        shape["text_config"] |= {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+        shape["vision_config"] |= {
+            "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 56,
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(shape))
+
+    monkeypatch.setattr(module, "write_weights_folder", write_narrow)
+    return module
+
+
+def test_shared_prefix(
+    small_shape: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(small_shape, monkeypatch, "--phrases", "1", "3", "--layers", "1", "--repeats", "1")
+    said = capsys.readouterr().out
+    assert said.count("evaluation") == said.count("training step") == 2
+    assert "best of 1" in said
+
+
+def test_shared_prefix_over_a_split(
+    small_shape: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    write_world(tmp_path, seed=3, num_train=2, num_val=2, num_test=2)
+    tiny = ["perception.weights=builtin:tiny-mask2former", "perception.image_size=64", "loopback.dim_feedforward=64"]
+    options = ["--layers", "1", "--split", "refcoco/val", "--data", str(tmp_path), "--max-images", "1"]
+    run(small_shape, monkeypatch, *options, "--set", *tiny)
+    said = capsys.readouterr().out
+    assert "refcoco/val, 1 images" in said
+    assert "masks that differ: 0 of" in said
+
+
+def test_the_7b_bench_at_tiny_size(
+    bench: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--tiny", "--phrases", "2", "--repeats", "1", "--profile", "--budget-gib", "24"]
+    few = ["--set", "training.images_per_device=1", "criterion.num_points=64", "perception.image_size=64"]
+    module = bench("bench_7b")
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module, "SETTINGS", module.SETTINGS[-1:])
+    run(module, monkeypatch, *options, *few)
+    said = capsys.readouterr().out
+    assert "tiny-refcoco on a CPU (says nothing about a GPU)" in said
+    assert "largest costs of a training step" in said
+    assert said.count("aten::") == 3
+    assert "planned: yes" in said
+
+
+def test_the_true_shape_needs_a_gpu(
+    bench: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = bench("bench_7b")
+    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        run(module, monkeypatch)
+    assert "expected a CUDA GPU for the true shape, found none; --tiny runs the same program" in capsys.readouterr().err
