@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -89,13 +90,19 @@ class TrainingBatchSampler(Sampler[list[GroupSelection]]):
             first = batch * per_step + self.rank * self.images_per_device
             yield [chunks[i % len(chunks)] for i in range(first, first + self.images_per_device)]
 
-    def _epoch_chunks(self) -> list[GroupSelection]:
+    def _epoch_chunks(self) -> _EpochChunks:
         random = np.random.default_rng([self.seed, self.epoch])
-        chunks: list[GroupSelection] = []
+        phrases = np.empty(self.num_phrases, np.int32)
+        groups = np.empty(self.num_chunks, np.int32)
+        starts = np.zeros(self.num_chunks + 1, np.int64)
+        made = 0
         for group, (size, number) in enumerate(zip(self._sizes, self._num_chunks, strict=True)):
-            dealt = np.array_split(random.permutation(size), number)
-            chunks.extend(GroupSelection(group, tuple(sorted(chunk.tolist())), self.epoch) for chunk in dealt)
-        return [chunks[i] for i in random.permutation(len(chunks))]
+            for chunk in np.array_split(random.permutation(size), number):
+                starts[made + 1] = starts[made] + len(chunk)
+                phrases[starts[made] : starts[made + 1]] = np.sort(chunk)
+                groups[made] = group
+                made += 1
+        return _EpochChunks(phrases, starts, groups, random.permutation(made), self.epoch)
 
     def state_dict(self, *, batches_done: int) -> dict[str, int | str | None]:
         """Where the epoch stands after ``batches_done`` batches of this rank were trained on.
@@ -136,6 +143,25 @@ class TrainingBatchSampler(Sampler[list[GroupSelection]]):
             )  # fmt: skip
         self.epoch = int(state["epoch"] or 0)
         self._start = min(chunks_done // per_step, len(self))
+
+
+@dataclass(frozen=True, eq=False)
+class _EpochChunks:
+    """The chunks of an epoch in their order, as integers: a hundred thousand objects would take the memory that records don't."""
+
+    phrases: np.ndarray  # int32, numbers of phrases in their groups, chunk by chunk
+    starts: np.ndarray  # int64 (chunks + 1,), where a chunk begins in `phrases`
+    groups: np.ndarray  # int32 (chunks,)
+    order: np.ndarray  # int64 (chunks,), the chunk that comes first, second, ...
+    epoch: int
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> GroupSelection:
+        chunk = self.order[index]
+        members = self.phrases[self.starts[chunk] : self.starts[chunk + 1]]
+        return GroupSelection(int(self.groups[chunk]), tuple(members.tolist()), self.epoch)
 
 
 class EvaluationBatchSampler(Sampler[list[GroupSelection]]):
