@@ -270,6 +270,8 @@ def main() -> None:
     on_cpu = ["training.precision=fp32"] if device.type == "cpu" else []
     overrides = [*on_cpu, *arguments.set]
     config = load_config(name, overrides)
+    if device.type == "cpu" and config.cognition.quantization != "none":
+        parser.error("cognition.quantization: expected a CUDA GPU, found none; bitsandbytes does not train on a CPU")
     console = bench_console()
     console.print(machine("torch", "transformers", "peft") + "\n")
     model = build(config, device)

@@ -195,6 +195,12 @@ def _check_environment(config: RunConfig, deepspeed: Path | None) -> None:
             f"--deepspeed {deepspeed}: expected to be started by a launcher (RANK is not set); use `deris-llm train`, or "
             "`deepspeed --num_gpus 1 scripts/train.py ...` for a single process"
         )
+    if config.cognition.quantization != "none" and not torch.cuda.is_available():
+        raise ValueError(
+            f"cognition.quantization={config.cognition.quantization}: expected a CUDA GPU to train on, found none (on a CPU "
+            "bitsandbytes repacks its weights at the first evaluation, after which they give no gradient); set it to none, or train "
+            "where there is a GPU"
+        )
     if config.training.precision == "bf16":
         if deepspeed is None:
             raise ValueError(

@@ -14,6 +14,7 @@ from deris_llm.planning import NF4_BYTES, plan_run
 from deris_llm.testing import relative_difference, synthetic_batch, tiny_config, tiny_qwen_vl_weights
 from deris_llm.training.checkpoints import load_checkpoint, save_weights
 from deris_llm.training.deepspeed_config import contradictions
+from deris_llm.training.run import train
 
 NF4 = "cognition.quantization=nf4"
 needs_bitsandbytes = pytest.mark.skipif(
@@ -107,6 +108,12 @@ def test_without_bitsandbytes_it_says_what_to_install(overrides: list[str], monk
     monkeypatch.setattr(weights.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="expected the package bitsandbytes, which is not installed; `pip install"):
         build_model(tiny_config(*overrides, NF4))
+
+
+def test_training_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="cognition.quantization=nf4: expected a CUDA GPU to train on, found none"):
+        train(tiny_config(NF4), output=tmp_path)
 
 
 def test_weights_of_a_full_checkpoint_are_refused(overrides: list[str]) -> None:
