@@ -1,0 +1,223 @@
+"""Pictures of every kind become RGB of 8 bit, the right way up; what is no picture is named."""
+
+import io
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deris_llm.data import pictures
+from deris_llm.data.errors import DataError
+from deris_llm.data.pictures import PictureError, picture_facts, read_picture, safe_path
+from deris_llm.data.sources import read_split
+from deris_llm.data.transforms import load_image
+
+HEIGHT, WIDTH = 30, 40
+
+
+@pytest.fixture(scope="module")
+def colours() -> np.ndarray:
+    """Four quarters: red, green, blue, gray."""
+    array = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    array[:15, :20], array[:15, 20:], array[15:, :20], array[15:, 20:] = (
+        (200, 0, 0),
+        (0, 180, 0),
+        (0, 0, 160),
+        (90, 90, 90),
+    )
+    return array
+
+
+def _saved(image: Image.Image, path: Path, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def test_png_kinds(colours: np.ndarray, tmp_path: Path) -> None:
+    image = Image.fromarray(colours)
+    kinds = {"RGB": image, "P": image.quantize(8), "RGBA": image.convert("RGBA")}
+    for mode, kind in kinds.items():
+        assert kind.mode == mode
+        assert np.array_equal(read_picture(_saved(kind, tmp_path / f"{mode}.png")), colours)
+    gray = image.convert("L")
+    for mode in ("L", "LA"):
+        read = np.asarray(read_picture(_saved(gray.convert(mode), tmp_path / f"{mode}.png")))
+        assert np.array_equal(read, np.repeat(np.asarray(gray)[..., None], 3, axis=2))
+    bilevel = np.asarray(read_picture(_saved(gray.point(lambda v: 255 * (v > 40)).convert("1"), tmp_path / "1.png")))
+    assert set(np.unique(bilevel)) == {0, 255}
+
+
+def test_16_bit(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
+    for suffix in ("png", "tif"):
+        read = np.asarray(read_picture(_saved(Image.fromarray(ramp), tmp_path / f"deep.{suffix}")))
+        assert read.shape == (HEIGHT, WIDTH, 3)
+        assert np.array_equal(read[..., 0], ramp >> 8)
+    wide = _saved(Image.fromarray(ramp.astype(np.int32) * 4), tmp_path / "wide.tif")
+    with pytest.raises(PictureError, match="expected 8 or 16 bit a channel, got values 0 to 262140"):
+        read_picture(wide)
+    real = _saved(Image.fromarray(ramp.astype(np.float32)), tmp_path / "real.tif")
+    with pytest.raises(PictureError, match="expected 8 or 16 bit a channel, got floating-point"):
+        read_picture(real)
+
+
+def test_cmyk(colours: np.ndarray, tmp_path: Path) -> None:
+    path = _saved(Image.fromarray(colours).convert("CMYK"), tmp_path / "cmyk.jpg", quality=95)
+    assert Image.open(path).mode == "CMYK"
+    difference = np.abs(np.asarray(read_picture(path)).astype(int) - colours)
+    assert difference.mean() < 4  # JPEG; inverted colours would be 100 and more
+
+
+def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
+    array = np.zeros((4, 6, 4), np.uint8)
+    array[:, :2] = (10, 20, 30, 255)
+    array[:, 2:4] = (0, 0, 0, 128)
+    read = np.asarray(read_picture(_saved(Image.fromarray(array), tmp_path / "a.png")))
+    assert read[0, 0].tolist() == [10, 20, 30]
+    assert read[0, 2].tolist() == [127, 127, 127]
+    assert read[0, 5].tolist() == [255, 255, 255]
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.putpixel((1, 1), 1)
+    read = np.asarray(read_picture(_saved(palette, tmp_path / "p.png", transparency=0)))
+    assert read[0, 0].tolist() == [255, 255, 255]
+    assert read[1, 1].tolist() == [255, 0, 0]
+
+
+def test_of_an_animation_the_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue")]
+    for suffix in ("gif", "webp", "png"):
+        options = {"lossless": True} if suffix == "webp" else {}
+        path = _saved(frames[0], tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **options)
+        assert np.asarray(read_picture(path))[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif(colours: np.ndarray, tmp_path: Path, orientation: int) -> None:
+    """The annotation's size decides; where it cannot, the stored orientation; without an annotation, EXIF's."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = _saved(Image.fromarray(colours), tmp_path / "a.png", exif=exif)
+    turned = {
+        1: colours,
+        2: colours[:, ::-1],
+        3: colours[::-1, ::-1],
+        4: colours[::-1],
+        5: colours.transpose(1, 0, 2),
+        6: np.rot90(colours, -1),
+        7: colours[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(colours),
+    }
+    assert np.array_equal(read_picture(path), turned[orientation])
+    assert np.array_equal(read_picture(path, size_hw=(HEIGHT, WIDTH)), colours)
+    facts = picture_facts(path)
+    assert (facts.height, facts.width, facts.is_sideways) == (HEIGHT, WIDTH, orientation > 4)
+    assert facts.fits((WIDTH, HEIGHT)) == (orientation > 4)
+    if orientation > 4:
+        assert np.array_equal(load_image(path, size_hw=(WIDTH, HEIGHT)), turned[orientation])
+    else:
+        with pytest.raises(DataError, match=r"expected 30 x 40 px, .* got 40 x 30 px"):
+            load_image(path, size_hw=(WIDTH, HEIGHT))
+
+
+def test_masks_of_a_turned_picture(colours: np.ndarray, world: Any) -> None:
+    """Drawn on the stored picture or on the shown one: the size of the mask says which; nothing says it for polygons alone."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("stored", "shown", "unknown"):
+        world.folder.mkdir(exist_ok=True)
+        Image.fromarray(colours).save(world.folder / f"{name}.jpg", exif=exif, quality=95, comment=name.encode())
+    polygons = [[2, 2, 12, 2, 12, 12, 2, 12]]
+    lines = [
+        {"image": "stored.jpg", "phrase": "red", "polygons": polygons, "width": WIDTH, "height": HEIGHT},
+        {"image": "shown.jpg", "phrase": "blue", "polygons": polygons, "width": HEIGHT, "height": WIDTH},
+    ]
+    world.prepare(world.lines(*lines))
+    stored, shown = read_split(world.root, "mine/train")
+    assert (stored.height, stored.width, shown.height, shown.width) == (30, 40, 40, 30)
+    assert np.asarray(load_image(stored.image_path, size_hw=(30, 40)))[6, 6].argmax() == 0
+    assert np.asarray(load_image(shown.image_path, size_hw=(40, 30)))[6, 6].argmax() == 2
+    with pytest.raises(
+        DataError, match="expected width and height, for EXIF turns it by 90 degrees .* 40 x 30 px as stored, 30 x 40"
+    ):
+        world.prepare(world.lines({"image": "unknown.jpg", "phrase": "x", "polygons": polygons}), "unknown")
+    mixed = world.lines(*lines, {**lines[1], "image": "stored.jpg"})
+    with pytest.raises(DataError, match="line 3: expected masks drawn for stored.jpg, 40 x 30 px, got 30 x 40 px"):
+        world.prepare(mixed, "mixed")
+
+
+def _bomb() -> bytes:
+    """A PNG that says it had 40,000 x 40,000 pixels."""
+    stream = io.BytesIO()
+    Image.new("1", (8, 8)).save(stream, format="PNG")
+    content = bytearray(stream.getvalue())
+    content[16:24] = (40_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+def test_what_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jpeg = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(jpeg, format="JPEG")
+    png = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(png, format="PNG")
+    files = {
+        "cut.jpg": (jpeg.getvalue()[:-500], "expected a whole picture, got OSError"),
+        "cut.png": (png.getvalue()[:-2000], "expected a whole picture, got"),
+        "header.jpg": (jpeg.getvalue()[:30], "expected a picture, got|expected a whole picture, got"),
+        "text.jpg": (b"<html>404</html>", "expected a picture, got UnidentifiedImageError"),
+        "empty.jpg": (b"", "expected a picture, got a file of 0 bytes"),
+        "bomb.png": (_bomb(), "expected a picture"),
+    }
+    for name, (content, expected) in files.items():
+        (tmp_path / name).write_bytes(content)
+        for read in (read_picture, picture_facts):
+            with pytest.raises(PictureError, match=expected):
+                read(tmp_path / name)
+        with pytest.raises(DataError, match=rf"{name}.*Restore this file"):
+            load_image(tmp_path / name)
+    with pytest.raises(PictureError, match="expected a picture, got a folder"):
+        read_picture(tmp_path)
+    with pytest.raises(PictureError, match="expected a picture, got no file"):
+        read_picture(tmp_path / "nowhere.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "large.png")
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
+    with pytest.raises(PictureError, match="expected a picture of at most 1,000 pixels, got 40 x 30 px"):
+        read_picture(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../a", "a/../../b", "..", "/a", "~/a", "~root", "C:\\a", "c:a", "\\\\host\\share", "a\\..\\b", "a\0b", "", " ", None, 7,
+        ["a"], "link", "link_dir/a", "x" * 5000,
+    ],
+)  # fmt: skip
+def test_names_that_lead_outside(tmp_path: Path, name: object) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (tmp_path / "a").write_text("secret")
+    os.symlink(tmp_path / "a", folder / "link")
+    os.symlink(tmp_path, folder / "link_dir")
+    path, fault = safe_path(folder, name)
+    if name == "x" * 5000:  # too long for a file name, but not outside
+        assert path is None or not path.parent.samefile(tmp_path)
+        return
+    assert path is None
+    assert fault is not None
+    assert fault.startswith("expected ")
+    assert "got" in fault
+
+
+def test_names_inside(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "b").mkdir(parents=True)
+    (folder / "b/c d.jpg").write_text("x")
+    os.symlink(folder / "b/c d.jpg", folder / "link")
+    os.symlink(folder, tmp_path / "linked")  # the folder itself may be a link
+    for name in ("b/c d.jpg", "link", "b/./c d.jpg", "a..b.jpg", "нет.png", "absent.jpg"):
+        assert safe_path(tmp_path / "linked", name) == (tmp_path / "linked" / name, None)
