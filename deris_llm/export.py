@@ -304,7 +304,7 @@ def _numbers(source: Path, folder: Path, config: RunConfig, report: Mapping[str,
     if (folder / CALIBRATION_FILE).is_file():
         text += f" The whole sweep is in `{CALIBRATION_FILE}`."
     if report is not None:
-        return f"{text}\n\n{_report_tables(report)}"
+        return f"{text} {_measured(source, report)}\n\n{_report_tables(report)}"
     metrics = _json_of(folder / METRICS_FILE)
     if not metrics:
         return f"{text}\n\nNone: nobody evaluated this checkpoint for the card."
@@ -320,6 +320,17 @@ def _numbers(source: Path, folder: Path, config: RunConfig, report: Mapping[str,
         f"`{protocols[0]['id']}` ({protocols[0]['fingerprint']}):\n\n"
         + _table(named, [[f"{metrics[name]:.1f}" for name in named]])
     )
+
+
+def _measured(source: Path, report: Mapping[str, Any]) -> str:
+    """Which checkpoint the numbers of a report are of."""
+    named = report.get("about", {}).get("checkpoint")
+    if not named or not Path(named).is_dir():
+        return "The report does not say which checkpoint was measured, or it is no longer where it was."
+    measured, exported = checkpoint_fingerprint(find_checkpoint(named)), checkpoint_fingerprint(source)
+    if measured == exported:
+        return "Measured with the checkpoint that this one was made of."
+    return f"**Measured with the checkpoint of fingerprint `{measured}`, not with that of `{exported}`.**"
 
 
 def _report_tables(report: Mapping[str, Any]) -> str:

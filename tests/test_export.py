@@ -178,6 +178,17 @@ def test_numbers_of_a_report(run, tmp_path):
     assert "**LEAKAGE: trained on pictures of evaluation splits.**" in body
     assert "refcoco/val: the threshold was chosen on it." in body
     assert "While training" not in body
+    assert "The report does not say which checkpoint was measured" in body
+    other = shutil.copytree(run / "best", tmp_path / "other")
+    (other / "config.yaml").write_text((other / "config.yaml").read_text() + "\n")
+    for measured, said in (
+        (run / "best", "Measured with the checkpoint that this one was made of."),
+        (other, f"**Measured with the checkpoint of fingerprint `{checkpoint_fingerprint(other)}`, not with that of"),
+    ):
+        report["about"]["checkpoint"] = str(measured)
+        (tmp_path / "eval" / "report.json").write_text(json.dumps(report))
+        export_checkpoint(run, tmp_path / f"hub of {measured.name}", report=tmp_path / "eval" / "report.json")
+        assert said in card_of(tmp_path / f"hub of {measured.name}")[1]
 
 
 def test_the_calibrated_threshold_goes_along(run, tmp_path):
