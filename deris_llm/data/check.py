@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deris_llm.data import refer
 from deris_llm.data.errors import DataError
-from deris_llm.data.refer import DATASETS, count_refs, find_image_folder, read_split, refs_path, split_names
+from deris_llm.data.prepared import ARROW_FOLDER, Manifest, PreparedSplit, file_sha256, find_manifest, prepared_sets
+from deris_llm.data.sources import count_refs, images_of_split, split_names
 
 KNOWN_COUNTS: dict[str, tuple[int, int, int]] = {
     "refcoco/train": (42_404, 120_624, 16_994),
@@ -51,6 +53,7 @@ class SplitCounts:
     num_images_in_train: int  # of its own dataset's train split; 0 for train itself
     num_no_target: int = 0  # phrases that name nothing
     problem: str | None = None
+    source: str = ""  # the file that these counts come from, with size and hash
 
     @property
     def known(self) -> tuple[int, int, int] | None:
@@ -71,36 +74,97 @@ class SplitCounts:
 
 
 def check_data(root: str | Path, datasets: Sequence[str] | None = None) -> list[SplitCounts]:
-    """Reads and checks every split below ``root``.
+    """Reads and checks every split below ``root``; of a prepared set, which was checked when it was made, the files.
 
     Args:
         root: the data folder.
-        datasets: dataset names; None takes all whose refs file is there.
+        datasets: dataset names; None takes all that are there.
 
     Raises:
         DataError: no pictures or no dataset at all, or a dataset asked for that is missing.
     """
-    find_image_folder(root)
-    names = list(datasets) if datasets else [name for name in DATASETS if refs_path(root, name).is_file()]
+    there = dict.fromkeys(
+        [*(name for name in refer.DATASETS if refer.refs_path(root, name).is_file()), *prepared_sets(root)]
+    )
+    names = list(datasets) if datasets else list(there)
+    if not names or any(find_manifest(root, name) is None for name in names):
+        refer.find_image_folder(root)
     if not names:
-        expected = ", ".join(str(refs_path(root, name)) for name in DATASETS)
+        expected = ", ".join(str(refer.refs_path(root, name)) for name in refer.DATASETS)
         found = ", ".join(sorted(path.name for path in Path(root).iterdir()))
         raise DataError(
-            f"{root}: expected at least one of {expected}; the folder holds {found}. Check the path and the names"
+            f"{root}: expected at least one of {expected}, or a prepared set; the folder holds {found}. Check the path and the "
+            "names"
         )
     counts: list[SplitCounts] = []
     for dataset in names:
+        manifest = find_manifest(root, dataset)
+        source = _described_files([refer.refs_path(root, dataset)]) if manifest is None else _described_source(manifest)
         train_images: set[str] = set()
         for split in split_names(root, dataset):
             name = f"{dataset}/{split}"
             try:
-                records = read_split(root, name)
+                num_phrases, num_no_target = _checked(root, dataset, split, manifest)
             except DataError as error:
-                counts.append(SplitCounts(name, count_refs(root, name), 0, 0, 0, problem=str(error)))
+                counts.append(SplitCounts(name, count_refs(root, name), 0, 0, 0, problem=str(error), source=source))
                 continue
-            images = {record.image_id for record in records}
+            images = images_of_split(root, name)
             shared = len(images & train_images)
             train_images |= images if split == "train" else set()
-            no_target = sum(record.is_no_target for record in records)
-            counts.append(SplitCounts(name, count_refs(root, name), len(records), len(images), shared, no_target))
+            counts.append(
+                SplitCounts(
+                    name, count_refs(root, name), num_phrases, len(images), shared, num_no_target, source=source
+                )
+            )
     return counts
+
+
+def differences(counts: Sequence[SplitCounts]) -> list[str]:
+    """For each source whose counts are not the published ones: which splits, which file, and what to do."""
+    by_source: dict[str, list[SplitCounts]] = {}
+    for split in counts:
+        if split.problem is None and (split.known or split.known_phrases) and not split.is_as_published:
+            by_source.setdefault(split.source, []).append(split)
+    return [
+        f"{', '.join(split.name for split in splits)}: expected the published counts, got others out of {source}. "
+        f"If you meant the published dataset, download {_publisher(splits[0].name)}"
+        for source, splits in by_source.items()
+    ]
+
+
+def _checked(root: str | Path, dataset: str, split: str, manifest: Manifest | None) -> tuple[int, int]:
+    """Phrases, and those without a target, of a split that can be used."""
+    if manifest is None:
+        records = refer.read_split(root, f"{dataset}/{split}")
+        return len(records), sum(record.is_no_target for record in records)
+    PreparedSplit(root, dataset, split, phrase_field="sent")  # files are there, of the right size
+    found = manifest.splits[split]
+    for file in (manifest.content["images"], *found["shards"]):
+        path = manifest.folder / ARROW_FOLDER / file["file"]
+        if (digest := file_sha256(path)) != file["sha256"]:
+            raise DataError(
+                f"{path}: expected sha256 {file['sha256'][:12]}, as the manifest says, got {digest[:12]}: the file was changed. "
+                f"Remove {manifest.folder} and run `deris-llm data prepare` again"
+            )
+    return found["num_phrases"], found["num_no_target"]
+
+
+def _described_files(paths: Sequence[Path]) -> str:
+    return ", ".join(
+        f"{path} ({path.stat().st_size:,} bytes, sha256 {file_sha256(path)[:12]})" for path in paths if path.is_file()
+    )
+
+
+def _described_source(manifest: Manifest) -> str:
+    source = manifest.content["source"]
+    files = ", ".join(
+        f"{file['file']} ({file.get('bytes', 0):,} bytes, sha256 {file['sha256'][:12]})" for file in source["files"][:3]
+    )
+    return f"{manifest.folder}, prepared of {source['source']}: {files or source['identity']}"
+
+
+def _publisher(name: str) -> str:
+    folder, split_by = refer.DATASETS[name.partition("/")[0]]
+    if name.startswith("grefcoco"):
+        return "grefs(unc).json and instances.json from the gRefCOCO project again"
+    return f"{folder}.zip (it holds refs({split_by}).p) from the REFER project again"

@@ -5,20 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from PIL import Image
-
-    from deris_llm.structures import ReferringRecord
-
+from typing import Any
 
 FORMAT_NAMES = ("refer", "seqtr", "hf", "coco", "jsonl")
 """Those of `deris_llm.data.readers.registry.FORMATS`, whose readers are imported when they are needed."""
-
-_MASK_COLOUR_RGB = (230, 25, 75)
 
 
 def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -64,10 +54,12 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     check.add_argument("--datasets", nargs="+", metavar="NAME", help="default: all that are there")
     check.set_defaults(run=run_check)
 
-    show = subparsers.add_parser("show", help="a PNG sheet of pictures with phrases and masks")
+    show = subparsers.add_parser("show", help="a page or a sheet of pictures with phrases and masks")
     show.add_argument("split", metavar="SPLIT", help="dataset/split, e.g. refcoco/val")
     show.add_argument("--root", type=Path, default=Path("data"), metavar="DIR", help="data root (default data)")
-    show.add_argument("--out", type=Path, default=Path("sheet.png"), metavar="PNG", help="default sheet.png")
+    show.add_argument(
+        "--out", type=Path, default=Path("sheet.png"), metavar="FILE", help="page.html or sheet.png (default)"
+    )
     show.add_argument("--count", type=int, default=24, help="phrases shown, spread over the split (default 24)")
     show.add_argument("--phrase-field", choices=("sent", "raw"), default="sent", help="which text of a sentence")
     show.set_defaults(run=run_show)
@@ -156,7 +148,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from deris_llm.data.check import check_data
+    from deris_llm.data.check import check_data, differences
 
     counts = check_data(arguments.root, arguments.datasets)
     table = Table(
@@ -184,51 +176,29 @@ def run_check(arguments: argparse.Namespace) -> int:
     for split in counts:
         if split.problem:
             console.print(split.problem, markup=False, highlight=False)
+    is_synthetic = (arguments.root / "world.json").is_file()  # of `data synth`: nobody takes it for the published one
+    for difference in () if is_synthetic else differences(counts):
+        console.print(difference, markup=False, highlight=False)
     return 1 if any(split.problem for split in counts) else 0
 
 
 def run_show(arguments: argparse.Namespace) -> int:
-    """Writes the contact sheet."""
+    """Writes the page or the contact sheet."""
+    from deris_llm.data.errors import DataError
+    from deris_llm.data.show import contact_sheet, write_page
     from deris_llm.data.sources import read_split
 
+    if arguments.out.suffix not in (".html", ".png"):
+        raise DataError(
+            f"--out {arguments.out}: expected a file .html or .png, got {arguments.out.suffix!r}. Name it so"
+        )
     records = read_split(arguments.root, arguments.split, phrase_field=arguments.phrase_field)
     count = max(1, min(arguments.count, len(records)))
     chosen = [records[i * len(records) // count] for i in range(count)]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(chosen).save(arguments.out)
+    if arguments.out.suffix == ".html":
+        write_page(chosen, arguments.out, split=arguments.split, num_phrases=len(records))
+    else:
+        contact_sheet(chosen).save(arguments.out)
     sys.stdout.write(f"{arguments.out}: {count} of {len(records):,} phrases of {arguments.split}\n")
     return 0
-
-
-def contact_sheet(records: Sequence[ReferringRecord], *, columns: int = 4, tile_px: int = 300) -> Image.Image:
-    """Pictures with their phrase above and everything but the referents darkened."""
-    import textwrap
-
-    import numpy as np
-    from PIL import Image, ImageDraw
-
-    from deris_llm.data.masks import decode_segmentation
-    from deris_llm.data.transforms import load_image
-
-    caption_px = 44
-    rows = -(-len(records) // columns)
-    sheet = Image.new("RGB", (columns * tile_px, rows * (tile_px + caption_px)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, record in enumerate(records):
-        left, top = (i % columns) * tile_px, (i // columns) * (tile_px + caption_px)
-        pixels = np.array(load_image(record.image_path, size_hw=(record.height, record.width)), dtype=np.float32)
-        shown = np.zeros((record.height, record.width), dtype=bool)
-        for instance in record.instances:
-            mask = decode_segmentation(instance.segmentation, record.height, record.width)
-            inside = np.pad(mask, 1)
-            border = mask & ~(inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:])
-            shown |= mask
-            pixels[border] = _MASK_COLOUR_RGB
-        pixels[~shown] *= 0.45
-        picture = Image.fromarray(pixels.astype(np.uint8))
-        scale = (tile_px - 8) / max(picture.size)
-        picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-        caption = textwrap.wrap(record.phrase if record.instances else f"{record.phrase} (no target)", 46)[:3]
-        draw.multiline_text((left + 4, top + 2), "\n".join(caption), fill="black")
-        sheet.paste(picture, (left + 4, top + caption_px))
-    return sheet

@@ -30,7 +30,16 @@ from deris_llm import __version__
 from deris_llm.data import refer
 from deris_llm.data.errors import DataError, bad_records_error
 from deris_llm.data.pictures import PictureFacts
-from deris_llm.data.prepared import ARROW_FOLDER, COCO_STEM, IMAGE_SCHEMA, IMAGES_FILE, LAYOUT, MANIFEST_FILE, map_arrow
+from deris_llm.data.prepared import (
+    ARROW_FOLDER,
+    COCO_STEM,
+    IMAGE_SCHEMA,
+    IMAGES_FILE,
+    LAYOUT,
+    MANIFEST_FILE,
+    file_sha256,
+    map_arrow,
+)
 from deris_llm.data.readers.base import FaultReason, SourceEntry, SourceFault, SourceOptions, SourceReader
 from deris_llm.data.readers.registry import open_source
 from deris_llm.data.validation import Fault, LocatedEntry, ShardResult, is_text, look_at, write_shard
@@ -127,12 +136,6 @@ def _described_source(options: PrepareOptions, reader: SourceReader) -> dict[str
         "mapping": dict(options.mapping),
         "skip_bad": options.skip_bad,
     }
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _fingerprint(source: dict[str, Any], *more: str) -> str:

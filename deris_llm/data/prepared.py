@@ -10,6 +10,7 @@ belong to the system's cache, shared by all ranks and loader workers of a machin
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from bisect import bisect_right
@@ -229,6 +230,12 @@ class PreparedSplit(Sequence[ReferringRecord]):
 
 def _reopened(root: str | Path, dataset: str, split: str, phrase_field: Literal["sent", "raw"]) -> PreparedSplit:
     return PreparedSplit(root, dataset, split, phrase_field=phrase_field)
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_images(manifest: Manifest) -> pa.Table:

@@ -16,7 +16,7 @@ import deris_llm.data.prepare as prepare_module
 from deris_llm.data.cli import FORMAT_NAMES, add_data_commands
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.data.prepared import PreparedSplit
+from deris_llm.data.prepared import PreparedSplit, file_sha256
 from deris_llm.data.readers.registry import FORMATS
 from deris_llm.data.sources import (
     check_split,
@@ -75,7 +75,7 @@ def test_the_manifest_counts(world: Any) -> None:
     assert manifest == json.loads((world.root / "mine/manifest.json").read_text())
     train = manifest["splits"]["train"]
     assert (train["num_refs"], train["num_phrases"], train["num_images"], train["num_no_target"]) == (9, 9, 3, 0)
-    assert manifest["source"]["files"][0]["sha256"] == prepare_module.file_sha256(world.folder / "train.jsonl")
+    assert manifest["source"]["files"][0]["sha256"] == file_sha256(world.folder / "train.jsonl")
     assert manifest["images"]["count"] == 3
 
 
