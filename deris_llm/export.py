@@ -90,19 +90,20 @@ def export_checkpoint(
         )
     content = _read_report(report)
     done = None
-    if merge:
-        done = merge_checkpoint(folder, out, dtype=dtype, overrides=overrides)
-        _finish(folder, out, content, repo_name=repo_name, merge=done)
-    else:
-        config = checkpoint_config(folder, overrides)
-        with written_aside(out) as partial:
+    with written_aside(out) as partial:
+        if merge:
+            done = merge_checkpoint(folder, partial / "merged", dtype=dtype, overrides=overrides)
+            for path in (partial / "merged").iterdir():
+                path.rename(partial / path.name)
+            (partial / "merged").rmdir()
+        else:
             weights = MODEL_FILE if is_full(folder) else TRAINABLE_FILE
             shutil.copyfile(folder / weights, partial / weights)
             save_config(load_config(folder / CONFIG_FILE, overrides), partial / CONFIG_FILE)
-            for name, source in files_beside_weights(folder, config).items():
+            for name, source in files_beside_weights(folder, checkpoint_config(folder, overrides)).items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, partial / name)
-            _finish(folder, partial, content, repo_name=repo_name, merge=None)
+        _finish(folder, partial, content, repo_name=repo_name, merge=done)
     saved = load_config(folder / CONFIG_FILE, overrides)
     names = (saved.cognition.weights, saved.perception.weights)
     local = () if is_full(out) else tuple(name for name in names if _is_local(name))
