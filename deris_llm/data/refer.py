@@ -48,12 +48,14 @@ NO_TARGET_ID = -1
 
 _REF_KEYS = frozenset({"ref_id", "ann_id", "image_id", "split", "sentences"})
 
-_LAYOUT_HINT = (
-    "Expected layout: ROOT/images/train2014/COCO_train2014_*.jpg and, per dataset, ROOT/refcoco/, ROOT/refcoco+/ with "
-    "instances.json and refs(unc).p, ROOT/refcocog/ with instances.json and refs(umd).p, ROOT/grefcoco/ with "
-    "instances.json and grefs(unc).json; `data.root` names ROOT. "
-    "`deris-llm data synth --out ROOT` writes a synthetic one"
-)
+_LAYOUT = """Expected layout below ROOT, which `data.root` names:
+  ROOT/images/train2014/COCO_train2014_*.jpg   or ROOT/train2014/, ROOT/images/mscoco/images/train2014/
+  ROOT/refcoco/     instances.json   refs(unc).p
+  ROOT/refcoco+/    instances.json   refs(unc).p
+  ROOT/refcocog/    instances.json   refs(umd).p and/or refs(google).p
+  ROOT/grefcoco/    instances.json   grefs(unc).json or grefs(unc).p
+  ROOT/NAME/        manifest.json    a set of your own (`deris-llm data prepare`)
+`deris-llm data synth --out ROOT` writes a synthetic one"""
 
 
 def read_split(root: str | Path, name: str, *, phrase_field: Literal["sent", "raw"] = "sent") -> list[ReferringRecord]:
@@ -143,7 +145,17 @@ def find_image_folder(root: str | Path) -> Path:
         if (root / folder).is_dir():
             return root / folder
     places = ", ".join(str(root / folder) for folder in IMAGE_FOLDERS)
-    raise missing_path_error(root / IMAGE_FOLDERS[0], f"pictures (one of {places})", hint=_LAYOUT_HINT)
+    raise missing_path_error(root / IMAGE_FOLDERS[0], f"pictures (one of {places})", hint=_layout_hint(Path(root)))
+
+
+def _layout_hint(root: Path) -> str:
+    for folder in ("seqtr_type/annotations", "annotations"):
+        if (root / folder).is_dir():
+            return (
+                f"{root / folder}/ looks like SeqTR's layout: `deris-llm data prepare --format seqtr --source {root} --out "
+                f"{root}/NAME` reads it.\n{_LAYOUT}"
+            )
+    return _LAYOUT
 
 
 @dataclass(frozen=True)
@@ -186,7 +198,7 @@ def dataset_paths(root: Path, dataset: str) -> tuple[Path, Path]:
     instances = refs.parent / "instances.json"
     for path in (instances, refs):
         if not path.is_file():
-            raise missing_path_error(path, f"dataset {dataset!r}", hint=_LAYOUT_HINT)
+            raise missing_path_error(path, f"dataset {dataset!r}", hint=_layout_hint(Path(root)))
     return refs, instances
 
 

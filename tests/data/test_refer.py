@@ -312,3 +312,14 @@ def test_known_counts_are_the_published_totals() -> None:
     ):
         known = [counts for name, counts in KNOWN_COUNTS.items() if name.startswith(dataset + "/")]
         assert (sum(c[0] for c in known), sum(c[1] for c in known)) == (refs, phrases)
+
+
+def test_the_layout_is_drawn_and_seqtrs_is_known(tmp_path: Path) -> None:
+    (tmp_path / "images/train2014").mkdir(parents=True)
+    with pytest.raises(DataError) as caught:
+        read_split(tmp_path, "refcoco/val")
+    assert "\n  ROOT/refcoco/     instances.json   refs(unc).p\n" in str(caught.value)
+    assert "seqtr" not in str(caught.value)
+    (tmp_path / "seqtr_type/annotations").mkdir(parents=True)
+    with pytest.raises(DataError, match="looks like SeqTR's layout: `deris-llm data prepare --format seqtr"):
+        read_split(tmp_path, "refcoco/val")

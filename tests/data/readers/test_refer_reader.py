@@ -230,5 +230,11 @@ def test_the_tree_that_is_expected(world: Any, tmp_path: Path) -> None:
         world.prepare(tmp_path / "data", format="refer")
     with pytest.raises(DataError) as caught:
         world.prepare(tmp_path / "data", "refcoco", format="refer")
-    for part in ("ROOT/images/train2014/COCO_train2014_*.jpg", "refs(unc).p", "instances.json", "grefs(unc).json"):
+    for part in (
+        "ROOT/images/train2014/COCO_train2014_*.jpg",
+        "refs(unc).p",
+        "instances.json",
+        "grefs(unc).json",
+        "manifest.json",
+    ):
         assert part in str(caught.value)
