@@ -178,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     data = _command(commands, "data", "make, check and look at data")
     add_data_commands(data.add_subparsers(metavar="WHAT", required=True))
 
-    convert = _command(commands, "convert", "other people's weight files into folders; runs nothing of them")
+    convert = _command(commands, "convert", "checkpoints and other people's weight files into folders; runs nothing of them")
     add_convert_commands(convert.add_subparsers(metavar="WHAT", required=True))
 
     plan = _command(commands, "plan", "parameters, memory per GPU, steps and tokens of a run, before it runs", run_plan)
