@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from deris_llm.data.masks import decode_segmentation
+from deris_llm.data.transforms import load_image
 from deris_llm.evaluation.evaluator import PhrasePrediction, merged_truth
 from deris_llm.structures import ReferringRecord
 
@@ -44,8 +45,7 @@ class Case:
     @cached_property
     def overlay(self) -> Image.Image:
         """The drawn picture, RGB."""
-        with Image.open(self.record.image_path) as file:
-            image = file.convert("RGB")
+        image = load_image(self.record.image_path, size_hw=(self.record.height, self.record.width))
         predicted = decode_segmentation(self.prediction.mask, self.record.height, self.record.width)
         return draw_overlay(image, predicted, merged_truth(self.record))
 

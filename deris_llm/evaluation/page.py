@@ -55,6 +55,7 @@ PAGE_FILE = "report.html"
 NUM_VIEWS = 8
 """Phrases that are shown from the inside."""
 
+_NUM_MANY = 2  # splits of which one picture with many of its phrases is shown
 _SAME_SCORE = 0.05  # a GPU's bf16 and a CPU's float32 differ by less
 
 
@@ -223,9 +224,8 @@ def _pictures(
         logger.warning("%s", said)
         return [("cases", "Answers", [element("p", said, class_="note")])]
     groups = _groups(evaluation, seed)
-    one_picture = {split: many_phrases(answers, seed=seed) for split, answers in evaluation.answers.items()}
-    for split in list(one_picture)[2:]:
-        del one_picture[split]
+    first_splits = list(evaluation.answers)[:_NUM_MANY]
+    one_picture = {split: many_phrases(evaluation.answers[split], seed=seed) for split in first_splits}
     wanted = {
         split: [a.phrase_id for group in found for a in group.answers]
         + [a.phrase_id for a in one_picture.get(split, ())]

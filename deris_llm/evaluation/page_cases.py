@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from deris_llm.data.masks import decode_segmentation
+from deris_llm.data.transforms import load_image
 from deris_llm.evaluation.evaluator import merged_truth
 from deris_llm.evaluation.overlays import draw_overlay, pick
 from deris_llm.evaluation.page_data import Evaluation, StoredAnswer
@@ -175,7 +176,8 @@ def mask_picture(
 ) -> Element:
     """The picture with a mask, bool (h, w), or none, and the truth or not."""
     truth = merged_truth(record) if with_truth else None
-    return picture(draw_overlay(_image(record.image_path), mask, truth, width_px=width), alt, max_bytes=max_bytes)
+    image = _image(record.image_path, record.height, record.width)
+    return picture(draw_overlay(image, mask, truth, width_px=width), alt, max_bytes=max_bytes)
 
 
 def key() -> Element:
@@ -229,6 +231,5 @@ def _tile(query: QueryView, size: tuple[int, int], record: ReferringRecord, titl
 
 
 @lru_cache(maxsize=16)
-def _image(path: str) -> Image.Image:
-    with Image.open(path) as file:
-        return file.convert("RGB")
+def _image(path: str, height: int, width: int) -> Image.Image:
+    return load_image(path, size_hw=(height, width))

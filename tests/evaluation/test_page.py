@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deris_llm.evaluation.page import write_page
+from deris_llm.cli import main
+from deris_llm.evaluation import page_cases
+from deris_llm.evaluation.page import NUM_VIEWS, write_page
 from deris_llm.evaluation.page_cases import QUADRANTS, choose_groups, many_phrases
 from deris_llm.evaluation.page_charts import Line, Marker, line_chart
-from deris_llm.evaluation.page_compare import choose_pairs, pairs_of
+from deris_llm.evaluation.page_compare import NUM_PAIRS, choose_pairs, pairs_of
 from deris_llm.evaluation.page_data import open_evaluation
 from deris_llm.evaluation.page_html import element, picture
 from deris_llm.evaluation.page_numbers import precision_curve
+from deris_llm.evaluation.views import NUM_QUERIES
 
 _spec = importlib.util.spec_from_file_location("page_world", Path(__file__).with_name("page_world.py"))
 assert _spec is not None
@@ -334,6 +337,29 @@ def test_precision_curve_is_pr_at_x(folder: Path) -> None:
     assert curve[0.0] == 100
     for level in (0.5, 0.7, 0.9):
         assert curve[level] == 100 * np.mean([a.iou["original"] >= 100 * level for a in answers])
+
+
+def test_all_pictures_together_are_bounded() -> None:
+    cases = (page_cases.NUM_CASES + 12) * page_cases._CASE_BYTES
+    views = NUM_VIEWS * (1 + NUM_QUERIES + 4) * page_cases._TILE_BYTES
+    pairs = 3 * NUM_PAIRS * page_cases._TILE_BYTES
+    assert (cases + views + pairs) * 4 / 3 < 8_000_000  # base64
+
+
+def test_command_line(folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "page.html"
+    other = world.write_evaluation(tmp_path / "other", seed=2)
+    options = ["--data", str(data), "--against", str(other), "--out", str(out), "--seed", "3"]
+    assert main(["report", str(folder), *options]) == 0
+    assert f"written to {out} (" in capsys.readouterr().out
+    assert "points apart" in out.read_text(encoding="utf-8")
+    assert main(["report", str(tmp_path / "absent")]) == 2
+    assert "expected the folder of an evaluation" in capsys.readouterr().err
+    report = json.loads((folder / "report.json").read_text())
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "report.json").write_text(json.dumps(report))
+    assert main(["report", str(tmp_path / "bare"), "--checkpoint", str(tmp_path)]) == 2
+    assert "expected the predictions of" in capsys.readouterr().err
 
 
 def test_a_picture_is_of_bounded_size() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from deris_llm.cli import main
 from deris_llm.cognition import CognitionProcessor, build_processor
 from deris_llm.config import RunConfig
 from deris_llm.data.masks import decode_segmentation
@@ -20,6 +21,7 @@ from deris_llm.evaluation.run import run_evaluation
 from deris_llm.evaluation.views import choose_phrases, compute_views, read_views, write_views
 from deris_llm.model import build_model
 from deris_llm.testing import tiny_config, tiny_weights
+from deris_llm.training.checkpoints import save_full_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,18 @@ def test_page_shows_the_inside(
     text = write_page(evaluation, folder / "page.html", data_root=config.data.root).read_text(encoding="utf-8")
     assert text.count('<article class="view">') == 3
     assert text.count("round 0<") == 3
+
+
+def test_command_line_looks_into_a_checkpoint(
+    config: RunConfig, model: nn.Module, folder: Path, tmp_path: Path
+) -> None:
+    save_full_checkpoint(tmp_path / "checkpoint", model, config)
+    earlier = folder / "views.json"
+    earlier.unlink(missing_ok=True)
+    out = tmp_path / "page.html"
+    assert main(["report", str(folder), "--checkpoint", str(tmp_path / "checkpoint"), "--out", str(out)]) == 0
+    assert len(read_views(earlier)) == 8
+    assert "Query" in out.read_text(encoding="utf-8")
 
 
 def test_another_model_is_refused(config: RunConfig, processor: CognitionProcessor, folder: Path) -> None:
