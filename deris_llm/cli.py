@@ -175,10 +175,28 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, metavar="FILE", help="default DIR/report.html")
     report.add_argument("--seed", type=int, default=0, help="of the cases that are shown (default 0)")
 
+    score = _command(commands, "score", "score anybody's predictions, with the metrics and files of eval", run_score)
+    score.add_argument("predictions", type=Path, metavar="PRED.jsonl|FOLDER", help="lines of JSON, or PNG masks")
+    score.add_argument("--data", type=Path, required=True, metavar="ROOT", help="folder of images and datasets")
+    score.add_argument("--split", required=True, metavar="SPLIT", help="e.g. refcoco/val")
+    score.add_argument(
+        "--protocol",
+        nargs="+",
+        default=["original"],
+        metavar="ID|FILE",
+        help="original (default), deris, rela480 or YAML",
+    )
+    score.add_argument("--phrase-field", choices=("sent", "raw"), default="sent", help="which text was asked")
+    score.add_argument("--against", type=Path, metavar="OTHER", help="other predictions: difference, paired test, wins")
+    score.add_argument("--output", type=Path, metavar="DIR", help="report and pictures (default runs/score/NAME-SPLIT)")
+    score.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core, at most 8)")
+
     data = _command(commands, "data", "make, check and look at data")
     add_data_commands(data.add_subparsers(metavar="WHAT", required=True))
 
-    convert = _command(commands, "convert", "checkpoints and other people's weight files into folders; runs nothing of them")
+    convert = _command(
+        commands, "convert", "checkpoints and other people's weight files into folders; runs nothing of them"
+    )
     add_convert_commands(convert.add_subparsers(metavar="WHAT", required=True))
 
     plan = _command(commands, "plan", "parameters, memory per GPU, steps and tokens of a run, before it runs", run_plan)
@@ -360,6 +378,34 @@ def _model_to_evaluate(arguments: argparse.Namespace, device: torch.device) -> t
 def _trusts_backend(arguments: argparse.Namespace) -> bool:
     """Whether `package.module:Class` may be imported: a run config is the user's own, a checkpoint's must be named again."""
     return arguments.checkpoint is None or any(text.startswith("cognition.backend=") for text in arguments.set)
+
+
+def run_score(arguments: argparse.Namespace) -> int:
+    """Scores a file of predictions."""
+    from rich.console import Console
+
+    from deris_llm.evaluation.comparison import comparison_table
+    from deris_llm.evaluation.output import file_name
+    from deris_llm.evaluation.report import report_table
+    from deris_llm.evaluation.score import run_score as score
+
+    output = arguments.output or Path("runs", "score", f"{arguments.predictions.stem}-{file_name(arguments.split)}")
+    report, comparison = score(
+        arguments.predictions,
+        data_root=arguments.data,
+        split=arguments.split,
+        out=output,
+        protocols=arguments.protocol,
+        phrase_field=arguments.phrase_field,
+        against=arguments.against,
+        workers=arguments.workers,
+    )
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(report_table(report))
+    if comparison is not None:
+        console.print(comparison_table(comparison))
+    console.print(f"written to {output}", highlight=False)
+    return 0
 
 
 def run_predict(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,101 @@
+"""Two methods on the same phrases: by how much they differ, how sure that is, and how many phrases each wins."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from deris_llm.evaluation.intervals import NUM_FLIPS, differences, metric_ratios, sign_flip_p_value
+from deris_llm.evaluation.predictions import EvaluationResult
+
+COMPARISON_FILE = "comparison.json"
+_TEST = (
+    f"paired permutation test on the mean IoU by phrase: the sign of a picture's whole difference flipped at random, "
+    f"{NUM_FLIPS:,} times, two-sided"
+)
+
+
+def compare(
+    first: EvaluationResult,
+    second: EvaluationResult,
+    protocols: Sequence[str],
+    *,
+    names: tuple[str, str],
+    split: str,
+) -> dict[str, Any]:
+    """Sets two results of one split side by side.
+
+    Args:
+        first: of all phrases of the split.
+        second: of the same phrases.
+        protocols: ids that both have; none may drop phrases.
+        names: of the methods.
+        split: its name.
+
+    Returns:
+        ``names``, ``split``, ``n_phrases``, ``test`` and ``protocols``: by id ``metrics`` {metric: {"first", "second",
+        "difference" (second - first, points), "interval" (95 %, bootstrap by picture)}}, ``p_value``, ``wins`` {"first",
+        "second", "ties"} in phrases.
+    """
+    ids = [p.phrase_id for p in first.predictions]
+    assert ids == [p.phrase_id for p in second.predictions], "results of the same records"
+    images = [p.image_id for p in first.predictions]
+    found: dict[str, Any] = {}
+    for name in protocols:
+        one, other = (
+            metric_ratios(result.predictions, name, is_generalised=result.is_generalised) for result in (first, second)
+        )
+        main = next(iter(one))
+        ious = one[main].above, other[main].above
+        found[name] = {
+            "metrics": {metric: change._asdict() for metric, change in differences(one, other, images).items()},
+            "p_value": sign_flip_p_value(*ious, images),
+            "wins": {
+                "first": int((ious[0] > ious[1]).sum()),
+                "second": int((ious[1] > ious[0]).sum()),
+                "ties": int((ious[0] == ious[1]).sum()),
+            },
+        }
+    return {"names": list(names), "split": split, "n_phrases": len(ids), "test": _TEST, "protocols": found}
+
+
+def write_comparison(comparison: Mapping[str, Any], folder: str | Path) -> Path:
+    """Writes it as JSON, aside and then renamed."""
+    path = Path(folder) / COMPARISON_FILE
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_text(json.dumps(comparison, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+    return path
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> RenderableType:
+    """A comparison for the terminal."""
+    parts: list[RenderableType] = []
+    for name, found in comparison["protocols"].items():
+        title = f"{comparison['split']}, {comparison['n_phrases']:,} phrases, protocol {name}, percent"
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
+        for heading in ("", " first", " second", " second - first", " 95 %"):
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        for metric, change in found["metrics"].items():
+            interval = change["interval"]
+            values = [" -" if v is None else f" {v:.2f}" for v in (change["first"], change["second"])]
+            moved = " -" if change["difference"] is None else f" {change['difference']:+.2f}"
+            table.add_row(metric, *values, moved, f" {interval[0]:+.2f} to {interval[1]:+.2f}" if interval else " -")
+        wins = found["wins"]
+        parts += [
+            table,
+            Text(
+                f"p = {found['p_value']:.4g} ({comparison['test']}). Better on {wins['first']:,} phrases: first; on "
+                f"{wins['second']:,}: second; alike on {wins['ties']:,}."
+            ),
+        ]
+    first, second = comparison["names"]
+    return Group(*parts, Text(f"first: {first}; second: {second}"))

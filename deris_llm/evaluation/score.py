@@ -1,0 +1,358 @@
+"""Scores anybody's predictions for a split with the metrics, intervals and files of an evaluation (`deris-llm score`).
+
+Masks stay run-length encoded where a protocol compares them at the picture's own size; where it compares them at another
+one, they are drawn and resized as the truth is, unless the file holds masks of that size.
+
+A phrase without a prediction is a miss: with a target, no answer; without one, a wrong answer (it may not gain by silence).
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from deris_llm.data.dataset import group_by_image
+from deris_llm.data.masks import coco_mask, segmentation_rle
+from deris_llm.data.sources import is_generalised, read_split
+from deris_llm.evaluation.boxes import boxes_of_masks
+from deris_llm.evaluation.comparison import compare, write_comparison
+from deris_llm.evaluation.gres_metrics import GrecOutcome
+from deris_llm.evaluation.metrics import Overlap
+from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder
+from deris_llm.evaluation.predictions import (
+    EvaluationResult,
+    OtherAnswer,
+    PhrasePrediction,
+    box_array,
+    check_misses,
+)
+from deris_llm.evaluation.protocols import Protocol, protocols_of_file
+from deris_llm.evaluation.report import read_report
+from deris_llm.evaluation.submissions import Submission, SubmissionError, Submitted, read_submission, rle_of
+from deris_llm.structures import InstanceAnnotation, ReferringRecord
+
+logger = logging.getLogger(__name__)
+
+MISSING_SHOWN = 10
+_CHUNK = 500  # phrases a process takes at a time; whole pictures
+_WORTH_PROCESSES = 2000  # fewer phrases are scored where we are
+
+Rle = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A split's result of one file."""
+
+    result: EvaluationResult
+    protocols: tuple[Protocol, ...]
+    missing: tuple[str, ...]  # phrase ids without a prediction
+
+    @property
+    def notes(self) -> list[str]:
+        """What must be read with the numbers."""
+        notes = []
+        if self.missing:
+            shown = ", ".join(self.missing[:MISSING_SHOWN])
+            more = ", ..." if len(self.missing) > MISSING_SHOWN else ""
+            notes.append(
+                f"{len(self.missing):,} of {len(self.result.predictions):,} phrases have no prediction and count as misses: "
+                f"{shown}{more}"
+            )
+        if self.result.is_generalised and any("F1" not in found for found in self.result.numbers.values()):
+            notes.append("no boxes of instances in the file: no F1")
+        return notes
+
+
+def score_submission(
+    submission: Submission,
+    records: Sequence[ReferringRecord],
+    protocols: Sequence[Protocol],
+    *,
+    is_generalised: bool,
+    workers: int | None = None,
+) -> Scored:
+    """Compares predictions with the truth of a split.
+
+    Args:
+        submission: of these records.
+        records: the split.
+        protocols: of files (`protocols_of_file`).
+        is_generalised: phrases may name nothing, or several objects.
+        workers: processes; None = one per core, at most 8.
+
+    Raises:
+        SubmissionError: every mask that is malformed or of the wrong size, in one error.
+        ValueError: a protocol that does not fit the dataset.
+    """
+    check_misses(protocols, records[0].dataset, is_generalised=is_generalised)
+    used = tuple(_with_own_masks(protocol, submission) for protocol in protocols)
+    own = frozenset(protocol.id for protocol in used) & submission.protocols_with_own_masks()
+    score = partial(_score_chunk, protocols=used, own=own, is_generalised=is_generalised)
+    chunks = _chunks(records, submission)
+    workers = min(os.cpu_count() or 1, 8) if workers is None else workers
+    if workers > 1 and len(records) >= _WORTH_PROCESSES:
+        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method)) as pool:
+            parts = list(pool.map(score, chunks))
+    else:
+        parts = [score(chunk) for chunk in chunks]
+    problems = [problem for _, found in parts for problem in found]
+    if problems:
+        raise SubmissionError(submission.path, problems, len(submission.answers))
+    by_id = {prediction.phrase_id: prediction for found, _ in parts for prediction in found}
+    predictions = [by_id[record.phrase_id] for record in records]
+    result = EvaluationResult.of(predictions, used, is_generalised=is_generalised)
+    return Scored(result, used, submission.missing)
+
+
+def run_score(
+    predictions: str | Path,
+    *,
+    data_root: str | Path,
+    split: str,
+    out: str | Path,
+    protocols: Sequence[str] = ("original",),
+    phrase_field: Literal["sent", "raw"] = "sent",
+    against: str | Path | None = None,
+    workers: int | None = None,
+    pictures: bool = True,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Scores a file of predictions and writes the folder of an evaluation; or two files, and how they differ.
+
+    Args:
+        predictions: JSONL file or folder of PNGs (`submissions`).
+        data_root: where the data is.
+        split: ``dataset/split``.
+        out: folder; that of ``against`` is ``out/against``, the comparison ``out/comparison.json``.
+        protocols: ids or YAML files; the first decides what is shown.
+        phrase_field: which text was asked.
+        against: another file of predictions for the same split.
+        workers: processes; None = one per core, at most 8.
+        pictures: draws worst, best and random cases.
+
+    Returns:
+        The report, and the comparison or None.
+
+    Raises:
+        ValueError: unusable predictions, data, protocols or folder.
+    """
+    asked = protocols_of_file(protocols, text_field=phrase_field)
+    dropping = [protocol.id for protocol in asked if protocol.miss == "dropped"]
+    if against is not None and dropping:
+        raise ValueError(
+            f"--against: expected protocols that take both files' numbers of the same phrases, got {', '.join(dropping)}, which "
+            "drops those without an answer: name another --protocol"
+        )
+    read_report(Path(out) / REPORT_FILE)  # something else's folder is found before the work
+    records = read_split(data_root, split, phrase_field=phrase_field)
+    generalised = is_generalised(data_root, records[0].dataset)
+    found: list[Scored] = []
+    for path, folder in ((predictions, Path(out)), *([(against, Path(out) / "against")] if against else [])):
+        started = time.monotonic()
+        submission = read_submission(path, records)
+        scored = score_submission(submission, records, asked, is_generalised=generalised, workers=workers)
+        about = {
+            "name": Path(path).stem,
+            "predictions": str(path),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "data_root": str(data_root),
+            "phrase_field": phrase_field,
+        }
+        written = EvaluationFolder(folder, scored.protocols, title=Path(path).stem, about=about)
+        written.add(split, scored.result, records, seconds=time.monotonic() - started, notes=scored.notes)
+        if pictures:
+            written.write_pictures()
+        found.append(scored)
+    report = read_report(Path(out) / REPORT_FILE)
+    if against is None:
+        return report, None
+    names = (str(predictions), str(against))
+    comparison = compare(found[0].result, found[1].result, [p.id for p in found[0].protocols], names=names, split=split)
+    write_comparison(comparison, Path(out))
+    return report, comparison
+
+
+def _with_own_masks(protocol: Protocol, submission: Submission) -> Protocol:
+    """The protocol with the masks that the file holds for it, where it holds them for every phrase it answers."""
+    if protocol.fixed_px is None or protocol.id not in submission.protocols_with_own_masks():
+        return protocol
+    masks = [(answer.answers or {})[protocol.id].mask for answer in submission.answers.values()]
+    sizes = {
+        tuple(mask["size"]) if isinstance(mask, dict) and isinstance(mask.get("size"), list) else None for mask in masks
+    }
+    size = sizes.pop() if len(sizes) == 1 else None
+    if size is None or len(size) != 2 or size[0] != size[1] or not isinstance(size[0], int):
+        return protocol
+    # the side of `deris` is that of the model's picture, whatever it is; that of the others is fixed
+    return (
+        protocol.of_file(brings_own_masks_px=size[0])
+        if protocol.id == "deris" or size[0] == protocol.fixed_px
+        else protocol
+    )
+
+
+def _chunks(
+    records: Sequence[ReferringRecord], submission: Submission
+) -> list[list[tuple[ReferringRecord, Submitted | None]]]:
+    """Whole pictures together, so that each truth is drawn once."""
+    chunks: list[list[tuple[ReferringRecord, Submitted | None]]] = [[]]
+    for group in group_by_image(records):
+        if len(chunks[-1]) >= _CHUNK:
+            chunks.append([])
+        chunks[-1] += [(record, submission.answers.get(record.phrase_id)) for record in group.records]
+    return chunks
+
+
+def _score_chunk(
+    chunk: Sequence[tuple[ReferringRecord, Submitted | None]],
+    *,
+    protocols: Sequence[Protocol],
+    own: frozenset[str],
+    is_generalised: bool,
+) -> tuple[list[PhrasePrediction], list[str]]:
+    """Predictions, and what is wrong with masks; runs in a process of its own."""
+    truths = _Truths()
+    predictions: list[PhrasePrediction] = []
+    problems: list[str] = []
+    for record, submitted in chunk:
+        try:
+            predictions.append(_scored(record, submitted, truths, protocols, own, is_generalised=is_generalised))
+        except _BadMaskError as error:
+            problems.append(str(error))
+    return predictions, problems
+
+
+class _BadMaskError(ValueError):
+    """A mask that cannot be compared."""
+
+
+class _Truths:
+    """The truth of the last picture's phrases, each referent drawn once for all phrases that name it."""
+
+    def __init__(self) -> None:
+        self.image: tuple[str, str] | None = None
+        self.instances: dict[int, Rle] = {}
+        self.merged: dict[tuple[int, ...], Rle] = {}
+        self.resized: dict[tuple[tuple[int, ...], str], Rle] = {}
+
+    def of(self, record: ReferringRecord, protocol: Protocol | None = None) -> Rle:
+        """The union of a phrase's referents at the original size, or as a protocol resizes it."""
+        if self.image != (record.dataset, record.image_id):
+            self.image, self.instances, self.merged, self.resized = (record.dataset, record.image_id), {}, {}, {}
+        key = tuple(instance.annotation_id for instance in record.instances)
+        if key not in self.merged:
+            rles = [self.instance(instance, record) for instance in record.instances]
+            self.merged[key] = coco_mask.merge(rles) if rles else rle_of(None, record.height, record.width)
+        if protocol is None or protocol.fixed_px is None:
+            return self.merged[key]
+        if (key, protocol.id) not in self.resized:
+            self.resized[key, protocol.id] = _resized(self.merged[key], protocol)
+        return self.resized[key, protocol.id]
+
+    def instance(self, instance: InstanceAnnotation, record: ReferringRecord) -> Rle:
+        """One referent at the original size."""
+        if instance.annotation_id not in self.instances:
+            rle = segmentation_rle(instance.segmentation, record.height, record.width)
+            self.instances[instance.annotation_id] = rle
+        return self.instances[instance.annotation_id]
+
+
+def _scored(
+    record: ReferringRecord,
+    submitted: Submitted | None,
+    truths: _Truths,
+    protocols: Sequence[Protocol],
+    own: frozenset[str],
+    *,
+    is_generalised: bool,
+) -> PhrasePrediction:
+    given = submitted or Submitted("missing", None, says_target=record.is_no_target)
+    mask = _checked(given, record.height, record.width)
+    truth = truths.of(record)
+    says_target = bool(coco_mask.area(mask)) if given.says_target is None else given.says_target
+    true_boxes = None
+    if is_generalised and given.boxes is not None:
+        instances = [coco_mask.decode(truths.instance(i, record)).astype(bool) for i in record.instances]
+        true_boxes = boxes_of_masks(np.array(instances).reshape(-1, record.height, record.width))
+    overlaps: dict[str, Overlap] = {}
+    areas: dict[str, tuple[int, int]] = {}
+    boxes: dict[str, GrecOutcome] = {}
+    others: dict[str, OtherAnswer] = {}
+    for protocol in protocols:
+        size = protocol.size_hw(record.height, record.width)
+        other = (
+            (given.answers or {}).get(protocol.id)
+            if protocol.id in own and protocol.prediction_resampling != "finished_mask"
+            else None
+        )
+        compared, answered_boxes = mask, given.boxes
+        if other is not None:
+            compared, answered_boxes = _checked(other, *size), other.boxes
+            says = bool(coco_mask.area(compared)) if other.says_target is None else other.says_target
+            others[protocol.id] = OtherAnswer(_plain(compared), says, other.boxes)
+        elif protocol.fixed_px is not None:
+            compared = rle_of(None, *size) if submitted is None else _resized(mask, protocol)
+        wanted = truths.of(record, protocol)
+        overlaps[protocol.id] = _overlap(compared, wanted)
+        areas[protocol.id] = (int(coco_mask.area(wanted)), size[0] * size[1])
+        if true_boxes is not None and answered_boxes is not None:
+            boxes[protocol.id] = GrecOutcome.of(box_array(answered_boxes), true_boxes)
+    oracle = given.oracle_px or {}
+    return PhrasePrediction(
+        phrase_id=record.phrase_id,
+        image=Path(record.image_path).name,
+        image_id=record.image_id,
+        phrase=record.phrase,
+        mask=_plain(mask),
+        overlaps=overlaps,
+        oracle_overlaps={p.id: oracle[p.id] for p in protocols if p.id in oracle and _compares_as_evaluated(p)},
+        top_scores=given.top_scores,
+        presence=given.presence,
+        has_target=not record.is_no_target,
+        says_target=says_target,
+        areas=areas,
+        boxes=boxes,
+        instance_boxes=given.boxes,
+        other_answers=others,
+        truth_px=int(coco_mask.area(truth)),
+    )
+
+
+def _compares_as_evaluated(protocol: Protocol) -> bool:
+    """Whether what an evaluation says of the best queries belongs to the masks that are compared here."""
+    return protocol.fixed_px is None or protocol.prediction_resampling == "given"
+
+
+def _checked(submitted: Submitted, height: int, width: int) -> Rle:
+    try:
+        return rle_of(submitted.mask, height, width)
+    except ValueError as error:
+        raise _BadMaskError(f"{submitted.where}: {error}") from error
+
+
+def _resized(mask: Rle, protocol: Protocol) -> Rle:
+    """A finished mask at the protocol's size. It is drawn column by column, so that its transpose is what lies in memory."""
+    drawn_WH = coco_mask.decode(mask).T.view(bool)
+    return coco_mask.encode(protocol.resampled_truth(drawn_WH).T.view(np.uint8))
+
+
+def _overlap(mask: Rle, truth: Rle) -> Overlap:
+    both = int(coco_mask.area(coco_mask.merge([mask, truth], intersect=True)))
+    return Overlap(both, int(coco_mask.area(mask)) + int(coco_mask.area(truth)) - both)
+
+
+def _plain(mask: Rle) -> Rle:
+    """RLE that JSON can hold."""
+    return {"size": [int(side) for side in mask["size"]], "counts": mask["counts"].decode("ascii")}

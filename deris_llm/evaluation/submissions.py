@@ -1,0 +1,376 @@
+"""Anybody's predictions for a split: lines of JSON, or a folder of PNG masks.
+
+A line names its phrase and gives a mask:
+
+    {"phrase_id": "refcoco/val/123", "mask": {"size": [h, w], "counts": "..."}}       COCO RLE, or polygons, or null: no answer
+    {"sent_id": 123, ...}    {"ref_id": 5, "phrase": "left cat", ...}    {"image": "COCO_train2014_000000000009.jpg", "phrase": ...}
+
+``image`` may be ``image_id``, a path, or COCO's number. A line by picture and phrase answers every phrase of that text in the
+picture; as many lines as there are such phrases are taken in their order. Optional: ``says_target`` (else: is the mask empty?),
+``score``, ``presence``, ``boxes`` [[x0, y0, x1, y1], ...] of the instances (for F1), and what `deris-llm eval` writes besides
+so that its numbers come out again: ``top_scores``, ``oracle_px``, ``answers``. Other keys are not read.
+
+A PNG is named by the phrase: ``123.png``, ``refcoco_val_123.png`` or ``refcoco/val/123.png``; it has the picture's size, 0 and
+one other value.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image
+
+from deris_llm.data.errors import DataError
+from deris_llm.data.masks import coco_mask, segmentation_rle
+from deris_llm.evaluation.metrics import Overlap
+from deris_llm.evaluation.predictions import Box
+from deris_llm.structures import ReferringRecord
+
+_PROBLEMS_SHOWN = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Submitted:
+    """An answer as it was handed in: its masks are not checked yet (`rle`)."""
+
+    where: str  # line or file, for messages
+    mask: object  # COCO RLE, polygons, the path of a PNG, or None = no answer
+    says_target: bool | None = None
+    top_scores: tuple[float, ...] = ()
+    presence: float | None = None
+    boxes: tuple[Box, ...] | None = None
+    oracle_px: Mapping[str, Overlap] | None = None  # by protocol id
+    answers: Mapping[str, Submitted] | None = None  # by protocol id: its own mask, where it is not `mask`
+
+
+@dataclass(frozen=True, eq=False)
+class Submission:
+    """Answers by phrase id, and whom nobody answered."""
+
+    path: Path
+    answers: dict[str, Submitted]
+    missing: tuple[str, ...]  # phrase ids, in the order of the records
+
+    def protocols_with_own_masks(self) -> frozenset[str]:
+        """Ids of protocols for which every answer has a mask of its own."""
+        if not self.answers:
+            return frozenset()
+        return frozenset.intersection(*(frozenset(answer.answers or ()) for answer in self.answers.values()))
+
+
+class SubmissionError(DataError):
+    """Everything that is wrong with a file of predictions."""
+
+    def __init__(self, path: Path, problems: Sequence[str], num_answers: int) -> None:
+        self.problems = list(problems)
+        listed = "\n".join(f"  - {problem}" for problem in problems[:_PROBLEMS_SHOWN])
+        more = f"\n  - and {len(problems) - _PROBLEMS_SHOWN:,} more" if len(problems) > _PROBLEMS_SHOWN else ""
+        super().__init__(
+            f"{path}: {len(problems):,} problem{'s' if len(problems) > 1 else ''} in {num_answers:,} predictions\n{listed}{more}\n"
+            "Correct them: a phrase without a prediction counts as a miss, but what is there must be right"
+        )
+
+
+def read_submission(path: str | Path, records: Sequence[ReferringRecord]) -> Submission:
+    """Reads predictions and finds the phrase of each; the masks are checked by whoever draws them.
+
+    Args:
+        path: of a JSONL file or a folder of PNGs.
+        records: the split.
+
+    Raises:
+        DataError: no such file, or all lines that cannot be read, name no phrase of the split, or name one twice.
+    """
+    path = Path(path)
+    phrases = _Phrases(records)
+    if path.is_dir():
+        return _read_folder(path, phrases)
+    if not path.is_file():
+        raise DataError(f"{path}: expected a JSONL file or a folder of PNG masks, got nothing there: check the path")
+    problems: list[str] = []
+    found: dict[str, Submitted] = {}
+    by_text: dict[tuple[str, ...], list[Submitted]] = defaultdict(list)  # phrase ids -> lines
+    number_of_lines = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            number_of_lines += 1
+            where = f"line {number}"
+            try:
+                tree = _parsed(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+                ids = phrases.of(tree)
+                submitted = _submitted(tree, where)
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{where}: {error}")
+                continue
+            if len(ids) == 1:
+                _put(found, ids[0], submitted, problems)
+            else:
+                by_text[ids].append(submitted)
+    for ids, lines in by_text.items():
+        if len(lines) not in (1, len(ids)):
+            problems.append(
+                f"{lines[-1].where}: picture and phrase are those of {len(ids)} phrases ({ids[0]}, ...), for which {len(lines)} "
+                "lines are given: give one for all, one for each, or phrase ids"
+            )
+        for phrase_id, submitted in zip(ids, lines * len(ids) if len(lines) == 1 else lines, strict=False):
+            _put(found, phrase_id, submitted, problems)
+    return _whole(path, found, problems, number_of_lines, phrases)
+
+
+def rle_of(mask: object, height: int, width: int) -> dict[str, Any]:
+    """Checks a submitted mask and gives it as compressed RLE.
+
+    Args:
+        mask: as in `Submitted`.
+        height: that it must have, px.
+        width: that it must have, px.
+
+    Returns:
+        ``{"size": [h, w], "counts": bytes}``.
+
+    Raises:
+        ValueError: malformed, or of another size.
+    """
+    if mask is None:
+        return coco_mask.encode(np.zeros((height, width), dtype=np.uint8, order="F"))
+    if isinstance(mask, Path):
+        return _rle_of_png(mask, height, width)
+    if isinstance(mask, list) and not mask:
+        raise ValueError("expected polygons, got an empty list: write null for no answer")
+    try:
+        return segmentation_rle(mask, height, width)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("COCO segmentation: ").rpartition(": ")[0]) from error
+
+
+class _Phrases:
+    """The phrases of a split by everything that may name them."""
+
+    def __init__(self, records: Sequence[ReferringRecord]) -> None:
+        self.ids = [record.phrase_id for record in records]
+        self.known = frozenset(self.ids)
+        self.split = "/".join(self.ids[0].split("/")[:2]) if records else "the split"
+        self.by_sentence = {phrase_id.rpartition("/")[2]: phrase_id for phrase_id in self.ids}
+        self.by_ref: dict[int, list[ReferringRecord]] = defaultdict(list)
+        self.by_text: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self.images: dict[str | int, str] = {}
+        for record in records:
+            if record.ref_id is not None:
+                self.by_ref[record.ref_id].append(record)
+            self.by_text[record.image_id, _plain(record.phrase)].append(record.phrase_id)
+            self.images[record.image_id] = self.images[PurePosixPath(record.image_path).stem] = record.image_id
+            digits = record.image_id.rpartition("_")[2]
+            if digits.isdigit():
+                self.images.setdefault(int(digits), record.image_id)
+
+    def of(self, tree: Mapping[str, Any]) -> tuple[str, ...]:
+        """The phrases that a line answers: one, or several of the same text in one picture.
+
+        Raises:
+            ValueError: none, or not clear which.
+        """
+        if tree.get("phrase_id") is not None:
+            return (self.of_name(tree["phrase_id"], "phrase_id"),)
+        if tree.get("sent_id") is not None:
+            return (self.of_name(tree["sent_id"], "sent_id"),)
+        phrase = tree.get("phrase")
+        if phrase is not None and not isinstance(phrase, str):
+            raise ValueError(f"phrase: expected text, got {_short(phrase)}")
+        if tree.get("ref_id") is not None:
+            return self._of_ref(tree["ref_id"], phrase)
+        image = tree.get("image_id") if tree.get("image_id") is not None else tree.get("image")
+        if image is None or phrase is None:
+            raise ValueError(
+                "expected phrase_id, sent_id, ref_id with phrase, or image (or image_id) with phrase, got the keys "
+                f"{', '.join(map(str, list(tree)[:8])) or 'none'}"
+            )
+        return self._of_text(image, phrase)
+
+    def of_name(self, name: object, key: str) -> str:
+        """The phrase of a phrase id or a sentence id."""
+        text = str(name) if isinstance(name, (str, int)) and not isinstance(name, bool) else ""
+        if text in self.known:
+            return text
+        if text in self.by_sentence:
+            return self.by_sentence[text]
+        raise ValueError(
+            f"{key} {_short(name)} is no phrase of {self.split}, which has e.g. {self.ids[0] if self.ids else 'none'}"
+        )
+
+    def _of_ref(self, ref_id: object, phrase: str | None) -> tuple[str, ...]:
+        refs = self.by_ref.get(ref_id, []) if isinstance(ref_id, int) else []
+        if not refs:
+            raise ValueError(f"ref_id {_short(ref_id)} is none of {self.split}")
+        chosen = [record.phrase_id for record in refs if phrase is None or _plain(record.phrase) == _plain(phrase)]
+        if not chosen:
+            raise ValueError(f"ref_id {ref_id} has no phrase {_short(phrase)}, but {_short([r.phrase for r in refs])}")
+        if phrase is None and len(chosen) > 1:
+            raise ValueError(f"ref_id {ref_id} has {len(chosen)} phrases: say which with `phrase` or `sent_id`")
+        return tuple(chosen)
+
+    def _of_text(self, image: object, phrase: str) -> tuple[str, ...]:
+        image_id = None
+        if isinstance(image, (str, int)) and not isinstance(image, bool):
+            stem = PurePosixPath(image.replace("\\", "/")).stem if isinstance(image, str) else image
+            image_id = self.images.get(stem)
+            if image_id is None and isinstance(stem, str) and stem.isdigit():
+                image_id = self.images.get(int(stem))
+        if image_id is None:
+            raise ValueError(f"image {_short(image)} is none of {self.split}")
+        found = self.by_text.get((image_id, _plain(phrase)))
+        if not found:
+            raise ValueError(f"image {image_id} has no phrase {_short(phrase)} in {self.split} (--phrase-field raw?)")
+        return tuple(found)
+
+
+def _plain(phrase: str) -> str:
+    return " ".join(phrase.lower().split())
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        tree = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        raise ValueError("expected UTF-8, got other bytes") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"expected one JSON object, got {_short(line.decode('utf-8').strip())} ({error.msg})"
+        ) from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"expected one JSON object, got {_short(tree)}")
+    return tree
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"expected finite numbers, got {name}")
+
+
+def _submitted(tree: Mapping[str, Any], where: str) -> Submitted:
+    if "mask" not in tree:
+        raise ValueError("expected a mask (null for no answer), got none")
+    score = _number(tree, "score")
+    listed = tree.get("top_scores")
+    top_scores = tuple(_numbers(listed, "top_scores")) if listed else ()
+    answers = tree.get("answers") or {}
+    if not isinstance(answers, dict) or not all(isinstance(value, dict) for value in answers.values()):
+        raise ValueError(f"answers: expected {{protocol: {{mask, says_target}}}}, got {_short(answers)}")
+    oracle = tree.get("oracle_px") or {}
+    if not isinstance(oracle, dict):
+        raise ValueError(f"oracle_px: expected {{protocol: [intersection, union]}}, got {_short(oracle)}")
+    return Submitted(
+        where=where,
+        mask=tree["mask"],
+        says_target=_says_target(tree),
+        top_scores=top_scores or (() if score is None else (score,)),
+        presence=_number(tree, "presence"),
+        boxes=_boxes(tree),
+        oracle_px={name: _overlap(value) for name, value in oracle.items()},
+        answers={
+            name: Submitted(f"{where}, answers.{name}", value.get("mask"), _says_target(value), boxes=_boxes(value))
+            for name, value in answers.items()
+        },
+    )
+
+
+def _says_target(tree: Mapping[str, Any]) -> bool | None:
+    value = tree.get("says_target")
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"says_target: expected true or false, got {_short(value)}")
+    return value
+
+
+def _number(tree: Mapping[str, Any], key: str) -> float | None:
+    value = tree.get(key)
+    return None if value is None else _numbers([value], key)[0]
+
+
+def _numbers(values: object, key: str) -> list[float]:
+    fits = isinstance(values, list) and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
+    )
+    if not fits or not isinstance(values, list):
+        raise ValueError(f"{key}: expected finite numbers, got {_short(values)}")
+    return [float(value) for value in values]
+
+
+def _boxes(tree: Mapping[str, Any]) -> tuple[Box, ...] | None:
+    boxes = tree.get("boxes")
+    if boxes is None:
+        return None
+    if not isinstance(boxes, list) or not all(isinstance(box, list) and len(box) == 4 for box in boxes):
+        raise ValueError(f"boxes: expected [[x0, y0, x1, y1], ...] in px, got {_short(boxes)}")
+    found = [_numbers(box, "boxes") for box in boxes]
+    if any(x0 > x1 or y0 > y1 for x0, y0, x1, y1 in found):
+        raise ValueError(f"boxes: expected x0 <= x1 and y0 <= y1, got {_short(boxes)}")
+    return tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in found)
+
+
+def _overlap(value: object) -> Overlap:
+    match value:
+        case [int(intersection), int(union)] if 0 <= intersection <= union:
+            return Overlap(intersection, union)
+    raise ValueError(f"oracle_px: expected [intersection, union] in px, got {_short(value)}")
+
+
+def _put(found: dict[str, Submitted], phrase_id: str, submitted: Submitted, problems: list[str]) -> None:
+    if phrase_id in found:
+        problems.append(f"{submitted.where}: {phrase_id} has a prediction already, {found[phrase_id].where}")
+    else:
+        found[phrase_id] = submitted
+
+
+def _read_folder(path: Path, phrases: _Phrases) -> Submission:
+    problems: list[str] = []
+    found: dict[str, Submitted] = {}
+    files = sorted(path.rglob("*.png"))
+    if not files:
+        raise DataError(f"{path}: expected PNG masks named by phrase, got a folder without any: check the path")
+    names = {phrase_id.replace("/", "_"): phrase_id for phrase_id in phrases.ids}
+    for file in files:
+        name = file.relative_to(path).with_suffix("").as_posix()
+        try:
+            phrase_id = names.get(name) or phrases.of_name(name, "file")
+        except ValueError as error:
+            problems.append(f"{name}.png: {error}")
+            continue
+        _put(found, phrase_id, Submitted(f"{name}.png", file), problems)
+    return _whole(path, found, problems, len(files), phrases)
+
+
+def _whole(
+    path: Path, found: dict[str, Submitted], problems: Sequence[str], number: int, phrases: _Phrases
+) -> Submission:
+    if problems:
+        raise SubmissionError(path, problems, number)
+    return Submission(path, found, tuple(phrase_id for phrase_id in phrases.ids if phrase_id not in found))
+
+
+def _rle_of_png(path: Path, height: int, width: int) -> dict[str, Any]:
+    try:
+        with Image.open(path) as file:
+            if file.mode not in ("1", "L", "P", "I", "I;16"):
+                raise ValueError(f"expected one channel of 0 and another value, got a picture of mode {file.mode}")
+            if file.size != (width, height):
+                raise ValueError(f"expected the picture's {width} x {height} px, got {file.width} x {file.height}")
+            mask = np.asarray(file)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"expected a whole PNG, got {type(error).__name__}: {error}") from error
+    largest = mask.max()
+    others = mask[(mask != 0) & (mask != largest)]
+    if len(others):
+        raise ValueError(f"expected 0 and one other value, got {largest} and {others[0]} besides 0")
+    return coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
