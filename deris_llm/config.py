@@ -299,6 +299,11 @@ class EvaluationConfig:
     )
     images_per_device: int = option(4, "images in an evaluation batch of one rank, with all their phrases")
     max_phrases_per_batch: int = option(64, "more phrases than this are split into further batches")
+    compare_workers: int = option(
+        0,
+        "processes per rank that compare masks (upsampling, IoU, RLE) while the model goes on; 0 compares in the process of the "
+        "model. They take seconds to start: for whole splits with the model on a GPU and idle cores",
+    )
 
 
 @dataclass(frozen=True)
@@ -466,6 +471,8 @@ def contradictions(config: RunConfig) -> list[str]:
         "training.log_every": config.training.log_every,
     }
     found.extend(f"{name}: expected more than 0, got {value}" for name, value in positive.items() if value <= 0)
+    if config.evaluation.compare_workers < 0:
+        found.append(f"evaluation.compare_workers: expected 0 or more, got {config.evaluation.compare_workers}")
     if not 0 < config.evaluation.score_threshold < 1:
         found.append(
             f"evaluation.score_threshold: expected a probability in (0, 1), got {config.evaluation.score_threshold}"

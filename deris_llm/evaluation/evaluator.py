@@ -29,6 +29,7 @@ from deris_llm.data.loaders import evaluation_loader
 from deris_llm.data.masks import decode_segmentation, encode_mask
 from deris_llm.data.sampler import EvaluationBatchSampler
 from deris_llm.data.sources import is_generalised
+from deris_llm.evaluation.background import in_order
 from deris_llm.evaluation.boxes import boxes_of_masks
 from deris_llm.evaluation.gres_metrics import GrecOutcome
 from deris_llm.evaluation.metrics import Overlap, overlap
@@ -139,7 +140,7 @@ def answers_of(
         config: sizes of the batches, precision.
         records: each phrase id once, the same on every rank.
         processor: the cognition backend's.
-        compare: the output of P phrases and their records -> P answers.
+        compare: the output of P phrases and their records -> P answers; as `background.in_order` wants it.
         device: where the model is.
         rank: this process.
         world_size: number of ranks.
@@ -164,9 +165,12 @@ def answers_of(
         with _evaluation_mode(model), torch.no_grad(), autocast, _progress(enabled=progress and rank == 0) as bar:
             size = _shard_size(loader)
             task, lines = bar.add_task(title, total=size), _LogLines(title, size)
-            for batch in loader:
-                output: DerisOutput = model(batch.to(device, dtype=dtype))
-                answers += compare(output, [records_by_id[phrase_id] for phrase_id in batch.phrase_ids])
+            outputs = (
+                (model(batch.to(device, dtype=dtype)), [records_by_id[phrase_id] for phrase_id in batch.phrase_ids])
+                for batch in loader
+            )
+            for found in in_order(compare, outputs, num_workers=config.evaluation.compare_workers):
+                answers += found
                 bar.update(task, completed=len(answers))
                 if progress and rank == 0 and not bar.console.is_terminal:
                     lines.update(len(answers))

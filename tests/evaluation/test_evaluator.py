@@ -19,7 +19,7 @@ from deris_llm.data.masks import decode_segmentation
 from deris_llm.evaluation import control_phrases, evaluate
 from deris_llm.evaluation.evaluator import merged_truth
 from deris_llm.model import build_model
-from deris_llm.structures import DerisOutput, ReferringBatch, ReferringRecord, RoundOutput
+from deris_llm.structures import DerisOutput, InstanceAnnotation, ReferringBatch, ReferringRecord, RoundOutput
 from deris_llm.testing import tiny_config, tiny_weights
 
 _spec = importlib.util.spec_from_file_location("evaluation_world", Path(__file__).with_name("evaluation_world.py"))
@@ -98,6 +98,28 @@ def test_right_answers_score_100(
             "n_phrases",
             "n_images",
         }
+
+
+def test_processes_that_compare_change_nothing(
+    overrides: list[str], processor: CognitionProcessor, records: list[ReferringRecord]
+) -> None:
+    config = tiny_config(*overrides, "evaluation.compare_workers=1")
+    model = Answers(records)
+    here, elsewhere = (
+        evaluate(model, each, records, processor, device="cpu", progress=False)
+        for each in (tiny_config(*overrides), config)
+    )
+    assert elsewhere.predictions == here.predictions
+    assert elsewhere.numbers == here.numbers
+
+
+def test_an_error_of_a_process_that_compares_arrives(
+    overrides: list[str], processor: CognitionProcessor, records: list[ReferringRecord]
+) -> None:
+    broken = [dataclasses.replace(record, instances=(InstanceAnnotation(1, [[1.0, 2.0]]),)) for record in records]
+    config = tiny_config(*overrides, "evaluation.compare_workers=1")
+    with pytest.raises(ValueError, match="expected at least 3 points"):
+        evaluate(Answers(records), config, broken, processor, device="cpu", progress=False)
 
 
 def test_misses_count_as_empty(

@@ -1,0 +1,70 @@
+"""Compares the model's outputs with the truth in processes of their own, while the model computes the next ones.
+
+Processes, not threads: what a comparison consists of holds the interpreter's lock, for which every small operation of the
+model would then wait (measured on a CPU: a thread made an evaluation slower).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from deris_llm.structures import DerisOutput, MaskUpsampling, ReferringRecord, RoundOutput
+
+Answer = TypeVar("Answer")
+Compare = Callable[[DerisOutput, Sequence[ReferringRecord]], list[Answer]]
+
+
+def in_order(
+    compare: Compare[Answer], outputs: Iterable[tuple[DerisOutput, Sequence[ReferringRecord]]], *, num_workers: int
+) -> Iterator[list[Answer]]:
+    """What ``compare`` makes of each output, in the order of the outputs.
+
+    Args:
+        compare: reads the last round alone; with processes, a function that can be pickled, and its answers too.
+        outputs: each with its records; made one after the other, as they are asked for.
+        num_workers: processes; 0 compares here, each output before the next one is made. A process gets the output on the
+            CPU, so masks that a GPU would draw are drawn there.
+    """
+    if num_workers == 0:
+        for output, asked in outputs:
+            yield compare(output, asked)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would take over locks of threads, and the GPU
+    with ProcessPoolExecutor(num_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        pending: deque[Future[list[Answer]]] = deque()
+        for output, asked in outputs:
+            pending.append(pool.submit(_compare, compare, _sent(output), asked))
+            if len(pending) > 2 * num_workers:  # outputs are large: no long queue
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+class _Sent(NamedTuple):
+    """The last round of a `DerisOutput` as arrays: tensors would travel as open files, of which there are few."""
+
+    mask_logits: np.ndarray
+    referring_logits: np.ndarray
+    presence_logit: np.ndarray
+    mask_upsampling: MaskUpsampling
+
+
+def _sent(output: DerisOutput) -> _Sent:
+    masks, scores, presence = (
+        tensor.detach().float().cpu().numpy()
+        for tensor in (output.final.mask_logits, output.final.referring_logits, output.presence_logit)
+    )
+    return _Sent(masks, scores, presence, output.mask_upsampling)
+
+
+@torch.no_grad()
+def _compare(compare: Compare[Answer], sent: _Sent, asked: Sequence[ReferringRecord]) -> list[Answer]:
+    final = RoundOutput(torch.from_numpy(sent.mask_logits), torch.from_numpy(sent.referring_logits))
+    return compare(DerisOutput((final,), torch.from_numpy(sent.presence_logit), sent.mask_upsampling), asked)
