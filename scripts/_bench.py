@@ -1,7 +1,7 @@
 """Imported by benches: two ways of computing the same thing, run in turn, compared, and set side by side in a table.
 
-CPU seconds are those of the process: other work on the machine disturbs them least. Each side is run once before, and the
-best of its repeats counts, since disturbances only ever add.
+CPU seconds are those of the process: other work on the machine disturbs them least. The best run of each side counts, since
+disturbances only ever add.
 """
 
 from __future__ import annotations
@@ -48,13 +48,20 @@ def compare(
         name: of the row.
         plain: gives results of any kind and number.
         ours: gives the same.
-        repeats: timed runs of each.
+        repeats: runs of each, at least 1.
         tolerance: how far results may be apart, relative to the largest value of each.
 
     Raises:
         AssertionError: the results differ.
     """
-    expected, found = plain(), ours()
+    seconds: dict[Callable[[], Sequence[Tensor]], float] = {}
+    results: list[Sequence[Tensor]] = []
+    for _ in range(repeats):
+        for side in (plain, ours):
+            start = time.process_time()
+            results = [*results, side()][:2]
+            seconds[side] = min(seconds.get(side, float("inf")), time.process_time() - start)
+    expected, found = results[:2]
     difference = 0.0
     for reference, got in zip(expected, found, strict=True):
         assert got.shape == reference.shape, f"{name}: results of shapes {list(reference.shape)} and {list(got.shape)}"
@@ -63,12 +70,6 @@ def compare(
             largest = max(float(reference.abs().max()), 1e-12)
             difference = max(difference, float((got - reference).abs().max()) / largest)
     assert difference <= tolerance, f"{name}: results differ by {difference:.1e} of their largest value"
-    seconds: dict[Callable, float] = {plain: float("inf"), ours: float("inf")}
-    for _ in range(repeats):
-        for side in seconds:
-            start = time.process_time()
-            side()
-            seconds[side] = min(seconds[side], time.process_time() - start)
     return Comparison(name, seconds[plain], seconds[ours], difference)
 
 
