@@ -17,6 +17,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -109,6 +110,11 @@ def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], N
     except DataError:
         shutil.rmtree(work)  # a repaired source is another source: nothing here would be of use
         raise
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"--workers {options.workers}: expected processes that live, got one that was killed (too little memory?). Lower "
+            "--workers and start again: finished shards are taken over"
+        ) from error
     return Prepared(manifest, was_there=False)
 
 
@@ -493,7 +499,9 @@ def _rename(work: Path, out: Path) -> None:
         work.rename(out)
         return
     for entry in sorted(work.iterdir(), key=lambda entry: entry.name == MANIFEST_FILE):
-        if (out / entry.name).is_dir():  # of a run that was interrupted right here
-            shutil.rmtree(out / entry.name)
+        if (
+            entry.name == ARROW_FOLDER and (out / ARROW_FOLDER / IMAGES_FILE).is_file()
+        ):  # a run was interrupted right here
+            shutil.rmtree(out / ARROW_FOLDER)
         entry.replace(out / entry.name)
     work.rmdir()

@@ -94,6 +94,8 @@ def _read_manifest(path: Path, _modified_ns: int) -> Manifest:
         for split in content["splits"].values():
             if not {"num_refs", "num_phrases", "num_images", "num_no_target", "shards"} <= split.keys():
                 raise KeyError(f"only {', '.join(split)} of a split")
+            if outside := [shard["file"] for shard in split["shards"] if Path(shard["file"]).name != shard["file"]]:
+                raise ValueError(f"a shard that is no file of {ARROW_FOLDER}/: {outside[0]}")
         if not {"is_generalised", "image_folder", "images", "source"} <= content.keys():
             raise KeyError(f"only {', '.join(content)}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -209,6 +211,11 @@ class PreparedSplit(Sequence[ReferringRecord]):
             name: self._images.column(name)[row["image"]].as_py() for name in ("image_id", "file", "height", "width")
         }
         size = [image["height"], image["width"]]
+        if image["file"].startswith("/") or ".." in image["file"].split("/"):  # `data prepare` writes no such name
+            raise DataError(
+                f"{self.dataset}/{self.split}: expected a picture inside {self._image_folder}, got {image['file']!r}. This set "
+                "was not made by `deris-llm data prepare`: don't use it"
+            )
         return ReferringRecord(
             phrase_id=f"{self.dataset}/{self.split}/{row['id']}",
             dataset=self.dataset,

@@ -1,6 +1,7 @@
 """A source becomes a set on disk: whole or not at all, once, the same with any number of workers and after interruptions."""
 
 import argparse
+import importlib
 import json
 import pickle
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -16,7 +18,7 @@ import deris_llm.data.prepare as prepare_module
 from deris_llm.data.cli import FORMAT_NAMES, add_data_commands
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.data.prepared import PreparedSplit, file_sha256
+from deris_llm.data.prepared import IMAGE_SCHEMA, PreparedSplit, file_sha256
 from deris_llm.data.readers.registry import FORMATS
 from deris_llm.data.sources import (
     check_split,
@@ -235,6 +237,12 @@ def test_pictures_may_move_with_the_root(world: Any) -> None:
             ),
             "expected layout 1, got 9",
         ),
+        (
+            lambda folder: (folder / "manifest.json").write_text(
+                (folder / "manifest.json").read_text().replace("train-00000.arrow", "../../train-00000.arrow")
+            ),
+            "a shard that is no file of arrow/: ../../train-00000.arrow",
+        ),
     ],
 )
 def test_a_spoilt_set(world: Any, spoil: Any, message: str) -> None:
@@ -243,6 +251,30 @@ def test_a_spoilt_set(world: Any, spoil: Any, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         read_split(world.root, "mine/train")
     assert "data prepare" in str(caught.value)
+
+
+def test_a_hostile_set_names_no_picture_outside(world: Any) -> None:
+    manifest = world.prepare(_source(world)).manifest
+    path = world.root / "mine/arrow/images.arrow"
+    rows = pa.ipc.open_stream(path.read_bytes()).read_all().to_pylist()
+    for row in rows:
+        row["file"] = "../../secret.png"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, IMAGE_SCHEMA) as stream:
+        stream.write_batch(pa.RecordBatch.from_pylist(rows, IMAGE_SCHEMA))
+    manifest["images"]["bytes"] = path.stat().st_size
+    (world.root / "mine/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"expected a picture inside .*, got '\.\./\.\./secret\.png'"):
+        read_split(world.root, "mine/train")[0]
+
+
+def test_a_killed_worker(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _source(world)
+    (tmp_path / "dying.py").write_text("import os\n\ndef die(*_):\n    os.kill(os.getpid(), 9)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(prepare_module, "look_at", importlib.import_module("dying").die)
+    with pytest.raises(RuntimeError, match=r"got one that was killed .* Lower --workers and start again"):
+        world.prepare(source, workers=2)
+    assert not (world.root / "mine").exists()
 
 
 def test_texts_as_typed(world: Any) -> None:
