@@ -18,6 +18,7 @@ from torch import nn
 
 from deris_llm import __version__
 from deris_llm.config import RunConfig, load_config
+from deris_llm.data.errors import DataError
 from deris_llm.evaluation.calibration import calibrated_config
 from deris_llm.evaluation.page_cases import (
     NUM_CASES,
@@ -42,6 +43,7 @@ from deris_llm.evaluation.page_numbers import (
     sweep_chart,
     tables,
     training_charts,
+    with_code,
 )
 from deris_llm.evaluation.views import VIEWS_FILE, PhraseView, choose_phrases, compute_views, write_views
 from deris_llm.structures import ReferringRecord
@@ -222,7 +224,7 @@ def _pictures(
     if root is None:
         said = "No pictures: neither the evaluation nor a checkpoint says where the data is; `deris-llm report --data ROOT` does."
         logger.warning("%s", said)
-        return [("cases", "Answers", [element("p", said, class_="note")])]
+        return [("cases", "Answers", [element("p", with_code(said), class_="note")])]
     groups = _groups(evaluation, seed)
     first_splits = list(evaluation.answers)[:_NUM_MANY]
     one_picture = {split: many_phrases(evaluation.answers[split], seed=seed) for split in first_splits}
@@ -256,7 +258,12 @@ def _groups(evaluation: Evaluation, seed: int) -> dict[str, list[Group]]:
 
 
 def _records(root: Path, wanted: Mapping[str, list[str]], phrase_field: Any) -> dict[str, ReferringRecord]:
-    records = records_of(root, wanted, phrase_field=phrase_field)
+    try:
+        records = records_of(root, wanted, phrase_field=phrase_field)
+    except DataError as error:
+        raise DataError(
+            f"{error}\n`deris-llm report --data ROOT` names the folder if the data is elsewhere now"
+        ) from error
     missing = [phrase_id for ids in wanted.values() for phrase_id in ids if phrase_id not in records]
     if missing:
         raise ValueError(
@@ -291,13 +298,8 @@ def _many(evaluation: Evaluation, one_picture: Mapping[str, Any], records: Mappi
 
 def _views(evaluation: Evaluation, records: Mapping[str, ReferringRecord]) -> list[Node]:
     if not evaluation.views:
-        return [
-            element(
-                "p",
-                "Masks by query and by round need the model: `deris-llm report DIR --checkpoint CHECKPOINT`.",
-                class_="note",
-            )
-        ]
+        said = "Masks by query and by round need the model: `deris-llm report DIR --checkpoint CHECKPOINT`."
+        return [element("p", with_code(said), class_="note")] if evaluation.checkpoint is not None else []
     answers = {a.phrase_id: a for found in evaluation.answers.values() for a in found}
     about = (
         "The masks that the best-scoring queries had in the last round, and how the first of them came about: round 0 is "

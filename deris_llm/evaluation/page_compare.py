@@ -15,7 +15,7 @@ from deris_llm.evaluation.page_cases import answer_picture, badge, mask_picture
 from deris_llm.evaluation.page_charts import Line, line_chart
 from deris_llm.evaluation.page_data import Evaluation, StoredAnswer
 from deris_llm.evaluation.page_html import Node, element, phrase, shortened
-from deris_llm.evaluation.page_numbers import main_metric, number, precision_curve
+from deris_llm.evaluation.page_numbers import main_metric, number, precision_curve, with_code
 from deris_llm.structures import ReferringRecord
 
 NUM_PAIRS = 24
@@ -110,11 +110,8 @@ def comparison(
     ]  # fmt: skip
     nodes.append(element("div", charts, class_="charts"))
     if not records:
-        nodes.append(
-            element(
-                "p", "No pictures: nobody says where the data is, `deris-llm report --data ROOT` does.", class_="note"
-            )
-        )
+        said = "No pictures: nobody says where the data is, `deris-llm report --data ROOT` does."
+        nodes.append(element("p", with_code(said), class_="note"))
         return nodes
     for split, (better, worse) in _shown(pairs).items():
         protocol = evaluation.protocol(split)

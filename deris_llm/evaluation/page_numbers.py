@@ -43,7 +43,7 @@ def header(evaluation: Evaluation) -> Element:
     """Name, where it comes from, and one number a split."""
     about = evaluation.about
     facts = [
-        element("code", str(evaluation.checkpoint)) if evaluation.checkpoint else None,
+        element("code", str(source)) if (source := evaluation.checkpoint or about.get("predictions")) else None,
         f"evaluated {about['date']}" if about.get("date") else None,
         f"seed {about['seed']}" if "seed" in about else None,
     ]
@@ -358,6 +358,7 @@ def provenance(evaluation: Evaluation) -> list[Node]:
     facts = {
         "config": about.get("name"),
         "checkpoint": str(evaluation.checkpoint) if evaluation.checkpoint else None,
+        "predictions": about.get("predictions"),
         "data": about.get("data_root"),
         "evaluated": about.get("date"),
         "seed": about.get("seed"),

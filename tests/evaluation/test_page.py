@@ -163,10 +163,13 @@ def test_without_predictions_data_or_anything_optional(folder: Path, data: Path,
     page = Page(write_page(open_evaluation(bare), bare / "page.html").read_text(encoding="utf-8"))
     assert "no predictions beside the report" in page.text
     assert "Where the rest is lost" not in page.text
+    assert "From the inside" not in page.text
     assert "always empty" not in page.text
     somewhere = write_page(open_evaluation(folder), tmp_path / "no_data.html").read_text(encoding="utf-8")
     assert "No pictures: neither the evaluation nor a checkpoint says where the data is" in somewhere
     assert "<img" not in somewhere
+    with pytest.raises(ValueError, match=r"absent(.|\n)*`deris-llm report --data ROOT` names the folder"):
+        write_page(open_evaluation(folder), tmp_path / "other.html", data_root=tmp_path / "absent")
     other = world.write_data(tmp_path / "other")
     refs = json.loads((other / "grefcoco" / "grefs(unc).json").read_text())
     for ref in refs:
