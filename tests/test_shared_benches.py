@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from deris_llm.data.synthetic.world import write_world
 
@@ -101,3 +102,23 @@ def test_the_true_shape_needs_a_gpu(
     with pytest.raises(SystemExit):
         run(module, monkeypatch)
     assert "expected a CUDA GPU for the true shape, found none; --tiny runs the same program" in capsys.readouterr().err
+
+
+def test_batch_statistics(
+    bench: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    module = bench("batch_statistics")
+    shared = torch.randn(6, 1, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = torch.randn(6, 5, 500, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert module.likeness((shared + 0 * own).flatten(0, 1), 5) == pytest.approx(1)
+    assert module.likeness((shared + own).flatten(0, 1), 5) == pytest.approx(0.5, abs=0.05)
+    assert module.likeness(own.flatten(0, 1), 5) == pytest.approx(0, abs=0.05)
+    write_world(tmp_path, seed=3, num_train=4, num_val=2, num_test=2)
+    few = ["--phrases", "2", "--pictures", "2", "--set", f"data.root={tmp_path}", "criterion.num_points=64"]
+    run(module, monkeypatch, "--config", "tiny-refcoco", *few)
+    said = capsys.readouterr().out
+    assert "all that trains" in said
+    assert "objects in 2 phrases" in said
