@@ -48,6 +48,14 @@ def test_chunks_are_even_and_ascending(groups: list[ImageGroup]) -> None:
     assert max(map(max, sizes.values())) <= 4
 
 
+def test_one_phrase_of_an_image_at_a_time(groups: list[ImageGroup]) -> None:
+    sampler = _training(groups, phrases_per_image=1, images_per_device=3)
+    batches = list(sampler)
+    assert {len(piece.phrases) for batch in batches for piece in batch} == {1}
+    assert _seen(batches).keys() == ALL.keys()
+    assert sampler.num_chunks == sampler.num_phrases == sum(SIZES)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_have_equally_many_batches_and_see_all(groups: list[ImageGroup], world_size: int) -> None:
     by_rank = [list(_training(groups, rank=r, world_size=world_size)) for r in range(world_size)]
