@@ -134,3 +134,26 @@ def test_module_equals_that_of_transformers():
         expected, _ = theirs(cells, encoder_hidden_states=cells, **arguments)
         got, _ = ours(cells, **arguments)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_computes_what_a_cpu_does():
+    """Forward and gradients; there through grid_sample, here as bags of rows. Not run on a GPU yet."""
+    torch.manual_seed(0)
+    module = DeformableAttention(
+        Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(HEADS * WIDTH, HEADS, len(SIZES), POINTS)
+    )
+    torch.nn.init.normal_(module.sampling_offsets.bias, std=2)
+    cells, places = torch.randn(2, NUM_CELLS, HEADS * WIDTH), torch.randn(1, NUM_CELLS, HEADS * WIDTH)
+    reference_points = torch.rand(1, NUM_CELLS, 1, 2).expand(2, -1, len(SIZES), -1)
+    found = []
+    for device in ("cpu", "cuda"):
+        module.to(device).zero_grad()
+        given = cells.detach().to(device).requires_grad_()
+        result, _ = module(given, places.to(device), reference_points.to(device), SIZES)
+        result.square().sum().backward()
+        gradients = (given.grad, module.value_proj.weight.grad, module.attention_weights.weight.grad)
+        found.append([result.detach().cpu(), *(gradient.cpu() for gradient in gradients)])
+    for ours, reference in zip(*found, strict=True):
+        assert float((ours - reference).norm() / reference.norm()) < 1e-3  # TF32 is off by default
