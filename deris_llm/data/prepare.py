@@ -138,6 +138,7 @@ def _described_source(options: PrepareOptions, reader: SourceReader) -> dict[str
         "source": options.source,
         "files": files,
         "identity": reader.identity,
+        "images": str(options.images) if options.images else None,
         "splits": list(options.splits),
         "mapping": dict(options.mapping),
         "skip_bad": options.skip_bad,
@@ -242,26 +243,26 @@ class _Preparation:
     def _pictures(self) -> dict[str, Any]:
         """Looks at every picture once and writes their table."""
         sizes: dict[str, list[Any]] = {}  # file -> the different sizes that its entries say, in their order
-        ids: dict[str, Any] = {}
+        ids: dict[str, list[Any]] = {}
         for entry in self._entries():
             self.num_total += entry.num_phrases if isinstance(entry, SourceFault) else max(1, len(entry.phrases))
             if isinstance(entry, SourceEntry) and is_text(entry.image):
                 size_hw, said = _declared_size(entry), sizes.setdefault(entry.image, [])
                 said += [size_hw] if size_hw is not None and size_hw not in said else []
-                if entry.image_id is not None:
-                    ids.setdefault(entry.image, entry.image_id)
+                named = ids.setdefault(entry.image, [])
+                named += [entry.image_id] if entry.image_id is not None and entry.image_id not in named else []
         rows: list[dict[str, Any]] = []
-        of_id: dict[str, str] = {}
+        of_id: dict[str, tuple[str, int, int]] = {}
         facts = self._facts(list(sizes))
         for name, said in sizes.items():
             found = facts[name]
-            row = _image_row(name, found, said, ids.get(name)) if isinstance(found, PictureFacts) else ("image", found)
+            row = _image_row(name, found, said, ids[name]) if isinstance(found, PictureFacts) else ("image", found)
             if isinstance(row, dict):
-                same = of_id.setdefault(row["image_id"], row["sha256"])
-                if same != row["sha256"]:
+                one = (row["sha256"], row["height"], row["width"])
+                if of_id.setdefault(row["image_id"], one) != one:
                     row = (
                         "reference",
-                        f"expected each image_id to be one picture, got {row['image_id']!r} for {name} and another",
+                        f"expected each image_id to be one picture, one way up, got {row['image_id']!r} for {name} and another",
                     )
             if isinstance(row, dict):
                 self.images[name] = (len(rows), row["height"], row["width"])
@@ -403,9 +404,12 @@ class _Preparation:
 
 
 def _image_row(
-    name: str, facts: PictureFacts, sizes_hw: Sequence[Any], given_id: Any
+    name: str, facts: PictureFacts, sizes_hw: Sequence[Any], given_ids: Sequence[Any]
 ) -> dict[str, Any] | tuple[FaultReason, str]:
-    """A row of the pictures' table, or what is wrong; ``sizes_hw`` are those that the picture's entries say."""
+    """A row of the pictures' table, or what is wrong; sizes and ids are those that the picture's entries say."""
+    if len(given_ids) > 1:
+        return "reference", f"expected one image_id of {name}, got {given_ids[0]!r} and {given_ids[1]!r}"
+    given_id = given_ids[0] if given_ids else None
     if given_id is not None and (
         isinstance(given_id, bool) or not isinstance(given_id, (int, str)) or not str(given_id)
     ):

@@ -94,6 +94,8 @@ def test_the_same_again_is_nothing_and_another_is_refused(world: Any) -> None:
     assert world.prepare(source).was_there
     with pytest.raises(DataError, match="made of the same input, got one made of .* with other skip_bad"):
         world.prepare(source, skip_bad=True)
+    with pytest.raises(DataError, match="with other images"):
+        world.prepare(source, images=world.folder)
     _source(world, num_phrases=13)
     with pytest.raises(DataError, match=r"with other files\. Name another folder"):
         world.prepare(source)
