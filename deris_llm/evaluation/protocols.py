@@ -139,12 +139,12 @@ PROTOCOLS: Mapping[str, Protocol] = {
     # Upstream's DeRIS: 384 px, threshold 0.7 by its test script. Two differences remain, both named and both gone with
     # `compat: deris-2025`: no fallback to the best query (`selection`), x4 upsampling with align_corners=True.
     "deris": Protocol(id="deris", size="fixed", fixed_px=384, truth_resampling="nearest"),
-    # LAVT and ReLA: everything at 480 px, read in their public code (LAVT-RIS: test.py, transforms.py; ReLA:
-    # gres_model/data/dataset_mappers/refcoco_mapper.py, gres_model/evaluation/refer_evaluation.py). The picture is warped
-    # to 480x480; the prediction is the argmax of background and object at 480; IoU, sums and quadrants are ours. LAVT
-    # resizes the truth with Pillow's nearest neighbour, which is taken here; ReLA scales the polygons and draws them at
-    # 480, which differs along the border. From memory: LAVT upsamples its logits with align_corners=True, ReLA without.
-    # ReLA asks the `raw` text; set data.phrase_field=raw for that. Its N-acc has one too many in the denominator.
+    # LAVT and ReLA: everything at 480 px, as read in their public code (LAVT-RIS: test.py, transforms.py, lib/_utils.py; ReLA:
+    # refcoco_mapper.py, refer_evaluation.py, GRES.py). The picture is warped to 480x480; the prediction is the argmax of
+    # background and object at 480; IoU, sums and quadrants are ours. LAVT resizes the truth with Pillow's nearest neighbour,
+    # which is taken here; ReLA scales the polygons, leaves crowds out and draws them at 480, which differs along the border.
+    # ReLA upsamples its logits with align_corners=False, which is taken here, LAVT with True. ReLA asks the `raw` text; set
+    # data.phrase_field=raw for that. Its N-acc has one too many in the denominator.
     "rela480": Protocol(id="rela480", size="fixed", fixed_px=480, truth_resampling="nearest_centre"),
 }
 """The protocols by id, with the values they have when a run config says nothing else."""
