@@ -102,6 +102,9 @@ def test_lora_trains_beside_it_and_alone_is_saved(options: list[str], device: st
     batch = synthetic_batch(config).to(device)
     with torch.no_grad():
         assert torch.equal(loaded(batch).presence_logit, model.eval()(batch).presence_logit)
+    _, unpacked = load_checkpoint(tmp_path / "best", device, overrides=["cognition.quantization=none"])
+    assert not linears_in_4_bits(unpacked)
+    assert trainable_names(unpacked) == trainable_names(model)
 
 
 def test_without_bitsandbytes_it_says_what_to_install(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
