@@ -17,7 +17,7 @@ from deris_llm.evaluation.page_data import Evaluation, open_evaluation
 from deris_llm.evaluation.predictions import EvaluationResult, counted_under
 from deris_llm.evaluation.protocols import Protocol
 from deris_llm.evaluation.report import Section, read_report, update_report
-from deris_llm.evaluation.views import VIEWS_FILE
+from deris_llm.evaluation.views import VIEWS_FILE, write_views
 from deris_llm.structures import ReferringRecord
 
 logger = logging.getLogger(__name__)
@@ -128,6 +128,7 @@ class EvaluationFolder:
         if look_inside is not None:  # at the splits of this model: others in the folder may be of another
             added = {split: evaluation.answers[split] for split in self._cases}
             views = look_inside(dataclasses.replace(evaluation, answers=added)).views
+            write_views(views, self.folder / VIEWS_FILE)
             evaluation = dataclasses.replace(evaluation, views=views)
         write_page(evaluation, self.folder / PAGE_FILE)
 

@@ -116,7 +116,7 @@ def write_page(
 def look_inside(
     evaluation: Evaluation, checkpoint: str | Path, *, data_root: str | Path | None = None, seed: int = 0
 ) -> Evaluation:
-    """Loads the evaluated checkpoint and runs it on a few phrases (`look_inside_model`).
+    """Loads the evaluated checkpoint, runs it on a few phrases and keeps what it said in ``views.json`` of the folder.
 
     Args:
         evaluation: with predictions.
@@ -140,8 +140,18 @@ def look_inside(
         )
     config, model = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     for_cpu_inference(model)
-    config = calibrated_config(checkpoint, config)
-    return look_inside_model(evaluation, model, config, build_processor(config), data_root=data_root, seed=seed)
+    config = _as_evaluated(calibrated_config(checkpoint, config), evaluation.about)
+    seen = look_inside_model(evaluation, model, config, build_processor(config), data_root=data_root, seed=seed)
+    if config.loopback.prior_attention != "batch":  # else scores depend on what shares a batch
+        _check_same_model(evaluation, seen.views)
+    write_views(seen.views, evaluation.folder / VIEWS_FILE)
+    return seen
+
+
+def _as_evaluated(config: RunConfig, about: Mapping[str, Any]) -> RunConfig:
+    """The config with the rule that chose the answers of an evaluation, where it says so."""
+    rule = {name: about[name] for name in ("score_threshold", "selection", "presence") if name in about}
+    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **rule))
 
 
 def look_inside_model(
@@ -154,7 +164,7 @@ def look_inside_model(
     number: int = NUM_VIEWS,
     seed: int = 0,
 ) -> Evaluation:
-    """Runs the evaluated model on a few phrases and keeps what its queries say in ``views.json`` of the folder.
+    """Runs the evaluated model on a few phrases.
 
     Args:
         evaluation: with predictions.
@@ -169,7 +179,7 @@ def look_inside_model(
         The evaluation with the views.
 
     Raises:
-        ValueError: another model made the predictions, or the data is not that of the predictions.
+        ValueError: the data is not that of the predictions.
     """
     root, phrase_field = data_of(evaluation, data_root)
     root = root or Path(config.data.root)
@@ -183,8 +193,6 @@ def look_inside_model(
         processor,
         why={phrase_id: why for ids in chosen.values() for phrase_id, why in ids.items()},
     )
-    _check_same_model(evaluation, views)
-    write_views(views, evaluation.folder / VIEWS_FILE)
     return dataclasses.replace(evaluation, views=tuple(views))
 
 

@@ -25,6 +25,7 @@ from deris_llm.config import RunConfig
 from deris_llm.data.loaders import evaluation_loader
 from deris_llm.data.masks import decode_segmentation, encode_mask
 from deris_llm.evaluation.metrics import overlap
+from deris_llm.evaluation.protocols import protocols_of
 from deris_llm.postprocess import answer_masks, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringRecord
 
@@ -179,13 +180,8 @@ def _views_of(
     num_queries: int,
 ) -> list[PhraseView]:
     sizes = [(record.height, record.width) for record in records]
-    answers = answer_masks(
-        output,
-        sizes,
-        score_threshold=config.evaluation.score_threshold,
-        selection=config.evaluation.selection,
-        presence_use=config.evaluation.presence,
-    )
+    threshold, selection, presence_use = protocols_of(config)[0].rule  # the predictions' masks are the first protocol's
+    answers = answer_masks(output, sizes, score_threshold=threshold, selection=selection, presence_use=presence_use)
     best = [[int(q) for q in np.argsort(-a.referring_scores, kind="stable")[:num_queries]] for a in answers]
     masks_of_best = upsampled_masks(output, best, sizes)
     winners = [queries[:1] for queries in best]
