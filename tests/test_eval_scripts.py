@@ -48,3 +48,14 @@ def test_a_folder_without_a_checkpoint_is_refused_by_the_command(
     said = "".join(capsys.readouterr())
     assert str(tmp_path) in said
     assert not (tmp_path / "out").exists()
+
+
+def test_score_hands_its_arguments_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["absent.jsonl", "--data", str(tmp_path / "data"), "--split", "refcoco/val", "--output", str(out)]
+    monkeypatch.setattr(sys, "argv", ["score.py", *arguments])
+    assert _script("score").main() == 2
+    assert str(tmp_path / "data") in capsys.readouterr().err
+    assert not out.exists()
