@@ -118,12 +118,15 @@ def read_picture(path: str | Path, *, size_hw: tuple[int, int] | None = None) ->
 
 
 def _opened(path: Path) -> Image.Image:
-    if path.is_dir():
-        raise PictureError("expected a picture, got a folder")
-    if not path.is_file():
-        raise PictureError("expected a picture, got no file")
-    if os.path.getsize(path) == 0:
-        raise PictureError("expected a picture, got a file of 0 bytes")
+    try:
+        if path.is_dir():
+            raise PictureError("expected a picture, got a folder")
+        if not path.is_file():
+            raise PictureError("expected a picture, got no file")
+        if os.path.getsize(path) == 0:
+            raise PictureError("expected a picture, got a file of 0 bytes")
+    except OSError as error:  # a name longer than a file system takes, a folder that may not be read
+        raise PictureError(f"expected a picture, got {error.strerror}") from error
     try:
         file = Image.open(path)
     except BROKEN as error:

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 PHRASES_PER_SHARD = 8192
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,99}")
 _PICTURES_PER_JOB = 32
 
 
@@ -362,7 +362,7 @@ class _Preparation:
             return None
         whole = max(1, len(entry.phrases))
         if not isinstance(entry.split, str) or not _NAME.fullmatch(entry.split):
-            message = f"expected the name of a split, letters and digits, got {entry.split!r}"
+            message = f"expected the name of a split, letters and digits, got {str(entry.split)[:100]!r}"
             self._fault(Fault(order, entry.where, str(entry.split), "structure", message, whole))
             return None
         found: Any = self.images.get(entry.image) if isinstance(entry.image, str) else None
@@ -375,7 +375,7 @@ class _Preparation:
         kept = []
         for phrase in entry.phrases:
             if str(phrase.id) in ids:
-                message = f"expected each phrase id once in {entry.split}, got {phrase.id} again"
+                message = f"expected each phrase id once in {entry.split}, got {phrase.id!r} again"
                 self._fault(Fault(order, entry.where, entry.split, "duplicate id", message))
             else:
                 ids.add(str(phrase.id))
@@ -411,7 +411,7 @@ def _image_row(
         return "reference", f"expected one image_id of {name}, got {given_ids[0]!r} and {given_ids[1]!r}"
     given_id = given_ids[0] if given_ids else None
     if given_id is not None and (
-        isinstance(given_id, bool) or not isinstance(given_id, (int, str)) or not str(given_id)
+        isinstance(given_id, bool) or not isinstance(given_id, (int, str)) or not is_text(str(given_id))
     ):
         return "structure", f"expected image_id to be a text or number, got {given_id!r}"
     size = next((size_hw for size_hw in sizes_hw if facts.fits(size_hw)), (facts.height, facts.width))

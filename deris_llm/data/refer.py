@@ -296,6 +296,9 @@ def fault_of_instances(instances: object) -> str | None:
     categories = instances.get("categories", [])
     if not isinstance(categories, list) or not all(isinstance(category, dict) for category in categories):
         return f"categories that are {describe(categories)}"
+    for number, each in enumerate(categories):
+        if not _is_id(each.get("id", 0)) or not isinstance(each.get("name", ""), str):
+            return f"number {number} of categories with id {each.get('id')!r} and name {each.get('name')!r}"
     return None
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from deris_llm.data.errors import describe
 from deris_llm.data.masks import encode_mask, segmentation_rle, usable_segmentation
 from deris_llm.data.pictures import BROKEN, MAX_PIXELS, PictureError, PictureFacts, picture_facts, safe_path
-from deris_llm.data.readers.base import FaultReason, MaskFile, SourceEntry, SourceInstance
+from deris_llm.data.readers.base import FaultReason, MaskFile, SourceEntry, SourceInstance, is_int64
 
 PHRASE_SCHEMA = pa.schema(
     {
@@ -90,7 +90,7 @@ def look_at(image_folder: Path, names: list[str]) -> dict[str, PictureFacts | st
         try:
             found[name] = picture_facts(path)
         except PictureError as error:
-            found[name] = f"picture {path}: {error}"
+            found[name] = f"picture {str(path)[:300]}: {error}"
     return found
 
 
@@ -190,7 +190,7 @@ def _instance(
     """A referent's columns, or what is wrong with it; each annotation of a picture is drawn once."""
     if instance.id is None:
         return _drawn(instance, located, image_folder)
-    if isinstance(instance.id, bool) or not isinstance(instance.id, int) or not -(2**63) <= instance.id < 2**63:
+    if not is_int64(instance.id):
         return f"expected an annotation id, a whole number, got {instance.id!r}"
     key = (located.image, instance.id)
     if key not in checked:

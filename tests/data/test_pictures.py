@@ -182,6 +182,8 @@ def test_what_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             load_image(tmp_path / name)
     with pytest.raises(PictureError, match="expected a picture, got a folder"):
         read_picture(tmp_path)
+    with pytest.raises(PictureError, match="expected a picture, got File name too long"):
+        picture_facts(tmp_path / ("x" * 5000))
     with pytest.raises(PictureError, match="expected a picture, got no file"):
         read_picture(tmp_path / "nowhere.png")
     Image.new("RGB", (40, 30)).save(tmp_path / "large.png")

@@ -148,3 +148,8 @@ def existing_image_folder(folder: Path, *, why: str) -> Path:
             "Name the folder of the pictures with --images"
         )
     return folder
+
+
+def is_int64(value: object) -> bool:
+    """A whole number that a column of 64 bits holds."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63

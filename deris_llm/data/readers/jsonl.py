@@ -19,6 +19,7 @@ that the field `phrase` is called `caption`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ class JsonlReader:
                 for value in [line.get(key) for key in keys] if line else ():
                     for mask in value if isinstance(value, list) else [value]:
                         path = safe_path(self.image_folder, mask)[0] if isinstance(mask, str) else None
-                        if path is not None and path.is_file():
+                        if path is not None and os.path.isfile(path):  # False for names that no file can have
                             found[path] = None
         return tuple(found)
 

@@ -18,6 +18,7 @@ from deris_llm.data.readers.base import (
     SourcePhrase,
     checked_mapping,
     existing_source,
+    is_int64,
 )
 
 
@@ -70,5 +71,5 @@ class ReferReader:
             size_hw=(image.height, image.width),
             category=category,
             num_same_class=num_same_class,
-            ref_id=ref["ref_id"] if isinstance(ref["ref_id"], int) else None,
+            ref_id=ref["ref_id"] if is_int64(ref["ref_id"]) else None,
         )

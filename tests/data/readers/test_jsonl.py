@@ -196,7 +196,14 @@ BROKEN = {
     "duplicate id": ({**GOOD, "id": 1}, "expected each phrase id once in train, got 1 again"),
     "id a list": ({**GOOD, "id": [1]}, "expected a phrase id, a text or number, got a list of 1"),
     "split a path": ({**GOOD, "split": "../val"}, "expected the name of a split, letters and digits, got '../val'"),
-    "split a number": ({**GOOD, "split": 3}, "expected the name of a split, letters and digits, got 3"),
+    "split a number": ({**GOOD, "split": 3}, "expected the name of a split, letters and digits, got '3'"),
+    "split too long": ({**GOOD, "split": "x" * 5000}, "expected the name of a split, letters and digits, got 'xxx"),
+    "a name too long": ({**GOOD, "image": "x" * 5000}, "expected a picture, got File name too long"),
+    "a mask's name too long": ({"image": "a.png", "phrase": "x", "png": "x" * 5000}, "expected a picture, got OSError"),
+    "half a character in image_id": (
+        '{"image": "b/b.png", "phrase": "x", "polygons": [[4,5,16,5,16,25]], "image_id": "\\ud800"}',
+        "expected image_id to be a text or number, got '\\ud800'",
+    ),
     "category a number": ({**GOOD, "category": 3}, "expected the category's name, got int '3'"),
     "image_id a list": (
         {**GOOD, "image": "b/b.png", "image_id": [3]},

@@ -145,6 +145,11 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         "instances.json", b'{"images": [], "annotations": [{"id": 5, "image_id": 5}]}', "number 0 of annotations without segmentation",
     ),
     "categories a text": ("instances.json", b'{"images": [], "annotations": [], "categories": "x"}', "categories that are str 'x'"),
+    "a category's id": (
+        "instances.json",
+        b'{"images": [], "annotations": [], "categories": [{"id": [], "name": "x"}]}',
+        "number 0 of categories with id [] and name 'x'",
+    ),
     "a pickle cut off": ("refs(unc).p", pickle.dumps([1, 2, 3])[:-2], "refs(unc).p"),
     "a pickle of something": ("refs(unc).p", pickle.dumps({"a": 1}), "expected a list of refs"),
     "refs of numbers": ("refs(unc).p", pickle.dumps([1]), "got int '1' as number 0"),
@@ -168,6 +173,13 @@ def test_broken_files(refer_folder: Any, world: Any, case: str) -> None:
     assert str(root / "refcoco" / name) in str(caught.value)
     assert expected in str(caught.value), str(caught.value)
     assert world.is_untouched()
+
+
+@pytest.mark.parametrize("ref_id", [True, 2**64, None, "7"])
+def test_an_odd_ref_id_is_not_kept(refer_folder: Any, world: Any, ref_id: Any) -> None:
+    _val_ref(refer_folder)["ref_id"] = ref_id
+    world.prepare(refer_folder.write(), "refcoco", format="refer")
+    assert [r.ref_id for r in read_split(world.root, "refcoco/val")][:2] == [None, None]
 
 
 def test_a_byte_order_mark_is_no_fault(refer_folder: Any, world: Any) -> None:
