@@ -95,12 +95,11 @@ def efficiency_of(
     alone, together = (count_macs(model, shape_batch(run, plan_cognition(run))) for run in runs)
     parts = tuple(PartCost(name, macs, together[name] / phrases) for name, macs in alone.items())
     bytes_of_weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    is_deris_b = config.cognition.backend == "beit3" and "base" in config.cognition.weights
     found = Efficiency(
         phrases=phrases,
         parameters=sum(p.numel() for p in model.parameters()),
         parts=parts,
-        paper=PAPER_TABLE_11.get(config.loopback.rounds) if is_deris_b else None,
+        paper=paper_numbers(config),
     )
     if not measure:
         return found
@@ -111,6 +110,12 @@ def efficiency_of(
             found, not_measured=f"it needs about {needed}, {room / 2**30:.1f} GiB are free on {_machine()}"
         )
     return dataclasses.replace(found, measured=_measured(config, phrases, repeats))
+
+
+def paper_numbers(config: RunConfig) -> tuple[float, float, float] | None:
+    """What the paper's Table 11 has for this run, if it is a DeRIS-B: MACs (G), parameters (M), inference (ms)."""
+    is_deris_b = config.cognition.backend == "beit3" and Path(config.cognition.weights).name.startswith("beit3-base")
+    return PAPER_TABLE_11.get(config.loopback.rounds) if is_deris_b else None
 
 
 def _one_picture(config: RunConfig, phrases: int) -> RunConfig:

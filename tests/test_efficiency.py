@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deris_llm import efficiency
 from deris_llm.cli import main
 from deris_llm.config import load_config
-from deris_llm.efficiency import count_macs, efficiency_of, show_efficiency
+from deris_llm.efficiency import Efficiency, PartCost, count_macs, efficiency_of, paper_numbers, show_efficiency
 from deris_llm.model import build_model
 from deris_llm.planning import plan_cognition, shape_batch
 from deris_llm.testing import synthetic_batch, tiny_beit3, tiny_config, tiny_weights
@@ -88,6 +88,9 @@ def test_the_plan_prints_it(overrides: list[str], capsys: pytest.CaptureFixture[
 
 
 def test_the_papers_numbers_stand_beside_deris_b() -> None:
+    assert paper_numbers(load_config("deris-l-refcoco")) is None
+    assert paper_numbers(load_config("deris-b-refcoco", ["loopback.rounds=2"])) is None
+    paper = paper_numbers(load_config("deris-b-refcoco"))
     console = Console(file=io.StringIO(), width=140)
-    show_efficiency(efficiency_of(load_config("deris-b-refcoco")), console)
+    show_efficiency(Efficiency(7, 2 * 10**8, (PartCost("loopback", 7, 2.0),), paper=paper), console)
     assert "the paper (Table 11, DeRIS-B): 37.1 GMACs, 235.9 M, 23.4 ms on its GPU" in console.file.getvalue()

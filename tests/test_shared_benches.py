@@ -89,8 +89,8 @@ def test_the_7b_bench_at_tiny_size(
     run(module, monkeypatch, *options, *few)
     said = capsys.readouterr().out
     assert "tiny-refcoco on a CPU (says nothing about a GPU)" in said
-    assert "largest costs of a training step" in said
-    assert said.count("aten::") == 3
+    costs = said.partition("largest costs of a training step")[2].partition("within 24 GiB")[0]
+    assert costs.count("%") == 3
     assert "planned: yes" in said
 
 
