@@ -28,7 +28,7 @@ from deris_llm.data.sources import is_generalised, read_split
 from deris_llm.evaluation.boxes import boxes_of_masks
 from deris_llm.evaluation.comparison import compare, write_comparison
 from deris_llm.evaluation.gres_metrics import GrecOutcome
-from deris_llm.evaluation.metrics import Overlap
+from deris_llm.evaluation.metrics import Overlap, overlap
 from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder
 from deris_llm.evaluation.predictions import (
     EvaluationResult,
@@ -98,7 +98,8 @@ def score_submission(
     """
     check_misses(protocols, records[0].dataset, is_generalised=is_generalised)
     used = tuple(_with_own_masks(protocol, submission) for protocol in protocols)
-    own = frozenset(protocol.id for protocol in used) & submission.protocols_with_own_masks()
+    own = frozenset(p.id for p in used if p.prediction_resampling != "finished_mask")
+    own &= submission.protocols_with_own_masks()
     score = partial(_score_chunk, protocols=used, own=own, is_generalised=is_generalised)
     chunks = _chunks(records, submission)
     workers = min(os.cpu_count() or 1, 8) if workers is None else workers
@@ -245,21 +246,25 @@ class _Truths:
         self.image: tuple[str, str] | None = None
         self.instances: dict[int, Rle] = {}
         self.merged: dict[tuple[int, ...], Rle] = {}
-        self.resized: dict[tuple[tuple[int, ...], str], Rle] = {}
+        self.resized: dict[tuple[tuple[int, ...], str], np.ndarray] = {}
 
-    def of(self, record: ReferringRecord, protocol: Protocol | None = None) -> Rle:
-        """The union of a phrase's referents at the original size, or as a protocol resizes it."""
+    def of(self, record: ReferringRecord) -> Rle:
+        """The union of a phrase's referents at the original size."""
         if self.image != (record.dataset, record.image_id):
             self.image, self.instances, self.merged, self.resized = (record.dataset, record.image_id), {}, {}, {}
-        key = tuple(instance.annotation_id for instance in record.instances)
+        key = _referents(record)
         if key not in self.merged:
             rles = [self.instance(instance, record) for instance in record.instances]
             self.merged[key] = coco_mask.merge(rles) if rles else rle_of(None, record.height, record.width)
-        if protocol is None or protocol.fixed_px is None:
-            return self.merged[key]
-        if (key, protocol.id) not in self.resized:
-            self.resized[key, protocol.id] = _resized(self.merged[key], protocol)
-        return self.resized[key, protocol.id]
+        return self.merged[key]
+
+    def resized_truth(self, record: ReferringRecord, protocol: Protocol) -> np.ndarray:
+        """The same as a protocol resizes it, bool (W, H)."""
+        key = (_referents(record), protocol.id)
+        truth = self.of(record)
+        if key not in self.resized:
+            self.resized[key] = protocol.resampled_truth(_transposed(truth))
+        return self.resized[key]
 
     def instance(self, instance: InstanceAnnotation, record: ReferringRecord) -> Rle:
         """One referent at the original size."""
@@ -267,6 +272,10 @@ class _Truths:
             rle = segmentation_rle(instance.segmentation, record.height, record.width)
             self.instances[instance.annotation_id] = rle
         return self.instances[instance.annotation_id]
+
+
+def _referents(record: ReferringRecord) -> tuple[int, ...]:
+    return tuple(instance.annotation_id for instance in record.instances)
 
 
 def _scored(
@@ -290,23 +299,27 @@ def _scored(
     areas: dict[str, tuple[int, int]] = {}
     boxes: dict[str, GrecOutcome] = {}
     others: dict[str, OtherAnswer] = {}
+    drawn_WH = None
     for protocol in protocols:
         size = protocol.size_hw(record.height, record.width)
-        other = (
-            (given.answers or {}).get(protocol.id)
-            if protocol.id in own and protocol.prediction_resampling != "finished_mask"
-            else None
-        )
+        other = (given.answers or {}).get(protocol.id) if protocol.id in own else None
         compared, answered_boxes = mask, given.boxes
         if other is not None:
             compared, answered_boxes = _checked(other, *size), other.boxes
             says = bool(coco_mask.area(compared)) if other.says_target is None else other.says_target
             others[protocol.id] = OtherAnswer(_plain(compared), says, other.boxes)
-        elif protocol.fixed_px is not None:
-            compared = rle_of(None, *size) if submitted is None else _resized(mask, protocol)
-        wanted = truths.of(record, protocol)
-        overlaps[protocol.id] = _overlap(compared, wanted)
-        areas[protocol.id] = (int(coco_mask.area(wanted)), size[0] * size[1])
+        if protocol.fixed_px is None:
+            overlaps[protocol.id] = _overlap(compared, truth)
+            areas[protocol.id] = (int(coco_mask.area(truth)), size[0] * size[1])
+        else:
+            if other is not None:
+                answer_WH = _transposed(compared)
+            else:
+                drawn_WH = _transposed(mask) if drawn_WH is None else drawn_WH
+                answer_WH = protocol.resampled_truth(drawn_WH)
+            wanted_WH = truths.resized_truth(record, protocol)
+            overlaps[protocol.id] = overlap(answer_WH, wanted_WH)
+            areas[protocol.id] = (int(np.count_nonzero(wanted_WH)), wanted_WH.size)
         if true_boxes is not None and answered_boxes is not None:
             boxes[protocol.id] = GrecOutcome.of(box_array(answered_boxes), true_boxes)
     oracle = given.oracle_px or {}
@@ -342,10 +355,9 @@ def _checked(submitted: Submitted, height: int, width: int) -> Rle:
         raise _BadMaskError(f"{submitted.where}: {error}") from error
 
 
-def _resized(mask: Rle, protocol: Protocol) -> Rle:
-    """A finished mask at the protocol's size. It is drawn column by column, so that its transpose is what lies in memory."""
-    drawn_WH = coco_mask.decode(mask).T.view(bool)
-    return coco_mask.encode(protocol.resampled_truth(drawn_WH).T.view(np.uint8))
+def _transposed(mask: Rle) -> np.ndarray:
+    """Drawn, bool (W, H): RLE runs down the columns, so that this, and not (H, W), is what lies in memory in order."""
+    return coco_mask.decode(mask).T.view(bool)
 
 
 def _overlap(mask: Rle, truth: Rle) -> Overlap:
