@@ -34,6 +34,7 @@ from deris_llm.evaluation.boxes import boxes_of_masks
 from deris_llm.evaluation.gres_metrics import GrecOutcome
 from deris_llm.evaluation.metrics import Overlap, overlap
 from deris_llm.evaluation.predictions import (
+    Box,
     EvaluationResult,
     OtherAnswer,
     PhrasePrediction,
@@ -41,8 +42,8 @@ from deris_llm.evaluation.predictions import (
     boxes_around,
     check_misses,
 )
-from deris_llm.evaluation.protocols import Protocol, protocols_of
-from deris_llm.postprocess import answer_masks, upsampled_masks
+from deris_llm.evaluation.protocols import Protocol, Rule, protocols_of
+from deris_llm.postprocess import PhraseAnswer, answer_masks, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringRecord
 
 logger = logging.getLogger(__name__)
@@ -203,9 +204,8 @@ def compared(
     """
     referents = decoded_referents(asked)
     truths = [np.logical_or.reduce(masks, axis=0) for masks in referents]
-    original_sizes = [(record.height, record.width) for record in asked]
     originals = {
-        rule: answer_masks(output, original_sizes, score_threshold=rule[0], selection=rule[1], presence_use=rule[2])
+        rule: _answers(output, rule, [(record.height, record.width) for record in asked])
         for rule in dict.fromkeys(protocol.rule for protocol in protocols)
     }
     boxes = {
@@ -213,40 +213,18 @@ def compared(
         for rule, answers in originals.items()
     }
     oracle_queries = _best_queries(output, referents)
-    by_protocol: dict[str, list[_Compared]] = {}
-    for protocol in protocols:
-        sizes = [protocol.size_hw(*size) for size in original_sizes]
-        finished = protocol.prediction_resampling == "finished_mask"
-        drawn_at = original_sizes if finished else sizes
-        score_threshold, selection, presence_use = protocol.rule
-        answers = (
-            originals[protocol.rule]
-            if drawn_at == original_sizes
-            else answer_masks(
-                output, drawn_at, score_threshold=score_threshold, selection=selection, presence_use=presence_use
-            )
+    by_protocol = {
+        protocol.id: _compared_under(
+            protocol,
+            output,
+            originals[protocol.rule],
+            truths,
+            oracle_queries,
+            boxes[protocol.rule],
+            keeps_masks=protocol.rule != protocols[0].rule or not protocol.compares_finished_masks,
         )
-        masks = [answer.mask for answer in answers]
-        oracles = [np.logical_or.reduce(m, axis=0) for m in upsampled_masks(output, oracle_queries, drawn_at)]
-        if finished:
-            masks, oracles = ([protocol.resampled_truth(mask) for mask in drawn] for drawn in (masks, oracles))
-        keeps_mask = protocol.rule == protocols[0].rule and (finished or protocol.size == "original")
-        by_protocol[protocol.id] = [
-            _Compared(
-                overlap(mask, truth),
-                overlap(oracle, truth),
-                (int(np.count_nonzero(truth)), truth.size),
-                None if keeps_mask else OtherAnswer(encode_mask(mask), bool(answer.query_index), instance_boxes),
-            )
-            for mask, oracle, truth, answer, instance_boxes in zip(
-                masks,
-                oracles,
-                map(protocol.resampled_truth, truths),
-                answers,
-                boxes[protocol.rule],
-                strict=True,
-            )
-        ]
+        for protocol in protocols
+    }
     predictions = []
     for i, (record, answer) in enumerate(zip(asked, originals[protocols[0].rule], strict=True)):
         found = {name: rows[i] for name, rows in by_protocol.items()}
@@ -279,6 +257,13 @@ def compared(
     return predictions
 
 
+def _answers(output: DerisOutput, rule: Rule, sizes_hw: Sequence[tuple[int, int]]) -> list[PhraseAnswer]:
+    score_threshold, selection, presence_use = rule
+    return answer_masks(
+        output, sizes_hw, score_threshold=score_threshold, selection=selection, presence_use=presence_use
+    )
+
+
 class _Compared(NamedTuple):
     """One phrase under one protocol."""
 
@@ -286,6 +271,48 @@ class _Compared(NamedTuple):
     oracle: Overlap
     area: tuple[int, int]  # px of truth, of picture
     other: OtherAnswer | None
+
+
+def _compared_under(
+    protocol: Protocol,
+    output: DerisOutput,
+    originals: Sequence[PhraseAnswer],
+    truths: Sequence[np.ndarray],
+    oracle_queries: Sequence[Sequence[int]],
+    boxes: Sequence[tuple[Box, ...] | None],
+    *,
+    keeps_masks: bool,
+) -> list[_Compared]:
+    """Compares P phrases under one protocol.
+
+    Args:
+        protocol: where and how.
+        output: of the P phrases.
+        originals: P answers at the pictures' own sizes, by the protocol's rule.
+        truths: P masks, bool (h, w) at the pictures' own sizes.
+        oracle_queries: P lists of the queries that fit the referents best.
+        boxes: P times those around the answer's instances.
+        keeps_masks: the prediction must hold these masks, because they are not those of `PhrasePrediction.mask`.
+    """
+    original_sizes = [(truth.shape[0], truth.shape[1]) for truth in truths]
+    finished = protocol.prediction_resampling == "finished_mask"
+    sizes = original_sizes if finished else [protocol.size_hw(*size) for size in original_sizes]
+    answers = originals if sizes == original_sizes else _answers(output, protocol.rule, sizes)
+    masks = [answer.mask for answer in answers]
+    oracles = [np.logical_or.reduce(drawn, axis=0) for drawn in upsampled_masks(output, oracle_queries, sizes)]
+    if finished:
+        masks, oracles = ([protocol.resampled_truth(mask) for mask in drawn] for drawn in (masks, oracles))
+    return [
+        _Compared(
+            overlap(mask, truth),
+            overlap(oracle, truth),
+            (int(np.count_nonzero(truth)), truth.size),
+            OtherAnswer(encode_mask(mask), bool(answer.query_index), around) if keeps_masks else None,
+        )
+        for mask, oracle, truth, answer, around in zip(
+            masks, oracles, map(protocol.resampled_truth, truths), answers, boxes, strict=True
+        )
+    ]
 
 
 def control_phrases(records: Sequence[ReferringRecord]) -> dict[str, str]:

@@ -25,6 +25,9 @@ from deris_llm.config import RunConfig
 from deris_llm.data.transforms import warp_mask
 from deris_llm.postprocess import PresenceUse, Selection
 
+Rule = tuple[float, Selection, PresenceUse]
+"""Score threshold, what happens when no query passes, what the presence has to say."""
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -63,7 +66,12 @@ class Protocol:
         return np.asarray(grey.resize((self.fixed_px, self.fixed_px), Image.Resampling.NEAREST)).view(bool)
 
     @property
-    def rule(self) -> tuple[float, Selection, PresenceUse]:
+    def compares_finished_masks(self) -> bool:
+        """Whether a mask at the picture's own size is all that is needed of an answer."""
+        return self.size == "original" or self.prediction_resampling == "finished_mask"
+
+    @property
+    def rule(self) -> Rule:
         """What decides which queries answer: protocols of one rule share their answers."""
         assert self.selection != "given", "a file of predictions has no queries"
         return self.score_threshold, self.selection, self.presence
