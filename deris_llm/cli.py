@@ -30,6 +30,7 @@ examples:
   deris-llm data synth --out data/synth --seed 0          a small synthetic world in REFER's format
   deris-llm train --config tiny-refcoco                   fine-tune on whatever is there, GPUs or two CPU ranks
   deris-llm eval --checkpoint runs/tiny-refcoco/best      the table of all splits of the checkpoint's config
+  deris-llm score pred.jsonl --data data --split refcoco/val   anybody's predictions, with eval's numbers
   deris-llm predict --checkpoint runs/tiny-refcoco --image street.jpg --phrase "the red car"
 
 `deris-llm COMMAND --help` explains each one.
