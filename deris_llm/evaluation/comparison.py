@@ -97,5 +97,8 @@ def comparison_table(comparison: Mapping[str, Any]) -> RenderableType:
                 f"{wins['second']:,}: second; alike on {wins['ties']:,}."
             ),
         ]
-    first, second = comparison["names"]
-    return Group(*parts, Text(f"first: {first}; second: {second}"))
+    for which, name, notes in zip(
+        ("first", "second"), comparison["names"], comparison.get("notes", ((), ())), strict=True
+    ):
+        parts.append(Text("; ".join([f"{which}: {name}", *notes])))
+    return Group(*parts)

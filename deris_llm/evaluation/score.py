@@ -181,6 +181,7 @@ def run_score(
         return report, None
     names = (str(predictions), str(against))
     comparison = compare(found[0].result, found[1].result, [p.id for p in found[0].protocols], names=names, split=split)
+    comparison["notes"] = [scored.notes for scored in found]
     write_comparison(comparison, Path(out))
     return report, comparison
 

@@ -306,7 +306,7 @@ def test_two_files_side_by_side(
 ) -> None:
     worse = tmp_path / "worse.jsonl"
     worse.write_text(
-        "".join(json.dumps({"phrase_id": r.phrase_id, "mask": encode_mask(_shifted(r, 6))}) + "\n" for r in records)
+        "".join(json.dumps({"phrase_id": r.phrase_id, "mask": encode_mask(_shifted(r, 6))}) + "\n" for r in records[1:])
     )
     out = tmp_path / "out"
     command = [
@@ -332,6 +332,10 @@ def test_two_files_side_by_side(
     assert sum(found["wins"].values()) == len(records)
     assert f"Better on {found['wins']['first']} phrases: first" in said
     assert 0 < found["p_value"] <= 1
+    assert (
+        f"second: {worse}; 1 of {len(records)} phrases have no prediction and count as misses: {records[0].phrase_id}"
+        in said
+    )
 
 
 def test_the_command_refuses_bad_input(
