@@ -155,7 +155,7 @@ def _checked_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]
                 f"{_short(counts)}: correct the annotation file"
             )
         return coco_mask.frPyObjects(rle, height, width)
-    counts = counts.encode("ascii", errors="replace") if isinstance(counts, str) else counts
+    counts = counts.encode("utf-8", errors="surrogatepass") if isinstance(counts, str) else counts
     covered = _covered_pixels(counts)
     if covered != height * width:
         raise ValueError(

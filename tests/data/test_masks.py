@@ -61,6 +61,7 @@ def test_uncompressed_rle_counts_columns_from_false() -> None:
         ({"size": [8, 10], "counts": [-1, 81]}, "sum to 8 x 10"),
         ({"size": [8, 10], "counts": "PPPP"}, "compressed RLE"),
         ({"size": [8, 10], "counts": "\x00\x01"}, "no valid form"),
+        ({"size": [8, 10], "counts": "\ud800é"}, "no valid form"),
         ({"size": [8, 10], "counts": encode_mask(np.ones((8, 9), dtype=bool))["counts"]}, "one of 72 pixels"),
     ],
 )
