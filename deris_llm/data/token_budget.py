@@ -7,13 +7,18 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from deris_llm.config import RunConfig
 from deris_llm.data.dataset import ImageGroup
 
 if TYPE_CHECKING:  # the loader's workers need no model library
     from deris_llm.cognition import CognitionProcessor
+    from deris_llm.cognition.base import TokenCounter
 
 logger = logging.getLogger(__name__)
+
+_GROUPS_AT_ONCE = 1024
 
 
 def phrase_limits(
@@ -46,25 +51,37 @@ def phrase_limits(
             f"(`TokenCounter`), got cognition.backend={config.cognition.backend}; remove the limit and set "
             "data.phrases_per_image and evaluation.max_phrases_per_batch."
         )
-    records = [record for group in groups for record in group.records]
-    counts = processor.count_tokens([r.phrase for r in records], [(r.height, r.width) for r in records])
-    longest = max((count.own for count in counts), default=0) if is_swapped else 0
-    limits, remaining = [], iter(zip(records, counts, strict=True))
-    for group in groups:
-        members = list(itertools.islice(remaining, len(group.records)))
-        owns = sorted((max(count.own, longest) for _, count in members), reverse=True)
-        room = limit - max(count.shared for _, count in members)
-        fitting = sum(total <= room for total in itertools.accumulate(owns))
+    shared, own = _token_counts(groups, processor)
+    longest = max((int(tokens.max()) for tokens in own), default=0) if is_swapped else 0
+    limits = []
+    for index, (prefix, tokens) in enumerate(zip(shared, own, strict=True)):
+        room = limit - prefix
+        fitting = int((np.cumsum(np.sort(np.maximum(tokens, longest))[::-1]) <= room).sum())
         if fitting == 0:
-            record, count = max(members, key=lambda member: member[1].own)
+            record = groups[index].records[int(tokens.argmax())]
             raise ValueError(
                 f"data.max_tokens_per_image={limit}: expected every phrase to fit with its picture, got "
-                f"{count.shared + max(count.own, longest)} tokens for {record.phrase_id} {record.phrase!r} "
-                f"({count.shared} of them shared); set the limit at least so high, or lower cognition.max_phrase_tokens."
+                f"{prefix + max(int(tokens.max()), longest)} tokens for {record.phrase_id} {record.phrase!r} "
+                f"({prefix} of them shared); set the limit at least so high, or lower cognition.max_phrase_tokens."
             )
         limits.append(fitting)
-    split = sum(most < len(group.records) for most, group in zip(limits, groups, strict=True))
+    split = sum(most < len(tokens) for most, tokens in zip(limits, own, strict=True))
     logger.info(
         "data.max_tokens_per_image=%d: %d of %d pictures have more phrases than that", limit, split, len(groups)
     )
     return limits
+
+
+def _token_counts(groups: Sequence[ImageGroup], processor: TokenCounter) -> tuple[list[int], list[np.ndarray]]:
+    """Tokens shared in each group, and of each of its phrases; records are built by the block, and let go."""
+    shared: list[int] = []
+    own: list[np.ndarray] = []
+    for start in range(0, len(groups), _GROUPS_AT_ONCE):
+        members = [groups[i].records for i in range(start, min(start + _GROUPS_AT_ONCE, len(groups)))]
+        records = [record for group in members for record in group]
+        counts = iter(processor.count_tokens([r.phrase for r in records], [(r.height, r.width) for r in records]))
+        for group in members:
+            found = list(itertools.islice(counts, len(group)))
+            shared.append(max(count.shared for count in found))
+            own.append(np.array([count.own for count in found], dtype=np.int32))
+    return shared, own
