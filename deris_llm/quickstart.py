@@ -253,7 +253,8 @@ def show_results(output: Path, log: Log, *, with_table: bool) -> None:
     )
     log.say(f"minutes: {minutes} = {timing['total'] / 60:.1f}")
     for name, path in (
-        ("report", report_path),
+        ("page", output / "report.html"),
+        ("numbers", report_path),
         ("pictures", output / "overlays.html"),
         ("sheets", output / "overlays"),
         ("predictions", output / "predictions"),
