@@ -161,6 +161,7 @@ def test_two_steps_evaluation_collection_and_again(tmp_path: Path, capfd: pytest
     write_world(tmp_path / "world", seed=3, num_train=8, num_val=3, num_test=3)
     overrides = [
         *tiny_weights(tmp_path / "weights"), f"data.root={tmp_path / 'world'}", "data.phrases_per_image=2", "training.log_every=1",
+        "evaluation.selection=threshold",
     ]  # fmt: skip
     rows = (
         Row("p2c", "P-to-C", {"gIoU": 69.98}, ("loopback.form=p2c",), ()),

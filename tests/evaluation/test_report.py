@@ -97,7 +97,18 @@ def test_gres_splits_have_a_table_with_what_answering_without_looking_gets(tmp_p
     path = tmp_path / "report.json"
     report = update_report(path, section="splits", numbers={"grefcoco/val": _gres_numbers(66.5)}, notes={})
     text = _printed(report)
-    for value in ("1,234 (120)", "66.50", "61.25", "72.50", "93.75", "55.50", "41.50", "88.50", "67.50", "77.7/72.0/82.2"):
+    for value in (
+        "1,234 (120)",
+        "66.50",
+        "61.25",
+        "72.50",
+        "93.75",
+        "55.50",
+        "41.50",
+        "88.50",
+        "67.50",
+        "77.7/72.0/82.2",
+    ):
         assert value in _row(text, "grefcoco/val")
     assert [cell for cell in _row(text, "always empty").split() if cell != "-"][2:6] == [
         "21.50",
