@@ -11,6 +11,21 @@ class DataError(ValueError):
     """A folder, file or record that cannot be used; says where, what was expected, what was found and what to do."""
 
 
+def check_is_split(name: str, splits: Sequence[str]) -> None:
+    """Checks that the split of ``dataset/split`` is one of the dataset's.
+
+    Raises:
+        DataError: it is not; with the nearest name.
+    """
+    dataset, _, split = name.partition("/")
+    if split not in splits:
+        near = difflib.get_close_matches(split, splits, n=1)
+        raise DataError(
+            f"split {name!r}: expected one of {', '.join(f'{dataset}/{known}' for known in splits)}, got {split!r}."
+            + (f" Did you mean {dataset}/{near[0]}?" if near else "")
+        )
+
+
 def bad_records_error(
     where: str, problems: Sequence[str], *, num_records: int, num_bad: int | None = None
 ) -> DataError:

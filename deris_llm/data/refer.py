@@ -24,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from deris_llm.data.errors import DataError, bad_records_error, describe, missing_path_error
+from deris_llm.data.errors import DataError, bad_records_error, check_is_split, describe, missing_path_error
 from deris_llm.data.masks import usable_segmentation
 from deris_llm.interop.unpickle import load_plain_pickle
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
@@ -84,15 +84,10 @@ def check_split(root: str | Path, name: str) -> None:
     Raises:
         DataError: a missing or misnamed file or folder, an unknown dataset or split.
     """
-    dataset, _, split = name.partition("/")
+    dataset = name.partition("/")[0]
     existing = split_names(root, dataset)
     find_image_folder(root)
-    if split not in existing:
-        near = difflib.get_close_matches(split, existing, n=1)
-        raise DataError(
-            f"split {name!r}: expected one of {', '.join(f'{dataset}/{known}' for known in existing)}, got {split!r}."
-            + (f" Did you mean {dataset}/{near[0]}?" if near else "")
-        )
+    check_is_split(name, existing)
 
 
 def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:

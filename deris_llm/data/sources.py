@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from deris_llm.data import refer
-from deris_llm.data.errors import DataError
+from deris_llm.data.errors import DataError, check_is_split
 from deris_llm.data.prepared import Manifest, PreparedSplit, find_manifest, prepared_sets, read_images
 from deris_llm.structures import ReferringRecord
 
@@ -54,16 +54,11 @@ def check_split(root: str | Path, name: str) -> None:
     Raises:
         DataError: a missing or misnamed file or folder, an unknown dataset or split.
     """
-    dataset, _, split = name.partition("/")
+    dataset = name.partition("/")[0]
     existing = split_names(root, dataset)
     if _prepared(root, dataset) is None:
         refer.find_image_folder(root)
-    if split not in existing:
-        near = difflib.get_close_matches(split, existing, n=1)
-        raise DataError(
-            f"split {name!r}: expected one of {', '.join(f'{dataset}/{known}' for known in existing)}, got {split!r}."
-            + (f" Did you mean {dataset}/{near[0]}?" if near else "")
-        )
+    check_is_split(name, existing)
 
 
 def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:
