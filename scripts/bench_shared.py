@@ -191,7 +191,8 @@ def bench_phrases(config: RunConfig, numbers: list[int], repeats: int, console: 
 def bench_split(config: RunConfig, split: str, max_images: int, console: Console) -> None:
     """One table: a whole evaluation of a split."""
     from deris_llm.data.dataset import group_by_image  # noqa: PLC0415
-    from deris_llm.data.refer import read_split  # noqa: PLC0415
+    from deris_llm.data.masks import decode_segmentation  # noqa: PLC0415
+    from deris_llm.data.sources import read_split  # noqa: PLC0415
     from deris_llm.evaluation import evaluate  # noqa: PLC0415
     from deris_llm.model import build_model  # noqa: PLC0415
 
@@ -208,7 +209,10 @@ def bench_split(config: RunConfig, split: str, max_images: int, console: Console
         result = evaluate(model, each, records, processor, device="cpu", progress=False)
         seconds.append(time.process_time() - start)
         answers.append({p.phrase_id: (p.mask, p.top_scores, p.presence, p.overlaps) for p in result.predictions})
-    masks_differ = sum(answers[0][name][0] != answers[1][name][0] for name in answers[0])
+    drawn = [
+        {name: decode_segmentation(found[0], *found[0]["size"]) for name, found in each.items()} for each in answers
+    ]
+    pixels_differ = [int((drawn[0][name] != drawn[1][name]).sum()) for name in drawn[0]]
     scores = max(
         abs(a - b) for name in answers[0] for a, b in zip(answers[0][name][1], answers[1][name][1], strict=True)
     )
@@ -221,7 +225,11 @@ def bench_split(config: RunConfig, split: str, max_images: int, console: Console
     for name, each in zip(("one phrase at a time", "all phrases of an image"), seconds, strict=True):
         table.add_row(name, f"{each:.1f}", f"{1e3 * each / len(records):.0f}", f"{seconds[0] / each:.2f}")
     console.print(table)
-    console.print(f"masks that differ: {masks_differ} of {len(records)}; scores differ by {scores:.0e} at most")
+    masks_differ = sum(pixels > 0 for pixels in pixels_differ)
+    console.print(
+        f"masks that differ: {masks_differ} of {len(records)}, by {max(pixels_differ)} pixels at most; scores differ by "
+        f"{scores:.0e} at most"
+    )
 
 
 def main() -> None:
