@@ -68,9 +68,9 @@ class DataConfig:
     phrases_per_image: int = option(4, "phrases drawn of an image in a training step; they share its features")
     max_tokens_per_image: int = option(
         0,
-        "most tokens that the image-text model reads behind one copy of an image, the image's own included, in training and "
-        "evaluation; an image whose phrases need more is shown several times; with images per device it bounds the memory of a "
-        "micro-batch; 0 = no limit (qwen2_ov, qwen_vl)",
+        "most tokens that the image-text model reads behind one copy of an image, the image's own included, in training, "
+        "evaluation and use; an image whose phrases need more is shown several times; with images per device it bounds the "
+        "memory of a micro-batch; 0 = no limit (qwen2_ov, qwen_vl)",
     )
     num_workers: int = option(4, "loader processes per rank; 0 loads in the training process")
     conversion: ConversionConfig = section(ConversionConfig)

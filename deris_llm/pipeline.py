@@ -25,6 +25,7 @@ from torch import nn
 from deris_llm.cognition import CognitionProcessor, build_processor
 from deris_llm.config import RunConfig
 from deris_llm.data.pictures import rgb_picture
+from deris_llm.data.token_budget import split_phrases, token_counter
 from deris_llm.data.transforms import load_image, perception_pixels
 from deris_llm.evaluation.calibration import calibrated_config, threshold_source
 from deris_llm.inference import for_cpu_inference
@@ -74,6 +75,9 @@ class DerisPipeline:
             processor: the cognition backend's.
             fingerprint: of the checkpoint.
             threshold_source: where the score threshold comes from, in words.
+
+        Raises:
+            ValueError: `data.max_tokens_per_image` with a processor that does not count tokens.
         """
         self.config = config
         self.model = model
@@ -81,6 +85,7 @@ class DerisPipeline:
         self.fingerprint = fingerprint
         self.threshold_source = threshold_source
         self.device = next(model.parameters()).device
+        self._token_counter = token_counter(config, processor)
 
     @classmethod
     def from_pretrained(
@@ -155,7 +160,8 @@ class DerisPipeline:
             One answer per phrase; masks have the picture's size.
 
         Raises:
-            ValueError: the picture cannot be read, there is no phrase, or one that cannot be asked.
+            ValueError: the picture cannot be read, there is no phrase, or one that cannot be asked or alone exceeds
+                `data.max_tokens_per_image`.
         """
         (answers,) = self.answer_all([(image, phrases)])
         return answers
@@ -163,6 +169,7 @@ class DerisPipeline:
     def answer_all(self, pairs: Iterable[tuple[Picture, Sequence[str]]]) -> Iterator[list[PhraseAnswer]]:
         """Answers many pictures, several in a batch (`evaluation.images_per_device`, `evaluation.max_phrases_per_batch`).
 
+        Phrases that exceed `data.max_tokens_per_image` together are asked behind several copies of their picture.
         Pictures are read when their turn comes, so any number of them fits in memory.
 
         Args:
@@ -181,8 +188,8 @@ class DerisPipeline:
             texts, picture = checked_phrases(phrases), as_picture(image)
             asked = _Asked(len(texts), [])
             waiting.append(asked)
-            for start in range(0, len(texts), limits.max_phrases_per_batch):
-                part = _Part(picture, texts[start : start + limits.max_phrases_per_batch], asked)
+            for run in split_phrases(self.config, texts, (picture.height, picture.width), self._token_counter):
+                part = _Part(picture, run, asked)
                 num_phrases = sum(len(other.phrases) for other in (*batch, part))
                 if len(batch) == limits.images_per_device or num_phrases > limits.max_phrases_per_batch:
                     self._answer(batch)

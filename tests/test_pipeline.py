@@ -1,5 +1,6 @@
 """A checkpoint in use: what the pipeline reads, what it answers, and what it says to bad input."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,34 @@ def test_many_pictures_are_batched_within_the_bounds(run):
     for answers, (picture, phrases) in zip(found, pairs, strict=True):
         for ours, theirs in zip(answers, small(picture, phrases), strict=True):
             same(ours, theirs)
+
+
+def test_phrases_are_split_by_their_tokens(run, pipeline, picture):
+    counts = pipeline.processor.count_tokens(PHRASES, [(60, 80)] * len(PHRASES))
+    shared, own = counts[0].shared, [count.own for count in counts]
+    limit = shared + max(own[0] + own[1], own[2] + own[3])
+    assert limit < shared + sum(own[:3])
+    tight = DerisPipeline.from_pretrained(run, overrides=[f"data.max_tokens_per_image={limit}"])
+    batches = []
+    forward = tight.model.forward
+    tight.model.forward = lambda batch: batches.append(batch) or forward(batch)
+    found = tight(picture, PHRASES)
+    assert [batch.image_index.tolist() for batch in batches] == [[0, 0, 1, 1, 2]]  # copies of the picture
+    (batch,) = batches
+    tokens = (~batch.cognition.token_padding_mask).sum(dim=1) - shared
+    assert tokens.tolist() == own
+    assert (shared + torch.zeros(3, dtype=torch.long).index_add(0, batch.image_index, tokens)).max() == limit
+    for ours, theirs in zip(found, pipeline(picture, PHRASES), strict=True):
+        same(ours, theirs)
+    tight = DerisPipeline.from_pretrained(run, overrides=[f"data.max_tokens_per_image={shared + max(own)}"])
+    with pytest.raises(ValueError, match=rf"got \d+ tokens for '{PHRASES[3]} and a star' \({shared} of them shared\)"):
+        tight(picture, [PHRASES[0], f"{PHRASES[3]} and a star"])
+
+
+def test_a_limit_of_tokens_asks_for_a_processor_that_counts(pipeline):
+    data = dataclasses.replace(pipeline.config.data, max_tokens_per_image=100)
+    with pytest.raises(ValueError, match="expected a cognition backend whose processor counts tokens"):
+        DerisPipeline(dataclasses.replace(pipeline.config, data=data), pipeline.model, pipeline.processor.__call__)
 
 
 def test_answers_come_while_pictures_are_read(pipeline, picture):

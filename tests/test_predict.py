@@ -182,6 +182,20 @@ def test_bad_pictures_and_phrases_are_named(pictures, pipeline, tmp_path):
     assert "special token '<image>'" in result.bad[1]
 
 
+def test_a_phrase_beyond_the_limit_of_tokens_is_named(checkpoint, pictures, pipeline, tmp_path, capsys):
+    long = "the red circle on the left behind the yellow star"
+    limit = sum(pipeline.processor.count_tokens([long], [(60, 80)])[0]) - 1
+    command = ["predict", "--checkpoint", str(checkpoint), "--image", str(pictures / "picture 0.png"), "--no-overlay"]
+    command += ["--phrase", "ring", "--phrase", long, "--phrase", "star"]
+    command += ["--out", str(tmp_path / "out"), "--set", f"data.max_tokens_per_image={limit}"]
+    assert main(command) == 2
+    said = f"picture 0.png, {long!r}: data.max_tokens_per_image={limit}: expected every phrase to fit with its picture"
+    assert said in capsys.readouterr().err
+    assert main([*command, "--skip-bad"]) == 0
+    assert "1 bad ones left out" in capsys.readouterr().out
+    assert [line["phrase"] for line in lines_of(tmp_path / "out")] == ["ring", "star"]
+
+
 def test_too_little_memory_is_no_bad_picture(pictures, checkpoint, tmp_path, monkeypatch):
     pipeline = DerisPipeline.from_pretrained(checkpoint)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,6 +40,65 @@ def phrase_limits(
     Raises:
         ValueError: a phrase exceeds the limit alone, or the processor does not count tokens.
     """
+    counter = token_counter(config, processor)
+    if counter is None:
+        return None
+    limit = config.data.max_tokens_per_image
+    shared, own = _token_counts(groups, counter)
+    longest = max((int(tokens.max()) for tokens in own), default=0) if is_swapped else 0
+    limits = []
+    for index, (prefix, tokens) in enumerate(zip(shared, own, strict=True)):
+        room = limit - prefix
+        fitting = int((np.cumsum(np.sort(np.maximum(tokens, longest))[::-1]) <= room).sum())
+        if fitting == 0:
+            record = groups[index].records[int(tokens.argmax())]
+            phrase = f"{record.phrase_id} {record.phrase!r}"
+            raise _does_not_fit(limit, phrase, prefix, max(int(tokens.max()), longest))
+        limits.append(fitting)
+    split = sum(most < len(tokens) for most, tokens in zip(limits, own, strict=True))
+    logger.info(
+        "data.max_tokens_per_image=%d: %d of %d pictures have more phrases than that", limit, split, len(groups)
+    )
+    return limits
+
+
+def split_phrases(
+    config: RunConfig, phrases: Sequence[str], size: tuple[int, int], counter: TokenCounter | None
+) -> Iterator[Sequence[str]]:
+    """Cuts the phrases of a picture, in their order, into runs as long as may share it in an evaluation batch.
+
+    Args:
+        config: its `evaluation.max_phrases_per_batch` and `data.max_tokens_per_image`.
+        phrases: at least one.
+        size: height and width of the picture, px.
+        counter: from `token_counter`.
+
+    Raises:
+        ValueError: a phrase exceeds the limit alone.
+    """
+    most, limit = config.evaluation.max_phrases_per_batch, config.data.max_tokens_per_image
+    if counter is None:
+        yield from (phrases[start : start + most] for start in range(0, len(phrases), most))
+        return
+    counts = counter.count_tokens(phrases, [size] * len(phrases))
+    shared = max(count.shared for count in counts)
+    start, tokens = 0, shared
+    for number, (phrase, count) in enumerate(zip(phrases, counts, strict=True)):
+        if shared + count.own > limit:
+            raise _does_not_fit(limit, repr(phrase), shared, count.own)
+        if number - start == most or tokens + count.own > limit:
+            yield phrases[start:number]
+            start, tokens = number, shared
+        tokens += count.own
+    yield phrases[start:]
+
+
+def token_counter(config: RunConfig, processor: CognitionProcessor) -> TokenCounter | None:
+    """The processor, where `data.max_tokens_per_image` limits what it makes; None without a limit.
+
+    Raises:
+        ValueError: it does not count tokens.
+    """
     from deris_llm.cognition.base import TokenCounter  # noqa: PLC0415
 
     limit = config.data.max_tokens_per_image
@@ -51,25 +110,14 @@ def phrase_limits(
             f"(`TokenCounter`), got cognition.backend={config.cognition.backend}; remove the limit and set "
             "data.phrases_per_image and evaluation.max_phrases_per_batch."
         )
-    shared, own = _token_counts(groups, processor)
-    longest = max((int(tokens.max()) for tokens in own), default=0) if is_swapped else 0
-    limits = []
-    for index, (prefix, tokens) in enumerate(zip(shared, own, strict=True)):
-        room = limit - prefix
-        fitting = int((np.cumsum(np.sort(np.maximum(tokens, longest))[::-1]) <= room).sum())
-        if fitting == 0:
-            record = groups[index].records[int(tokens.argmax())]
-            raise ValueError(
-                f"data.max_tokens_per_image={limit}: expected every phrase to fit with its picture, got "
-                f"{prefix + max(int(tokens.max()), longest)} tokens for {record.phrase_id} {record.phrase!r} "
-                f"({prefix} of them shared); set the limit at least so high, or lower cognition.max_phrase_tokens."
-            )
-        limits.append(fitting)
-    split = sum(most < len(tokens) for most, tokens in zip(limits, own, strict=True))
-    logger.info(
-        "data.max_tokens_per_image=%d: %d of %d pictures have more phrases than that", limit, split, len(groups)
+    return processor
+
+
+def _does_not_fit(limit: int, phrase: str, shared: int, own: int) -> ValueError:
+    return ValueError(
+        f"data.max_tokens_per_image={limit}: expected every phrase to fit with its picture, got {shared + own} tokens for "
+        f"{phrase} ({shared} of them shared); set the limit at least so high, or lower cognition.max_phrase_tokens."
     )
-    return limits
 
 
 def _token_counts(groups: Sequence[ImageGroup], processor: TokenCounter) -> tuple[list[int], list[np.ndarray]]:
