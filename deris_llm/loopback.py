@@ -148,7 +148,11 @@ class Loopback(nn.Module):
         )
 
     def forward(
-        self, perception: PerceptionFeatures | None, cognition: CognitionFeatures, image_index: Tensor
+        self,
+        perception: PerceptionFeatures | None,
+        cognition: CognitionFeatures,
+        image_index: Tensor,
+        phrases_per_image: list[int] | None = None,
     ) -> DerisOutput:
         """Runs all rounds.
 
@@ -156,17 +160,28 @@ class Loopback(nn.Module):
             perception: of I images; None where the structure is `cognition_centric`.
             cognition: of P phrases.
             image_index: int64 (P,), non-decreasing.
+            phrases_per_image: I numbers, what `image_index` says, where the host knows them already; None = it reads them.
         """
         text = self._text(cognition)
         image_feats = self._image_feats(cognition)
-        scale_maps, scale_index, mask_feats = self._maps(
+        scale_maps, scale_index, mask_maps, mask_index = self._maps(
             perception, image_feats, cognition.image_feats_index, image_index
         )
+
+        def phrases_per_row(index: Tensor, num_rows: int) -> list[int]:
+            if index is image_index and phrases_per_image is not None:
+                return phrases_per_image
+            if num_rows == len(index):  # as many rows as phrases: a row each
+                return [1] * num_rows
+            return torch.bincount(index, minlength=num_rows).tolist()  # on a GPU the host waits for it
+
         scales = self.query_decoder.scale_tokens(scale_maps)
-        phrases_per_map = (
-            mask_feats.phrases_per_row
-            if scale_index is mask_feats.index
-            else _phrases_per_row(scale_index, len(scale_maps[0]))
+        phrases_per_map = phrases_per_row(scale_index, len(scale_maps[0]))
+        mask_feats = MaskFeats(
+            feats=mask_maps,
+            pooled_feats=F.avg_pool2d(mask_maps, PRIOR_STRIDE),
+            index=mask_index,
+            phrases_per_row=phrases_per_row(mask_index, len(mask_maps)),
         )
         numbers = torch.arange(self.query_decoder.num_queries, device=image_index.device)
         query_feats = self.initial_embed(self.initial_queries(numbers)).expand(len(image_index), -1, -1)
@@ -239,7 +254,7 @@ class Loopback(nn.Module):
 
     def _maps(
         self, perception: PerceptionFeatures | None, image_feats: Tensor | None, row_index: Tensor, image_index: Tensor
-    ) -> tuple[Sequence[Tensor], Tensor, MaskFeats]:
+    ) -> tuple[Sequence[Tensor], Tensor, Tensor, Tensor]:
         """The maps that the queries read and F_mask: of images or, where F_c is in them, of its rows.
 
         Args:
@@ -249,16 +264,16 @@ class Loopback(nn.Module):
             image_index: int64 (P,).
 
         Returns:
-            Three maps, coarse to fine; int64 (P,), their row of a phrase: I rows, or R where F_c is in them; F_mask, of
-            I rows under `perception_centric`, else R.
+            Three maps, coarse to fine; int64 (P,), their row of a phrase: I rows, or R where F_c is in them; F_mask, float
+            (I or R, C, H/4, W/4), I under `perception_centric`; int64 (P,), its row of a phrase.
         """
         if image_feats is None:
             assert perception is not None
-            return perception.multi_scale_feats, image_index, _mask_feats(perception.mask_feats, image_index)
+            return perception.multi_scale_feats, image_index, perception.mask_feats, image_index
         pyramid = None if self.image_pyramid is None else self.image_pyramid(image_feats)
         if perception is None:
             assert pyramid is not None, "without perception, the structure is cognition_centric"
-            return pyramid[:-1], row_index, _mask_feats(pyramid[-1], row_index)
+            return pyramid[:-1], row_index, pyramid[-1], row_index
         assert self.mask_feats_fusion is not None
         image_of_row = torch.zeros(len(image_feats), dtype=torch.long, device=row_index.device)
         image_of_row = image_of_row.scatter(0, row_index, image_index)
@@ -269,7 +284,7 @@ class Loopback(nn.Module):
             scale_maps = tuple(fusion(fine, coarse, image_of_row) for fusion, fine, coarse in pairs)
             scale_index, image_feats = row_index, pyramid[-1]
         mask_feats = self.mask_feats_fusion(perception.mask_feats, image_feats, image_of_row)
-        return scale_maps, scale_index, _mask_feats(mask_feats, row_index)
+        return scale_maps, scale_index, mask_feats, row_index
 
 
 class TextTokens(NamedTuple):
@@ -302,20 +317,6 @@ class MaskFeats(NamedTuple):
         coarse = F.interpolate(mask_logits, size=self.pooled_feats.shape[-2:], mode="bilinear", align_corners=False)
         products = torch.einsum("pqn,pcn->pqc", coarse.sigmoid().flatten(2), self.pooled_feats.flatten(2)[self.index])
         return products / self.pooled_feats[0, 0].numel()
-
-
-def _mask_feats(feats: Tensor, index: Tensor) -> MaskFeats:
-    return MaskFeats(
-        feats=feats,
-        pooled_feats=F.avg_pool2d(feats, PRIOR_STRIDE),
-        index=index,
-        phrases_per_row=_phrases_per_row(index, len(feats)),
-    )
-
-
-def _phrases_per_row(index: Tensor, num_rows: int) -> list[int]:
-    """How many phrases look at each row; on a GPU the host waits for it."""
-    return torch.bincount(index, minlength=num_rows).tolist()
 
 
 class MaskFeatsFusion(nn.Module):

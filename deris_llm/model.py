@@ -58,10 +58,12 @@ class Deris(nn.Module):
 
     def forward(self, batch: ReferringBatch) -> DerisOutput:
         """Answers P phrases about I images."""
+        phrases_per_image = batch.phrases_per_image()  # on a GPU the host waits: before anything heavy is queued
         cognition = self.cognition(batch.cognition, batch.image_index)  # what the phrase means
         image = batch.perception_image
         perception = None if self.perception is None else self.perception(image)  # where things are, once per image
-        return self.loopback(perception, cognition, batch.image_index)  # which of them it is, in N rounds
+        # Which of them it is, in N rounds.
+        return self.loopback(perception, cognition, batch.image_index, phrases_per_image)
 
     def activation_checkpointing_enable(
         self,

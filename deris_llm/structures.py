@@ -79,6 +79,10 @@ class ReferringBatch(_TensorFields):
     def num_phrases(self) -> int:
         return len(self.phrase_ids)
 
+    def phrases_per_image(self) -> list[int]:
+        """I numbers, sum P; on a GPU the host waits for them."""
+        return torch.bincount(self.image_index, minlength=len(self.perception_image)).tolist()
+
 
 @dataclass(frozen=True, eq=False)
 class CognitionFeatures(_TensorFields):

@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2Model
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from deris_llm.cognition import build_processor, resolve_backend
-from deris_llm.cognition.shared_prefix import run_packed
+from deris_llm.cognition.shared_prefix import pack_prompts, run_packed
 from deris_llm.criterion import build_criterion
 from deris_llm.model import Deris, build_model
 from deris_llm.structures import DerisOutput, ReferringBatch
@@ -127,6 +127,19 @@ def test_bfloat16_is_near_float32_and_has_finite_gradients(backend: str, overrid
     assert all(bool(gradient.isfinite().all()) for gradient in gradients.values())
 
 
+def test_the_host_does_not_wait_once_the_vision_tower_is_queued(overrides: dict[str, list[str]]) -> None:
+    """`test_host_waits.py` looks for the calls; this asks CUDA, which knows of those in C++ too."""
+    model = built(overrides["qwen2_ov"]).train().to(DEVICE)
+    batch = synthetic_batch(tiny_config(*overrides["qwen2_ov"]), num_images=2, phrases_per_image=3).to(DEVICE)
+    model(batch)  # cuBLAS and the allocator start
+    hook = model.cognition.model.vision_tower.register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode(2))
+    try:
+        model(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode(0)
+        hook.remove()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_contract_of_backends_holds_on_the_gpu(backend: str, overrides: dict[str, list[str]]) -> None:
     config = tiny_config(*overrides[backend])
@@ -174,10 +187,12 @@ def test_flex_attention_agrees_on_packed_phrases() -> None:
     index = torch.tensor([0, 0, 0, 1, 1], device=DEVICE)
     embeddings = torch.cat([prefixes[index], own], dim=1)
     is_valid = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=DEVICE)
+    is_prefix = torch.ones(2, 20, dtype=torch.bool, device=DEVICE)
+    packed = pack_prompts(is_valid[:, 20:], is_prefix, index)
     with torch.no_grad():
-        expected = run_packed(model, embeddings, is_valid, index, 20, 2)
+        expected = run_packed(model, embeddings, packed, index)
         model.set_attn_implementation("flex_attention")
-        found = run_packed(model, embeddings, is_valid, index, 20, 2)
+        found = run_packed(model, embeddings, packed, index)
     for ours, reference in zip(found, expected, strict=True):
         assert relative_difference(ours, reference) < 10 * FLOAT32
 

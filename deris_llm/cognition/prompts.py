@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -231,21 +231,26 @@ def padded(prompts: Sequence[tuple[list[int], list[bool]]], pad_token_id: int) -
     return input_ids, torch.arange(shape[1]) >= lengths[:, None], text_feature_mask
 
 
-def left_aligned(hidden: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Moves the chosen tokens to the left, in their order.
+class LeftAlignment(NamedTuple):
+    """Chosen tokens moved to the left, in their order: made before a model runs, used on what it gives.
 
-    Args:
-        hidden: float (P, L, D).
-        chosen: bool (P, L), at least one True per row.
-
-    Returns:
-        float (P, most chosen, D) and its padding mask, bool, True = padding.
+    On a GPU the host waits for the number of tokens; behind the model's layers it would wait for all of them.
     """
-    lengths = chosen.sum(dim=1)
-    width = int(lengths.max())
-    order = (~chosen).long().argsort(dim=1, stable=True)[:, :width]
-    padding_mask = torch.arange(width, device=hidden.device) >= lengths[:, None]
-    return hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1])), padding_mask
+
+    order: Tensor  # int64 (P, most chosen), the token that comes to this place
+    padding_mask: Tensor  # bool (P, most chosen), True = padding
+
+    @classmethod
+    def of(cls, chosen: Tensor) -> LeftAlignment:
+        """Of chosen tokens: bool (P, L), at least one True per row."""
+        lengths = chosen.sum(dim=1)
+        width = int(lengths.max())
+        order = (~chosen).long().argsort(dim=1, stable=True)[:, :width]
+        return cls(order, torch.arange(width, device=chosen.device) >= lengths[:, None])
+
+    def aligned(self, hidden: Tensor) -> Tensor:
+        """Float (P, L, D) -> (P, most chosen, D)."""
+        return hidden.gather(1, self.order[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def _check_words(phrase: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -22,8 +22,8 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from deris_llm.cognition.base import CognitionBackend, PlannedInputs, TokenCount, say_once
 from deris_llm.cognition.lora import add_lora
-from deris_llm.cognition.prompts import PromptTokenizer, left_aligned, padded
-from deris_llm.cognition.shared_prefix import check_prefix, run_packed
+from deris_llm.cognition.prompts import LeftAlignment, PromptTokenizer, padded
+from deris_llm.cognition.shared_prefix import PackedPrompts, check_prefix, pack_prompts, run_packed
 from deris_llm.config import CognitionConfig
 from deris_llm.structures import CognitionFeatures, CognitionInputs
 from deris_llm.weights import architecture_of, load_pretrained, resolve_weights
@@ -221,40 +221,46 @@ class Qwen2OneVision(CognitionBackend):
         enable(activation_checkpointing_kwargs or {"use_reentrant": False})
 
     def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
-        """See `CognitionBackend`."""
+        """See `CognitionBackend`. What the host reads of the inputs, it reads before anything heavy is queued."""
         is_image_PL = inputs.input_ids == self.model.config.image_token_id
-        is_valid_PL = ~inputs.token_padding_mask
+        is_valid_PL, text_mask_PL = ~inputs.token_padding_mask, inputs.text_feature_mask
+        is_shared = self.prompt_order == "image_first"  # image tokens cannot see the phrase: run them once per image
+        packed, prefix = self._packed(inputs, is_image_PL, image_index) if is_shared else (None, 0)
+        own_valid_PO = is_valid_PL[:, prefix:]
+        text = LeftAlignment.of(text_mask_PL[:, prefix:])
+
         embeddings_PLD = self.model.get_input_embeddings()(inputs.input_ids)
         image_tokens_IND = self._image_tokens(inputs.pixel_values).to(embeddings_PLD.dtype)
         embeddings_PLD = embeddings_PLD.masked_scatter(is_image_PL[..., None], image_tokens_IND[image_index])
-        side = int(image_tokens_IND.shape[1] ** 0.5)
-        text_mask_PL = inputs.text_feature_mask
+        num_image_tokens = image_tokens_IND.shape[1]
+        side = int(num_image_tokens**0.5)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
-            if self.prompt_order == "image_first":  # image tokens cannot see the phrase: run them once per image
-                assert not inputs.token_padding_mask[:, 0].any(), "a shared prefix needs prompts padded on the right"
-                prefix = int(is_image_PL[0].nonzero().max()) + 1
-                num_images = len(image_tokens_IND)
-                check_prefix(inputs.input_ids[:, :prefix], image_index, num_images)
-                shared_ISD, hidden_PLD = run_packed(
-                    self.model.language_model, embeddings_PLD, is_valid_PL, image_index, prefix, num_images
-                )
-                image_hidden = shared_ISD[:, -side * side :]
-                image_feats_index = image_index
-                is_valid_PL, text_mask_PL = is_valid_PL[:, prefix:], text_mask_PL[:, prefix:]
+            if packed is not None:
+                shared_ISD, hidden_POD = run_packed(self.model.language_model, embeddings_PLD, packed, image_index)
+                image_hidden, image_feats_index = shared_ISD[:, -num_image_tokens:], image_index
             else:
-                hidden_PLD = self._run_prompts(embeddings_PLD, is_valid_PL)
-                image_hidden = hidden_PLD[is_image_PL].view(len(hidden_PLD), side * side, -1)
+                hidden_POD = self._run_prompts(embeddings_PLD, is_valid_PL)
+                first = is_image_PL.long().argmax(dim=1, keepdim=True)
+                places_PN = first + torch.arange(num_image_tokens, device=first.device)
+                image_hidden = hidden_POD.gather(1, places_PN[..., None].expand(-1, -1, self.feature_dim))
                 image_feats_index = torch.arange(len(image_index), device=image_index.device)
-        text_feats, text_padding_mask = left_aligned(hidden_PLD, text_mask_PL)
-        positions = torch.arange(hidden_PLD.shape[1], device=hidden_PLD.device)
-        last = (is_valid_PL * positions).argmax(dim=1)
+        positions = torch.arange(hidden_POD.shape[1], device=hidden_POD.device)
+        last = (own_valid_PO * positions).argmax(dim=1)
         return CognitionFeatures(
             image_feats=image_hidden.unflatten(1, (side, side)).permute(0, 3, 1, 2),
             image_feats_index=image_feats_index,
-            text_feats=text_feats,
-            text_padding_mask=text_padding_mask,
-            cls_feat=hidden_PLD[torch.arange(len(last), device=last.device), last],
+            text_feats=text.aligned(hidden_POD),
+            text_padding_mask=text.padding_mask,
+            cls_feat=hidden_POD[torch.arange(len(last), device=last.device), last],
         )
+
+    def _packed(self, inputs: CognitionInputs, is_image: Tensor, image_index: Tensor) -> tuple[PackedPrompts, int]:
+        """How the phrases lie behind their images, and how many tokens come before a phrase."""
+        assert not inputs.token_padding_mask[:, 0].any(), "a shared prefix needs prompts padded on the right"
+        prefix, num_images = int(is_image[0].nonzero().max()) + 1, len(inputs.pixel_values)
+        check_prefix(inputs.input_ids[:, :prefix], image_index, num_images)
+        is_prefix = torch.ones(num_images, prefix, dtype=torch.bool, device=image_index.device)
+        return pack_prompts(~inputs.token_padding_mask[:, prefix:], is_prefix, image_index), prefix
 
     @torch.no_grad()
     def _image_tokens(self, pixel_values: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from transformers import (
 from deris_llm.cognition.base import CognitionBackend, PlannedInputs, TokenCount
 from deris_llm.cognition.lora import add_lora
 from deris_llm.cognition.maps import resampled_maps
-from deris_llm.cognition.prompts import PromptTokenizer, left_aligned, padded
+from deris_llm.cognition.prompts import LeftAlignment, PromptTokenizer, padded
 from deris_llm.cognition.qwen2_ov import IMAGE_TOKEN, PLANNED_TEXT_TOKENS, attention_kernels
 from deris_llm.cognition.shared_prefix import check_prefix, first_phrases, pack_prompts
 from deris_llm.config import CognitionConfig
@@ -285,31 +285,31 @@ class QwenVL(CognitionBackend):
         enable(activation_checkpointing_kwargs or {"use_reentrant": False})
 
     def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
-        """See `CognitionBackend`."""
+        """See `CognitionBackend`. What the host reads of the inputs, it reads before the language model is queued."""
         assert inputs.image_grid is not None, "a QwenVLProcessor gives every picture's grid"
         patch_grid = F.pad(inputs.image_grid * self.model.visual.spatial_merge_size, (1, 0), value=1)
+        positions_PL3 = self._positions(inputs, patch_grid[image_index])
+        if self.prompt_order == "image_first":
+            rows = self._packed_rows(inputs, image_index, positions_PL3)
+            image_feats_index, owners = image_index, range(len(inputs.image_grid))
+        else:
+            rows = self._whole_prompts(inputs, positions_PL3)
+            image_feats_index, owners = torch.arange(len(image_index), device=image_index.device), image_index.tolist()
+        text = LeftAlignment.of(rows.is_text_PO)
+        image_places = (rows.ids_RT == self.model.config.image_token_id).nonzero(as_tuple=True)
+        grids = inputs.image_grid.tolist()
         with torch.no_grad():
             vision = _VisionTokens.of(self.model.get_image_features(inputs.pixel_values, patch_grid))
-        positions_PL3 = self._positions(inputs, patch_grid[image_index])
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
-            if self.prompt_order == "image_first":
-                run = self._run_packed
-            else:
-                run = self._run_prompts
-            image_hidden, own_PLD, is_own_PL, chosen_PL = run(inputs, image_index, positions_PL3, vision)
-        if self.prompt_order == "image_first":
-            image_feats_index, grids = image_index, inputs.image_grid
-        else:
-            image_feats_index = torch.arange(len(image_index), device=image_index.device)
-            grids = inputs.image_grid[image_index]
-        text_feats, text_padding_mask = left_aligned(own_PLD, chosen_PL)
-        last = is_own_PL.sum(dim=1) - 1
+            hidden_RTD = self._hidden(rows, len(image_places[0]), vision.repeated(owners))
+        own_POD = hidden_RTD[rows.row_PO, rows.place_PO]
+        last = rows.is_own_PO.sum(dim=1) - 1
         return CognitionFeatures(
-            image_feats=resampled_maps(image_hidden, grids, self.grid),
+            image_feats=resampled_maps(hidden_RTD[image_places], [grids[owner] for owner in owners], self.grid),
             image_feats_index=image_feats_index,
-            text_feats=text_feats,
-            text_padding_mask=text_padding_mask,
-            cls_feat=own_PLD[torch.arange(len(last), device=last.device), last],
+            text_feats=text.aligned(own_POD),
+            text_padding_mask=text.padding_mask,
+            cls_feat=own_POD[torch.arange(len(last), device=last.device), last],
         )
 
     def _positions(self, inputs: CognitionInputs, patch_grid: Tensor) -> Tensor:
@@ -324,15 +324,8 @@ class QwenVL(CognitionBackend):
         )
         return positions.permute(1, 2, 0).to(inputs.input_ids.device)
 
-    def _run_packed(
-        self, inputs: CognitionInputs, image_index: Tensor, positions: Tensor, vision: _VisionTokens
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Runs the prompts with what lies before the phrase once per image.
-
-        Returns:
-            hidden states of all image tokens, image by image (n, D); those of the phrases' own tokens (P, O, D); which
-            of these are no padding, and which are text features, bool (P, O) each.
-        """
+    def _packed_rows(self, inputs: CognitionInputs, image_index: Tensor, positions: Tensor) -> _Rows:
+        """The prompts with what lies before the phrase once per image."""
         ids = inputs.input_ids
         places = torch.arange(ids.shape[1], device=ids.device)
         prefix_lengths = (places * (ids == self.model.config.image_token_id)).argmax(dim=1) + 1
@@ -348,52 +341,71 @@ class QwenVL(CognitionBackend):
         check_prefix(prefix_ids_PS, image_index, num_images)
         first_phrase = first_phrases(image_index, num_images)
         packed = pack_prompts(is_own, is_prefix_PS[first_phrase], image_index)
-        row_ids = packed.laid_out(prefix_ids_PS[first_phrase], ids[phrases, own_places])
-        row_positions = packed.laid_out(positions[first_phrase, :longest], positions[phrases, own_places])
-        hidden = self._hidden(row_ids, row_positions, packed.additive_mask(self.model.dtype), vision)
-        is_image = row_ids == self.model.config.image_token_id
-        chosen = inputs.text_feature_mask[phrases, own_places] & is_own
-        return hidden[is_image], packed.own(hidden), is_own, chosen
+        return _Rows(
+            ids_RT=packed.laid_out(prefix_ids_PS[first_phrase], ids[phrases, own_places]),
+            positions_RT3=packed.laid_out(positions[first_phrase, :longest], positions[phrases, own_places]),
+            attention_mask=packed.additive_mask(self.model.dtype),
+            row_PO=packed.rows_PO,
+            place_PO=packed.readable_PO,
+            is_own_PO=is_own,
+            is_text_PO=inputs.text_feature_mask[phrases, own_places] & is_own,
+        )
 
-    def _run_prompts(
-        self, inputs: CognitionInputs, image_index: Tensor, positions: Tensor, vision: _VisionTokens
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Runs whole prompts, each by itself; returns as `_run_packed`, all of a prompt's tokens being its own."""
+    def _whole_prompts(self, inputs: CognitionInputs, positions: Tensor) -> _Rows:
+        """Whole prompts, each in a row by itself: all of its tokens are its own."""
         is_valid = ~inputs.token_padding_mask
-        hidden = self._hidden(inputs.input_ids, positions, is_valid.long(), vision.repeated(image_index.tolist()))
-        is_image = inputs.input_ids == self.model.config.image_token_id
-        return hidden[is_image], hidden, is_valid, inputs.text_feature_mask
+        places = torch.arange(is_valid.shape[1], device=is_valid.device).expand_as(is_valid)
+        return _Rows(
+            ids_RT=inputs.input_ids,
+            positions_RT3=positions,
+            attention_mask=is_valid.long(),
+            row_PO=torch.arange(len(is_valid), device=is_valid.device)[:, None],
+            place_PO=places,
+            is_own_PO=is_valid,
+            is_text_PO=inputs.text_feature_mask,
+        )
 
-    def _hidden(self, ids: Tensor, positions: Tensor, attention_mask: Tensor, vision: _VisionTokens) -> Tensor:
+    def _hidden(self, rows: _Rows, num_image_tokens: int, vision: _VisionTokens) -> Tensor:
         """Runs the language model over rows of tokens with the pictures' tokens put in.
 
         The model's own `forward` would do that too, but takes features that are already there since transformers 5.2x
         only, and earlier drops them without a word.
 
         Args:
-            ids: int64 (R, T).
-            positions: int64 (R, T, 3).
-            attention_mask: as transformers takes it, (R, T) or (R, 1, T, T).
+            rows: R rows of T tokens.
+            num_image_tokens: placeholders in them.
             vision: of the rows' pictures, in their order.
 
         Returns:
             float (R, T, D).
         """
-        is_image = ids == self.model.config.image_token_id
-        embeddings = self.model.get_input_embeddings()(ids)
+        is_image = rows.ids_RT == self.model.config.image_token_id
+        embeddings = self.model.get_input_embeddings()(rows.ids_RT)
         tokens = torch.cat(vision.tokens).to(embeddings.dtype)
-        assert len(tokens) == int(is_image.sum()), "one placeholder per image token"
+        assert len(tokens) == num_image_tokens, "one placeholder per image token"
         deepstack = {}
         if vision.deepstack:
             levels = [torch.cat(level).to(embeddings.dtype) for level in vision.deepstack]
             deepstack = {"visual_pos_masks": is_image, "deepstack_visual_embeds": levels}
         return self.model.language_model(
             inputs_embeds=embeddings.masked_scatter(is_image[..., None], tokens),
-            attention_mask=attention_mask,
-            position_ids=positions.permute(2, 0, 1),
+            attention_mask=rows.attention_mask,
+            position_ids=rows.positions_RT3.permute(2, 0, 1),
             use_cache=False,
             **deepstack,
         ).last_hidden_state
+
+
+class _Rows(NamedTuple):
+    """What the language model reads: R rows of T tokens."""
+
+    ids_RT: Tensor  # int64
+    positions_RT3: Tensor  # int64, multimodal rotary positions
+    attention_mask: Tensor  # as transformers takes it, (R, T) or (R, 1, T, T)
+    row_PO: Tensor  # int64 (P, O) or (P, 1), the row of a phrase's own tokens
+    place_PO: Tensor  # int64 (P, O), where they lie in it; padding lies anywhere
+    is_own_PO: Tensor  # bool (P, O), False = padding
+    is_text_PO: Tensor  # bool (P, O), True = text feature
 
 
 class _VisionTokens(NamedTuple):

@@ -21,21 +21,26 @@ from torch import Tensor
 class PackedPrompts:
     """Which token of which phrase lies where."""
 
-    place_PO: Tensor  # int64 (P, O): where a phrase's own token lies in its image's row; padding lies at 0
-    is_own_PO: Tensor  # bool (P, O): a phrase's own token, False = padding
+    place_PO: Tensor  # int64 (P, O): where a phrase's own token lies in its image's row; padding lies at T, behind it
     rows_PO: Tensor  # int64 (P, O): the row of a phrase's tokens
     is_visible_ITT: Tensor  # bool (I, T, T), True = the query (second axis) sees the key (third axis)
 
     def laid_out(self, prefix: Tensor, own: Tensor) -> Tensor:
         """Values of the prefixes' tokens (I, S, ...) and of own tokens (P, O, ...) in rows (I, T, ...), 0 at the end."""
-        rows = own.new_zeros(*self.is_visible_ITT.shape[:2], *own.shape[2:])
+        num_images, length = self.is_visible_ITT.shape[:2]
+        rows = own.new_zeros(num_images, length + 1, *own.shape[2:])
         rows[:, : prefix.shape[1]] = prefix
-        rows[self.rows_PO[self.is_own_PO], self.place_PO[self.is_own_PO]] = own[self.is_own_PO]
-        return rows
+        rows[self.rows_PO, self.place_PO] = own
+        return rows[:, :length]
+
+    @property
+    def readable_PO(self) -> Tensor:  # noqa: N802 (shape suffix)
+        """Where a phrase's own token can be read in its row: int64 (P, O); padding reads some other token."""
+        return self.place_PO.clamp(max=self.is_visible_ITT.shape[1] - 1)
 
     def own(self, rows: Tensor) -> Tensor:
         """The own tokens' values (P, O, ...) in rows (I, T, ...); those of padding are meaningless."""
-        return rows[self.rows_PO, self.place_PO]
+        return rows[self.rows_PO, self.readable_PO]
 
     def additive_mask(self, dtype: torch.dtype) -> Tensor:
         """Attention mask (I, 1, T, T), 0 where the key is visible.
@@ -47,7 +52,7 @@ class PackedPrompts:
 
 
 def pack_prompts(is_own: Tensor, is_prefix: Tensor, image_index: Tensor) -> PackedPrompts:
-    """Lays the phrases of each image side by side behind their prefix.
+    """Lays the phrases of each image side by side behind their prefix; on a GPU the host waits for the rows' length.
 
     Args:
         is_own: bool (P, O), True = a phrase's own token, padding on the right.
@@ -60,45 +65,36 @@ def pack_prompts(is_own: Tensor, is_prefix: Tensor, image_index: Tensor) -> Pack
     totals = torch.zeros(num_images, dtype=torch.long, device=ends.device).index_add(0, image_index, lengths)
     row_starts = totals.cumsum(dim=0) - totals
     starts = prefix_length + ends - lengths - row_starts[image_index]
-    place = torch.where(is_own, starts[:, None] + torch.arange(is_own.shape[1], device=ends.device), 0)
-
     length = prefix_length + int(totals.max())
+    place = torch.where(is_own, starts[:, None] + torch.arange(is_own.shape[1], device=ends.device), length)
     rows = image_index[:, None].expand_as(place)
-    owner = torch.full((num_images, length), -1, device=ends.device)  # -1 = padding, which sees padding
+    owner = torch.full((num_images, length + 1), -1, device=ends.device)  # -1 = padding, which sees padding
     owner[:, :prefix_length] = torch.where(is_prefix, 0, -1)
-    phrases = torch.arange(1, len(place) + 1, device=ends.device)[:, None].expand_as(place)
-    owner[rows[is_own], place[is_own]] = phrases[is_own]
+    owner[rows, place] = torch.arange(1, len(place) + 1, device=ends.device)[:, None].expand_as(place)
+    owner = owner[:, :length]
     is_causal = torch.ones(length, length, dtype=torch.bool, device=ends.device).tril()
     is_visible = is_causal & ((owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None]))
-    return PackedPrompts(place, is_own, rows, is_visible)
+    return PackedPrompts(place, rows, is_visible)
 
 
 def run_packed(
-    language_model: torch.nn.Module,
-    embeddings: Tensor,
-    is_valid: Tensor,
-    image_index: Tensor,
-    prefix_length: int,
-    num_images: int,
+    language_model: torch.nn.Module, embeddings: Tensor, packed: PackedPrompts, image_index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Runs a causal language model with the prefix of each image once.
 
     Args:
         language_model: transformers' (`inputs_embeds`, 4-D additive `attention_mask`, `position_ids`); attention must be
             SDPA or eager, FlashAttention 2 takes no such mask.
-        embeddings: float (P, L, D); the first S tokens are equal for all phrases of an image.
-        is_valid: bool (P, L), padding on the right.
+        embeddings: float (P, S + O, D), padding on the right; the first S tokens are equal for all phrases of an image.
+        packed: of the same phrases, with prefixes of equal length.
         image_index: int64 (P,), non-decreasing, every image at least once.
-        prefix_length: S.
-        num_images: I.
 
     Returns:
-        Hidden states of the prefixes (I, S, D) and of the phrases' own tokens (P, L - S, D); those of padding are
+        Hidden states of the prefixes (I, S, D) and of the phrases' own tokens (P, O, D); those of padding are
         meaningless.
     """
-    positions = torch.arange(is_valid.shape[1], device=image_index.device)
-    is_prefix = torch.ones(num_images, prefix_length, dtype=torch.bool, device=image_index.device)
-    packed = pack_prompts(is_valid[:, prefix_length:], is_prefix, image_index)
+    num_images, prefix_length = len(packed.is_visible_ITT), embeddings.shape[1] - packed.place_PO.shape[1]
+    positions = torch.arange(embeddings.shape[1], device=image_index.device)
     first_phrase = first_phrases(image_index, num_images)
     hidden = language_model(
         inputs_embeds=packed.laid_out(embeddings[first_phrase, :prefix_length], embeddings[:, prefix_length:]),
@@ -125,7 +121,7 @@ def check_prefix(prefix_ids: Tensor, image_index: Tensor, num_images: int) -> No
     first = first_phrases(image_index, num_images).clamp(max=len(image_index) - 1)
     lacks = image_index[first] != torch.arange(num_images, device=image_index.device)
     differs = (prefix_ids != prefix_ids[first[image_index]]).any(dim=1)
-    if not torch.cat([lacks, differs]).any():  # the only wait for the device
+    if not torch.cat([lacks, differs]).any():  # on a GPU the host waits for it
         return
     if lacks.any():
         raise ValueError(

@@ -213,7 +213,12 @@ class Vilt(CognitionBackend):
         height, width = inputs.pixel_values.shape[-2:]
         patch_size = _side(self.model.config.patch_size)
         is_picture_PHW = _corner_mask(grid_P2 * patch_size, height, width)
-        num_text = inputs.input_ids.shape[1]
+        grids, num_text = grid_P2.tolist(), inputs.input_ids.shape[1]
+        num_patches = grid_P2.prod(dim=1)
+        is_patch = (
+            torch.arange(max(rows * columns for rows, columns in grids), device=grid_P2.device) < num_patches[:, None]
+        )
+        patches = is_patch.nonzero(as_tuple=True)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_trained):
             hidden = self.model(
                 input_ids=inputs.input_ids,
@@ -221,10 +226,8 @@ class Vilt(CognitionBackend):
                 pixel_values=inputs.pixel_values[image_index],
                 pixel_mask=is_picture_PHW.long(),
             ).last_hidden_state
-        num_patches = grid_P2.prod(dim=1)
-        is_patch = torch.arange(hidden.shape[1] - num_text - 1, device=grid_P2.device) < num_patches[:, None]
         return CognitionFeatures(
-            image_feats=resampled_maps(hidden[:, num_text + 1 :][is_patch], grid_P2, self.grid),
+            image_feats=resampled_maps(hidden[:, num_text + 1 :][patches], grids, self.grid),
             image_feats_index=torch.arange(len(image_index), device=image_index.device),
             text_feats=hidden[:, :num_text],
             text_padding_mask=inputs.token_padding_mask,

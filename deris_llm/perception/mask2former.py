@@ -64,10 +64,18 @@ class Perception(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Perception:  # noqa: FBT001, FBT002 (torch's signature)
-        """Sets the mode; a frozen backbone stays in eval."""
+        """Sets the mode; a frozen backbone stays in eval.
+
+        So do the pixel decoder's layers without dropout, for which transformers' training mode only adds a look for infinity:
+        on a GPU the host waits for it in every layer. The criterion looks for it in the outputs.
+        """
         super().train(mode)
         if self.freeze_backbone:
             self.backbone.eval()
+        for layer in self.pixel_decoder.encoder.layers:
+            assert isinstance(layer, Mask2FormerPixelDecoderEncoderLayer)
+            if layer.dropout == 0 and layer.activation_dropout == 0:
+                layer.eval()
         return self
 
     def forward(self, image: Tensor) -> PerceptionFeatures:

@@ -47,6 +47,13 @@ def _prompts(lengths: list[int], image_index: list[int], padding: int = 0) -> tu
     return embeddings, is_valid, torch.tensor(image_index)
 
 
+def _run(
+    model: torch.nn.Module, embeddings: torch.Tensor, is_valid: torch.Tensor, image_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    is_prefix = torch.ones(int(image_index.max()) + 1, PREFIX, dtype=torch.bool)
+    return run_packed(model, embeddings, pack_prompts(is_valid[:, PREFIX:], is_prefix, image_index), image_index)
+
+
 def _gradients(model: Qwen2Model) -> dict[str, torch.Tensor]:
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -57,7 +64,7 @@ def _gradients(model: Qwen2Model) -> dict[str, torch.Tensor]:
 def test_packed_equals_one_by_one_in_values_and_gradients(language_model: Qwen2Model, padding: int) -> None:
     lengths = [4, 1, 6, 3, 2]
     embeddings, is_valid, image_index = _prompts(lengths, [0, 0, 0, 1, 1], padding)
-    shared, own = run_packed(language_model, embeddings, is_valid, image_index, PREFIX, 2)
+    shared, own = _run(language_model, embeddings, is_valid, image_index)
     weight = torch.linspace(-1, 1, WIDTH)
     sum((own[p, :n] * weight).sum() for p, n in enumerate(lengths)).backward()
     packed_gradients = _gradients(language_model)
@@ -83,7 +90,7 @@ def test_any_number_of_phrases_equals_one_by_one(is_checkpointed: bool) -> None:
         image_index = [image for image, number in enumerate(phrases_of_images) for _ in range(number)]
         lengths = torch.randint(1, 10, (len(image_index),), generator=generator).tolist()
         embeddings, is_valid, index = _prompts(lengths, image_index, padding=2)
-        _, own = run_packed(language_model, embeddings, is_valid, index, PREFIX, len(phrases_of_images))
+        _, own = _run(language_model, embeddings, is_valid, index)
         torch.stack([(own[p, :n] * weight).sum() for p, n in enumerate(lengths)]).sum().backward()
         packed = _gradients(language_model)
         for p, n in enumerate(lengths):
@@ -105,7 +112,7 @@ class Recorder(torch.nn.Module):
 def test_a_phrase_sees_the_prefix_and_itself_at_the_positions_it_has_alone() -> None:
     embeddings, is_valid, image_index = _prompts([2, 3], [0, 0])
     recorder = Recorder()
-    shared, own = run_packed(recorder, embeddings, is_valid, image_index, PREFIX, 1)
+    shared, own = _run(recorder, embeddings, is_valid, image_index)
     assert recorder.given["position_ids"].tolist() == [[*range(PREFIX), 7, 8, 7, 8, 9]]
     assert torch.equal(shared[0], embeddings[0, :PREFIX])
     assert torch.equal(own[0, :2], embeddings[0, PREFIX : PREFIX + 2])

@@ -1,0 +1,103 @@
+"""Where the host waits for the device: before the model's layers are queued, and once to match.
+
+On a GPU each of these calls stops the host until everything queued so far is computed; the layers behind it are then launched
+into an empty queue. What calls them is Python, so a CPU run shows it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from deris_llm.criterion import build_criterion
+from deris_llm.model import Deris, build_model
+from deris_llm.structures import ReferringBatch
+from deris_llm.testing import (
+    synthetic_batch,
+    tiny_beit3,
+    tiny_bert_weights,
+    tiny_config,
+    tiny_qwen_vl_weights,
+    tiny_vilt_weights,
+    tiny_weights,
+)
+
+READS = ("item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "bincount", "unique", "equal",
+         "__bool__", "__int__", "__float__", "__index__")  # fmt: skip
+
+
+class HostWaits(TorchFunctionMode):
+    """Lists the calls for whose result the host has to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in READS or (name in ("__getitem__", "__setitem__") and _has_boolean_index(args[1])):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _has_boolean_index(index: Any) -> bool:
+    indices = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in indices)
+
+
+def waits_behind(model: Deris, first: nn.Module, batch: ReferringBatch) -> list[str]:
+    """What the host waits for once a module of the model runs, to the end of the forward pass."""
+    with HostWaits() as waits:
+        hook = first.register_forward_pre_hook(lambda *_: waits.found.clear())
+        model(batch)
+        hook.remove()
+    return waits.found
+
+
+def test_the_list_is_not_blind() -> None:
+    values = torch.arange(3)
+    with HostWaits() as waits:
+        values[values > 1] = 0
+        (values.sum().item(), bool(values.any()), int(values.max()), values.tolist(), values[values > 0])
+        torch.bincount(values)
+        values[torch.tensor([0, 1])]
+    assert waits.found == ["__setitem__", "item", "__bool__", "__int__", "tolist", "__getitem__", "bincount"]
+
+
+@pytest.mark.parametrize("backend", ["qwen2_ov", "qwen2_ov, text first", "qwen_vl", "beit3", "bert", "vilt"])
+def test_behind_the_first_layer_nothing_waits(backend: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    text_first = ["cognition.prompt_order=text_first", 'cognition.prompt="Where is {phrase}?<image>"']
+    weights = {
+        "qwen2_ov": lambda: [],
+        "qwen2_ov, text first": lambda: text_first,
+        "qwen_vl": lambda: tiny_qwen_vl_weights(tmp_path / "qwen_vl"),
+        "beit3": lambda: tiny_beit3(tmp_path),
+        "bert": lambda: tiny_bert_weights(tmp_path / "bert"),
+        "vilt": lambda: tiny_vilt_weights(tmp_path / "vilt"),
+    }
+    config = tiny_config(*tiny_weights(tmp_path), *weights[backend]())
+    model = build_model(config).train()
+    layers = {
+        "qwen2_ov": lambda m: m.vision_tower,
+        "qwen2_ov, text first": lambda m: m.language_model.layers[0],  # transformers looks for padding
+        "qwen_vl": lambda m: m.language_model,
+        "beit3": lambda m: m.encoder.layers[0],
+        "bert": lambda m: m.encoder.layer[0],
+        "vilt": lambda m: m.encoder.layer[0],
+    }
+    batch = synthetic_batch(config, num_images=2, phrases_per_image=3)
+    assert waits_behind(model, layers[backend](model.cognition.model), batch) == []
+
+
+def test_a_loss_waits_once(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    config = tiny_config(*tiny_weights(tmp_path))
+    batch = synthetic_batch(config, num_images=2, phrases_per_image=3, targets_per_phrase=2)
+    output, criterion = build_model(config).train()(batch), build_criterion(config)
+    assert batch.targets is not None
+    with HostWaits() as waits:
+        criterion(output, batch.targets)
+    assert waits.found == ["cpu", "numpy"]  # of the matching costs, then of what has come
