@@ -60,8 +60,8 @@ class Deris(nn.Module):
         """Answers P phrases about I images."""
         phrases_per_image = batch.phrases_per_image()  # on a GPU the host waits: before anything heavy is queued
         cognition = self.cognition(batch.cognition, batch.image_index)  # what the phrase means
-        image = batch.perception_image
-        perception = None if self.perception is None else self.perception(image)  # where things are, once per image
+        seen = (batch.perception_image, batch.perception_pyramid)
+        perception = None if self.perception is None else self.perception(*seen)  # where things are, once per image
         # Which of them it is, in N rounds.
         return self.loopback(perception, cognition, batch.image_index, phrases_per_image)
 

@@ -21,7 +21,7 @@ were trained with, after bilinear upsampling x4 with align_corners=True (`postpr
 
 
 class _TensorFields:
-    """Moves every tensor of a dataclass (nested ones too) to a device, optionally casting floating-point ones."""
+    """Moves every tensor of a dataclass, nested ones and tuples too, to a device, casting floating-point ones if asked."""
 
     def to(self, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None) -> Self:
         def move(value: object) -> object:
@@ -29,7 +29,7 @@ class _TensorFields:
                 return value.to(device=device, dtype=dtype if value.is_floating_point() else None, non_blocking=True)
             if isinstance(value, _TensorFields):
                 return value.to(device, dtype=dtype)
-            return value
+            return tuple(map(move, value)) if isinstance(value, tuple) else value
 
         return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
 
@@ -37,7 +37,9 @@ class _TensorFields:
         """Page-locked copies of all tensors; torch's DataLoader calls it where it was told to pin."""
 
         def pin(value: object) -> object:
-            return value.pin_memory() if isinstance(value, (Tensor, _TensorFields)) else value
+            if isinstance(value, (Tensor, _TensorFields)):
+                return value.pin_memory()
+            return tuple(map(pin, value)) if isinstance(value, tuple) else value
 
         return type(self)(**{f.name: pin(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
 
@@ -49,11 +51,13 @@ class CognitionInputs(_TensorFields):
     ``input_ids`` is the whole prompt of each phrase, image placeholders included, padded on the right.
     """
 
-    pixel_values: Tensor  # float (I, 3, h_px, w_px), normalised as the backend wants it; or a backend's own packing
+    pixel_values: Tensor  # float (I, 3, h_px, w_px), normalised as the backend wants it; or a backend's own packing;
+    # (I, 3, 0, 0) where nobody reads it
     input_ids: Tensor  # int64 (P, L)
     token_padding_mask: Tensor  # bool (P, L), True = padding
     text_feature_mask: Tensor  # bool (P, L), True = this token's hidden state is one of the text features
     image_grid: Tensor | None = None  # int64 (I, 2) rows, columns of the image tokens where they vary by image
+    vision_feats: Tensor | None = None  # float (I, N, D_v) of the backend's frozen vision tower, read instead of pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,12 +72,13 @@ class ReferringTargets(_TensorFields):
 class ReferringBatch(_TensorFields):
     """I images and P phrases."""
 
-    perception_image: Tensor  # float (I, 3, H, W), ImageNet-normalised RGB
+    perception_image: Tensor  # float (I, 3, H, W), ImageNet-normalised RGB; (I, 3, 0, 0) where nobody reads it
     cognition: CognitionInputs
     image_index: Tensor  # int64 (P,), in 0..I-1, non-decreasing: the image a phrase looks at
     phrase_ids: tuple[str, ...]  # P names, e.g. "refcoco/val/12345": dataset, split, sentence id
     phrases: tuple[str, ...]  # P texts, for messages and logs
     targets: ReferringTargets | None = None  # None when the answer is unknown (prediction)
+    perception_pyramid: tuple[Tensor, ...] = ()  # four maps of the frozen backbone, read instead of the image
 
     @property
     def num_phrases(self) -> int:

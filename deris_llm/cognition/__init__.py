@@ -1,6 +1,15 @@
 """The cognition branch: which object the phrase means. One file per backend, found by name."""
 
-from deris_llm.cognition.base import CognitionBackend, CognitionProcessor, PlannedInputs
+from deris_llm.cognition.base import CognitionBackend, CognitionProcessor, FeatureProcessor, PlannedInputs, VisionTower
 from deris_llm.cognition.registry import BUILT_IN, build_processor, resolve_backend
 
-__all__ = ["BUILT_IN", "CognitionBackend", "CognitionProcessor", "PlannedInputs", "build_processor", "resolve_backend"]
+__all__ = [
+    "BUILT_IN",
+    "CognitionBackend",
+    "CognitionProcessor",
+    "FeatureProcessor",
+    "PlannedInputs",
+    "VisionTower",
+    "build_processor",
+    "resolve_backend",
+]

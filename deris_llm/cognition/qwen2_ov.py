@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlavaOnevisionModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from deris_llm.cognition.base import CognitionBackend, PlannedInputs, TokenCount, say_once
+from deris_llm.cognition.base import CognitionBackend, PlannedInputs, TokenCount, VisionTower, say_once
 from deris_llm.cognition.lora import add_lora
 from deris_llm.cognition.prompts import LeftAlignment, PromptTokenizer, padded
 from deris_llm.cognition.shared_prefix import PackedPrompts, check_prefix, pack_prompts, run_packed
@@ -72,14 +72,24 @@ class Qwen2OneVisionProcessor:
         self, images: Sequence[Image.Image], phrases: Sequence[str], image_index: Sequence[int]
     ) -> CognitionInputs:
         """See `CognitionProcessor`. Prompts are padded on the right."""
+        return self._inputs(phrases, torch.stack([self.pixels(image) for image in images]))
+
+    def with_features(self, vision_feats: Tensor, phrases: Sequence[str]) -> CognitionInputs:
+        """See `FeatureProcessor`."""
+        return self._inputs(phrases, torch.zeros(len(vision_feats), 3, 0, 0), vision_feats)
+
+    def _inputs(
+        self, phrases: Sequence[str], pixel_values: Tensor, vision_feats: Tensor | None = None
+    ) -> CognitionInputs:
         input_ids, padding_mask, text_feature_mask = padded(
             [self.encode(phrase) for phrase in phrases], self.prompts.pad_token_id
         )
         return CognitionInputs(
-            pixel_values=torch.stack([self.pixels(image) for image in images]),
+            pixel_values=pixel_values,
             input_ids=input_ids,
             token_padding_mask=padding_mask,
             text_feature_mask=text_feature_mask,
+            vision_feats=vision_feats,
         )
 
     def pixels(self, image: Image.Image) -> Tensor:
@@ -230,7 +240,7 @@ class Qwen2OneVision(CognitionBackend):
         text = LeftAlignment.of(text_mask_PL[:, prefix:])
 
         embeddings_PLD = self.model.get_input_embeddings()(inputs.input_ids)
-        image_tokens_IND = self._image_tokens(inputs.pixel_values).to(embeddings_PLD.dtype)
+        image_tokens_IND = self._image_tokens(inputs).to(embeddings_PLD.dtype)
         embeddings_PLD = embeddings_PLD.masked_scatter(is_image_PL[..., None], image_tokens_IND[image_index])
         num_image_tokens = image_tokens_IND.shape[1]
         side = int(num_image_tokens**0.5)
@@ -262,12 +272,24 @@ class Qwen2OneVision(CognitionBackend):
         is_prefix = torch.ones(num_images, prefix, dtype=torch.bool, device=image_index.device)
         return pack_prompts(~inputs.token_padding_mask[:, prefix:], is_prefix, image_index), prefix
 
+    def vision_tower(self) -> VisionTower:
+        """See `CognitionBackend`. The projector, cheap and in some models wider, is not part of it."""
+        architecture: Any = self.model.config
+        about = f"{architecture.vision_config.image_size} px, hidden states {architecture.vision_feature_layer}"
+        return VisionTower(self.model.vision_tower, self._vision_feats, about)
+
     @torch.no_grad()
-    def _image_tokens(self, pixel_values: Tensor) -> Tensor:
-        """Vision tower and projector, once per image: (I, 3, s, s) -> (I, N, D), row-major, top row first."""
+    def _image_tokens(self, inputs: CognitionInputs) -> Tensor:
+        """Vision tower and projector, once per image: (I, N, D), row-major, top row first."""
+        known = inputs.vision_feats
+        return self.model.multi_modal_projector(self._vision_feats(inputs.pixel_values) if known is None else known)
+
+    @torch.no_grad()
+    def _vision_feats(self, pixel_values: Tensor) -> Tensor:
+        """The vision tower alone: (I, 3, s, s) -> (I, N, D_v)."""
         tower = self.model.vision_tower
         states = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
-        return self.model.multi_modal_projector(states[self.model.config.vision_feature_layer])
+        return states[self.model.config.vision_feature_layer]
 
     def _run_prompts(self, embeddings: Tensor, is_valid: Tensor) -> Tensor:
         """Runs the language model over whole prompts, each by itself: (P, L, D) -> (P, L, D)."""

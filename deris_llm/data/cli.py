@@ -1,11 +1,15 @@
-"""``deris-llm data synth | check | show``."""
+"""``deris-llm data synth | prepare | check | show | features``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
 
 FORMAT_NAMES = ("refer", "seqtr", "hf", "coco", "jsonl")
 """Those of `deris_llm.data.readers.registry.FORMATS`, whose readers are imported when they are needed."""
@@ -64,6 +68,43 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     show.add_argument("--phrase-field", choices=("sent", "raw"), default="sent", help="which text of a sentence")
     show.set_defaults(run=run_show)
 
+    features = subparsers.add_parser(
+        "features", help="compute once what a run's frozen towers make of its training pictures, to be read by training"
+    )
+    features.add_argument("--config", required=True, metavar="NAME|FILE", help="the run's (deris-llm config list)")
+    features.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="A.B=VALUE",
+        help="as in training; data.feature_cache=DIR says where features go",
+    )
+    features.set_defaults(run=run_features)
+
+
+def run_features(arguments: argparse.Namespace) -> int:
+    """Computes features and counts them."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from deris_llm.config import load_config
+    from deris_llm.training.features import compute_features
+
+    config = load_config(arguments.config, arguments.set)
+    with Progress(*_columns(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("pictures", total=None)
+        made = compute_features(
+            config, on_progress=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    size = made.num_bytes / max(made.num_files, 1)
+    sys.stdout.write(
+        f"{made.folder}: {made.num_pictures:,} pictures of {config.name}, {made.num_computed:,} computed in "
+        f"{made.seconds:,.0f} s, the others were there; {made.num_files:,} files of {size / 1e6:,.2f} MB, "
+        f"{made.num_bytes / 1e9:,.2f} GB\n"
+    )
+    return 0
+
 
 def run_synth(arguments: argparse.Namespace) -> int:
     """Writes the synthetic world and counts it."""
@@ -89,14 +130,7 @@ def run_synth(arguments: argparse.Namespace) -> int:
 def run_prepare(arguments: argparse.Namespace) -> int:
     """Prepares a set and counts it."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress
 
     from deris_llm.data.errors import DataError
     from deris_llm.data.prepare import PrepareOptions, prepare
@@ -116,14 +150,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         mapping={key: value for key, _, value in pairs},
         workers=arguments.workers,
     )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*_columns(), console=Console(stderr=True)) as progress:
         tasks = {stage: progress.add_task(stage, total=None) for stage in ("pictures", "phrases")}
         made = prepare(
             options, on_progress=lambda stage, done, total: progress.update(tasks[stage], completed=done, total=total)
@@ -141,6 +168,14 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         lines.append(f"{arguments.out} was made of this source before; nothing was written")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _columns() -> Sequence[ProgressColumn]:
+    """Of a bar that takes minutes."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    description = TextColumn("{task.description}")
+    return description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
 
 
 def run_check(arguments: argparse.Namespace) -> int:

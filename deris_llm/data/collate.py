@@ -1,19 +1,22 @@
-"""Image groups -> `ReferringBatch`: decodes each picture once and each instance mask once."""
+"""Image groups -> `ReferringBatch`: decodes each picture once, or reads its cached features, and each instance mask once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
 from deris_llm.config import RunConfig
 from deris_llm.data.dataset import ImageGroup
 from deris_llm.data.errors import DataError
+from deris_llm.data.feature_cache import CachedFeatures, FeatureCache, Picture
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.transforms import Resize, load_image, perception_pixels, warp_mask
-from deris_llm.structures import ReferringBatch, ReferringRecord, ReferringTargets
+from deris_llm.structures import CognitionInputs, ReferringBatch, ReferringRecord, ReferringTargets
 
 if TYPE_CHECKING:  # the loader's workers need no model library
     from deris_llm.cognition import CognitionProcessor
@@ -26,33 +29,63 @@ class ReferringCollator:
         config: its ``perception.image_size`` and ``perception.resize`` are those of perception image and masks.
         processor: the cognition backend's, from `build_processor`.
         with_targets: False leaves ``targets`` None (the answers are unknown or not needed).
+        features: what it keeps of a picture stands in the batch instead of the pixels.
     """
 
-    def __init__(self, config: RunConfig, processor: CognitionProcessor, *, with_targets: bool = True) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        processor: CognitionProcessor,
+        *,
+        with_targets: bool = True,
+        features: FeatureCache | None = None,
+    ) -> None:
         self.image_size = config.perception.image_size
         self.resize: Resize = config.perception.resize
         self.processor = processor
         self.with_targets = with_targets
+        self.features = features
+        self.has_perception = config.loopback.structure != "cognition_centric"
 
     def __call__(self, groups: Sequence[ImageGroup]) -> ReferringBatch:
-        images = [
-            load_image(
-                group.records[0].image_path,
-                size_hw=(group.records[0].height, group.records[0].width),
-                asked_by=[record.phrase_id for record in group.records],
-            )
-            for group in groups
-        ]
         image_index = [i for i, group in enumerate(groups) for _ in group.records]
         phrases = tuple(record.phrase for group in groups for record in group.records)
+        perception_image, pyramid, cognition = self._seen(groups, phrases, image_index)
         return ReferringBatch(
-            perception_image=torch.stack([perception_pixels(image, self.image_size, self.resize) for image in images]),
-            cognition=self.processor(images, phrases, image_index),
+            perception_image=perception_image,
+            cognition=cognition,
             image_index=torch.tensor(image_index),
             phrase_ids=tuple(record.phrase_id for group in groups for record in group.records),
             phrases=phrases,
             targets=referring_targets(groups, self.image_size, self.resize) if self.with_targets else None,
+            perception_pyramid=pyramid,
         )
+
+    def _seen(
+        self, groups: Sequence[ImageGroup], phrases: Sequence[str], image_index: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, ...], CognitionInputs]:
+        """Perception image, pyramid and the backend's inputs; pictures are decoded where somebody reads their pixels."""
+        pictures = [_picture(group) for group in groups]
+        cached = CachedFeatures() if self.features is None else self.features.read(pictures)
+        has_image = not cached.pyramid and (self.has_perception or self.features is None)
+        images = [_decoded(picture) for picture in pictures] if has_image or cached.vision is None else []
+        image = torch.zeros(len(groups), 3, 0, 0)
+        if has_image:
+            image = torch.stack([perception_pixels(each, self.image_size, self.resize) for each in images])
+        if cached.vision is None:
+            return image, cached.pyramid, self.processor(images, phrases, image_index)
+        processor: Any = self.processor  # a `FeatureProcessor`: else the cache would keep no vision
+        return image, cached.pyramid, processor.with_features(cached.vision, phrases)
+
+
+def _picture(group: ImageGroup) -> Picture:
+    first = group.records[0]
+    asked_by = tuple(record.phrase_id for record in group.records)
+    return Picture(first.image_path, (first.height, first.width), asked_by)
+
+
+def _decoded(picture: Picture) -> Image.Image:
+    return load_image(picture.path, size_hw=picture.size_hw, asked_by=picture.asked_by)
 
 
 def referring_targets(groups: Sequence[ImageGroup], image_size: int, resize: Resize) -> ReferringTargets:

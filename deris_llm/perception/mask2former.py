@@ -78,20 +78,32 @@ class Perception(nn.Module):
                 layer.eval()
         return self
 
-    def forward(self, image: Tensor) -> PerceptionFeatures:
+    def forward(self, image: Tensor, pyramid: tuple[Tensor, ...] = ()) -> PerceptionFeatures:
         """Computes what depends on the images alone.
 
         Args:
-            image: float (I, 3, H, W), ImageNet-normalised RGB, H and W multiples of 32.
+            image: see `pyramid`.
+            pyramid: what `pyramid` has made of the images, from the cache; empty computes it.
         """
-        image = image.to(next(self.backbone.parameters()).dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            pyramid = self.backbone(image).feature_maps
+        pyramid = pyramid or self.pyramid(image)
         if self.checkpointing and self.training:
             decoded = checkpoint(self.pixel_decoder, pyramid, use_reentrant=False)
         else:
             decoded = self.pixel_decoder(pyramid)
         return PerceptionFeatures(decoded.mask_features, tuple(decoded.multi_scale_features))
+
+    def pyramid(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Runs the backbone; without gradient where it is frozen.
+
+        Args:
+            image: float (I, 3, H, W), ImageNet-normalised RGB, H and W multiples of 32.
+
+        Returns:
+            four maps (I, c, H / stride, W / stride), strides 4, 8, 16, 32.
+        """
+        image = image.to(next(self.backbone.parameters()).dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
+            return tuple(self.backbone(image).feature_maps)
 
 
 class ScaleTokens(NamedTuple):

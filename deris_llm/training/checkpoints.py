@@ -88,6 +88,7 @@ MAY_DIFFER = frozenset(
         "name",
         "data.root",
         "data.num_workers",
+        "data.feature_cache",
         "training.images_per_device",
         "training.accumulation",
         "training.eval_every",

@@ -94,6 +94,7 @@ def train(
     from deris_llm.model import build_model  # noqa: PLC0415
     from deris_llm.training.callbacks import ProgressLines  # noqa: PLC0415
     from deris_llm.training.data_manifest import write_data_manifest  # noqa: PLC0415
+    from deris_llm.training.features import training_features  # noqa: PLC0415
     from deris_llm.training.trainer import DerisTrainer, training_arguments  # noqa: PLC0415
 
     # The arguments come before the model: under ZeRO-3 it is partitioned while it is built.
@@ -115,7 +116,9 @@ def train(
             checkpoints.restore_full_weights(model, base)
     on_first_rank(lambda: checkpoints.fingerprints_of_run(config))  # now: its folders may be gone at the first save
     processor = build_processor(used)
-    loader = train_loader(config, group_by_image(mix.records), processor, rank=rank(), world_size=world_size())
+    groups = group_by_image(mix.records)
+    features = training_features(config, model, processor, groups)
+    loader = train_loader(config, groups, processor, rank=rank(), world_size=world_size(), features=features)
     on_first_rank(lambda: save_config(config, output / checkpoints.CONFIG_FILE))
     on_first_rank(lambda: write_data_manifest(output, config.data, mix))
 
