@@ -105,6 +105,13 @@ class PerceptionConfig:
     activation_checkpointing: bool = option(
         False, "recompute the pixel decoder in the backward pass: less memory, slower"
     )
+    deformable_attention: Literal["grid_sample", "compiled", "hub_kernel"] = option(
+        "grid_sample",
+        "how the pixel decoder samples on a GPU (on a CPU always as bags of rows), with equal results: grid_sample; compiled, the "
+        "same through torch.compile, seconds at the first step; hub_kernel, Deformable DETR's CUDA kernel "
+        "kernels-community/deformable-detr, compiled code of others that is downloaded (needs the package kernels). What is not "
+        "there or not equal is replaced by grid_sample, with a warning",
+    )
 
 
 @dataclass(frozen=True)
@@ -505,7 +512,13 @@ def _comparison_contradictions(config: RunConfig) -> list[str]:
         found.extend(
             f"perception.{name} cannot take effect with loopback.structure=cognition_centric, which has no perception branch: "
             "remove it"
-            for name in ("backbone", "freeze_backbone", "pixel_decoder", "activation_checkpointing")
+            for name in (
+                "backbone",
+                "freeze_backbone",
+                "pixel_decoder",
+                "activation_checkpointing",
+                "deformable_attention",
+            )
             if _is_set(config, f"perception.{name}")
         )
     if structure == "perception_centric":

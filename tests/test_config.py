@@ -86,6 +86,10 @@ def test_overrides():
         ("training.seed=true", "training.seed: expected int, got True"),
         ("training.epochs=many", "training.epochs: expected a number, got 'many'"),
         ("training.precision=fp16", "training.precision: expected one of bf16, fp32, got 'fp16'"),
+        (
+            "perception.deformable_attention=triton",
+            "perception.deformable_attention: expected one of grid_sample, compiled, hub_kernel, got 'triton'",
+        ),
         ("data.train=refcoco", "data.train: expected a list, got 'refcoco'"),
         ("training=3", "training: expected a group of fields, got 3"),
         ("training.seed", "expected section.field=value"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from deris_llm.cognition import build_processor, resolve_backend
 from deris_llm.cognition.shared_prefix import pack_prompts, run_packed
 from deris_llm.criterion import build_criterion
 from deris_llm.model import Deris, build_model
+from deris_llm.perception import deformable_attention
+from deris_llm.perception.deformable_attention import Formulation, sample_by_grid, sample_by_rows, sampler_on
 from deris_llm.structures import DerisOutput, ReferringBatch
 from deris_llm.testing import (
     check_cognition_backend,
@@ -216,3 +219,34 @@ def test_flash_attention_agrees_where_it_is_used(overrides: dict[str, list[str]]
             part.set_attn_implementation("sdpa")
         expected = model.cognition(batch.cognition, batch.image_index).text_feats
     assert relative_difference(found.float(), expected.float()) < BFLOAT16
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, FLOAT32), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("formulation", get_args(Formulation))
+def test_every_formulation_of_deformable_attention_is_that_of_the_cpu(
+    formulation: Formulation, dtype: torch.dtype, tolerance: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the sizes of 384 px, forward and gradients. In bfloat16 too all but inputs and results is float32."""
+    deformable_attention._compared_once.cache_clear()  # so that its reason is said again
+    sampler = sampler_on(torch.device(DEVICE, 0), formulation)
+    if formulation != "grid_sample" and sampler is sample_by_grid:
+        reason = next(r.getMessage() for r in caplog.records if r.name == deformable_attention.__name__)
+        if formulation == "hub_kernel" and "it differs from grid_sample" not in reason:
+            pytest.skip(reason)
+        pytest.fail(reason)
+    sizes, heads, points, width = ((12, 12), (24, 24), (48, 48)), 8, 4, 32
+    num_cells = sum(h * w for h, w in sizes)
+    generator = torch.Generator().manual_seed(0)
+    places = torch.rand(2, num_cells, heads, len(sizes), points, 2, generator=generator)
+    places = (places * torch.tensor([(w + 2, h + 2) for h, w in sizes])[:, None]).floor() - 1.5  # where no slope jumps
+    values = torch.randn(2, num_cells, heads, width, generator=generator).to(dtype)
+    weights = torch.rand(2, num_cells, heads, len(sizes) * points, generator=generator).softmax(dim=-1).to(dtype)
+    upstream = torch.randn(2, num_cells, heads * width, generator=generator).to(dtype)
+    found = []
+    for device, sample in (("cpu", sample_by_rows), (DEVICE, sampler)):
+        given = [t.to(device, copy=True).requires_grad_() for t in (values, places, weights.view(places.shape[:-1]))]
+        summed = sample(given[0], sizes, given[1], given[2])
+        gradients = torch.autograd.grad(summed, given, upstream.to(device))
+        found.append([tensor.detach().float().cpu() for tensor in (summed, *gradients)])
+    for name, reference, ours in zip(("result", "values", "points", "weights"), *found, strict=True):
+        assert relative_difference(ours, reference) < tolerance, name

@@ -4,32 +4,61 @@ I images, S cells of all levels together, A heads, V levels, K points, C channel
 
 Each head of each cell reads K points of every level bilinearly and sums them with its attention weights: a weighted sum
 of 4 K V rows of a table of cells. On the CPU that is `torch.nn.functional.embedding_bag`, whose kernel reads whole rows
-(C / A channels lie side by side); `grid_sample`, as transformers has it, reads channel by channel. Both give the same
-numbers up to rounding, gradients included (`scripts/bench_perception.py` has the times).
+(C / A channels lie side by side); `grid_sample`, as transformers has it, reads channel by channel. Elsewhere the run
+config chooses: `grid_sample`, the same compiled, or the kernel of Deformable DETR from the Hugging Face hub, the last
+two after a comparison with the first. All give the same numbers up to rounding, gradients included, and compute in
+float32 (`scripts/bench_perception.py` has the times).
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from transformers.integrations.hub_kernels import get_kernel
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
 )
+
+logger = logging.getLogger(__name__)
+
+Formulation = Literal["grid_sample", "compiled", "hub_kernel"]
+Sampler = Callable[[Tensor, Sequence[tuple[int, int]], Tensor, Tensor], Tensor]
+"""Takes and gives what `sample_by_rows` does."""
+
+HUB_KERNEL, HUB_VERSION = "kernels-community/deformable-detr", 1
+"""Which transformers itself gives Deformable DETR under `use_kernels` (its `integrations/hub_kernels.py`)."""
+EQUAL = 1e-4
+"""How far a formulation may be from `sample_by_grid`, relative to the largest value of the result and of each gradient.
+Measured on a CPU: 1e-6; on a GPU gradients are added up in any order."""
 
 
 class DeformableAttention(nn.Module):
     """Takes the place of transformers' module in an encoder layer, with its weights under the same names."""
 
-    def __init__(self, source: Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention) -> None:
+    def __init__(
+        self,
+        source: Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
+        *,
+        formulation: Formulation = "grid_sample",
+    ) -> None:
+        """Takes the module's weights.
+
+        Args:
+            source: of transformers.
+            formulation: what samples where there is no CPU (`perception.deformable_attention`).
+        """
         super().__init__()
+        self.formulation: Formulation = formulation
         self.n_heads = source.n_heads
         self.n_levels = source.n_levels
         self.n_points = source.n_points
@@ -63,12 +92,122 @@ class DeformableAttention(nn.Module):
         by_point = (*by_head, self.n_levels, self.n_points)
         offsets = self.sampling_offsets(queries).view(*by_point, 2)
         weights = self.attention_weights(queries).view(*by_head, -1).softmax(dim=-1).view(by_point)
-        sizes = torch.tensor([(w, h) for h, w in spatial_shapes_list], dtype=torch.float32, device=offsets.device)
+        sizes = _sizes_on(offsets.device, spatial_shapes_list).flip(1)  # w, h
         # In cells of each level; the centre of the first cell is 0. In float32: bf16 cannot tell neighbouring cells apart.
         points = (reference_points.float() * sizes - 0.5)[:, :, None, :, None, :] + offsets
         values = self.value_proj(hidden_states).view(num_images, num_cells, self.n_heads, -1)
-        sample = sample_by_rows if values.device.type == "cpu" else sample_by_grid
+        sample = sampler_on(values.device, self.formulation)
         return self.output_proj(sample(values, spatial_shapes_list, points, weights)), None
+
+
+def sampler_on(device: torch.device, formulation: Formulation) -> Sampler:
+    """What samples on a device: always rows on a CPU; elsewhere the formulation, compared before its first use."""
+    if device.type == "cpu":
+        return sample_by_rows
+    if formulation == "grid_sample" or device.type == "meta":
+        return sample_by_grid
+    return _compared_once(formulation, device)
+
+
+@functools.cache
+def _compared_once(formulation: Formulation, device: torch.device) -> Sampler:
+    """Once for all layers of a process."""
+    make = {"compiled": compiled_sampler, "hub_kernel": hub_sampler}[formulation]
+    return compared(make, device, f"perception.deformable_attention={formulation}")
+
+
+def compared(make: Callable[[], Sampler], device: torch.device, name: str) -> Sampler:
+    """A sampler that equals `sample_by_grid` on a drawn example; else that one, with a warning that says why.
+
+    Args:
+        make: builds the sampler; may fail in any way.
+        device: where it is to run.
+        name: for the warning.
+    """
+    try:
+        sampler = make()
+        difference = _difference_from_grid(sampler, device)
+        if difference <= EQUAL:  # not so if it is NaN
+            return sampler
+        reason = f"it differs from grid_sample by {difference:.1e} of the largest value (allowed: {EQUAL:.0e})"
+    except Exception as error:  # of a download, a compiler or a driver: sampling does not depend on them
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    logger.warning("%s cannot be used on %s, which samples through grid_sample instead: %s", name, device, reason)
+    return sample_by_grid
+
+
+def _difference_from_grid(sampler: Sampler, device: torch.device) -> float:
+    """The largest difference of the result and the three gradients, relative to the largest value of each.
+
+    Two images, three levels; points up to two cells outside, none near a cell's centre, where the slope jumps. Nothing
+    is left behind in the forward pass in which it runs: no random numbers, no tensors kept by activation checkpointing.
+    """
+    sizes, heads, points, width = ((2, 3), (4, 6), (8, 12)), 2, 4, 32
+    num_cells = sum(h * w for h, w in sizes)
+    generator = torch.Generator().manual_seed(0)
+    by_point = (2, num_cells, heads, len(sizes), points)
+    extents = torch.tensor([(w + 3, h + 3) for h, w in sizes])[:, None]
+    cells = (torch.rand(*by_point, 2, generator=generator) * extents).floor() - 2
+    drawn = (
+        torch.randn(2, num_cells, heads, width, generator=generator),
+        cells + 0.1 + 0.8 * torch.rand(*by_point, 2, generator=generator),
+        torch.rand(by_point, generator=generator),
+    )
+    upstream = torch.randn(2, num_cells, heads * width, generator=generator)
+    found = []
+    with torch.inference_mode(mode=False), torch.enable_grad(), saved_tensors_hooks(lambda t: t, lambda t: t):
+        for each in (sample_by_grid, sampler):
+            values, places, weights = (tensor.to(device).requires_grad_() for tensor in drawn)
+            summed = each(values, sizes, places, weights)
+            gradients = torch.autograd.grad(summed, (values, places, weights), upstream.to(device))
+            found.append((summed.detach(), *gradients))
+    differences = [(ours - plain).abs().max() / plain.abs().max() for plain, ours in zip(*found, strict=True)]
+    return float(torch.stack(differences).max())
+
+
+def compiled_sampler() -> Sampler:
+    """`sample_by_grid` through torch.compile: of its forward pass inductor makes a few kernels; the first call takes seconds.
+
+    Compiled for each number of images; beyond eight torch says so and runs the rest as it is.
+    """
+    return torch.compile(sample_by_grid, fullgraph=True, dynamic=False)
+
+
+def hub_sampler() -> Sampler:
+    """The CUDA kernel of Deformable DETR, downloaded from the Hugging Face hub on first use.
+
+    Raises:
+        ImportError: the package `kernels` is missing or not one that this transformers takes.
+        Exception: no network, or no build for this machine; as `kernels` has them.
+    """
+    return layer_sampler(get_kernel(HUB_KERNEL, version=HUB_VERSION).layers.MultiScaleDeformableAttention())
+
+
+def layer_sampler(layer: nn.Module) -> Sampler:
+    """Makes a sampler of a layer with the interface that transformers' and the hub's `MultiScaleDeformableAttention` share."""
+
+    def sample(values: Tensor, sizes_hw: Sequence[tuple[int, int]], points: Tensor, weights: Tensor) -> Tensor:
+        sizes = _sizes_on(values.device, sizes_hw)
+        counts = sizes.prod(dim=1)
+        summed = layer(
+            values.float().contiguous(),
+            sizes,
+            list(sizes_hw),
+            counts.cumsum(dim=0) - counts,  # where each level starts
+            ((points.float() + 0.5) / sizes.flip(1)[:, None]).contiguous(),  # [0, 1] inside of a level
+            weights.float().contiguous(),
+            len(values),  # images a launch of the kernel takes; must divide I
+        )
+        if summed.requires_grad:
+            summed.register_hook(Tensor.contiguous)  # the kernel takes no other gradient
+        return summed.to(values.dtype)
+
+    return sample
+
+
+def _sizes_on(device: torch.device, sizes_hw: Sequence[tuple[int, int]]) -> Tensor:
+    """The sizes as int64 (V, 2), without waiting for the device as `torch.tensor(..., device=...)` does."""
+    return torch.tensor(sizes_hw).to(device, non_blocking=True)
 
 
 def sample_by_rows(values: Tensor, sizes_hw: Sequence[tuple[int, int]], points: Tensor, weights: Tensor) -> Tensor:

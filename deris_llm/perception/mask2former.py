@@ -267,7 +267,7 @@ def build_perception(
     pixel_decoder = parts.pixel_level_module.decoder
     for layer in pixel_decoder.encoder.layers:
         assert isinstance(layer, Mask2FormerPixelDecoderEncoderLayer)
-        layer.add_module("self_attn", DeformableAttention(layer.self_attn))
+        layer.add_module("self_attn", DeformableAttention(layer.self_attn, formulation=config.deformable_attention))
     if config.pixel_decoder == "deris-2025":
         _add_fpn_biases_and_relu(pixel_decoder)
     perception = Perception(

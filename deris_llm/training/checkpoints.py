@@ -98,6 +98,7 @@ MAY_DIFFER = frozenset(
         "training.log_every",
         "training.wandb",
         "perception.activation_checkpointing",
+        "perception.deformable_attention",
         "cognition.gradient_checkpointing",
     }
 )

@@ -1,24 +1,39 @@
+import functools
 import math
+from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.nn.functional import embedding_bag
+from torch.utils.checkpoint import checkpoint
+from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
 )
+from transformers.utils.import_utils import is_kernels_available
 
+from deris_llm.config import PerceptionConfig
+from deris_llm.perception import build_perception, deformable_attention
 from deris_llm.perception.deformable_attention import (
     DeformableAttention,
+    Formulation,
     _bags,
+    _compared_once,
+    compared,
+    compiled_sampler,
+    layer_sampler,
     sample_by_grid,
     sample_by_rows,
+    sampler_on,
 )
 from deris_llm.testing import relative_difference
 
 SIZES = [(2, 3), (4, 6), (8, 12)]  # h, w
 NUM_CELLS = sum(h * w for h, w in SIZES)
 HEADS, POINTS, WIDTH = 2, 4, 8
+CPU = torch.device("cpu")
 
 
 def inputs(num_images: int = 2, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,41 +151,190 @@ def test_images_do_not_mix():
     assert torch.equal(together[2:], alone)
 
 
-def test_module_equals_that_of_transformers():
+def plain_module() -> Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention:
     torch.manual_seed(0)
     theirs = Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(HEADS * WIDTH, HEADS, len(SIZES), POINTS)
-    torch.nn.init.normal_(theirs.sampling_offsets.bias, std=2)
+    nn.init.normal_(theirs.sampling_offsets.bias, std=2)
+    return theirs
+
+
+def module_arguments() -> dict[str, Any]:
+    """What transformers' encoder layer passes besides the cells."""
+    return {
+        "position_embeddings": torch.randn(1, NUM_CELLS, HEADS * WIDTH),
+        "reference_points": torch.rand(1, NUM_CELLS, 1, 2).expand(2, -1, len(SIZES), -1),
+        "spatial_shapes_list": SIZES,
+    }
+
+
+def test_module_equals_that_of_transformers():
+    theirs = plain_module()
     ours = DeformableAttention(theirs)
     assert dict(ours.named_parameters()).keys() == dict(theirs.named_parameters()).keys()
-    cells, places = torch.randn(2, NUM_CELLS, HEADS * WIDTH), torch.randn(1, NUM_CELLS, HEADS * WIDTH)
-    reference_points = torch.rand(1, NUM_CELLS, 1, 2).expand(2, -1, len(SIZES), -1)
-    arguments = {
-        "position_embeddings": places, "reference_points": reference_points, "spatial_shapes_list": SIZES,
-    }  # fmt: skip
+    cells, arguments = torch.randn(2, NUM_CELLS, HEADS * WIDTH), module_arguments()
     with torch.no_grad():
         expected, _ = theirs(cells, encoder_hidden_states=cells, **arguments)
         got, _ = ours(cells, **arguments)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_gpu_computes_what_a_cpu_does():
-    """Forward and gradients; there through grid_sample, here as bags of rows. Not run on a GPU yet."""
-    torch.manual_seed(0)
-    module = DeformableAttention(
-        Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention(HEADS * WIDTH, HEADS, len(SIZES), POINTS)
-    )
-    torch.nn.init.normal_(module.sampling_offsets.bias, std=2)
-    cells, places = torch.randn(2, NUM_CELLS, HEADS * WIDTH), torch.randn(1, NUM_CELLS, HEADS * WIDTH)
-    reference_points = torch.rand(1, NUM_CELLS, 1, 2).expand(2, -1, len(SIZES), -1)
+def is_taken(layer: nn.Module) -> bool:
+    """Whether a layer with the kernel's interface is found equal."""
+    return compared(lambda: layer_sampler(layer), CPU, "this layer") is not sample_by_grid
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Our warnings; torch logs much of its own while it compiles."""
+    ours = [record for record in caplog.records if record.name == deformable_attention.__name__]
+    assert all(record.levelname == "WARNING" for record in ours)
+    return [record.getMessage() for record in ours]
+
+
+class Kernel(MultiScaleDeformableAttention):
+    """transformers' plain layer, whose place the hub's kernel takes, asking for what the kernel asks for."""
+
+    def forward(self, value, sizes, sizes_list, starts, locations, weights, im2col_step):
+        for floats in (value, locations, weights):
+            assert floats.is_contiguous()
+            assert floats.dtype == torch.float32
+        for integers in (sizes, starts):
+            assert integers.is_contiguous()
+            assert integers.dtype == torch.int64
+        assert [tuple(size) for size in sizes.tolist()] == list(sizes_list)
+        ends = torch.cat([starts[1:], torch.tensor([value.shape[1]])])
+        assert torch.equal(ends - starts, sizes[:, 0] * sizes[:, 1])
+        assert len(value) % min(len(value), im2col_step) == 0
+        summed = super().forward(value, sizes, sizes_list, starts, locations, weights, im2col_step)
+        if summed.requires_grad:
+            summed.grad_fn.register_prehook(self.check_gradient)
+        return summed
+
+    @staticmethod
+    def check_gradient(gradients: tuple[Tensor, ...]) -> None:
+        assert gradients[0].is_contiguous()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_a_layer_with_the_interface_of_the_hub_kernel_samples_the_same(dtype, tolerance):
+    values, points, weights = (tensor.float() for tensor in inputs())
+    points = points.floor() + 0.1 + 0.8 * torch.rand(points.shape, generator=torch.Generator().manual_seed(1))
+    upstream = torch.linspace(-1, 1, WIDTH * HEADS)
     found = []
-    for device in ("cpu", "cuda"):
-        module.to(device).zero_grad()
-        given = cells.detach().to(device).requires_grad_()
-        result, _ = module(given, places.to(device), reference_points.to(device), SIZES)
-        result.square().sum().backward()
-        gradients = (given.grad, module.value_proj.weight.grad, module.attention_weights.weight.grad)
-        found.append([result.detach().cpu(), *(gradient.cpu() for gradient in gradients)])
+    for sample in (sample_by_rows, layer_sampler(Kernel())):
+        as_used = (values.to(dtype), points, weights.to(dtype))
+        given = [tensor.clone().requires_grad_() for tensor in as_used]
+        summed = sample(given[0], SIZES, given[1], given[2])
+        assert summed.dtype == dtype
+        summed.backward(upstream.to(dtype).expand_as(summed))  # a gradient may lie in memory in any order
+        found.append((summed.detach(), *(tensor.grad for tensor in given)))
     for ours, reference in zip(*found, strict=True):
-        assert float((ours - reference).norm() / reference.norm()) < 1e-3  # TF32 is off by default
+        assert relative_difference(ours.float(), reference.float()) < tolerance
+
+
+def test_a_layer_that_is_equal_is_taken(caplog):
+    assert is_taken(Kernel())
+    assert not said(caplog)
+
+
+class OtherValues(Kernel):
+    def forward(self, *arguments):
+        return super().forward(*arguments) * (1 + 1e-3)
+
+
+class OtherGradients(Kernel):
+    def forward(self, *arguments):
+        summed = super().forward(*arguments)
+        return summed + 1e-3 * (summed - summed.detach())
+
+
+class NotANumber(Kernel):
+    def forward(self, *arguments):
+        return super().forward(*arguments) * float("nan")
+
+
+class NoGradients(Kernel):
+    def forward(self, *arguments):
+        return super().forward(*arguments).detach()
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (OtherValues, "it differs from grid_sample by 1.0e-03 of the largest value (allowed: 1e-04)"),
+        (OtherGradients, "it differs from grid_sample by 1.0e-03"),
+        (NotANumber, "it differs from grid_sample by nan"),
+        (NoGradients, "RuntimeError: element 0 of tensors does not require grad"),
+    ],
+)
+def test_a_layer_that_is_not_equal_is_refused_with_the_reason(layer, reason, caplog):
+    assert not is_taken(layer())
+    (message,) = said(caplog)
+    assert message.startswith("this layer cannot be used on cpu, which samples through grid_sample instead: " + reason)
+
+
+@pytest.mark.skipif(is_kernels_available(), reason="the package `kernels` is installed")
+def test_without_the_package_kernels_grid_sample_serves_and_it_is_said_once(caplog):
+    _compared_once.cache_clear()
+    for _ in range(2):  # no GPU is touched: the package is asked for first
+        assert sampler_on(torch.device("cuda", 0), "hub_kernel") is sample_by_grid
+    (message,) = said(caplog)
+    assert message.startswith("perception.deformable_attention=hub_kernel cannot be used on cuda:0, ")
+    assert "`kernels` is either not installed or uses an incompatible version" in message
+
+
+def test_compiled_is_equal(caplog):
+    """Really compiled, by inductor for the CPU: a run uses it on a GPU only."""
+    torch.compiler.reset()
+    assert compared(compiled_sampler, CPU, "compiled") is not sample_by_grid  # measured: 3e-7
+    assert not said(caplog)
+
+
+def test_without_a_compiler_grid_sample_serves(caplog, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    with inductor.patch({"cpp.cxx": ("there-is-no-such-compiler",)}):
+        assert compared(compiled_sampler, CPU, "compiled") is sample_by_grid
+    torch.compiler.reset()
+    (message,) = said(caplog)
+    assert message.startswith(
+        "compiled cannot be used on cpu, which samples through grid_sample instead: InductorError: InvalidCxx"
+    )
+    assert message.endswith("'there-is-no-such-compiler',)")
+
+
+def test_a_cpu_always_uses_rows_and_shapes_alone_never_load_a_kernel():
+    for formulation in get_args(Formulation):
+        assert sampler_on(CPU, formulation) is sample_by_rows
+        assert sampler_on(torch.device("meta"), formulation) is sample_by_grid
+    assert sampler_on(torch.device("cuda", 0), "grid_sample") is sample_by_grid
+
+
+def test_the_first_use_may_be_inside_of_activation_checkpointing(monkeypatch):
+    """What the comparison computes is neither kept nor repeated, and draws nothing."""
+    module = DeformableAttention(plain_module())
+    cells = torch.randn(2, NUM_CELLS, HEADS * WIDTH)
+    arguments = module_arguments()
+    once = functools.cache(lambda device, _: compared(lambda: layer_sampler(Kernel()), device, "this layer"))
+    monkeypatch.setattr(deformable_attention, "sampler_on", once)
+    torch.manual_seed(0)
+    given = cells.clone().requires_grad_()
+    attended = checkpoint(lambda x: module(x, **arguments)[0], given, use_reentrant=False)
+    after = torch.rand(1)
+    attended.square().sum().backward()
+    assert once.cache_info().misses == 1
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(1))
+    again = cells.clone().requires_grad_()
+    module(again, **arguments)[0].square().sum().backward()
+    assert torch.equal(given.grad, again.grad)
+    with torch.inference_mode():
+        once.cache_clear()
+        assert torch.equal(module(cells, **arguments)[0], attended)
+
+
+def test_the_run_config_chooses():
+    config = PerceptionConfig(weights="builtin:tiny-mask2former", image_size=64, deformable_attention="compiled")
+    perception, _ = build_perception(config, rounds=1, num_queries=4, weights=False, dtype=torch.float32)
+    layers = [module for module in perception.modules() if isinstance(module, DeformableAttention)]
+    assert layers
+    assert {layer.formulation for layer in layers} == {"compiled"}
