@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["bench_eval.py", "bench_loader.py", "bench_perception.py"])
+@pytest.mark.parametrize("name", ["bench_eval.py", "bench_features.py", "bench_loader.py", "bench_perception.py"])
 def test_quick_bench_finds_equal_results(name: str, tmp_path: Path):
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / name, "--quick"],

@@ -135,11 +135,9 @@ def training_pictures(groups: Sequence[ImageGroup]) -> Iterator[Picture]:
 def compute_features(config: RunConfig, *, on_progress: Callable[[int, int], None] | None = None) -> FeaturesMade:
     """Computes what a run's frozen towers make of its training pictures; those that are there are left as they are.
 
-    Runs in one process, on the GPU where there is one, `evaluation.images_per_device` pictures at a time.
-
     Args:
         config: of the run; `data.feature_cache` says where to.
-        on_progress: called with the number of pictures done and of all.
+        on_progress: see `keep_features`.
 
     Raises:
         ValueError: no folder is given, nothing is frozen, unusable data or weights, not enough room.
@@ -166,7 +164,36 @@ def compute_features(config: RunConfig, *, on_progress: Callable[[int, int], Non
         "training.start_from": config.training.start_from,
     }
     cache.write_about(about)
+    num_computed = keep_features(cache, config, model, processor, groups, on_progress=on_progress)
+    sizes = [path.stat().st_size for path in cache.folder.glob("??/*.safetensors")]
+    cache.write_about({**about, "pictures": len(sizes), "bytes": sum(sizes)})
+    return FeaturesMade(cache.folder, len(groups), num_computed, len(sizes), sum(sizes), time.monotonic() - start)
 
+
+def keep_features(
+    cache: FeatureCache,
+    config: RunConfig,
+    model: Deris,
+    processor: CognitionProcessor,
+    groups: Sequence[ImageGroup],
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Computes and writes the features that are not there yet.
+
+    Runs in this process, on the GPU where there is one, `evaluation.images_per_device` pictures at a time.
+
+    Args:
+        cache: from `feature_cache`.
+        config: of the run.
+        model: its towers go to the GPU.
+        processor: the cognition backend's.
+        groups: whose pictures.
+        on_progress: called with the number of pictures done and of all.
+
+    Returns:
+        how many were computed.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     towers = _Towers(model, cache.names, device)
     loader = DataLoader(
@@ -187,9 +214,7 @@ def compute_features(config: RunConfig, *, on_progress: Callable[[int, int], Non
         num_done += missing.num_pictures
         if on_progress is not None:
             on_progress(num_done, len(groups))
-    sizes = [path.stat().st_size for path in cache.folder.glob("??/*.safetensors")]
-    cache.write_about({**about, "pictures": len(sizes), "bytes": sum(sizes)})
-    return FeaturesMade(cache.folder, len(groups), num_computed, len(sizes), sum(sizes), time.monotonic() - start)
+    return num_computed
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ def test_losses_and_gradients_are_those_of_pictures(run_overrides, tmp_path, run
     expected = next(iter(train_loader(config, groups, processor)))
     batch = next(iter(train_loader(config, groups, processor, features=features)))
     assert batch.phrase_ids == expected.phrase_ids
+    assert all(level.dtype == torch.bfloat16 for level in batch.to(dtype=torch.bfloat16).perception_pyramid)
     assert bool(batch.perception_pyramid) == (run in ("qwen2_ov", "beit3"))
     assert (batch.cognition.vision_feats is None) == (run == "beit3")
     assert bool(batch.perception_image.numel()) == (run == "trained backbone")
