@@ -31,7 +31,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from deris_llm.config import PerceptionConfig
-from deris_llm.perception.deformable_attention import DeformableAttention
+from deris_llm.perception.deformable_attention import DeformableAttention, exact_reference_points
 from deris_llm.perception.masked_attention import MaskedAttention, VisibleCells
 from deris_llm.perception.timm_backbone import TimmBackbone, timm_channels
 from deris_llm.structures import PerceptionFeatures
@@ -265,6 +265,7 @@ def build_perception(
             "write timm:swin_small_patch4_window7_224 for timm's Swin-S."
         )
     pixel_decoder = parts.pixel_level_module.decoder
+    pixel_decoder.encoder.get_reference_points = exact_reference_points
     for layer in pixel_decoder.encoder.layers:
         assert isinstance(layer, Mask2FormerPixelDecoderEncoderLayer)
         layer.add_module("self_attn", DeformableAttention(layer.self_attn, formulation=config.deformable_attention))
