@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from deris_llm import __version__
 from deris_llm.data.cli import add_data_commands
 from deris_llm.interop.cli import add_convert_commands
+from deris_llm.training.last_words import leave_last_words
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (
         ValueError,
         OSError,
+        MemoryError,
     ) as error:  # what a user can set right; anything else is a defect and shows its traceback
         if arguments.debug:
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         sys.stderr.write(f"error: {kind}{error}\n(`deris-llm --debug ...` shows where)\n")
+        leave_last_words(f"error: {kind}{error}")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -365,6 +368,7 @@ def _model_to_evaluate(arguments: argparse.Namespace, device: torch.device) -> t
 
     from deris_llm.config import load_config
     from deris_llm.model import build_model
+    from deris_llm.out_of_memory import explains_out_of_memory
     from deris_llm.training.checkpoints import load_checkpoint
 
     if arguments.checkpoint is not None:
@@ -373,7 +377,8 @@ def _model_to_evaluate(arguments: argparse.Namespace, device: torch.device) -> t
         )
     config = load_config(arguments.config, arguments.set)
     set_seed(config.training.seed)  # the fresh parts are those that training would start from
-    return config, build_model(config, device=device).eval()
+    with explains_out_of_memory(config, loading=True):
+        return config, build_model(config, device=device).eval()
 
 
 def _trusts_backend(arguments: argparse.Namespace) -> bool:

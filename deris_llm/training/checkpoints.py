@@ -54,6 +54,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deris_llm.config import RunConfig, config_to_dict, load_config, save_config
+from deris_llm.out_of_memory import explains_out_of_memory
 from deris_llm.training.ranks import gathered, on_first_rank, rank, reduced, world_size
 from deris_llm.weights import resolve_weights
 
@@ -100,6 +101,9 @@ MAY_DIFFER = frozenset(
         "perception.activation_checkpointing",
         "perception.deformable_attention",
         "cognition.gradient_checkpointing",
+        "evaluation.images_per_device",
+        "evaluation.max_phrases_per_batch",
+        "evaluation.compare_workers",
     }
 )
 """Config fields that may change when a run goes on: they do not change what is learned (images per step is checked)."""
@@ -706,14 +710,15 @@ def load_checkpoint(
     base = folder if is_full(folder) else recorded_base_checkpoint(folder)
     if base is not None and base != folder:
         check_base_weights(folder, config)  # before the work of building on it
-    model = build_model(config, weights=base is None, allow_module=allow_module)
-    if base is None:
-        check_base_weights(folder, config)  # after: only now they are sure to be on this machine
-    else:
-        restore_full_weights(model, base)
-    if base != folder:
-        restore_weights(model, folder)
-    return config, model.to(device or "cpu").eval()
+    with explains_out_of_memory(config, loading=True):
+        model = build_model(config, weights=base is None, allow_module=allow_module)
+        if base is None:
+            check_base_weights(folder, config)  # after: only now they are sure to be on this machine
+        else:
+            restore_full_weights(model, base)
+        if base != folder:
+            restore_weights(model, folder)
+        return config, model.to(device or "cpu").eval()
 
 
 def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -9,14 +9,20 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from deris_llm.config import load_config
+from deris_llm.out_of_memory import killed_message
+from deris_llm.training.last_words import ERROR_FILE, last_words
+
 logger = logging.getLogger(__name__)
 
 CPU_RANKS = 2
+_KILLED = 256 - signal.SIGKILL  # exit status of DeepSpeed's launcher when a rank was
 _FORWARDED = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -42,7 +48,7 @@ def launch(
         gpus: number of ranks; None = every GPU, and without a GPU `CPU_RANKS`.
 
     Returns:
-        its exit status; SIGINT and SIGTERM are passed on to it.
+        its exit status; SIGINT and SIGTERM are passed on to it. Why a rank stopped is the last that is printed.
 
     Raises:
         ValueError: more GPUs are asked for than there are.
@@ -61,7 +67,21 @@ def launch(
     logger.info(
         "this stands for:\n  OMP_NUM_THREADS=%s %s", environment["OMP_NUM_THREADS"], shlex.join(["deepspeed", *command])
     )
-    process = subprocess.Popen([sys.executable, "-m", "deepspeed.launcher.runner", *command], env=environment)
+    with tempfile.TemporaryDirectory() as folder:
+        error_file = Path(folder, "error.json")
+        environment[ERROR_FILE] = str(error_file)
+        status = _run([sys.executable, "-m", "deepspeed.launcher.runner", *command], environment)
+        said = last_words(error_file)
+    if status == _KILLED and not said:
+        said = killed_message(load_config(config, overrides), ranks=num_ranks(gpus))
+    if status and said:
+        sys.stderr.write(f"\n{said}\n")
+    return status
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> int:
+    """Runs a program, hands SIGINT and SIGTERM on to it, and waits."""
+    process = subprocess.Popen(command, env=environment)
 
     def forward(number: int, _: object) -> None:
         process.send_signal(number)

@@ -21,6 +21,7 @@ from deris_llm.config import RunConfig, load_config, save_config
 from deris_llm.out_of_memory import explains_out_of_memory
 from deris_llm.training import checkpoints
 from deris_llm.training.deepspeed_config import read_deepspeed_config
+from deris_llm.training.last_words import leave_last_words
 from deris_llm.training.ranks import barrier, on_first_rank, rank, world_size
 
 if TYPE_CHECKING:
@@ -107,13 +108,14 @@ def train(
         checkpoints.base_checkpoint(config) if checkpoint is None else checkpoints.recorded_base_checkpoint(checkpoint)
     )
     used = config if base is None else checkpoints.with_files_of(base, config)
-    model = build_model(used, weights=base is None)
-    if checkpoint is None:
-        checkpoints.restore_first_weights(model, config)
-    else:
-        checkpoints.check_base_weights(checkpoint, config)
-        if base is not None:
-            checkpoints.restore_full_weights(model, base)
+    with explains_out_of_memory(config, loading=True):
+        model = build_model(used, weights=base is None)
+        if checkpoint is None:
+            checkpoints.restore_first_weights(model, config)
+        else:
+            checkpoints.check_base_weights(checkpoint, config)
+            if base is not None:
+                checkpoints.restore_full_weights(model, base)
     on_first_rank(lambda: checkpoints.fingerprints_of_run(config))  # now: its folders may be gone at the first save
     processor = build_processor(used)
     groups = group_by_image(mix.records)
@@ -130,15 +132,16 @@ def train(
 
     tensorboard = TensorBoardCallback()
     tensorboard.logging_dir = str(output / "tensorboard")
-    trainer = DerisTrainer(
-        config,
-        model,
-        arguments,
-        build_criterion(config),
-        loader,
-        evaluation,
-        callbacks=[tensorboard, progress],
-    )
+    with explains_out_of_memory(config, loading=True):  # without DeepSpeed, it moves the model to the GPU
+        trainer = DerisTrainer(
+            config,
+            model,
+            arguments,
+            build_criterion(config),
+            loader,
+            evaluation,
+            callbacks=[tensorboard, progress],
+        )
     trainer.remove_callback(PrinterCallback)
     _check_trainer(trainer, uses_deepspeed=deepspeed is not None)
     try:
@@ -417,6 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except (ValueError, OSError) as error:
         sys.stderr.write(f"rank {this_rank}: error: {error}\n")
+        leave_last_words(f"rank {this_rank}: error: {error}")
         logger.debug("where", exc_info=True)
         return 1
     finally:

@@ -53,6 +53,8 @@ def test_the_exit_status_is_that_of_the_ranks(tmp_path, capfd):
     said = capfd.readouterr().err
     assert "rank 0: error: tiny-refcocoo: 1 problem in the run config" in said
     assert "did you mean 'tiny-refcoco'?" in said
+    assert said.count("rank 0: error: ") == 2  # again, below what the launcher says
+    assert "did you mean 'tiny-refcoco'?" in said.rstrip().splitlines()[-1]
     assert "Traceback" not in said.split("rank 0: error")[0]
 
 
