@@ -103,7 +103,7 @@ class FeatureCache:
         metadata = {"height": str(size_hw[0]), "width": str(size_hw[1])}
         content = safetensors.torch.save({name: tensors[name].contiguous() for name in self.names}, metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+        partial = path.with_name(f"{path.stem}.partial-{os.getpid()}")
         try:
             partial.write_bytes(content)
             partial.replace(path)
@@ -115,7 +115,7 @@ class FeatureCache:
     def write_about(self, about: Mapping[str, Any]) -> None:
         """Writes what the features are of, for readers and for the error that says why they do not fit."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".partial-{ABOUT_FILE}"
+        partial = self.folder / f"{ABOUT_FILE}.partial-{os.getpid()}"
         partial.write_text(json.dumps({"facts": self.facts, **about}, indent=2) + "\n", encoding="utf-8")
         partial.replace(self.folder / ABOUT_FILE)
 

@@ -21,7 +21,7 @@ from deris_llm.cognition.base import say_once
 from deris_llm.config import RunConfig
 from deris_llm.data.collate import ReferringCollator
 from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroup, group_by_image
-from deris_llm.data.feature_cache import PYRAMID, VISION, FeatureCache, Picture
+from deris_llm.data.feature_cache import PYRAMID, SUFFIX, VISION, FeatureCache, Picture
 from deris_llm.data.mix import training_mix
 from deris_llm.model import Deris, build_model
 from deris_llm.structures import ReferringBatch
@@ -71,16 +71,19 @@ def feature_cache(config: RunConfig, model: Deris, processor: CognitionProcessor
     if not names:
         raise ValueError(
             f"data.feature_cache={root}: expected a frozen tower whose features can be kept, got none: "
-            f"{_WHY_NO_PYRAMID} and {_why_no_vision(config)}; leave data.feature_cache empty"
+            f"{_why_no_pyramid(config)} and {_why_no_vision(config)}; leave data.feature_cache empty"
         )
     if VISION not in names:
         say_once(f"data.feature_cache keeps the backbone's pyramid alone: {_why_no_vision(config)}")
     if PYRAMID[0] not in names:
-        say_once(f"data.feature_cache keeps the vision tower's features alone: {_WHY_NO_PYRAMID}")
+        say_once(f"data.feature_cache keeps the vision tower's features alone: {_why_no_pyramid(config)}")
     return FeatureCache(root, facts, tuple(names))
 
 
-_WHY_NO_PYRAMID = "the run has no frozen backbone (perception.freeze_backbone: true)"
+def _why_no_pyramid(config: RunConfig) -> str:
+    if not config.perception.freeze_backbone:
+        return "perception.freeze_backbone=false lets the backbone train"
+    return f"loopback.structure={config.loopback.structure} has no backbone"
 
 
 def _why_no_vision(config: RunConfig) -> str:
@@ -101,6 +104,7 @@ def training_features(
         return None
     cache = feature_cache(config, model, processor)
     on_first_rank(lambda: cache.check(training_pictures(groups)))
+    logger.info("the features of all %s training pictures are in %s", f"{len(groups):,}", cache.folder)
     return cache
 
 
@@ -165,7 +169,7 @@ def compute_features(config: RunConfig, *, on_progress: Callable[[int, int], Non
     }
     cache.write_about(about)
     num_computed = keep_features(cache, config, model, processor, groups, on_progress=on_progress)
-    sizes = [path.stat().st_size for path in cache.folder.glob("??/*.safetensors")]
+    sizes = [path.stat().st_size for path in cache.folder.glob(f"??/*{SUFFIX}")]
     cache.write_about({**about, "pictures": len(sizes), "bytes": sum(sizes)})
     return FeaturesMade(cache.folder, len(groups), num_computed, len(sizes), sum(sizes), time.monotonic() - start)
 

@@ -45,7 +45,7 @@ def test_what_is_written_is_read(cache: FeatureCache, pictures: list[Picture]) -
         assert torch.equal(found.pyramid[level], torch.stack([tensors(1)[name], tensors(0)[name]]))
     assert found.vision is not None
     assert torch.equal(found.vision, torch.stack([tensors(1)[VISION], tensors(0)[VISION]]))
-    assert not list(cache.folder.rglob(".partial*"))
+    assert not list(cache.folder.rglob("*partial*"))
 
 
 @pytest.mark.parametrize("length", [0, 5, 200, -1])
