@@ -10,11 +10,14 @@ would take it for the machine's accelerator. Run as a program, this file makes t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,11 +27,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from deris_llm import criterion as criterion_module
+from deris_llm.cognition import build_processor
 from deris_llm.config import RunConfig, load_config
 from deris_llm.criterion import build_criterion
 from deris_llm.model import Deris, build_model
+from deris_llm.pipeline import DerisPipeline
 from deris_llm.planning import plan_cognition, shape_batch
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringTargets
+from deris_llm.testing import synthetic_images, tiny_beit3, tiny_config, tiny_qwen_vl_weights, tiny_weights
 from deris_llm.training.parameters import build_optimizer
 
 CONFIGS = (
@@ -54,14 +60,16 @@ class KnownValues(TorchDispatchMode):
 
     Args:
         device: the pretended GPU.
+        floats: floating-point numbers too.
 
     Raises:
         RuntimeError: a product of two precisions, which fake tensors let pass.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, floats: bool = False) -> None:
         super().__init__()
         self.device = device
+        self.floats = floats
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -92,7 +100,7 @@ class KnownValues(TorchDispatchMode):
             return tree_map_only(Tensor, lambda value: known(value, inputs[0].device), result)
         out = func(*args, **kwargs)
         for fake, real in zip(tree_iter(out), tree_iter(result), strict=True):
-            if isinstance(fake, Tensor) and not real.is_floating_point():
+            if isinstance(fake, Tensor) and (self.floats or not real.is_floating_point()):
                 fake.value = real
         return out
 
@@ -144,17 +152,24 @@ def moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def pretended_run(config: RunConfig, device: torch.device) -> tuple[Deris, ReferringBatch]:
-    """Model and a full micro-batch; called under both modes."""
-    move = on_device(device)
-    model = build_model(config, weights=False, device="meta")
+def move_model(model: nn.Module, move: Callable[[Tensor], Tensor]) -> None:
+    """Parameters and buffers to the pretended GPU; where values are known, those of the parameters stay so."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(move(parameter), requires_grad=parameter.requires_grad)
+                fake = move(parameter.detach())
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+                if hasattr(fake, "value"):
+                    module._parameters[name].value = fake.value
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = move(buffer)
+
+
+def pretended_run(config: RunConfig, device: torch.device) -> tuple[Deris, ReferringBatch]:
+    """Model and a full micro-batch; called under both modes."""
+    model, move = build_model(config, weights=False, device="meta"), on_device(device)
+    move_model(model, move)
     batch: ReferringBatch = moved(shape_batch(config, plan_cognition(config)), move)
     return model, batch.to(dtype=torch.bfloat16 if config.training.precision == "bf16" else None)
 
@@ -229,6 +244,30 @@ def test_the_7b_answers_on_cuda_under_autocast() -> None:
         model, batch = pretended_run(config, device)
         answer = model.eval()(batch)
     assert answer.presence_logit.device == answer.final.mask_logits.device == device
+
+
+@pytest.mark.parametrize(
+    "weights", [lambda _: [], tiny_qwen_vl_weights, tiny_beit3], ids=["qwen2_ov", "qwen_vl", "beit3"]
+)
+def test_answers_on_cuda_are_those_of_the_cpu(
+    weights: Callable[[Path], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From pictures to masks: what crosses to the GPU and back, and the ways that only a GPU takes (`sample_by_grid`)."""
+    config = tiny_config(*tiny_weights(tmp_path / "base"), *weights(tmp_path / "backend"))
+    model, processor = build_model(config).eval(), build_processor(config)
+    asked = [(picture, ["the red circle", "a blue square on the left"]) for picture in synthetic_images(2)]
+    expected = list(DerisPipeline(config, model, processor).answer_all(asked))
+    device = torch.device("cuda:0")
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # fake tensors know no inference tensors
+    with FakeTensorMode(), KnownValues(device, floats=True):
+        move_model(model, lambda tensor: known(tensor, device))
+        pipeline = DerisPipeline(config, model, processor)
+        assert pipeline.device == device
+        found = list(pipeline.answer_all(asked))
+    for ours, theirs in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
+        assert ours.score == pytest.approx(theirs.score, abs=1e-5)
+        assert ours.presence == pytest.approx(theirs.presence, abs=1e-5)
+        assert np.mean(ours.mask != theirs.mask) < 1e-3
 
 
 def test_a_second_device_is_found() -> None:
