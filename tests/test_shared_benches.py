@@ -6,11 +6,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import torch
 
+from deris_llm.config import PerceptionConfig
 from deris_llm.data.synthetic.world import write_world
+from deris_llm.perception import build_perception
+from deris_llm.perception.deformable_attention import Formulation
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -66,6 +70,18 @@ def test_shared_prefix(
     assert "best of 1" in said
 
 
+def test_kernels_of_attention(small_shape: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The table of a GPU, in bf16; a CPU has the last of the three, and may refuse the others."""
+    small_shape.write_weights_folder(tmp_path, layers=1)
+    config, console = small_shape.bench_config(tmp_path), small_shape.Console(width=120)
+    small_shape.bench_kernels(config, 3, 1, torch.device("cpu"), console)
+    rows = {
+        line.split("│")[1].strip(): line.split("│")[2:4] for line in capsys.readouterr().out.splitlines() if "│" in line
+    }
+    assert all(float(cell) > 0 for cell in rows["MATH"])
+    assert rows.keys() >= {"EFFICIENT_ATTENTION", "CUDNN_ATTENTION"}
+
+
 def test_shared_prefix_over_a_split(
     small_shape: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -76,6 +92,28 @@ def test_shared_prefix_over_a_split(
     said = capsys.readouterr().out
     assert "refcoco/val, 1 images" in said
     assert "masks that differ: 0 of" in said
+
+
+def test_formulations_of_deformable_attention(bench: Callable[[str], ModuleType]) -> None:
+    """The rows of a GPU; on a CPU each of them is computed as bags of rows, and transformers' module rounds less."""
+    module = bench("bench_perception")
+    torch.manual_seed(0)
+    config = PerceptionConfig(weights="builtin:tiny-mask2former", image_size=64)
+    perception, _ = build_perception(config, rounds=1, num_queries=4, weights=False, dtype=torch.float32)
+    names = get_args(Formulation)
+    rows = module.formulations(perception, 64, 1, torch.device("cpu"), names=names)
+    assert len(rows) == 2 * (len(names) + 1 + len(names) - 1)  # forward, training
+    assert {row.name.partition(":")[0] for row in rows} == {"float32", "bfloat16"}
+    assert not module.is_usable(torch.device("cpu"), "compiled")
+
+
+def test_a_bench_asked_for_a_gpu_that_is_not_there(
+    bench: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        run(bench("bench_perception"), monkeypatch, "--device", "cuda")
+    assert "--device cuda: expected a CUDA GPU, found none; leave it out" in capsys.readouterr().err
 
 
 def test_the_7b_bench_at_tiny_size(
