@@ -6,6 +6,8 @@ into an empty queue. What calls them is Python, so a CPU run shows it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from deris_llm.criterion import build_criterion
 from deris_llm.model import Deris, build_model
+from deris_llm.perception import deformable_attention
+from deris_llm.perception.deformable_attention import sample_by_grid
 from deris_llm.structures import ReferringBatch
 from deris_llm.testing import (
     synthetic_batch,
@@ -26,7 +30,7 @@ from deris_llm.testing import (
     tiny_weights,
 )
 
-READS = ("item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "bincount", "unique", "equal",
+READS = ("item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "bincount", "unique", "equal", "tensor", "as_tensor",
          "__bool__", "__int__", "__float__", "__index__")  # fmt: skip
 
 
@@ -65,35 +69,45 @@ def test_the_list_is_not_blind() -> None:
         (values.sum().item(), bool(values.any()), int(values.max()), values.tolist(), values[values > 0])
         torch.bincount(values)
         values[torch.tensor([0, 1])]
-    assert waits.found == ["__setitem__", "item", "__bool__", "__int__", "tolist", "__getitem__", "bincount"]
+    assert waits.found == ["__setitem__", "item", "__bool__", "__int__", "tolist", "__getitem__", "bincount", "tensor"]
 
 
-@pytest.mark.parametrize("backend", ["qwen2_ov", "qwen2_ov, text first", "qwen_vl", "beit3", "bert", "vilt"])
-def test_behind_the_first_layer_nothing_waits(backend: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    text_first = ["cognition.prompt_order=text_first", 'cognition.prompt="Where is {phrase}?<image>"']
-    weights = {
-        "qwen2_ov": lambda: [],
-        "qwen2_ov, text first": lambda: text_first,
-        "qwen_vl": lambda: tiny_qwen_vl_weights(tmp_path / "qwen_vl"),
-        "beit3": lambda: tiny_beit3(tmp_path),
-        "bert": lambda: tiny_bert_weights(tmp_path / "bert"),
-        "vilt": lambda: tiny_vilt_weights(tmp_path / "vilt"),
-    }
-    config = tiny_config(*tiny_weights(tmp_path), *weights[backend]())
+TEXT_FIRST = ["cognition.prompt_order=text_first", 'cognition.prompt="Where is {phrase}?<image>"']
+
+
+@pytest.mark.parametrize(
+    ("weights", "first"),
+    [
+        (lambda _: [], "vision_tower"),
+        (lambda _: TEXT_FIRST, "language_model.layers.0"),  # transformers looks for padding before
+        (tiny_qwen_vl_weights, "language_model"),  # transformers' vision tower reads every picture's grid
+        (tiny_beit3, "encoder.layers.0"),
+        (tiny_bert_weights, "encoder.layer.0"),
+        (tiny_vilt_weights, "encoder.layer.0"),
+    ],
+    ids=["qwen2_ov", "qwen2_ov text_first", "qwen_vl", "beit3", "bert", "vilt"],
+)
+def test_behind_cognitions_first_layer_nothing_waits(
+    weights: Callable[[Path], list[str]], first: str, tmp_path: Path
+) -> None:
+    config = tiny_config(*tiny_weights(tmp_path / "base"), *weights(tmp_path / "backend"))
     model = build_model(config).train()
-    layers = {
-        "qwen2_ov": lambda m: m.vision_tower,
-        "qwen2_ov, text first": lambda m: m.language_model.layers[0],  # transformers looks for padding
-        "qwen_vl": lambda m: m.language_model,
-        "beit3": lambda m: m.encoder.layers[0],
-        "bert": lambda m: m.encoder.layer[0],
-        "vilt": lambda m: m.encoder.layer[0],
-    }
     batch = synthetic_batch(config, num_images=2, phrases_per_image=3)
-    assert waits_behind(model, layers[backend](model.cognition.model), batch) == []
+    assert waits_behind(model, model.cognition.get_submodule(f"model.{first}"), batch) == []
 
 
-def test_a_loss_waits_once(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_perception_waits_for_the_sizes_of_its_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' pixel decoder hands them to the device, and so does deformable attention in each layer (here one)."""
+    monkeypatch.setattr(deformable_attention, "sample_by_rows", sample_by_grid)  # as on a GPU
+    config = tiny_config(*tiny_weights(tmp_path))
+    model, batch = build_model(config).train(), synthetic_batch(config, num_images=2)
+    assert model.perception is not None
+    with HostWaits() as waits:
+        model.perception(batch.perception_image)
+    assert waits.found == ["as_tensor", "tensor"]
+
+
+def test_a_loss_waits_once(tmp_path: Path) -> None:
     config = tiny_config(*tiny_weights(tmp_path))
     batch = synthetic_batch(config, num_images=2, phrases_per_image=3, targets_per_phrase=2)
     output, criterion = build_model(config).train()(batch), build_criterion(config)
