@@ -61,12 +61,12 @@ def feature_cache(config: RunConfig, model: Deris, processor: CognitionProcessor
     perception, tower = model.perception, model.cognition.vision_tower()
     if perception is not None and perception.freeze_backbone:
         options = config.perception
-        warped = f"{options.image_size} px, {options.resize}"
-        facts["perception.backbone"] = {"tensors": tensors_digest(perception.backbone), "pictures": warped}
+        facts["perception.backbone"] = tensors_digest(perception.backbone)
+        facts["perception pictures"] = f"{options.image_size} px, {options.resize}"
         names += PYRAMID
     if tower is not None and isinstance(processor, FeatureProcessor):
-        made_of = {"backend": config.cognition.backend, "about": tower.about}
-        facts["cognition.vision_tower"] = {"tensors": tensors_digest(tower.module), **made_of}
+        facts["cognition.vision_tower"] = tensors_digest(tower.module)
+        facts["cognition features"] = f"{config.cognition.backend}, {tower.about}"
         names.append(VISION)
     if not names:
         raise ValueError(

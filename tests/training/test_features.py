@@ -159,8 +159,8 @@ def test_other_weights_and_options_are_another_fingerprint(run_overrides, kept):
             assert feature_cache(config, model, processor).folder != folder
             weight.view(-1)[0] = before
     for change, said in {
-        "perception.image_size=96": r"perception.backbone: .*'64 px, antialias'.* there, .*'96 px, antialias'.* now",
-        "perception.resize=opencv": r"perception.backbone: .*'64 px, antialias'.* there, .*'64 px, opencv'.* now",
+        "perception.image_size=96": "perception pictures: 64 px, antialias there, 96 px, antialias now",
+        "perception.resize=opencv": "perception pictures: 64 px, antialias there, 64 px, opencv now",
         "training.precision=bf16": "precision: fp32 there, bf16 now",
     }.items():
         with pytest.raises(DataError, match=rf"got features of others\n  - {folder}: {said}\nrun `deris-llm data"):
