@@ -43,10 +43,11 @@ FLOAT32, BFLOAT16 = 1e-4, 0.1  # of the largest value
 
 @pytest.fixture(autouse=True)
 def exact_float32() -> Iterator[None]:
-    """No TF32."""
+    """No TF32, which convolutions have by default."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    yield
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
     torch.set_float32_matmul_precision(before)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,51 @@ def test_install_runs_once_and_again_when_pyproject_changes(tmp_path):
     assert "installed already" not in install(extras="").stdout
     assert "installed already" in install(extras="").stdout
     assert "installed already" not in install().stdout
+
+
+def _gpu_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = ["bash", ROOT / "scripts" / "gpu.sh", *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def test_gpu_script_says_what_it_does_and_refuses_other_arguments():
+    helped = _gpu_script("--help")
+    assert helped.returncode == 0
+    for step in ("pytest -m gpu", "bench_perception.py", "bench_shared.py", "bench_7b.py"):
+        assert step in helped.stdout
+    refused = _gpu_script("--small")
+    assert refused.returncode == 2
+    assert "expected --tiny, --help or a folder, got --small" in refused.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+def test_gpu_script_without_a_gpu(tmp_path):
+    done = _gpu_script(str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert "expected a CUDA GPU, nvidia-smi lists none" in done.stderr
+    assert "scripts/gpu.sh --tiny runs the same steps" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_script_goes_on_when_a_step_fails(tmp_path):
+    """With a stand-in for Python that fails where it is told to: what runs is the benches' own business."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        f'if [[ "$2" == *sys.prefix* ]]; then echo "{tmp_path}"; fi\n'
+        f'if [[ "$2" == *deris_llm* ]]; then echo "{ROOT}/deris_llm"; fi\n'
+        'if [[ "$1" == scripts/* ]]; then echo "output of $1"; fi\n'
+        'if [[ "$1" == scripts/bench_perception.py ]]; then exit 3; fi\n'
+    )
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    done = _gpu_script("--tiny", str(out), VIRTUAL_ENV=str(tmp_path))
+    assert done.returncode == 1, done.stderr
+    results = [line.split(",")[0].split() for line in (out / "summary.txt").read_text().splitlines()]
+    assert results == [["tests", "passed"], ["perception", "FAILED"], ["shared", "passed"], ["7b", "passed"]]
+    assert (out / "7b.txt").read_text() == "output of scripts/bench_7b.py\n"
+    assert (out / "summary.txt").read_text() in done.stdout
 
 
 def _stage(name: str, marker: Path, *, depends_on: object = None) -> Stage:
