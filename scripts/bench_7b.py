@@ -2,7 +2,7 @@
 """DeRIS-7B at its true shape with random weights: speed in training and at test, MFU, peak memory, and what costs most.
 
     python scripts/bench_7b.py                            K = 1, 4, 7, 12 phrases of a picture, one GPU
-    python scripts/bench_7b.py --profile                  also the three largest costs of a training step
+    python scripts/bench_7b.py --profile                  also where a training step's time goes: parts, largest operators
     python scripts/bench_7b.py --budget-gib 24            also which settings fit a GPU of that size with one image
     python scripts/bench_7b.py --set cognition.quantization=nf4
     python scripts/bench_7b.py --tiny                     the same program at tiny size, on a CPU too: it says nothing about a 7B
@@ -25,12 +25,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from _bench import bench_console, machine
+from _bench import bench_console, device_name, machine
 from rich.console import Console
 from rich.table import Column, Table
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModel, AutoModelForUniversalSegmentation
 
 from deris_llm.config import RunConfig, load_config
@@ -44,6 +47,7 @@ from deris_llm.weights import architecture_of
 
 # Dense bf16 peak in TFLOP/s, as the vendor's data sheets have it.
 PEAKS = {"H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "RTX 4090": 165, "A10": 125}
+FORWARD = "forward pass"  # a phase of a step; its parts are told apart
 SETTINGS = (
     ("plain", "cognition.gradient_checkpointing=false", "cognition.quantization=none"),
     ("checkpointing", "cognition.gradient_checkpointing=true", "cognition.quantization=none"),
@@ -112,8 +116,17 @@ def drawn_batch(config: RunConfig, device: torch.device) -> ReferringBatch:
     return batch.to(device, dtype=torch.bfloat16 if config.training.precision == "bf16" else None)
 
 
-def training_step(model: Deris, config: RunConfig, batch: ReferringBatch) -> Callable[[], None]:
-    """Forward, loss, backward, clipping, optimizer; the optimizer's state lives as long as what is returned."""
+def training_step(
+    model: Deris, config: RunConfig, batch: ReferringBatch, *, ended: Callable[[str], None] = lambda _: None
+) -> Callable[[], None]:
+    """Forward, loss, backward, clipping, optimizer; the optimizer's state lives as long as what is returned.
+
+    Args:
+        model: in training mode.
+        config: of the run.
+        batch: with targets.
+        ended: told the name of each of these phases as it is over.
+    """
     optimizer, criterion = build_optimizer(model, config), build_criterion(config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     generator = torch.Generator(device=batch.image_index.device).manual_seed(0)
@@ -121,10 +134,16 @@ def training_step(model: Deris, config: RunConfig, batch: ReferringBatch) -> Cal
     targets = batch.targets
 
     def step() -> None:
-        criterion(model(batch), targets, generator=generator).total.backward()
+        output = model(batch)
+        ended(FORWARD)
+        loss = criterion(output, targets, generator=generator).total
+        ended("criterion")
+        loss.backward()
+        ended("backward pass")
         torch.nn.utils.clip_grad_norm_(trained, config.training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        ended("clipping, optimizer")
 
     return step
 
@@ -197,6 +216,82 @@ def show_largest_costs(
     console.print(table)
 
 
+def moment(device: torch.device) -> Any:
+    """Now, on a GPU in the queue of its work: nothing waits for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds(start: Any, end: Any) -> float:
+    """Between two moments that are over."""
+    return start.elapsed_time(end) if isinstance(start, torch.cuda.Event) else 1e3 * (end - start)
+
+
+def parts_of(model: Deris) -> dict[str, nn.Module]:
+    """The parts that run in a forward pass, by name; those of the image-text model one by one."""
+    inner = getattr(model.cognition, "model", model.cognition)
+    found = {f"cognition.{name}": module for name, module in inner.named_children()}
+    if model.perception is not None:
+        found |= {f"perception.{name}": module for name, module in model.perception.named_children()}
+    return found | {"loopback": model.loopback}
+
+
+def time_by_part(model: Deris, config: RunConfig, device: torch.device, repeats: int) -> dict[str, float]:
+    """Milliseconds of the fastest of some training steps: the forward pass by part, all else by phase."""
+    moments: list[tuple[str, Any]] = []
+    spans: list[tuple[str, Any, Any]] = []
+    step = training_step(
+        model.train(), config, drawn_batch(config, device), ended=lambda name: moments.append((name, moment(device)))
+    )
+
+    def watch(name: str, part: nn.Module) -> list[RemovableHandle]:
+        def enters(*_: object) -> None:
+            if len(moments) == 1:  # not again in the backward pass, where checkpointing repeats it
+                spans.append((name, moment(device), None))
+
+        def leaves(*_: object) -> None:
+            if len(moments) == 1:
+                spans[-1] = (*spans[-1][:2], moment(device))
+
+        return [part.register_forward_pre_hook(enters), part.register_forward_hook(leaves)]
+
+    handles = [handle for name, part in parts_of(model).items() for handle in watch(name, part)]
+    fastest: dict[str, float] = {}
+    for number in range(repeats + 1):
+        spans.clear()
+        moments[:] = [("", moment(device))]
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found = {name: 0.0 for name, *_ in spans}
+        for name, start, end in spans:
+            found[name] += milliseconds(start, end)
+        phases = {
+            name: milliseconds(start, end) for (_, start), (name, end) in zip(moments[:-1], moments[1:], strict=True)
+        }
+        found["rest of the forward pass"] = phases.pop(FORWARD) - sum(found.values())
+        found |= phases
+        if number and (not fastest or sum(found.values()) < sum(fastest.values())):  # the first one warms up
+            fastest = found
+    for handle in handles:
+        handle.remove()
+    return fastest
+
+
+def show_time_by_part(model: Deris, config: RunConfig, device: torch.device, repeats: int, console: Console) -> None:
+    """Where a training step's time goes, in terms of our parts."""
+    found = time_by_part(model, config, device, repeats)
+    right = [Column(column, justify="right") for column in ("ms", "share")]
+    title = f"a training step by part, K = {config.data.phrases_per_image}, {device_name(device)}, best of {repeats}"
+    table = Table("part", *right, title=title)
+    for name, spent in found.items():
+        table.add_row(name, f"{spent:,.1f}", f"{spent / sum(found.values()):.1%}")
+    console.print(table)
+
+
 def show_settings(name: str, overrides: list[str], budget_gib: float, device: torch.device, console: Console) -> None:
     """Which settings fit a GPU of this size with one picture: planned everywhere, measured under that limit on a GPU."""
     right = [Column(column, justify="right") for column in ("planned GiB", "measured peak GiB", "fits")]
@@ -237,11 +332,6 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def device_name(device: torch.device) -> str:
-    """For titles; a CPU says that it is one."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU (says nothing about a GPU)"
-
-
 def peak_flops(device: torch.device) -> float:
     """Dense bf16 peak of this GPU in FLOP/s; 0 where it is not known."""
     known = [1e12 * peak for name, peak in PEAKS.items() if name in device_name(device)]
@@ -257,7 +347,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="at tiny size, on a CPU where there is no GPU")
     parser.add_argument("--phrases", type=int, nargs="+", default=[1, 4, 7, 12], metavar="K")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timed runs of each (default 5)")
-    parser.add_argument("--profile", action="store_true", help="the three largest costs of a step, at the largest K")
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes, at the largest K")
     parser.add_argument("--budget-gib", type=float, metavar="GIB", help="which settings fit a GPU of this size")
     parser.add_argument("--set", nargs="+", default=[], metavar="A.B=VALUE", help="override fields of the run config")
     arguments = parser.parse_args()
@@ -279,6 +369,7 @@ def main() -> None:
     rows = [measure(model, run, device, arguments.repeats) for run in runs]
     show_speeds(config, rows, device, arguments.repeats, console)
     if arguments.profile:
+        show_time_by_part(model, runs[-1], device, arguments.repeats, console)
         show_largest_costs(model, runs[-1], device, console)
     del model
     if arguments.budget_gib:

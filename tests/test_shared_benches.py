@@ -120,7 +120,13 @@ def test_the_7b_bench_at_tiny_size(
     bench: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--tiny", "--phrases", "2", "--repeats", "1", "--profile", "--budget-gib", "24"]
-    few = ["--set", "training.images_per_device=1", "criterion.num_points=64", "perception.image_size=64"]
+    few = [
+        "--set",
+        "training.images_per_device=1",
+        "perception.activation_checkpointing=true",
+        "criterion.num_points=64",
+        "perception.image_size=64",
+    ]
     module = bench("bench_7b")
     monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(module, "SETTINGS", module.SETTINGS[-1:])
@@ -129,6 +135,13 @@ def test_the_7b_bench_at_tiny_size(
     assert "tiny-refcoco on a CPU (says nothing about a GPU)" in said
     costs = said.partition("largest costs of a training step")[2].partition("within 24 GiB")[0]
     assert costs.count("%") == 3
+    by_part = said.partition("a training step by part")[2].partition("largest costs")[0]
+    parts = [line.split("│")[1].strip() for line in by_part.splitlines() if "│" in line]
+    assert sorted(parts[:5]) == [
+        "cognition.language_model", "cognition.multi_modal_projector", "cognition.vision_tower", "perception.backbone",
+        "perception.pixel_decoder",
+    ]  # fmt: skip
+    assert parts[5:] == ["loopback", "rest of the forward pass", "criterion", "backward pass", "clipping, optimizer"]
     assert "planned: yes" in said
 
 
