@@ -458,16 +458,19 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
     config = load_config(arguments.config, arguments.set)
     with contextlib.redirect_stdout(sys.stderr):  # libraries greet on stdout when they are imported
-        from deris_llm.efficiency import efficiency_of, show_efficiency
+        from deris_llm.efficiency import efficiency_of, show_efficiency, show_work, work_of_run
         from deris_llm.planning import STAGES, plan_run, show_plan
 
         stages = STAGES if arguments.zero is None else [s for s in STAGES if s.startswith(str(arguments.zero))]
         plan = plan_run(config, gpus=arguments.gpus, stages=stages)
+        work = work_of_run(config, plan)
         efficiency = efficiency_of(config, measure=arguments.measure)
     if arguments.json:
-        sys.stdout.write(json.dumps(plan.to_json() | {"efficiency": efficiency.to_json()}, indent=1) + "\n")
+        more = {"work": work.to_json(), "efficiency": efficiency.to_json()}
+        sys.stdout.write(json.dumps(plan.to_json() | more, indent=1) + "\n")
     else:
         show_plan(plan, Console())
+        show_work(work, Console())
         show_efficiency(efficiency, Console())
     return 0
 

@@ -1,7 +1,8 @@
-"""What a phrase costs at test: multiply-accumulates by part, counted from shapes, and milliseconds, measured here.
+"""What a phrase costs at test, by part: multiply-accumulates, counted, and milliseconds, measured; what a training run costs.
 
 The paper's columns (Table 11: MACs, parameters, inference ms), with one difference that matters: phrases of a picture
-share what depends on the picture alone, so a phrase costs less the more phrases a picture has. Both ends are given.
+share what depends on the picture alone, so a phrase costs less the more phrases a picture has. Both ends are given. All
+counts are from shapes.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from deris_llm.config import RunConfig
 from deris_llm.inference import for_cpu_inference
 from deris_llm.model import Deris, build_model
-from deris_llm.planning import ShapeSimulation, plan_cognition, shape_batch
+from deris_llm.planning import RunPlan, ShapeSimulation, plan_cognition, shape_batch, within_token_limit
 from deris_llm.structures import ReferringBatch
 
 PHRASES_OF_A_PICTURE = 7  # RefCOCO val has 7.2
 PAPER_TABLE_11 = {1: (37.0, 230.9, 22.5), 3: (37.1, 235.9, 23.4), 5: (37.2, 240.9, 23.9)}
 """DeRIS-B by number of rounds: MACs (G), parameters (M), inference (ms, on the authors' GPU)."""
+PEAKS = {"H100": 989, "H200": 989, "H800": 989, "L40S": 362, "A100": 312, "A800": 312, "RTX 4090": 165, "A10": 125}
+"""Dense bf16 peak of GPUs in TFLOP/s, as the vendor's data sheets have it."""
+UTILISATIONS = (0.2, 0.3, 0.4)
+"""MFU (operations of the model, none that are repeated, over time and peak) for which `plan` says how long a run takes."""
 _ROOM = 1.3  # memory that a model needs to be run, over that of its weights
 
 
@@ -142,14 +147,19 @@ def count_macs(model: Deris, batch: ReferringBatch) -> dict[str, int]:
     return found | ({"rest": rest} if rest else {})
 
 
-def training_flops(config: RunConfig) -> int:
-    """Floating-point operations of one micro-batch, forward and backward, without those that checkpointing repeats.
+def training_flops(config: RunConfig, *, with_repeats: bool = False) -> int:
+    """Floating-point operations of one micro-batch, forward and backward.
 
     The loss is stood in for by a sum of all outputs; a multiply-accumulate counts as two.
+
+    Args:
+        config: the run; no weights are read.
+        with_repeats: also those that checkpointing, where the run has it, repeats in the backward pass.
     """
-    cognition = dataclasses.replace(config.cognition, gradient_checkpointing=False)
-    perception = dataclasses.replace(config.perception, activation_checkpointing=False)
-    config = dataclasses.replace(config, cognition=cognition, perception=perception)
+    if not with_repeats:
+        cognition = dataclasses.replace(config.cognition, gradient_checkpointing=False)
+        perception = dataclasses.replace(config.perception, activation_checkpointing=False)
+        config = dataclasses.replace(config, cognition=cognition, perception=perception)
     model = build_model(config, weights=False, device="meta").train()
     batch = shape_batch(config, plan_cognition(config))
     with ShapeSimulation(), FlopCounterMode(display=False) as counter:
@@ -159,6 +169,56 @@ def training_flops(config: RunConfig) -> int:
             loss = loss + answer.mask_logits.float().sum() + answer.referring_logits.float().sum()
         loss.backward()
     return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a whole training run."""
+
+    images: int  # shown, each with some phrases
+    phrases_per_image: float  # mean of the shown images
+    flops: float  # forward and backward
+    flops_with_repeats: float  # and what checkpointing repeats
+    flops_one_by_one: float  # of the same phrases with `data.phrases_per_image=1`, without repeats
+    gpus: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times the operations one phrase at a time would take."""
+        return self.flops_one_by_one / self.flops
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"ratio": self.ratio}
+
+
+def work_of_run(config: RunConfig, plan: RunPlan) -> Work:
+    """Counts a whole run: a shown image with the mean number of phrases, times the images of all steps.
+
+    Operations grow with the phrases of an image along a straight line (DeRIS-7B, 1 to 4 phrases: to 3e-5), so two counts
+    give those of the mean; what is repeated is the same share of them (to 1e-4).
+
+    Args:
+        config: the run.
+        plan: of the same run.
+    """
+    most = within_token_limit(config).data.phrases_per_image
+    mean = plan.epoch.phrases / plan.epoch.images
+    images = plan.epoch.total_steps * plan.images_per_device * config.training.accumulation * plan.gpus
+    full = _one_picture(config, most)
+    alone = together = training_flops(_one_picture(config, 1))
+    flops = float(alone)
+    if most > 1:
+        together = training_flops(full)
+        flops = alone + (together - alone) * (mean - 1) / (most - 1)
+    repeats = config.cognition.gradient_checkpointing or config.perception.activation_checkpointing
+    share = training_flops(full, with_repeats=True) / together if repeats else 1.0
+    return Work(images, mean, images * flops, images * flops * share, images * mean * alone, plan.gpus)
+
+
+def run_hours(flops: float, peak_tflops: float, utilisation: float, gpus: int) -> float:
+    """Hours that so many operations take at this MFU of this peak: arithmetic."""
+    return flops / (peak_tflops * 1e12 * utilisation * gpus) / 3600
 
 
 def _part_names(model: Deris) -> Iterator[str]:
@@ -259,3 +319,46 @@ def show_efficiency(found: Efficiency, console: Console) -> None:
 
 def _cells(alone: float, together: float) -> tuple[str, str, str]:
     return f"{alone:,.2f}", f"{together:,.2f}", f"{alone / together:.2f}" if together else ""
+
+
+def show_work(work: Work, console: Console) -> None:
+    """Prints how long the run would take."""
+    several = f" / {work.gpus} GPUs" if work.gpus > 1 else ""
+    columns = ("TFLOP/s", *(f"{share:.0%}" for share in UTILISATIONS))
+    table = Table(
+        "GPU", *(Column(name, justify="right") for name in columns), title=f"hours of the run on 1 GPU{several}, by MFU"
+    )
+    by_peak: dict[int, list[str]] = {}
+    for name, peak in PEAKS.items():
+        by_peak.setdefault(peak, []).append(name)
+    kinds = {
+        f"{work.phrases_per_image:.2f} phrases an image": work.flops,
+        "one phrase at a time": work.flops_one_by_one,
+    }
+    for title, flops in kinds.items():
+        table.add_section()
+        table.add_row(title, style="bold")
+        for peak, names in by_peak.items():
+            hours = [[run_hours(flops, peak, share, n) for n in sorted({1, work.gpus})] for share in UTILISATIONS]
+            table.add_row(", ".join(names), str(peak), *(" / ".join(map(_short, numbers)) for numbers in hours))
+    console.print(table)
+    with_repeats = f" ({_flop(work.flops_with_repeats)} with what checkpointing repeats)"
+    console.print(
+        f"the whole run: {work.images:,} images shown with {work.phrases_per_image:.2f} phrases each, {_flop(work.flops)}"
+        f"{with_repeats if work.flops_with_repeats > work.flops else ''}; the same phrases one at a time "
+        f"{_flop(work.flops_one_by_one)}: {work.ratio:.2f} times as much.\n"
+        "Hours are arithmetic: operations without repeats / (dense bf16 peak of the data sheets x MFU x GPUs). Nothing of it was "
+        "measured; loading, evaluation and talk between GPUs are not in it. scripts/bench_7b.py measures a GPU's MFU.\n",
+        highlight=False,
+    )
+
+
+def _short(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.1f}" if hours >= 1 else f"{hours:.2g}"
+
+
+def _flop(number: float) -> str:
+    unit, size = next(
+        (u, s) for u, s in (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12)) if number >= s or s == 1e12
+    )
+    return f"{number / size:,.2f} {unit}"

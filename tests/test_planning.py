@@ -157,6 +157,7 @@ def test_the_7b_is_planned_without_its_weights():
     assert totals["0"] > totals["1"] > totals["2"] > totals["3"] > totals["3 + offload"]
     assert plan.epoch.phrases == 120_624 + 120_191 + 80_512
     assert "published" in plan.epoch.source
+    assert plan.epoch.images == 88_544  # 3.6 phrases each: most images have a part that is not full
     own = plan.tokens_per_phrase - plan.shared_tokens
     assert 0 < own < plan.tokens_per_phrase
     assert plan.epoch.tokens == plan.epoch.images * plan.shared_tokens + plan.epoch.phrases * own
@@ -178,6 +179,9 @@ def test_the_table_names_every_part_and_stage(overrides):
     console = Console(file=io.StringIO(), width=140)
     show_plan(plan, console)
     text = console.file.getvalue()
+    narrow = io.StringIO()
+    show_plan(plan, Console(file=narrow, width=80))
+    assert "…" not in narrow.getvalue()
     for word in ("cognition.lora", "perception.pixel_decoder", "3 + offload", "not measured on a GPU", "an epoch:"):
         assert word in text
 

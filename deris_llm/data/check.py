@@ -42,6 +42,11 @@ def known_num_phrases(split: str) -> int:
     return KNOWN_PHRASES[split][0] if split in KNOWN_PHRASES else KNOWN_COUNTS.get(split, (0, 0, 0))[1]
 
 
+def known_num_images(split: str) -> int:
+    """Images of the published ``dataset/split``; 0 where it is not known."""
+    return KNOWN_COUNTS.get(split, (0, 0, 0))[2]
+
+
 @dataclass(frozen=True)
 class SplitCounts:
     """What a split holds, or why it cannot be read."""
