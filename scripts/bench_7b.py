@@ -38,15 +38,13 @@ from transformers import AutoModel, AutoModelForUniversalSegmentation
 
 from deris_llm.config import RunConfig, load_config
 from deris_llm.criterion import build_criterion
-from deris_llm.efficiency import training_flops
+from deris_llm.efficiency import PEAKS, training_flops
 from deris_llm.model import Deris, build_model
 from deris_llm.planning import GIB, plan_cognition, plan_run, shape_batch
 from deris_llm.structures import ReferringBatch, ReferringTargets
 from deris_llm.training.parameters import build_optimizer
 from deris_llm.weights import architecture_of
 
-# Dense bf16 peak in TFLOP/s, as the vendor's data sheets have it.
-PEAKS = {"H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "RTX 4090": 165, "A10": 125}
 FORWARD = "forward pass"  # a phase of a step; its parts are told apart
 SETTINGS = (
     ("plain", "cognition.gradient_checkpointing=false", "cognition.quantization=none"),
