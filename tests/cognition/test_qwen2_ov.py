@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlavaOnevisionModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from deris_llm.cognition import build_processor, resolve_backend
+from deris_llm.cognition import build_processor, prompts, resolve_backend
 from deris_llm.cognition.qwen2_ov import Qwen2OneVision, Qwen2OneVisionProcessor
 from deris_llm.structures import CognitionFeatures, CognitionInputs
 from deris_llm.testing import check_cognition_backend, relative_difference, synthetic_images, tiny_config
@@ -228,6 +228,16 @@ def test_a_prompt_beyond_the_context_is_told(processor):
     told = r"phrase 'the red circle': expected at most \d+ tokens in its prompt, .* got \d+, 16 of them its picture's"
     with pytest.raises(ValueError, match=told):
         short.encode("the red circle")
+
+
+def test_prompts_of_different_lengths_are_padded_on_the_right() -> None:
+    found = prompts.padded([([1, 2, 3], [False, True, True]), ([4], [True])], pad_token_id=9)
+    assert [tensor.tolist() for tensor in found] == [
+        [[1, 2, 3], [4, 9, 9]],
+        [[False, False, False], [False, True, True]],
+        [[False, True, True], [True, False, False]],
+    ]
+    assert [tensor.dtype for tensor in found] == [torch.int64, torch.bool, torch.bool]
 
 
 def test_phrases_of_a_picture_with_other_prompts_are_refused(overrides: list[str], backend: Qwen2OneVision, processor):
