@@ -1,6 +1,7 @@
 import copy
 import functools
 import math
+import shutil
 from typing import Any, get_args
 
 import pytest
@@ -283,6 +284,7 @@ def test_without_the_package_kernels_grid_sample_serves_and_it_is_said_once(capl
     assert "`kernels` is either not installed or uses an incompatible version" in message
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_is_equal(caplog):
     """Really compiled, by inductor for the CPU: a run uses it on a GPU only."""
     torch.compiler.reset()
