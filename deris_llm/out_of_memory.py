@@ -85,8 +85,8 @@ def training_cures(config: RunConfig) -> list[str]:
         )
     if data.phrases_per_image > 1:
         cures.append(f"data.phrases_per_image={data.phrases_per_image // 2} (now {data.phrases_per_image})")
-    cures.append(_token_cure(config))
-    if not config.perception.activation_checkpointing:
+    cures += _token_cure(config)
+    if not config.perception.activation_checkpointing and config.loopback.structure != "cognition_centric":
         cures.append("perception.activation_checkpointing=true (now false): recomputes the pixel decoder")
     cures.append(f"criterion.num_points (now {config.criterion.num_points}): points at which masks are compared")
     return [*cures, _ZERO_CURE]
@@ -104,7 +104,7 @@ def evaluation_cures(config: RunConfig) -> list[str]:
         cures.append(
             f"evaluation.max_phrases_per_batch={evaluation.max_phrases_per_batch // 2} (now {evaluation.max_phrases_per_batch})"
         )
-    return [*cures, _token_cure(config)]
+    return [*cures, *_token_cure(config)]
 
 
 def killed_message(config: RunConfig, *, ranks: int) -> str:
@@ -166,6 +166,8 @@ def _quantization_cure(config: RunConfig) -> list[str]:
     return []
 
 
-def _token_cure(config: RunConfig) -> str:
+def _token_cure(config: RunConfig) -> list[str]:
+    if config.cognition.backend in ("beit3", "vilt", "bert"):  # no language models: they refuse it
+        return []
     now = config.data.max_tokens_per_image or "no limit"
-    return f"data.max_tokens_per_image (now {now}): tokens behind one copy of an image (qwen2_ov, qwen_vl)"
+    return [f"data.max_tokens_per_image (now {now}): tokens behind one copy of an image"]

@@ -5,6 +5,7 @@ Memory really runs out here: a field asks for terabytes, or the process may not 
 
 import contextlib
 import json
+import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from deris_llm.cli import main
+from deris_llm.config import config_names, load_config
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.evaluation import evaluator
 from deris_llm.model import build_model
@@ -20,7 +22,9 @@ from deris_llm.out_of_memory import (
     DoesNotFitError,
     evaluation_cures,
     explains_out_of_memory,
+    host_cures,
     killed_message,
+    loading_cures,
     training_cures,
 )
 from deris_llm.pipeline import DerisPipeline
@@ -180,6 +184,18 @@ def test_who_says_that_memory_ran_out(error: Exception, reason: str) -> None:
     assert f"to fit, got: {reason}" in str(caught.value)
     for cure in ("data.num_workers=2 (now 5)", "evaluation.compare_workers=0 (now 2)"):
         assert (cure in str(caught.value)) == isinstance(error, MemoryError)
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_what_is_advised_can_be_set(name: str) -> None:
+    config = load_config(name, ["data.num_workers=4", "evaluation.compare_workers=1"])
+    cures = [*training_cures(config), *evaluation_cures(config), *loading_cures(config), *host_cures(config, ranks=2)]
+    settings = re.findall(r"[a-z_]+\.[a-z_.]+=\w+", "\n".join(cures))
+    assert len(settings) >= 4
+    for setting in settings:
+        load_config(name, [setting])
+    limits_tokens = any("max_tokens_per_image" in cure for cure in cures)
+    assert limits_tokens == (config.cognition.backend in ("qwen2_ov", "qwen_vl"))
 
 
 def test_a_rank_that_was_killed() -> None:
