@@ -724,11 +724,14 @@ def load_checkpoint(
 def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run config of a checkpoint, with the tokenizer that lies in its folder or in that of the checkpoint it is based on.
 
+    `perception.deformable_attention` is not read from it: whether compiled code of others is fetched is for the user of this
+    machine to say, and results are equal.
+
     Args:
         folder: either kind of checkpoint.
         overrides: ``section.field=value``; they win.
     """
-    config = load_config(folder / CONFIG_FILE, overrides)
+    config = load_config(folder / CONFIG_FILE, ["perception.deformable_attention=grid_sample", *overrides])
     base = folder if is_full(folder) else recorded_base_checkpoint(folder)
     if base is None:
         own = (

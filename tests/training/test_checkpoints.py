@@ -240,3 +240,14 @@ def test_a_checkpoint_cannot_name_code_to_import(copy):
     (copy / "config.yaml").write_text(text.replace("backend: qwen2_ov", "backend: antigravity:Class"))
     with pytest.raises(ValueError, match=r"got the module path 'antigravity:Class', which could run any code"):
         load_checkpoint(copy)
+
+
+def test_a_checkpoint_cannot_ask_for_downloaded_kernels(copy, config):
+    asking = dataclasses.replace(
+        config, perception=dataclasses.replace(config.perception, deformable_attention="hub_kernel")
+    )
+    checkpoints.save_weights(copy, build_model(config), asking, {})
+    assert "hub_kernel" in (copy / checkpoints.CONFIG_FILE).read_text()
+    assert checkpoints.checkpoint_config(copy).perception.deformable_attention == "grid_sample"
+    asked = checkpoints.checkpoint_config(copy, ["perception.deformable_attention=hub_kernel"])
+    assert asked.perception.deformable_attention == "hub_kernel"
