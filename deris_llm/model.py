@@ -58,8 +58,8 @@ class Deris(nn.Module):
 
     def forward(self, batch: ReferringBatch) -> DerisOutput:
         """Answers P phrases about I images."""
-        # On a GPU the host waits for what it reads itself: here, at cognition's start and for the sizes of perception's maps.
-        # So the shorter of the two comes first.
+        # On a GPU the host waits for what it reads itself: here, at cognition's start and once in the pixel
+        # decoder. So the shorter of the two comes first.
         phrases_per_image = batch.phrases_per_image()
         seen = (batch.perception_image, batch.perception_pyramid)
         perception = None if self.perception is None else self.perception(*seen)  # where things are, once per image
