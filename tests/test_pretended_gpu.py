@@ -238,9 +238,13 @@ def test_training_steps_keep_to_one_device_and_one_precision() -> None:
     assert "deris-7b-refcoco: 7.60 B parameters, gradients for 581 tensors" in done.stdout
 
 
-def test_the_7b_answers_on_cuda_under_autocast() -> None:
+def test_the_7b_answers_on_cuda_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     config, device = load_config("deris-7b-refcoco"), torch.device("cuda:0")
+    # Without them autocast turns itself off.
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     with FakeTensorMode(), KnownValues(device), torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        assert torch.is_autocast_enabled("cuda")
         model, batch = pretended_run(config, device)
         answer = model.eval()(batch)
     assert answer.presence_logit.device == answer.final.mask_logits.device == device
