@@ -16,7 +16,7 @@ _SIGNS = (
     "ALLOC_FAILED",  # cuBLAS, cuDNN
     "DefaultCPUAllocator",
 )
-_ONEDNN = "could not create a primitive"  # all that it says; with more words it is another error
+_ONEDNN = "could not create a primitive"  # all that it says of lacking memory; with more words it is another error
 
 
 class DoesNotFitError(ValueError):
@@ -61,9 +61,11 @@ def explains_out_of_memory(config: RunConfig, *, loading: bool = False) -> Itera
 def _reason(error: Exception) -> str | None:
     """The line of an error that says how memory ran out; None where it did not."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    signed = [line for line in lines if any(sign in line for sign in _SIGNS) or line.endswith(_ONEDNN)]
-    if signed:
-        return signed[0].strip()
+    for line in lines:
+        if line.endswith(_ONEDNN):
+            return f"{line.strip()} (oneDNN, which says no more: memory is the usual reason)"
+        if any(sign in line for sign in _SIGNS):
+            return line.strip()
     if isinstance(
         error, MemoryError
     ):  # of numpy, Pillow, Python itself; from a loader process its traceback comes along

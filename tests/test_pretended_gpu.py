@@ -278,7 +278,7 @@ def test_a_second_device_is_found() -> None:
     device = torch.device("cuda:0")
     with FakeTensorMode(), KnownValues(device):
         on_gpu = torch.ones(3, 4, device=device)
-        with pytest.raises(RuntimeError, match="found at least two devices"):
+        with pytest.raises(RuntimeError, match="found (at least )?two (different )?devices"):
             on_gpu + torch.ones(4)
         with pytest.raises(RuntimeError, match="one precision"):
             on_gpu @ torch.ones(4, 4, dtype=torch.bfloat16, device=device)
