@@ -3,7 +3,6 @@
 Memory really runs out here: a field asks for terabytes, or the process may not grow.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -11,7 +10,7 @@ import re
 import resource
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from deris_llm.training.last_words import ERROR_FILE, last_words, leave_last_wor
 
 PROTOCOL = "id: large\nsize: fixed\nfixed_px: 4096\ntruth_resampling: nearest\n"
 ALL_QUERIES = "evaluation.score_threshold=0.001"  # five masks of 64 MB a phrase
-ROOM = 450 * 2**20  # loading takes up to 300, evaluating more than 600
+ROOM = 200 * 2**20
 ON_CPU = pytest.mark.skipif(
     torch.cuda.is_available() or sys.platform != "linux",
     reason="the machine's own memory runs out; CUDA reserves more addresses than the process may have here",
@@ -72,16 +71,22 @@ def checkpoint(overrides: list[str], tmp_path: Path) -> Path:
     return tmp_path / "run" / "best"
 
 
-@contextlib.contextmanager
-def room(num_bytes: int) -> Iterator[None]:
-    """So much more than now is what this process may have."""
+def limit_room(num_bytes: int) -> None:
+    """From here on this process may have so much more than now; its end lifts the limit (`in_a_child`)."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + num_bytes, hard))
+
+
+def limit_room_of_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same once an evaluation starts, when everything is loaded."""
+    check_records = evaluator.check_records
+
+    def checked(*arguments: Any) -> None:
+        check_records(*arguments)
+        limit_room(ROOM)
+
+    monkeypatch.setattr(evaluator, "check_records", checked)
 
 
 def in_a_child(test: Callable[..., None]) -> Callable[..., None]:
@@ -134,12 +139,12 @@ def test_a_training_step_that_does_not_fit(
 @ON_CPU
 @in_a_child
 def test_an_evaluation_in_training_that_does_not_fit_leaves_a_whole_checkpoint(
-    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    limit_room_of_evaluation(monkeypatch)
     (tmp_path / "large.yaml").write_text(PROTOCOL)
     overrides = [*overrides, f"evaluation.protocols=[{tmp_path / 'large.yaml'}]", ALL_QUERIES]
-    with room(ROOM):
-        assert train(tmp_path / "run", *overrides) == 1
+    assert train(tmp_path / "run", *overrides) == 1
     said = capsys.readouterr().err
     assert "rank 0: error: evaluation ran out of memory: expected a batch to fit, got: " in said
     assert "  - evaluation.max_phrases_per_batch=80 (now 160)\n" in said
@@ -168,8 +173,8 @@ def test_an_evaluation_that_does_not_fit(
         "--set",
         ALL_QUERIES,
     ]
-    with room(ROOM):
-        assert main([*command, "--output", str(tmp_path / "out")]) == 2
+    limit_room_of_evaluation(monkeypatch)
+    assert main([*command, "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     told = said[said.index("error: evaluation ran out of memory: expected a batch to fit, got: ") :]
     assert told == last_words(tmp_path / "error.json") + "\n(`deris-llm --debug ...` shows where)\n"
@@ -184,7 +189,8 @@ def test_a_picture_that_does_not_fit(checkpoint: Path, tmp_path: Path, capsys: p
     pipeline = DerisPipeline.from_pretrained(checkpoint, overrides=["perception.image_size=3072"])
     picture = synthetic_images(1)[0]
     told = r"evaluation ran out of memory: .*(Unable to allocate \d+\. MiB|MemoryError \(of this machine)"
-    with room(2**25), pytest.raises(DoesNotFitError, match=told) as caught:
+    limit_room(2**25)
+    with pytest.raises(DoesNotFitError, match=told) as caught:
         pipeline(picture, ["ring"])
     assert "data.num_workers" not in str(caught.value)  # there are none
 
