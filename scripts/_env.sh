@@ -1,5 +1,15 @@
-# Sourced by quickstart.sh and test.sh: picks the Python environment and installs this package in it.
-# Sets PYTHON. Expects ROOT (this repository) and LOG (a writable log file).
+# shellcheck shell=bash
+# Sourced first by every script of this folder: an unexpected failure names its line and command, never a silent exit.
+# For quickstart.sh, test.sh and gpu.sh it also picks the Python environment (sets PYTHON) and installs this package in it;
+# those functions expect ROOT (this repository) and LOG (a writable log file).
+
+set -Eeuo pipefail # -E: the trap also holds inside functions and command substitutions
+name_failure() { # name_failure STATUS FILE LINE COMMAND
+  printf 'FAILED: %s, line %s, status %s: %s\n' "${2##*/}" "$3" "$1" "$4" >&2
+}
+trap 'name_failure "$?" "${BASH_SOURCE[0]:-$0}" "$LINENO" "$BASH_COMMAND"' ERR
+
+PROGRESS_EVERY=10 # seconds between two lines while pip works
 
 say() { printf '%s\n' "$*" | tee -a "$LOG"; }
 
@@ -39,7 +49,7 @@ use_environment() {
 
 # install_package EXTRAS ("" or "[dev]"): pip only runs when pyproject.toml changed or the package is not there.
 install_package() {
-  local extras="$1" stamp key origin pip_pid started line
+  local extras="$1" stamp key origin started
   stamp="$("$PYTHON" -c 'import sys; print(sys.prefix)')/.deris_llm-installed"
   key="$ROOT $(cksum <"$ROOT/pyproject.toml")"
   origin="$(cd / && "$PYTHON" -c 'import deris_llm; print(deris_llm.__path__[0])' 2>/dev/null || true)"
@@ -50,15 +60,17 @@ install_package() {
   fi
   say "package: installing deris-llm$extras and its libraries (torch among them: some minutes, about 6 GB)"
   started=$SECONDS
-  (cd "$ROOT" && "$PYTHON" -m pip install --disable-pip-version-check --no-input --progress-bar off -e ".$extras") >>"$LOG" 2>&1 &
+  (cd "$ROOT" && exec "$PYTHON" -m pip install --disable-pip-version-check --no-input --progress-bar off -e ".$extras") >>"$LOG" 2>&1 &
   pip_pid=$!
+  trap 'kill "$pip_pid" 2>/dev/null || true' EXIT # an interrupted script leaves no pip behind
   while kill -0 "$pip_pid" 2>/dev/null; do
     sleep 1
-    if (((SECONDS - started) % 10 == 0)); then
-      line="$(grep -E '^(Collecting|Downloading|Installing|Building|Using|  Downloading)' "$LOG" | tail -n 1 | cut -c 1-100)"
-      printf '  %4d s  %s\n' $((SECONDS - started)) "$line"
+    if (((SECONDS - started) % PROGRESS_EVERY == 0)); then
+      # Whatever pip said last; where everything is installed already, that may be nothing for a while.
+      printf '  %4d s  %s\n' $((SECONDS - started)) "$(tail -n 1 "$LOG" | cut -c 1-100)"
     fi
   done
+  trap - EXIT
   wait "$pip_pid" || {
     tail -n 15 "$LOG"
     fail "pip could not install the package (its last lines are above)" \

@@ -11,6 +11,9 @@
 # Uses the active environment, else .venv, as ./scripts/test.sh does. How long it takes is not known: nothing has run on a GPU
 # yet. Exit status: 0 all steps passed, 1 one failed, 2 wrong arguments or no GPU.
 set -euo pipefail
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+# shellcheck source=scripts/_env.sh
+source "$ROOT/scripts/_env.sh"
 
 usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//p}' "$0"; }
 refuse() { # refuse WHAT WHAT_TO_DO
@@ -37,15 +40,12 @@ if [[ -z $tiny && -z "$(nvidia-smi --list-gpus 2>/dev/null || true)" ]]; then
     "run it on a machine with one; scripts/gpu.sh --tiny runs the same steps at tiny size on a CPU"
 fi
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 OUT="${OUT:-$ROOT/runs/gpu${tiny:+-tiny}}"
 mkdir -p "$OUT"
 OUT="$(cd "$OUT" && pwd -P)"
 cd "$ROOT"
 LOG="$OUT/machine.txt"
 : >"$LOG"
-# shellcheck source=scripts/_env.sh
-source "$ROOT/scripts/_env.sh"
 use_environment
 install_package "[dev]"
 PATH="$(dirname "$PYTHON"):$PATH"
@@ -58,7 +58,7 @@ fi
 say "commit: $(git -C "$ROOT" describe --always --dirty 2>/dev/null || echo "no repository")"
 say "$(nvidia-smi 2>/dev/null || echo "no GPU: tiny sizes on a CPU")"
 say "$(python -m pip list --disable-pip-version-check 2>/dev/null |
-  grep -iE '^(torch|torchvision|transformers|peft|accelerate|deepspeed|bitsandbytes|flash[_-]attn|kernels|triton) ')"
+  grep -iE '^(torch|torchvision|transformers|peft|accelerate|deepspeed|bitsandbytes|flash[_-]attn|kernels|triton) ' || true)"
 
 failed=()
 summary="$OUT/summary.txt"
@@ -88,4 +88,7 @@ fi
 printf '\n'
 cat "$summary"
 printf 'results: %s\n' "$OUT"
-((${#failed[@]} == 0))
+if ((${#failed[@]})); then
+  printf 'FAILED: %s; see the .txt of each step there\n' "${failed[*]}" >&2
+  exit 1
+fi

@@ -14,6 +14,9 @@
 #
 #   scripts/launch_multi_node.sh hostfile deris-7b-refcoco --output /shared/runs/deris-7b --set data.root=/shared/refer
 set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=scripts/_env.sh
+source "$root/scripts/_env.sh"
 
 usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//p}' "$0"; }
 
@@ -25,7 +28,6 @@ if [[ $# -lt 2 ]]; then
   echo "error: expected HOSTFILE and CONFIG, got $# argument; see --help" >&2
   exit 2
 fi
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 hostfile="$1"
 config="$2"
 shift 2

@@ -11,6 +11,9 @@
 #   scripts/launch_single_node.sh deris-7b-refcoco --gpus 4 --deepspeed ds_configs/zero3.json --set data.root=/data/refer
 #   scripts/launch_single_node.sh tiny-refcoco --fast-dev-run
 set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=scripts/_env.sh
+source "$root/scripts/_env.sh"
 
 usage() { sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//p}' "$0"; }
 
@@ -18,7 +21,6 @@ if [[ $# -eq 0 || $1 == -h || $1 == --help ]]; then
   usage
   exit $(($# == 0 ? 2 : 0))
 fi
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 config="$1"
 shift
 gpus=""

@@ -4,12 +4,12 @@
 # interruption: what is finished is reused. Arguments go to `python -m deris_llm.quickstart` (see --help).
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+# shellcheck source=scripts/_env.sh
+source "$ROOT/scripts/_env.sh"
 cd "$ROOT"
 mkdir -p runs/quickstart
 LOG="$ROOT/runs/quickstart/quickstart.log"
 printf '\n==== %s quickstart.sh %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "$*" >>"$LOG"
-# shellcheck source=scripts/_env.sh
-source "$ROOT/scripts/_env.sh"
 started=$SECONDS
 use_environment
 install_package ""

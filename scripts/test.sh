@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Everything CI checks: ruff, pyright, pytest. Makes .venv (or uses the active environment) and installs the `dev` extra.
+# Everything CI checks: ruff, shellcheck, pyright, pytest. Makes .venv (or uses the active environment) and installs the `dev` extra.
 #   ./scripts/test.sh                        all of it
 #   ./scripts/test.sh tests/test_config.py   only pytest, with these arguments
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+# shellcheck source=scripts/_env.sh
+source "$ROOT/scripts/_env.sh"
 cd "$ROOT"
 mkdir -p runs
 LOG="$ROOT/runs/test-install.log"
 : >"$LOG"
-# shellcheck source=scripts/_env.sh
-source "$ROOT/scripts/_env.sh"
 use_environment
 install_package "[dev]"
 PATH="$(dirname "$PYTHON"):$PATH"
@@ -29,6 +29,7 @@ check() { # check NAME COMMAND...
 }
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
+check "shellcheck" shellcheck --external-sources scripts/*.sh scripts/slurm.sbatch .ci/run
 check "pyright" pyright
 check "pytest" "$PYTHON" -m pytest -q -n 2 --dist loadfile --durations 10
 

@@ -1,12 +1,17 @@
 """The shell scripts and the quickstart's stages."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from deris_llm.quickstart import Log, Stage, StageError, main, run_stages
@@ -23,6 +28,7 @@ def test_shell_scripts_parse_and_can_be_run(path):
         assert os.access(path, os.X_OK), f"chmod +x {path.name}"
         assert path.read_text().startswith("#!/usr/bin/env bash\n")
         assert "set -euo pipefail" in path.read_text()
+        assert path.name == "run" or '/scripts/_env.sh"' in path.read_text()  # which names what fails
 
 
 def _bash(script: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -89,6 +95,104 @@ def test_install_runs_once_and_again_when_pyproject_changes(tmp_path):
     assert "installed already" not in install(extras="").stdout
     assert "installed already" in install(extras="").stdout
     assert "installed already" not in install().stdout
+
+
+SCRIPT_ENDS = [("test.sh", "all passed"), ("quickstart.sh", "ran -m deris_llm.quickstart --install-seconds")]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The scripts in a folder of their own, with an environment whose Python and tools are stand-ins."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "pyproject.toml").write_text("one")
+    helpers = tmp_path / "scripts" / "_env.sh"
+    helpers.write_text(helpers.read_text().replace("PROGRESS_EVERY=10", "PROGRESS_EVERY=1"))
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    for tool in ("ruff", "shellcheck", "pyright"):
+        (tools / tool).write_text("#!/bin/sh\n")
+    (tools / "python").write_text(
+        "#!/usr/bin/env bash\n"
+        'if [[ "$1 $2" == "-m pip" ]]; then\n'
+        '  for ((i = 0; i < ${PIP_SECONDS:-0}; i++)); do echo "$PIP_SAYS" | grep . || true; sleep 1; done\n'
+        '  exit "${PIP_STATUS:-0}"\n'
+        "fi\n"
+        f'if [[ "$2" == *sys.prefix* ]]; then echo "{tmp_path}/.venv"; exit; fi\n'
+        'if [[ "$1" == -m ]]; then echo "ran $*"; fi\n'
+    )
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    return tmp_path
+
+
+def _run_script(checkout: Path, name: str, **environment: str) -> subprocess.CompletedProcess:
+    kept = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    command = ["bash", checkout / "scripts" / name]
+    return subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("name", "end"), SCRIPT_ENDS)
+@pytest.mark.parametrize("says", ["", "Requirement already satisfied: torch in ./lib"], ids=["silent", "satisfied"])
+def test_scripts_wait_for_a_slow_pip_whatever_it_says(checkout: Path, name: str, end: str, says: str):
+    done = _run_script(checkout, name, PIP_SECONDS="3", PIP_SAYS=says)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert end in done.stdout
+    progress = [line for line in done.stdout.splitlines() if " s  " in line]
+    assert len(progress) >= 2
+    assert all(says in line for line in progress[1:])
+
+
+@pytest.mark.parametrize(("name", "end"), SCRIPT_ENDS)
+def test_a_pip_that_fails_after_a_while_ends_the_scripts_with_a_message(checkout: Path, name: str, end: str):
+    done = _run_script(checkout, name, PIP_SECONDS="2", PIP_SAYS="No space left on device", PIP_STATUS="1")
+    assert done.returncode == 1
+    assert end not in done.stdout
+    for fact in ("No space left on device", "FAILED: pip could not install the package", "What to do: ", "Log: "):
+        assert fact in done.stdout
+
+
+@pytest.mark.parametrize(("name", "end"), SCRIPT_ENDS)
+def test_a_command_that_fails_unexpectedly_is_named_with_its_line(checkout: Path, name: str, end: str):
+    (checkout / "runs").write_text("a file where the scripts make a folder")
+    done = _run_script(checkout, name)
+    assert done.returncode == 1
+    assert re.search(rf"FAILED: {name}, line \d+, status 1: mkdir -p ", done.stderr)
+
+
+def test_a_failure_inside_a_function_or_a_substitution_is_named_too(tmp_path: Path):
+    done = _bash('count() { grep -c nothing "$LOG" | tail -n 1; }; line="$(count)"; echo "not reached"', tmp_path)
+    assert done.returncode == 1
+    assert "not reached" not in done.stdout
+    assert re.search(r"FAILED: .*line \d+, status 1: ", done.stderr)
+
+
+def test_an_interrupted_script_leaves_no_pip_behind(checkout: Path):
+    command = ["bash", str(checkout / "scripts" / "test.sh")]
+    environment = os.environ | {
+        "PIP_SECONDS": "60",
+        "PIP_SAYS": "Collecting torch",
+        "VIRTUAL_ENV": str(checkout / ".venv"),
+    }
+    script = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert script.stdout is not None
+    while "Collecting torch" not in script.stdout.readline():
+        pass
+    os.kill(script.pid, signal.SIGTERM)
+    script.wait(timeout=30)
+    deadline = time.monotonic() + 10
+    while any("pip" in command for command in _session(script.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any("pip" in command for command in _session(script.pid))
+
+
+def _session(session: int) -> list[str]:
+    """The command lines of the processes of a session that still run."""
+    commands = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                commands.append(" ".join(process.cmdline()))
+    return commands
 
 
 def _gpu_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
