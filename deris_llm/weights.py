@@ -113,7 +113,7 @@ def load_pretrained(
         dtype: of all parameters.
         may_be_fresh: globs over parameter names that may be missing in the file or have another shape there; they are
             then freshly initialised, and the log says so.
-        left_in_file: globs over names in the file that the model does not take.
+        left_in_file: globs over names in the file, without the model's prefix, that the model does not take.
         attention: transformers' `attn_implementation` by part of the model; None = transformers' choice.
         in_4_bits_except: linears are kept in 4 bits (NF4, bitsandbytes) but for those of these parts; None = none are. On
             the meta device they are plain ones.
@@ -140,7 +140,8 @@ def load_pretrained(
         )
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     fresh = _matching({*info["missing_keys"], *mismatched}, may_be_fresh)
-    unknown = set(info["unexpected_keys"])
+    prefix = f"{cls.base_model_prefix}."
+    unknown = {key.removeprefix(prefix) for key in info["unexpected_keys"]}
     problems = [
         f"{len(keys)} {what}: {', '.join(sorted(keys)[:10])}"
         for what, keys in (

@@ -121,6 +121,48 @@ def test_loaded_parameters_are_those_of_the_folders(overrides: list[str]):
     assert all(torch.equal(ours[name], p) for name, p in llava.language_model.named_parameters())
 
 
+def in_published_layout(tensors: dict[str, torch.Tensor]) -> None:
+    """Renames as transformers 4 wrote: without the backbone's last norm, with indices of windows and the loss's buffer."""
+    for name in [name for name in tensors if ".encoder.swin." in name]:
+        published = name.replace(".encoder.swin.", ".encoder.")
+        if published.startswith("model.pixel_level_module.encoder.layernorm."):
+            del tensors[name]
+            continue
+        tensors[published] = tensors.pop(name)
+        if published.endswith(".relative_position_bias_table"):
+            tensors[published.replace("bias_table", "index")] = torch.zeros(49, 49, dtype=torch.long)
+    tensors["criterion.empty_weight"] = torch.ones(4)
+
+
+def test_published_layout_of_mask2former_loads_without_a_warning(
+    overrides: list[str], changed_mask2former, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.WARNING):
+        published = build_model(tiny_config(*changed_mask2former(in_published_layout))).perception.state_dict()
+    assert caplog.text == ""
+    expected = build_model(tiny_config(*overrides)).perception.state_dict()
+    assert published.keys() == expected.keys()
+    assert all(torch.equal(tensor, published[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "criterion.surprise",
+        "model.pixel_level_module.encoder.layernorm.running_mean",
+        "model.pixel_level_module.decoder.relative_position_index",
+        "model.transformer_module.relative_position_index",
+    ],
+)
+def test_names_like_the_accepted_ones_are_still_refused(changed_mask2former, name: str):
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        in_published_layout(tensors)
+        tensors[name] = torch.zeros(2)
+
+    with pytest.raises(ValueError, match="1 unknown: "):
+        build_model(tiny_config(*changed_mask2former(change)))
+
+
 def test_missing_parameters_are_named(changed_mask2former):
     name = "model.pixel_level_module.decoder.mask_projection.weight"
     changed = changed_mask2former(lambda tensors: tensors.pop(name))

@@ -38,7 +38,19 @@ from deris_llm.structures import PerceptionFeatures
 from deris_llm.weights import architecture_of, load_pretrained
 
 TIMM_PREFIX = "timm:"
-LEFT_IN_FILE = ("*transformer_module.decoder.layers.*", "class_predictor.*", "criterion.*")  # globs
+_HEADS_IN_FILE = (
+    "transformer_module.decoder.layers.*",  # beyond the rounds of the loopback
+    "class_predictor.weight",
+    "class_predictor.bias",
+    "criterion.empty_weight",  # a buffer of the loss
+)
+_SWIN_IN_FILE = (
+    # Computed from the window size. transformers 4, which wrote the published files, stored it.
+    "pixel_level_module.encoder.*encoder.layers.*.blocks.*.attention.self.relative_position_index",
+    # A classifier's last norm, whose result nobody reads in a backbone: transformers 5 stores it, transformers 4 has none.
+    "pixel_level_module.encoder.swin.layernorm.weight",
+    "pixel_level_module.encoder.swin.layernorm.bias",
+)
 
 
 class Perception(nn.Module):
@@ -239,12 +251,9 @@ def build_perception(
             weights=weights,
             dtype=dtype,
             may_be_fresh=tuple(may_be_fresh),
-            left_in_file=LEFT_IN_FILE,
+            left_in_file=(*_HEADS_IN_FILE, *_SWIN_IN_FILE),
         )
         backbone: nn.Module = parts.pixel_level_module.encoder
-        swin = getattr(backbone, "swin", None)
-        if swin is not None:  # a classifier's last norm, whose result nobody reads in a backbone
-            swin.layernorm = nn.Identity()
     elif config.backbone.startswith(TIMM_PREFIX):
         name = config.backbone.removeprefix(TIMM_PREFIX)
         architecture.backbone_channels = timm_channels(name, image_size=config.image_size)
@@ -256,7 +265,7 @@ def build_perception(
             weights=weights,
             dtype=dtype,
             may_be_fresh=tuple(may_be_fresh),
-            left_in_file=(*LEFT_IN_FILE, "*pixel_level_module.encoder.*"),
+            left_in_file=(*_HEADS_IN_FILE, "pixel_level_module.encoder.*"),
         )
         backbone = TimmBackbone(name, image_size=config.image_size, pretrained=weights).to(dtype)
     else:
@@ -326,6 +335,9 @@ class _Mask2FormerParts(Mask2FormerPreTrainedModel):
     def __init__(self, config: Mask2FormerConfig) -> None:
         super().__init__(config)
         self.pixel_level_module = Mask2FormerPixelLevelModule(config)
+        swin = getattr(self.pixel_level_module.encoder, "swin", None)
+        if swin is not None:
+            swin.layernorm = nn.Identity()  # see `_SWIN_IN_FILE`
         self.transformer_module = Mask2FormerTransformerModule(in_features=config.feature_size, config=config)
         self.post_init()
 
