@@ -18,6 +18,12 @@ from typing import Any, Literal, Union
 
 import yaml
 
+Selection = Literal["threshold", "threshold_or_best", "best"]
+"""What happens when no query passes the threshold; `EvaluationConfig.selection` says what each means."""
+
+PresenceUse = Literal["none", "multiply", "gate"]
+"""What the presence has to say in the answer; `EvaluationConfig.presence` says what each means."""
+
 _YAML_SUFFIXES = (".yaml", ".yml")
 
 
@@ -299,12 +305,12 @@ class EvaluationConfig:
         "(docs/protocols.md)",
     )
     score_threshold: float = option(0.7, "queries with a referring probability above this join the answer")
-    selection: Literal["threshold", "threshold_or_best", "best"] = option(
+    selection: Selection = option(
         "threshold_or_best",
         "threshold: union above the threshold, else empty (upstream); threshold_or_best: else the best query "
         "(RefCOCO always has a target); best: the best query alone",
     )
-    presence: Literal["none", "multiply", "gate"] = option(
+    presence: PresenceUse = option(
         "none",
         "what the presence (a target exists) has to say at test (paper, Table 6): nothing (public code's default); its "
         "probability multiplies the scores before the threshold; or below 0.5 the answer is that there is no target",

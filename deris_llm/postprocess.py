@@ -8,19 +8,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deris_llm.config import PresenceUse, Selection
 from deris_llm.structures import DerisOutput, MaskUpsampling
-
-Selection = Literal["threshold", "threshold_or_best", "best"]
-
-PresenceUse = Literal["none", "multiply", "gate"]
-"""What the presence has to say in the answer; `answer_masks` says what each means."""
 
 GATE = 0.5
 """`gate` answers only phrases whose presence is at least this."""

@@ -10,10 +10,11 @@ image alone is computed once per image.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # who reads records only, as checks of data do, does not wait for torch
+    import torch
+    from torch import Tensor
 
 MaskUpsampling = Literal["direct", "x4_align_corners"]
 """How mask logits at 1/4 are read: `direct`, interpolated between their own cells; or, what the released DeRIS weights
@@ -24,6 +25,8 @@ class _TensorFields:
     """Moves every tensor of a dataclass, nested ones and tuples too, to a device, casting floating-point ones if asked."""
 
     def to(self, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None) -> Self:
+        from torch import Tensor  # noqa: PLC0415
+
         def move(value: object) -> object:
             if isinstance(value, Tensor):
                 return value.to(device=device, dtype=dtype if value.is_floating_point() else None, non_blocking=True)
@@ -35,6 +38,7 @@ class _TensorFields:
 
     def pin_memory(self) -> Self:
         """Page-locked copies of all tensors; torch's DataLoader calls it where it was told to pin."""
+        from torch import Tensor  # noqa: PLC0415
 
         def pin(value: object) -> object:
             if isinstance(value, (Tensor, _TensorFields)):
@@ -86,6 +90,8 @@ class ReferringBatch(_TensorFields):
 
     def phrases_per_image(self) -> list[int]:
         """I numbers, sum P; on a GPU the host waits for them."""
+        import torch  # noqa: PLC0415
+
         return torch.bincount(self.image_index, minlength=len(self.perception_image)).tolist()
 
 

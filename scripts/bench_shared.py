@@ -238,7 +238,7 @@ def bench_split(config: RunConfig, split: str, max_images: int, device: torch.de
     from deris_llm.data.dataset import group_by_image  # noqa: PLC0415
     from deris_llm.data.masks import decode_segmentation  # noqa: PLC0415
     from deris_llm.data.sources import read_split  # noqa: PLC0415
-    from deris_llm.evaluation import evaluate  # noqa: PLC0415
+    from deris_llm.evaluation.evaluator import evaluate  # noqa: PLC0415
     from deris_llm.model import build_model  # noqa: PLC0415
 
     groups = group_by_image(read_split(Path(config.data.root), split, phrase_field=config.data.phrase_field))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from deris_llm.data.phrase_conversion import PhraseConversion, text_number
 from deris_llm.data.record_views import image_numbers, is_lazy, phrase_ids, phrases
@@ -147,7 +146,7 @@ def every_nth_record(groups: Sequence[ImageGroup], most: int) -> tuple[list[Refe
     return records[::step], step
 
 
-class GroupDataset(Dataset[ImageGroup]):
+class GroupDataset:
     """Looks up the phrases that a sampler chose; pictures are decoded in the collator.
 
     Args:

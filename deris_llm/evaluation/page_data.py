@@ -13,7 +13,7 @@ from deris_llm.evaluation.calibration import Calibration
 from deris_llm.evaluation.report import read_report
 from deris_llm.evaluation.views import VIEWS_FILE, PhraseView, read_views
 from deris_llm.structures import ReferringRecord
-from deris_llm.training.checkpoints import BEST, TRAINER_STATE_FILE, newest_checkpoint
+from deris_llm.training.checkpoint_folders import BEST, TRAINER_STATE_FILE, newest_checkpoint
 
 REPORT_FILE = "report.json"
 PREDICTIONS = "predictions"

@@ -21,9 +21,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from deris_llm.config import RunConfig
-from deris_llm.data.transforms import warp_mask
-from deris_llm.postprocess import PresenceUse, Selection
+from deris_llm.config import PresenceUse, RunConfig, Selection
 
 Rule = tuple[float, Selection, PresenceUse]
 """Score threshold, what happens when no query passes, what the presence has to say."""
@@ -60,6 +58,8 @@ class Protocol:
         if self.fixed_px is None:
             return truth
         if self.truth_resampling == "nearest":
+            from deris_llm.data.transforms import warp_mask  # noqa: PLC0415 - brings torch, which checks of a protocol need not
+
             return warp_mask(truth, self.fixed_px, "opencv")
         # Pillow's own: which pixel it takes where two are equally near (every third column of 640 px at 480) is its rounding
         grey = Image.fromarray(np.ascontiguousarray(truth).view(np.uint8))

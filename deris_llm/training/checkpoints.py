@@ -55,6 +55,29 @@ from torch import Tensor, nn
 
 from deris_llm.config import RunConfig, config_to_dict, load_config, save_config
 from deris_llm.out_of_memory import explains_out_of_memory
+from deris_llm.training.checkpoint_folders import (
+    BASE_CHECKPOINT,
+    BASE_WEIGHTS_FILE,
+    CONFIG_FILE,
+    DATA_FILE,
+    METRICS_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    PROCESSOR_FOLDER,
+    PROTOCOL_FILE,
+    STATE_FILE,
+    TOKENIZER_FILE,
+    TRAINABLE_FILE,
+    TRAINER_STATE_FILE,
+    CheckpointError,
+    check_is_checkpoint,
+    checkpoints_of,
+    is_full,
+)
+from deris_llm.training.checkpoint_folders import BEST as BEST
+from deris_llm.training.checkpoint_folders import checkpoint_folder as checkpoint_folder
+from deris_llm.training.checkpoint_folders import find_checkpoint as find_checkpoint
+from deris_llm.training.checkpoint_folders import newest_checkpoint as newest_checkpoint
 from deris_llm.training.ranks import gathered, on_first_rank, rank, reduced, world_size
 from deris_llm.weights import resolve_weights
 
@@ -63,22 +86,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-TRAINABLE_FILE = "trainable.safetensors"
-MODEL_FILE = "model.safetensors"
-TOKENIZER_FILE = "beit3.spm"
-PROCESSOR_FOLDER = "processor"  # in it a folder of each part that reads files of its own, in Hugging Face form
-BASE_CHECKPOINT = "checkpoint"  # the part of `base_weights.json` that a run has instead of `weights` of its config
-BASE_WEIGHTS_FILE = "base_weights.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "state.pt"
-TRAINER_STATE_FILE = "trainer_state.json"
-METRICS_FILE = "metrics.json"
-DATA_FILE = "data.json"
-PROTOCOL_FILE = "protocol.json"
-BEST = "best"
-
-_PREFIX = "checkpoint-"
 _PARTIAL = ".partial-"
 _CHUNK = 1 << 16
 _NUM_CHUNKS = 64
@@ -116,28 +123,7 @@ _NOT_OF_PROCESSOR = ("*.index.json", "metrics.json")  # lists of weight files, n
 _NAMES_OF_FILES = frozenset({"cognition.weights", "cognition.tokenizer", "perception.weights"})
 
 
-class CheckpointError(ValueError):
-    """A checkpoint could not be written or read; what was there before is untouched."""
-
-
 # -- folders ---------------------------------------------------------------------------------------------------------
-
-
-def checkpoint_folder(output: Path, step: int) -> Path:
-    """The final name of the checkpoint of a step."""
-    return output / f"{_PREFIX}{step}"
-
-
-def checkpoints_of(output: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; ``best`` is not among them."""
-    found = [path for path in output.glob(f"{_PREFIX}*") if path.is_dir() and path.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
-
-
-def newest_checkpoint(output: Path) -> Path | None:
-    """The complete checkpoint with the most steps, or None."""
-    found = checkpoints_of(output)
-    return found[-1] if found else None
 
 
 def remove_incomplete(output: Path) -> None:
@@ -801,22 +787,6 @@ def _processor_files(config: RunConfig) -> dict[str, Path]:
     return files
 
 
-def find_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint that a folder is; of a run's folder its ``best``, or else its newest.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
-    folder = Path(folder).expanduser()
-    if not is_full(folder) and not (folder / TRAINABLE_FILE).is_file():
-        inside = folder / BEST if (folder / BEST).is_dir() else newest_checkpoint(folder)
-        if inside is not None:
-            logger.info("%s is the folder of a run: taking its %s", folder, inside.name)
-            folder = inside
-    check_is_checkpoint(folder)
-    return folder
-
-
 def checkpoint_fingerprint(folder: Path) -> str:
     """Twelve hex digits that say which checkpoint it is: of its weights, the weights it stands on and its run config."""
     weights = MODEL_FILE if is_full(folder) else TRAINABLE_FILE
@@ -826,42 +796,6 @@ def checkpoint_fingerprint(folder: Path) -> str:
         files = {part: entry["files"] for part, entry in sorted(_recorded_base(folder).items())}
         digest.update(json.dumps(files, sort_keys=True).encode())
     return digest.hexdigest()[:12]
-
-
-def is_full(folder: Path) -> bool:
-    """Whether a checkpoint folder holds every tensor, not only the trained ones."""
-    return (folder / MODEL_FILE).is_file()
-
-
-def check_is_checkpoint(folder: Path, where: str = "") -> None:
-    """Refuses a folder that is no checkpoint of either kind.
-
-    Args:
-        folder: that somebody gave.
-        where: what named it, for the message.
-
-    Raises:
-        CheckpointError: says what is missing and, where one is inside, which folder was probably meant.
-    """
-    wanted = (CONFIG_FILE,) if is_full(folder) else (CONFIG_FILE, TRAINABLE_FILE, BASE_WEIGHTS_FILE)
-    absent = [name for name in wanted if not (folder / name).is_file()]
-    if absent:
-        inside = newest_checkpoint(folder) if folder.is_dir() else None
-        hint = f"; did you mean {folder / BEST if (folder / BEST).is_dir() else inside}?" if inside else ""
-        raise CheckpointError(
-            f"{where}{folder}: expected a checkpoint folder with {CONFIG_FILE}, {TRAINABLE_FILE} and {BASE_WEIGHTS_FILE} (of a run) "
-            f"or {CONFIG_FILE} and {MODEL_FILE} (full), got no {', '.join(absent)} in {_content(folder)}"
-            f"{hint or '; give the folder `best` or `checkpoint-STEP` of a run, or one that `deris-llm convert` wrote'}"
-        )
-
-
-def _content(folder: Path) -> str:
-    """What is at a path, for a message."""
-    if not folder.is_dir():
-        return "it: there is only a file of that name" if folder.exists() else "it: there is no such folder"
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    more = f", ... ({len(names)} in all)" if len(names) > 10 else ""
-    return f"it: there is {', '.join(names[:10])}{more}" if names else "it: the folder is empty"
 
 
 # -- starting from another run's weights -----------------------------------------------------------------------------

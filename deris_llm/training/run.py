@@ -283,7 +283,7 @@ def _evaluated(
     processor: CognitionProcessor,
     device: torch.device,
 ) -> dict[str, float]:
-    from deris_llm.evaluation import evaluate  # noqa: PLC0415
+    from deris_llm.evaluation.evaluator import evaluate  # noqa: PLC0415
 
     result = evaluate(
         model,

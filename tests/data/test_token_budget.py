@@ -16,7 +16,7 @@ from deris_llm.data.loaders import evaluation_loader, train_loader
 from deris_llm.data.refer import read_split
 from deris_llm.data.sampler import EvaluationBatchSampler, TrainingBatchSampler
 from deris_llm.data.token_budget import phrase_limits
-from deris_llm.evaluation import evaluate
+from deris_llm.evaluation.evaluator import evaluate
 from deris_llm.model import Deris, build_model
 from deris_llm.planning import plan_run
 from deris_llm.structures import ReferringBatch

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from deris_llm.evaluation import Overlap, PhrasePrediction
 from deris_llm.evaluation.breakdown import breakdown
 from deris_llm.evaluation.gres_metrics import GresMetrics
 from deris_llm.evaluation.intervals import differences, intervals, metric_ratios, sign_flip_p_value
-from deris_llm.evaluation.metrics import RisMetrics
+from deris_llm.evaluation.metrics import Overlap, RisMetrics
+from deris_llm.evaluation.predictions import PhrasePrediction
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
 PROTOCOL = "original"

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from deris_llm.data.masks import encode_mask
-from deris_llm.evaluation import Overlap, PhrasePrediction
+from deris_llm.evaluation.metrics import Overlap
 from deris_llm.evaluation.overlays import (
     PREDICTED_RGB,
     TRUTH_RGB,
@@ -16,6 +16,7 @@ from deris_llm.evaluation.overlays import (
     write_contact_sheet,
     write_page,
 )
+from deris_llm.evaluation.predictions import PhrasePrediction
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
 
