@@ -49,6 +49,18 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--skip-bad", action="store_true", help="leave out what cannot be used, counted in the manifest"
     )
     prepare.add_argument(
+        "--val-share",
+        type=float,
+        metavar="SHARE",
+        help="a source with one split only: this share of its pictures (0.1: a tenth) becomes val, the others train; "
+        "chosen by content, so the same on every machine",
+    )
+    prepare.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="follow links that leave the pictures' folder, as those of Hugging Face's cache do",
+    )
+    prepare.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes (default 1); the set is the same"
     )
     prepare.set_defaults(run=run_prepare)
@@ -133,7 +145,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from deris_llm.data.errors import DataError
-    from deris_llm.data.prepare import PrepareOptions, prepare
+    from deris_llm.data.prepare import LEFT_OUT_FILE, PrepareOptions, prepare
 
     pairs = [pair.partition("=") for pair in arguments.mapping]
     if wrong := [key for key, separator, value in pairs if not (key and separator and value)]:
@@ -149,6 +161,8 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         skip_bad=arguments.skip_bad,
         mapping={key: value for key, _, value in pairs},
         workers=arguments.workers,
+        val_share=arguments.val_share,
+        follow_links=arguments.follow_links,
     )
     with Progress(*_columns(), console=Console(stderr=True)) as progress:
         tasks = {stage: progress.add_task(stage, total=None) for stage in ("pictures", "phrases")}
@@ -164,6 +178,9 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     for split, counts in made.manifest["skipped"].items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
         lines.append(f"{name}/{split}: {sum(counts.values()):,} phrases left out ({reasons})")
+    if made.manifest["skipped"]:
+        lines.append(f"{arguments.out / LEFT_OUT_FILE} names all that was left out")
+    lines += [f"note: {note}" for note in made.manifest.get("notes", ())]
     if made.was_there:
         lines.append(f"{arguments.out} was made of this source before; nothing was written")
     sys.stdout.write("\n".join(lines) + "\n")

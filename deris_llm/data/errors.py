@@ -10,6 +10,14 @@ from pathlib import Path
 class DataError(ValueError):
     """A folder, file or record that cannot be used; says where, what was expected, what was found and what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """The text with lone surrogates as escapes: JSON and names of files that are not UTF-8 hold some, UTF-8 cannot."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
 
 def check_is_split(name: str, splits: Sequence[str]) -> None:
     """Checks that the split of ``dataset/split`` is one of the dataset's.

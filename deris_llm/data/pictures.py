@@ -52,26 +52,48 @@ class PictureFacts:
         return size_hw == (self.height, self.width) or (self.is_sideways and size_hw == (self.width, self.height))
 
 
-def safe_path(folder: Path, name: object) -> tuple[Path | None, str | None]:
-    """The file that a name of somebody else's data means, never one outside the folder.
+@dataclass(frozen=True)
+class ImageFolder:
+    """Where a source's names of pictures and masks lead."""
+
+    path: Path
+    follows_links: bool = False  # to files outside it too
+
+    def file(self, name: object) -> tuple[Path | None, str | None]:
+        """As `safe_path`."""
+        return safe_path(self.path, name, follow_links=self.follows_links)
+
+
+def portable_name(name: str) -> str:
+    """The name with / between folders: files that were written on Windows have \\ there."""
+    return name.replace("\\", "/")
+
+
+def safe_path(folder: Path, name: object, *, follow_links: bool = False) -> tuple[Path | None, str | None]:
+    """The file that a name of somebody else's data means, never one outside the folder unless its owner linked it.
 
     Args:
         folder: the only place where files are looked for.
         name: relative to it, parts separated by "/".
+        follow_links: whether a link in the folder may lead outside, as those of Hugging Face's cache do.
 
     Returns:
         The path, and None; or None, and what is wrong with the name.
     """
     if not isinstance(name, str) or not name.strip():
         return None, f"expected the name of a file, got {name!r}"
-    if "\0" in name or "\\" in name or re.match(r"[A-Za-z]:", name):
+    if "\0" in name or re.match(r"[A-Za-z]:", name):
         return None, f"expected a name relative to {folder}, with / between folders, got {name!r}"
+    name = portable_name(name)
     if name.startswith(("/", "~")) or ".." in name.split("/"):
         return None, f"expected a name relative to {folder} that stays inside it, got {name!r}"
     path = folder / name
     try:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            return None, f"expected a file inside {folder}, got {name!r}, a link to {path.resolve()}"
+        if not path.resolve().is_relative_to(folder.resolve()) and not follow_links:
+            return None, (
+                f"expected a file inside {folder}, got {name!r}, a link to {path.resolve()}. If you trust the links of this "
+                "folder, let them be followed with --follow-links"
+            )
     except (OSError, ValueError, RuntimeError) as error:
         return None, f"expected the name of a file in {folder}, got {name[:80]!r} ({error})"
     return path, None

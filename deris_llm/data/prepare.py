@@ -29,8 +29,8 @@ import pyarrow as pa
 
 from deris_llm import __version__
 from deris_llm.data import refer
-from deris_llm.data.errors import DataError, bad_records_error
-from deris_llm.data.pictures import PictureFacts
+from deris_llm.data.errors import DataError, bad_records_error, printable
+from deris_llm.data.pictures import ImageFolder, PictureFacts, portable_name
 from deris_llm.data.prepared import (
     ARROW_FOLDER,
     COCO_STEM,
@@ -49,6 +49,9 @@ logger = logging.getLogger(__name__)
 
 PHRASES_PER_SHARD = 8192
 
+LEFT_OUT_FILE = "left_out.jsonl"
+"""All that ``skip_bad`` left out, a line each, beside the manifest."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,99}")
 _PICTURES_PER_JOB = 32
 
@@ -65,6 +68,8 @@ class PrepareOptions:
     skip_bad: bool = False  # leave out what cannot be used and count it, instead of stopping
     mapping: dict[str, str] = field(default_factory=dict)
     workers: int = 1
+    val_share: float | None = None  # of the pictures of a source with one split: they become val, the others train
+    follow_links: bool = False  # links in the folder of the pictures may lead outside it
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +96,19 @@ def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], N
         raise DataError(
             f"--out {out}: expected ROOT/NAME with a name of letters, digits and _ + . -, got {out.name!r}. Name it otherwise"
         )
+    if options.val_share is not None and not 0 < options.val_share < 1:
+        raise DataError(f"--val-share {options.val_share}: expected a number between 0 and 1, got another. Use e.g. 0.1")
     work = out.parent / f".{out.name}.preparing"
     reader = open_source(
         options.format,
         SourceOptions(
-            options.source, out.name, options.images, options.splits, options.mapping, own_pictures=work / "pictures"
+            options.source,
+            out.name,
+            options.images,
+            options.splits,
+            options.mapping,
+            own_pictures=work / "pictures",
+            follow_links=options.follow_links,
         ),
     )
     source = _described_source(options, reader)
@@ -105,7 +118,7 @@ def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], N
     try:
         with _pool(options.workers) as pool:
             manifest = _Preparation(options, reader, source, work, pool, on_progress).run()
-        (work / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+        (work / MANIFEST_FILE).write_bytes(_json_bytes(manifest, indent=1))
         _rename(work, out)
     except DataError:
         shutil.rmtree(work)  # a repaired source is another source: nothing here would be of use
@@ -133,7 +146,7 @@ def _described_source(options: PrepareOptions, reader: SourceReader) -> dict[str
     if len(files) > 100:  # masks that are files of their own
         together = hashlib.sha256(json.dumps(files).encode()).hexdigest()
         files = [*files[:10], {"file": f"and {len(files) - 10:,} more, sha256 of the list of all", "sha256": together}]
-    return {
+    described = {
         "format": options.format,
         "source": options.source,
         "files": files,
@@ -143,6 +156,10 @@ def _described_source(options: PrepareOptions, reader: SourceReader) -> dict[str
         "mapping": dict(options.mapping),
         "skip_bad": options.skip_bad,
     }
+    for name in ("val_share", "follow_links"):  # only where they are used: sets that were made before remain the same
+        if getattr(options, name):
+            described[name] = getattr(options, name)
+    return described
 
 
 def _fingerprint(source: dict[str, Any], *more: str) -> str:
@@ -171,7 +188,7 @@ def _existing(out: Path, source: dict[str, Any]) -> dict[str, Any] | None:
         there, manifest, is_whole = {}, {}, False
     if is_whole and _fingerprint(there) == _fingerprint(source):
         return manifest
-    differ = [key for key in source if key != "source" and there.get(key) != source[key]]
+    differ = [key for key in {**source, **there} if key != "source" and there.get(key) != source.get(key)]
     raise DataError(
         f"--out {out}: expected a new folder or a set made of the same input, got one made of {there.get('source')} with other "
         f"{', '.join(differ) or 'shards than its manifest names'}. Name another folder, or remove this one"
@@ -192,6 +209,7 @@ class _Preparation:
     ) -> None:
         self.options = options
         self.reader = reader
+        self.image_folder = ImageFolder(reader.image_folder, options.follow_links)
         self.source = source
         self.arrow = work / ARROW_FOLDER
         self.pool = pool
@@ -200,6 +218,8 @@ class _Preparation:
         self.faults: list[Fault] = []
         self.num_bad: dict[str, Counter[str]] = {}
         self.num_total = 0
+        self.notes = list(reader.notes)
+        self.val_images: frozenset[str] | None = None  # names of pictures; None: the source's own splits
 
     def run(self) -> dict[str, Any]:
         """Writes all files and returns the manifest."""
@@ -211,6 +231,10 @@ class _Preparation:
             del splits[split]
         if not splits:
             raise self._too_bad() if self.faults else self._nothing()
+        if self.faults:
+            self.faults.sort(key=lambda fault: fault.order)
+            lines = (_json_bytes(asdict(fault)) for fault in self.faults)
+            (self.arrow.parent / LEFT_OUT_FILE).write_bytes(b"\n".join([*lines, b""]))
         generalised = any([found.pop("is_generalised") for found in splits.values()])
         for leftover in (
             set(self.arrow.iterdir())
@@ -231,12 +255,21 @@ class _Preparation:
             "images": image_file,
             "splits": {split: splits[split] for split in refer.in_known_order(splits)},
             "skipped": {split: dict(counts) for split, counts in self.num_bad.items() if counts},
+            "notes": self.notes,
             "source": self.source,
         }
 
     def _entries(self) -> Iterator[SourceEntry | SourceFault]:
         wanted = self.options.splits
-        return (entry for entry in self.reader.entries() if not wanted or entry.split in wanted)
+        for entry in self.reader.entries():
+            if wanted and entry.split not in wanted:
+                continue
+            if isinstance(entry, SourceEntry) and isinstance(entry.image, str):
+                entry = replace(entry, image=portable_name(entry.image))
+            if self.val_images is not None:
+                is_val = isinstance(entry, SourceEntry) and entry.image in self.val_images
+                entry = replace(entry, split="val" if is_val else "train")
+            yield entry
 
     # Pictures
 
@@ -244,7 +277,9 @@ class _Preparation:
         """Looks at every picture once and writes their table."""
         sizes: dict[str, list[Any]] = {}  # file -> the different sizes that its entries say, in their order
         ids: dict[str, list[Any]] = {}
+        splits: dict[str, None] = {}
         for entry in self._entries():
+            splits[str(entry.split)] = None
             self.num_total += entry.num_phrases if isinstance(entry, SourceFault) else max(1, len(entry.phrases))
             if isinstance(entry, SourceEntry) and is_text(entry.image):
                 size_hw, said = _declared_size(entry), sizes.setdefault(entry.image, [])
@@ -269,15 +304,34 @@ class _Preparation:
                 rows.append(row)
             else:
                 self.images[name] = row
+        if self.options.val_share is not None:
+            self._choose_val(self.options.val_share, rows, list(splits))
         path = self.arrow / IMAGES_FILE
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, IMAGE_SCHEMA) as stream:
             stream.write_batch(pa.RecordBatch.from_pylist(rows, IMAGE_SCHEMA))
         return {"file": IMAGES_FILE, "count": len(rows), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
+    def _choose_val(self, share: float, rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> None:
+        """Takes pictures out of the only split, those of the lowest content hashes: the same for any order and machine."""
+        if len(splits) != 1:
+            raise DataError(
+                f"--val-share {share}: expected a source with one split, got {', '.join(splits) or 'none'}. Leave --val-share out, "
+                "or name one of them with --splits"
+            )
+        contents = sorted({row["sha256"] for row in rows})
+        if len(contents) < 2:
+            raise DataError(f"--val-share {share}: expected at least 2 pictures, got {len(contents)}. Leave it out")
+        chosen = set(contents[: min(max(1, round(share * len(contents))), len(contents) - 1)])
+        self.val_images = frozenset(row["file"] for row in rows if row["sha256"] in chosen)
+        self.notes.append(
+            f"the only split, {splits[0]}, was divided by picture: {len(self.val_images):,} of {len(rows):,} pictures are val "
+            f"(--val-share {share}), the others train"
+        )
+
     def _facts(self, names: list[str]) -> dict[str, PictureFacts | str]:
         found: dict[str, PictureFacts | str] = {}
         jobs = [names[i : i + _PICTURES_PER_JOB] for i in range(0, len(names), _PICTURES_PER_JOB)]
-        look = partial(look_at, self.reader.image_folder)
+        look = partial(look_at, self.image_folder)
         self.on_progress("pictures", 0, len(names))
         for part in self.pool.map(look, jobs) if self.pool else map(look, jobs):
             found |= part
@@ -336,7 +390,7 @@ class _Preparation:
 
         def shard(split: str) -> tuple[str, int, int, Future[ShardResult] | ShardResult]:
             path = self.arrow / _shard_name(split, numbers[split])
-            job = (path, split, pending.pop(split), self.reader.image_folder)
+            job = (path, split, pending.pop(split), self.image_folder)
             result = _finished_shard(path, key)
             if result is None:
                 result = self.pool.submit(write_shard, *job) if self.pool else write_shard(*job)
@@ -361,22 +415,23 @@ class _Preparation:
             self._fault(Fault(order, entry.where, str(entry.split), entry.reason, entry.message, entry.num_phrases))
             return None
         whole = max(1, len(entry.phrases))
+        named = entry.image if isinstance(entry.image, str) else None
         if not isinstance(entry.split, str) or not _NAME.fullmatch(entry.split):
             message = f"expected the name of a split, letters and digits, got {str(entry.split)[:100]!r}"
-            self._fault(Fault(order, entry.where, str(entry.split), "structure", message, whole))
+            self._fault(Fault(order, entry.where, str(entry.split), "structure", message, whole, named))
             return None
         found: Any = self.images.get(entry.image) if isinstance(entry.image, str) else None
         if found is None:
             found = ("image", f"expected the name of a picture, got {entry.image!r}")
         if isinstance(found[0], str):
-            self._fault(Fault(order, entry.where, entry.split, found[0], found[1], whole))
+            self._fault(Fault(order, entry.where, entry.split, found[0], found[1], whole, named))
             return None
         ids = seen.setdefault(entry.split, set())
         kept = []
         for phrase in entry.phrases:
             if str(phrase.id) in ids:
                 message = f"expected each phrase id once in {entry.split}, got {phrase.id!r} again"
-                self._fault(Fault(order, entry.where, entry.split, "duplicate id", message))
+                self._fault(Fault(order, entry.where, entry.split, "duplicate id", message, 1, named))
             else:
                 ids.add(str(phrase.id))
                 kept.append(phrase)
@@ -385,15 +440,16 @@ class _Preparation:
         return LocatedEntry(order, entry, *found) if kept else None
 
     def _fault(self, fault: Fault) -> None:
-        self.num_bad.setdefault(fault.split, Counter())[fault.reason] += fault.num_phrases
-        if len(self.faults) < 10:  # the stream is in the source's order: these are its first
-            self.faults.append(fault)
+        self.num_bad.setdefault(printable(fault.split), Counter())[fault.reason] += fault.num_phrases
+        self.faults.append(fault)
 
     def _too_bad(self) -> DataError:
         listed = [str(fault) for fault in sorted(self.faults, key=lambda fault: fault.order)]
         total = sum(sum(counts.values()) for counts in self.num_bad.values())
         error = bad_records_error(self.options.source, listed, num_records=self.num_total, num_bad=total)
-        return DataError(f"{error}; or leave them out with --skip-bad, which counts them in the manifest")
+        return DataError(
+            f"{error}; or leave them out with --skip-bad, which counts them in the manifest and names all in {LEFT_OUT_FILE}"
+        )
 
     def _nothing(self) -> DataError:
         return DataError(
@@ -482,6 +538,11 @@ def _images_of(arrow: Path, shards: list[dict[str, Any]]) -> set[int]:
         for batch in map_arrow(arrow / shard["file"], shard["bytes"]):
             found |= set(np.unique(batch.column("image").to_numpy()).tolist())
     return found
+
+
+def _json_bytes(content: Any, *, indent: int | None = None) -> bytes:
+    """JSON in UTF-8; lone surrogates, which UTF-8 cannot hold, as JSON's own escapes."""
+    return json.dumps(content, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

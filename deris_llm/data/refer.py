@@ -1,6 +1,6 @@
 """Reads RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO in their authors' own files.
 
-    root/images/train2014/COCO_train2014_000000000123.jpg   (or root/train2014, root/images/mscoco/images/train2014)
+    root/images/train2014/COCO_train2014_000000000123.jpg   (or another of `IMAGE_FOLDERS`)
     root/refcoco/instances.json, root/refcoco/refs(unc).p
     root/refcoco+/instances.json, root/refcoco+/refs(unc).p
     root/refcocog/instances.json, root/refcocog/refs(umd).p and/or refs(google).p
@@ -41,7 +41,18 @@ DATASETS: Mapping[str, tuple[str, str]] = {
 GENERALISED_DATASETS = frozenset({"grefcoco"})
 """Datasets whose phrases may name nothing, or several objects."""
 
-IMAGE_FOLDERS = ("images/train2014", "train2014", "images/mscoco/images/train2014")
+IMAGE_FOLDERS = (
+    "images/train2014",
+    "train2014",
+    "images/mscoco/images/train2014",  # REFER, LAVT, LISA
+    "images/mscoco/train2014",  # DeRIS, InstanceVG, SimVG
+    "images/coco/train2014",
+    "coco2014/train2014",  # Sa2VA
+    "coco_2014/train2014",  # GLaMM
+    "coco/train2014",
+    "mscoco/train2014",
+)
+"""Where COCO's train2014 lies below a data root, in the trees that public code asks for; the first that is there."""
 
 NO_TARGET_ID = -1
 """gRefCOCO's annotation id of nothing."""
@@ -49,7 +60,7 @@ NO_TARGET_ID = -1
 _REF_KEYS = frozenset({"ref_id", "ann_id", "image_id", "split", "sentences"})
 
 _LAYOUT = """Expected layout below ROOT, which `data.root` names:
-  ROOT/images/train2014/COCO_train2014_*.jpg   or ROOT/train2014/, ROOT/images/mscoco/images/train2014/
+  ROOT/images/train2014/COCO_train2014_*.jpg   or another folder of these pictures named above
   ROOT/refcoco/     instances.json   refs(unc).p
   ROOT/refcoco+/    instances.json   refs(unc).p
   ROOT/refcocog/    instances.json   refs(umd).p and/or refs(google).p
@@ -139,8 +150,10 @@ def find_image_folder(root: str | Path) -> Path:
     for folder in IMAGE_FOLDERS:
         if (root / folder).is_dir():
             return root / folder
-    places = ", ".join(str(root / folder) for folder in IMAGE_FOLDERS)
-    raise missing_path_error(root / IMAGE_FOLDERS[0], f"pictures (one of {places})", hint=_layout_hint(Path(root)))
+    places = ", ".join(IMAGE_FOLDERS)
+    raise missing_path_error(
+        root / IMAGE_FOLDERS[0], f"pictures in {root} (one of {places})", hint=_layout_hint(Path(root))
+    )
 
 
 def _layout_hint(root: Path) -> str:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from deris_llm.data.errors import describe
 from deris_llm.data.masks import encode_mask, segmentation_rle, usable_segmentation
-from deris_llm.data.pictures import BROKEN, MAX_PIXELS, PictureError, PictureFacts, picture_facts, safe_path
+from deris_llm.data.pictures import BROKEN, MAX_PIXELS, ImageFolder, PictureError, PictureFacts, picture_facts
 from deris_llm.data.readers.base import FaultReason, MaskFile, SourceEntry, SourceInstance, is_int64
 
 PHRASE_SCHEMA = pa.schema(
@@ -51,6 +51,7 @@ class Fault:
     reason: FaultReason
     message: str
     num_phrases: int = 1
+    image: str | None = None  # as the source names it
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
@@ -76,14 +77,14 @@ class ShardResult:
     num_no_target: int = 0
     is_generalised: bool = False  # some phrase has no referent, or several
     num_bad: Counter[str] = field(default_factory=Counter)  # phrases by reason
-    faults: list[Fault] = field(default_factory=list)  # the first ten
+    faults: list[Fault] = field(default_factory=list)
 
 
-def look_at(image_folder: Path, names: list[str]) -> dict[str, PictureFacts | str]:
+def look_at(image_folder: ImageFolder, names: list[str]) -> dict[str, PictureFacts | str]:
     """Facts of some pictures, or what is wrong with them."""
     found: dict[str, PictureFacts | str] = {}
     for name in names:
-        path, fault = safe_path(image_folder, name)
+        path, fault = image_folder.file(name)
         if path is None:
             found[name] = f"picture: {fault}"
             continue
@@ -94,7 +95,7 @@ def look_at(image_folder: Path, names: list[str]) -> dict[str, PictureFacts | st
     return found
 
 
-def write_shard(path: Path, split: str, entries: Sequence[LocatedEntry], image_folder: Path) -> ShardResult:
+def write_shard(path: Path, split: str, entries: Sequence[LocatedEntry], image_folder: ImageFolder) -> ShardResult:
     """Checks entries and writes the good ones as an Arrow stream, which `datasets.Dataset.from_file` opens too."""
     result = ShardResult()
     rows: list[dict[str, Any]] = []
@@ -103,7 +104,7 @@ def write_shard(path: Path, split: str, entries: Sequence[LocatedEntry], image_f
         found, faults = _rows(located, split, image_folder, checked)
         for fault in faults:
             result.num_bad[fault.reason] += fault.num_phrases
-            result.faults += [fault] if len(result.faults) < 10 else []
+            result.faults.append(fault)
         rows += found
         result.num_refs += bool(found)
         result.num_no_target += len(found) if located.entry.is_no_target else 0
@@ -116,12 +117,12 @@ def write_shard(path: Path, split: str, entries: Sequence[LocatedEntry], image_f
 
 
 def _rows(
-    located: LocatedEntry, split: str, image_folder: Path, checked: dict[tuple[int, int], dict[str, Any] | str]
+    located: LocatedEntry, split: str, image_folder: ImageFolder, checked: dict[tuple[int, int], dict[str, Any] | str]
 ) -> tuple[list[dict[str, Any]], list[Fault]]:
     entry = located.entry
 
     def bad(reason: FaultReason, message: str, num_phrases: int) -> Fault:
-        return Fault(located.order, entry.where, split, reason, message, num_phrases)
+        return Fault(located.order, entry.where, split, reason, message, num_phrases, entry.image)
 
     whole = max(1, len(entry.phrases))
     size_hw = (located.height, located.width)
@@ -184,7 +185,7 @@ def is_text(value: object) -> bool:
 def _instance(
     instance: SourceInstance,
     located: LocatedEntry,
-    image_folder: Path,
+    image_folder: ImageFolder,
     checked: dict[tuple[int, int], dict[str, Any] | str],
 ) -> dict[str, Any] | str:
     """A referent's columns, or what is wrong with it; each annotation of a picture is drawn once."""
@@ -198,7 +199,7 @@ def _instance(
     return checked[key]
 
 
-def _drawn(instance: SourceInstance, located: LocatedEntry, image_folder: Path) -> dict[str, Any] | str:
+def _drawn(instance: SourceInstance, located: LocatedEntry, image_folder: ImageFolder) -> dict[str, Any] | str:
     size_hw = (located.height, located.width)
     if isinstance(instance.mask, (MaskFile, bytes)):
         found = _read_mask(image_folder, instance.mask, size_hw)
@@ -216,10 +217,10 @@ def _drawn(instance: SourceInstance, located: LocatedEntry, image_folder: Path) 
     return {"id": named, "counts": counts}
 
 
-def _read_mask(image_folder: Path, mask: MaskFile | bytes, size_hw: tuple[int, int]) -> np.ndarray | str:
+def _read_mask(image_folder: ImageFolder, mask: MaskFile | bytes, size_hw: tuple[int, int]) -> np.ndarray | str:
     if isinstance(mask, MaskFile):
         name = mask.name
-        opened, fault = safe_path(image_folder, name)
+        opened, fault = image_folder.file(name)
         if opened is None:
             return f"mask: {fault}"
     else:

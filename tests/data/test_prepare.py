@@ -197,6 +197,96 @@ def test_skipping_counts_by_reason(world: Any) -> None:
     assert [record.phrase for record in read_split(world.root, "mine/train")][-2:] == ["one", "two"]
 
 
+def test_all_that_was_left_out_is_named_in_a_file(world: Any) -> None:
+    source = _source(world)
+    bad = [json.dumps({"image": f"no{i}.png", "phrase": f"p {i}", "polygons": world.square}) for i in range(30)]
+    worse = [json.dumps({"image": "a.png", "phrase": " ", "polygons": world.square})] * 14
+    source.write_text("\n".join([*source.read_text().splitlines(), *bad, *worse]))
+    world.prepare(source, skip_bad=True)
+    lines = [json.loads(line) for line in (world.root / "mine/left_out.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == [*(f"no{i}.png" for i in range(30)), *["a.png"] * 14]
+    assert [line["where"] for line in lines] == [f"train.jsonl line {i}" for i in range(13, 57)]
+    assert (lines[0]["split"], lines[0]["reason"], lines[-1]["reason"]) == ("train", "image", "phrase")
+    assert "expected a picture, got no file" in lines[29]["message"]
+    world.prepare(_source(world), name="whole")
+    assert not (world.root / "whole/left_out.jsonl").exists()
+
+
+@pytest.mark.parametrize("field", ["image", "id", "split", "phrase", "raw", "category", "image_id", "png"])
+def test_text_that_utf8_cannot_hold_is_named_and_left_out(world: Any, field: str) -> None:
+    world.pictures("a.png", "b.png")
+    good = {"image": "a.png", "phrase": "a cat", "polygons": world.square, "id": "good"}
+    bad = {**good, "image": "b.png", "id": "bad", field: "x\udcff\ud800"}
+    if field == "png":
+        del bad["polygons"]
+    source = world.lines(good, bad)
+    if field == "raw":  # of no use to anybody, but the phrase is
+        world.prepare(source)
+        assert len(read_split(world.root, "mine/train")) == 2
+        return
+    with pytest.raises(DataError, match="1 of 2 records cannot be used\n  - train.jsonl line 2: ") as caught:
+        world.prepare(source)
+    assert "\\udcff\\ud800" in str(caught.value).encode("utf-8").decode()
+    made = world.prepare(source, skip_bad=True)
+    assert len(read_split(world.root, "mine/train")) == 1
+    json.dumps(made.manifest, ensure_ascii=False).encode()
+    (line,) = (world.root / "mine/left_out.jsonl").read_text().splitlines()
+    assert json.loads(line)["where"] == "train.jsonl line 2"
+
+
+def test_a_share_of_the_pictures_becomes_val(world: Any) -> None:
+    names = [f"{i}.png" for i in range(20)]
+    world.pictures(*names)
+    shutil.copy(world.folder / "0.png", world.folder / "copy of 0.png")
+    lines = [
+        {"image": name, "phrase": f"{name} {k}", "polygons": world.square, "id": f"{name}-{k}"}
+        for name in [*names, "copy of 0.png"]
+        for k in range(3)
+    ]
+    made = world.prepare(world.lines(*lines, file="all.jsonl"), val_share=0.2)
+    assert split_names(world.root, "mine") == ("train", "val")
+    train, val = (images_of_split(world.root, f"mine/{split}") for split in ("train", "val"))
+    assert not train & val
+    assert (len(train), len(val)) == (16, 4)
+    assert len(read_split(world.root, "mine/train")) + len(read_split(world.root, "mine/val")) == 63
+    assert made.manifest["source"]["val_share"] == 0.2
+    assert "the only split, all, was divided by picture: " in made.manifest["notes"][0]
+    world.prepare(world.lines(*reversed(lines), file="all.jsonl"), name="again", val_share=0.2)
+    assert images_of_split(world.root, "again/val") == val
+    with pytest.raises(DataError, match="with other val_share"):
+        world.prepare(world.folder / "all.jsonl", name="again")
+    with pytest.raises(DataError, match="expected a source with one split, got train, val"):
+        world.prepare(_source(world), name="two", val_share=0.2)
+    for share in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(DataError, match="--val-share .*: expected a number between 0 and 1"):
+            world.prepare(_source(world), name="two", val_share=share)
+    world.prepare(_source(world), name="one", val_share=0.01, splits=("train",))
+    assert [len(images_of_split(world.root, f"one/{split}")) for split in ("train", "val")] == [2, 1]
+
+
+def test_links_of_a_cache_are_followed_when_asked(world: Any, tmp_path: Path) -> None:
+    blobs = world.pictures("1234.png", "5678.png", folder=tmp_path / "blobs")
+    (world.folder / "images").mkdir(parents=True)
+    (world.folder / "images/a.png").symlink_to(blobs / "1234.png")
+    Image.new("L", (40, 30), 255).save(blobs / "mask.png")
+    (world.folder / "images/m.png").symlink_to(blobs / "mask.png")
+    source = world.lines({"image": "images/a.png", "phrase": "a cat", "png": "images/m.png"})
+    with pytest.raises(DataError, match="a link to .*1234.png. If you trust .* --follow-links"):
+        world.prepare(source)
+    world.prepare(source, follow_links=True)
+    assert Image.open(read_split(world.root, "mine/train")[0].image_path).size == (40, 30)
+    outside = world.lines({"image": "../blobs/1234.png", "phrase": "a cat", "polygons": world.square})
+    with pytest.raises(DataError, match="that stays inside it"):
+        world.prepare(outside, name="outside", follow_links=True)
+
+
+def test_names_written_on_windows(world: Any) -> None:
+    world.pictures("street/a.png")
+    Image.new("L", (40, 30), 255).save(world.folder / "street/m.png")
+    world.prepare(world.lines({"image": "street\\a.png", "phrase": "a cat", "png": "street\\m.png"}))
+    assert read_split(world.root, "mine/train")[0].image_path == str(world.folder / "street/a.png")
+
+
 def test_only_some_splits(world: Any) -> None:
     source = _source(world)
     world.prepare(source, splits=("val",))
@@ -315,6 +405,14 @@ def test_the_command(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert "mine/train: 9 phrases (0 without a target) of 9 entries, 3 pictures" in capsys.readouterr().out
     assert arguments.run(arguments) == 0
     assert "was made of this source before" in capsys.readouterr().out
+    source.write_text(f"{source.read_text()}7\n")
+    words[-1] = str(world.root / "divided")
+    arguments = parser.parse_args([*words, "--splits", "train", "--val-share", "0.5", "--skip-bad", "--follow-links"])
+    assert arguments.run(arguments) == 0
+    said = capsys.readouterr().out
+    assert "divided/train: 1 phrases left out (1 structure)" in said
+    assert f"{world.root / 'divided/left_out.jsonl'} names all that was left out" in said
+    assert "note: the only split, train, was divided by picture: 2 of 3 pictures are val (--val-share 0.5)" in said
     arguments = parser.parse_args([*words, "--mapping", "phrase"])
     with pytest.raises(DataError, match=r"Write e\.g\. phrase=caption"):
         arguments.run(arguments)

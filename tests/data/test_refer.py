@@ -80,7 +80,9 @@ def test_classes_and_others_of_the_same(refer_folder: Any) -> None:
     assert after == before  # what a record is does not change
 
 
-@pytest.mark.parametrize("images", ["train2014", "images/mscoco/images/train2014"])
+@pytest.mark.parametrize(
+    "images", ["train2014", "images/mscoco/images/train2014", "images/mscoco/train2014", "coco2014/train2014"]
+)
 def test_other_places_of_the_pictures(refer_folder: Any, images: str) -> None:
     refer_folder.images = images
     root = refer_folder.write()
@@ -140,7 +142,7 @@ def test_missing_pictures(refer_root: Path) -> None:
     shutil.rmtree(refer_root / "images")
     with pytest.raises(DataError, match="mscoco") as caught:
         read_split(refer_root, "refcoco/val")
-    assert str(refer_root / "train2014") in str(caught.value)
+    assert f"pictures in {refer_root} (one of images/train2014, train2014, images/mscoco/" in str(caught.value)
 
 
 @pytest.mark.parametrize(

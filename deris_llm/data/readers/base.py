@@ -81,6 +81,7 @@ class SourceOptions:
     splits: tuple[str, ...] = ()  # only these; () = all
     mapping: Mapping[str, str] = field(default_factory=dict)  # format-specific: which field is what
     own_pictures: Path = Path("pictures")  # where a reader writes pictures that are no files in the source
+    follow_links: bool = False  # links in the folder of the pictures may lead outside it
 
 
 class SourceReader(Protocol):
@@ -90,6 +91,7 @@ class SourceReader(Protocol):
     files: tuple[Path, ...]  # whose content decides whether two runs have the same input
     identity: str  # the same for a source that has no files here
     is_generalised: bool | None  # phrases may name nothing or several objects; None: the entries show it
+    notes: tuple[str, ...]  # what was left out or chosen on opening, a sentence each; printed and kept in the manifest
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]: ...
 

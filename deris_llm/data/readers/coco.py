@@ -35,6 +35,7 @@ class CocoReader:
 
     identity = ""
     is_generalised: bool | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, options: SourceOptions) -> None:
         source = existing_source(options, "COCO's instances as JSON, or a folder of such files")

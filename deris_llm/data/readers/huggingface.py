@@ -41,6 +41,7 @@ class HuggingFaceReader:
     """The rows of all splits, as they are stored: nothing is decoded here but arrays."""
 
     is_generalised: bool | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, options: SourceOptions) -> None:
         self._mapping = checked_mapping(options, {name: name for name in _FIELDS})

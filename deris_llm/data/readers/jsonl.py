@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from deris_llm.data.errors import DataError, describe
-from deris_llm.data.pictures import safe_path
+from deris_llm.data.pictures import ImageFolder
 from deris_llm.data.readers.base import (
     MaskFile,
     SourceEntry,
@@ -51,6 +51,7 @@ class JsonlReader:
 
     identity = ""
     is_generalised: bool | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, options: SourceOptions) -> None:
         source = existing_source(options, "a .jsonl file, or a folder of them")
@@ -60,7 +61,7 @@ class JsonlReader:
         folder = source if source.is_dir() else source.parent
         self.image_folder = existing_image_folder(options.images or folder, why="beside the JSONL, or --images")
         self._mapping = checked_mapping(options, {name: name for name in FIELDS})
-        self.files = (*self._files, *self._mask_files())
+        self.files = (*self._files, *self._mask_files(ImageFolder(self.image_folder, options.follow_links)))
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
         for file in self._files:
@@ -112,7 +113,7 @@ class JsonlReader:
             category=found.get("category"),
         )
 
-    def _mask_files(self) -> tuple[Path, ...]:
+    def _mask_files(self, folder: ImageFolder) -> tuple[Path, ...]:
         """Masks that are files of their own: what they hold is part of the source."""
         found: dict[Path, None] = {}
         keys = (self._mapping["png"], self._mapping["masks"])
@@ -120,7 +121,7 @@ class JsonlReader:
             for _, line, _ in _lines(file):
                 for value in [line.get(key) for key in keys] if line else ():
                     for mask in value if isinstance(value, list) else [value]:
-                        path = safe_path(self.image_folder, mask)[0] if isinstance(mask, str) else None
+                        path = folder.file(mask)[0] if isinstance(mask, str) else None
                         if path is not None and os.path.isfile(path):  # False for names that no file can have
                             found[path] = None
         return tuple(found)

@@ -26,6 +26,7 @@ class ReferReader:
     """One dataset's refs, in the order of their file."""
 
     identity = ""
+    notes: tuple[str, ...] = ()
 
     def __init__(self, options: SourceOptions) -> None:
         root = existing_source(options, "a data root with REFER's folders")

@@ -8,18 +8,20 @@ which `seqtr_type/annotations/*/instances*.json` or `annotations/*/instances*.js
 
 Accepted per entry: `image_id` (of COCO's train2014) or the picture's `file_name`; `expressions` as a text, a list, or an
 object with `raw` (or `sent`) of either; the referent as `mask` (polygons or RLE), or several as `annotations`, each with
-`id` and `segmentation` or `mask`. An annotation whose id is not above 0, or `empty: true`, is gRefCOCO's no target. Where
-an entry has only the ids of COCO's annotations (`annotation_id`, `ann_id` or `mask_id`, one or a list),
+`id` and `segmentation` or `mask`. An annotation of negative id, `empty: true` (DeRIS writes `id: null` beside it) or an id
+of 0 without a mask is gRefCOCO's no target. A list of annotations per expression (SimVG's gRefCOCO) gives each
+expression its own referents; a list of entries in the place of one (InstanceVG's R-RefCOCO, whose loader draws one of
+them) is read as these entries. Where an entry has only the ids of COCO's annotations (`annotation_id`, `ann_id` or `mask_id`, one or a list),
 `--mapping instances=PATH` names COCO's instances file.
 
 Seen in the public code, whose files were not at hand (`expressions` as a list; gRefCOCO's `expressions["raw"]`,
-`annotations` with ids, -1 for none; an index by split). From memory: the names `mask`, `width` and `height`, the folders.
-Phrases have no ids there: theirs are `ENTRY-NUMBER`, counted from 0 in the split.
+`annotations` with ids, -1 for none; an index by split; `mask`, `width`, `height`; the folders).
+Phrases have no ids there: theirs are `ENTRY-NUMBER`, counted from 0 in the split (`ENTRY.ALTERNATIVE-NUMBER` in lists).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ _TREE = """Expected one of
   FILE.json                                         {"train": [...], "val": [...]}
   FOLDER/instances*.json                            the same
   FOLDER/train.json, FOLDER/val.json, ...           a list each
-  ROOT/seqtr_type/annotations/SET/instances*.json   with ROOT/images/mscoco/images/train2014/COCO_train2014_*.jpg
+  ROOT/seqtr_type/annotations/SET/instances*.json   with ROOT/seqtr_type/images/mscoco/train2014/COCO_train2014_*.jpg
   ROOT/annotations/SET/instances*.json              with ROOT/images/train2014/COCO_train2014_*.jpg"""
 
 
@@ -54,12 +56,17 @@ class SeqtrReader:
 
     identity = ""
     is_generalised: bool | None = None
+    notes: tuple[str, ...] = ()
 
     def __init__(self, options: SourceOptions) -> None:
         source = existing_source(options, "a JSON file of SeqTR's form, or its folder")
         mapping = checked_mapping(options, {"instances": ""})
         files = _find_files(source)
         self._splits = _read_splits(files)
+        if drawn := sum(isinstance(entry, list) for entries in self._splits.values() for entry in entries):
+            self.notes = (
+                f"{drawn:,} entries are lists of alternatives, of which InstanceVG's loader draws one: each was read as an entry",
+            )
         self._instances = _read_instances(Path(mapping["instances"])) if mapping["instances"] else None
         self.files = (*files, Path(mapping["instances"])) if mapping["instances"] else files
         self.image_folder = existing_image_folder(
@@ -69,30 +76,49 @@ class SeqtrReader:
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
         for split, entries in self._splits.items():
             for number, entry in enumerate(entries):
-                yield self._entry(split, number, entry)
+                alternatives = {f"{number}": entry}
+                if isinstance(entry, list) and entry:
+                    alternatives = {f"{number}.{k}": alternative for k, alternative in enumerate(entry)}
+                for name, alternative in alternatives.items():
+                    yield from self._entries(split, name, alternative)
 
-    def _entry(self, split: str, number: int, entry: Any) -> SourceEntry | SourceFault:
-        where = f"{split}[{number}]"
+    def _entries(self, split: str, name: str, entry: Any) -> Iterator[SourceEntry | SourceFault]:
+        """An entry whose expressions mean the same, or one of each of its expressions."""
+        where = f"{split}[{name}]"
         if not isinstance(entry, dict):
-            return SourceFault(where, split, "structure", f"expected an object, got {describe(entry)}")
+            yield SourceFault(where, split, "structure", f"expected an object, got {describe(entry)}")
+            return
         texts, raws = _texts(entry.get("expressions"))
         if texts is None:
             ask = "expected `expressions` to be texts"
-            return SourceFault(where, split, "structure", f"{ask}, got {describe(entry.get('expressions'))}")
+            yield SourceFault(where, split, "structure", f"{ask}, got {describe(entry.get('expressions'))}")
+            return
+        phrases = [SourcePhrase(f"{name}-{k}", text, raws[k] if raws else None) for k, text in enumerate(texts)]
+        annotations = entry.get("annotations")
+        if not isinstance(annotations, list) or not annotations or not all(isinstance(a, list) for a in annotations):
+            yield self._entry(where, split, entry, phrases)
+        elif len(annotations) != len(phrases):
+            ask = f"expected a list of annotations for each of {len(phrases)} expressions"
+            yield SourceFault(where, split, "structure", f"{ask}, got {len(annotations)}", len(phrases))
+        else:
+            for phrase, own in zip(phrases, annotations, strict=True):
+                yield self._entry(where, split, {**entry, "annotations": own}, [phrase])
+
+    def _entry(
+        self, where: str, split: str, entry: Mapping[str, Any], phrases: Sequence[SourcePhrase]
+    ) -> SourceEntry | SourceFault:
         image = entry.get("file_name") or entry.get("image_id")
         if isinstance(image, int) and not isinstance(image, bool):
             image = f"COCO_train2014_{image:012d}.jpg"
         found = self._referents(entry)
         if isinstance(found, str):
-            return SourceFault(where, split, "reference", found, len(texts))
+            return SourceFault(where, split, "reference", found, len(phrases))
         has_size = {"width", "height"} <= entry.keys()
         return SourceEntry(
             where=where,
             split=split,
             image=image,
-            phrases=tuple(
-                SourcePhrase(f"{number}-{k}", text, raws[k] if raws else None) for k, text in enumerate(texts)
-            ),
+            phrases=tuple(phrases),
             instances=tuple(found),
             is_no_target=not found,
             size_hw=(entry["height"], entry["width"]) if has_size else None,
@@ -106,10 +132,12 @@ class SeqtrReader:
             annotations = entry["annotations"]
             if not isinstance(annotations, list) or not all(isinstance(each, dict) for each in annotations):
                 return f"expected `annotations` to be a list of objects, got {describe(annotations)}"
-            ids = [each.get("id", each.get("annotation_id", each.get("ann_id"))) for each in annotations]
+            # SimVG numbers annotations anew, from 0, and keeps COCO's id beside.
+            keys = ("original_id", "id", "annotation_id", "ann_id")
+            ids = [next((each[key] for key in keys if key in each), None) for each in annotations]
             if wrong := [i for i in ids if i is not None and (isinstance(i, bool) or not isinstance(i, int))]:
                 return f"expected ids of annotations to be whole numbers, got {wrong[0]!r}"
-            meant = [(i, each) for i, each in zip(ids, annotations, strict=True) if i is None or i > 0]
+            meant = [(i, each) for i, each in zip(ids, annotations, strict=True) if not _is_nothing(i, each)]
             if annotations and not meant:
                 return []
             if not annotations:
@@ -136,6 +164,13 @@ class SeqtrReader:
                 mask = self._instances[annotation_id]
             found.append(SourceInstance(mask, annotation_id))
         return found
+
+
+def _is_nothing(annotation_id: int | None, annotation: Mapping[str, Any]) -> bool:
+    """Whether an annotation says that there is no target."""
+    if annotation.get("empty") is True or (annotation_id is not None and annotation_id < 0):
+        return True
+    return annotation_id == 0 and not (annotation.get("segmentation") or annotation.get("mask"))
 
 
 def _texts(expressions: Any) -> tuple[list[Any] | None, list[Any] | None]:

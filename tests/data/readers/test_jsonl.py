@@ -180,7 +180,7 @@ BROKEN = {
     "absolute": ({**GOOD, "image": "/etc/passwd"}, "that stays inside it, got '/etc/passwd'"),
     "home": ({**GOOD, "image": "~/a.png"}, "that stays inside it, got '~/a.png'"),
     "drive": ({**GOOD, "image": "C:/a.png"}, "with / between folders, got 'C:/a.png'"),
-    "backslash": ({**GOOD, "image": "..\\a.png"}, "with / between folders, got"),
+    "backslash": ({**GOOD, "image": "..\\a.png"}, "that stays inside it, got '../a.png'"),
     "NUL": ({**GOOD, "image": "a.png\0.jpg"}, "with / between folders, got 'a.png\\x00.jpg'"),
     "link": ({**GOOD, "image": "link.png"}, "got 'link.png', a link to"),
     "a number as a name": ({**GOOD, "image": 12}, "expected the name of a picture, got 12"),

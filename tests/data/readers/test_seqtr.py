@@ -71,6 +71,66 @@ def test_grefcoco(world: Any, tree: Path) -> None:
     assert [r.phrase for r in records[1:]] == ["A unicorn", "A dragon", "a griffin", "a"]
 
 
+@pytest.mark.parametrize(
+    "below",
+    ["seqtr_type/images/mscoco/train2014", "images/mscoco/train2014", "coco2014/train2014", "coco_2014/train2014"],
+)
+def test_trees_of_deris_and_others(world: Any, below: str) -> None:
+    world.pictures("COCO_train2014_000000000005.jpg", folder=world.folder / below)
+    _write(world.folder, {"train": [ENTRY]}, "seqtr_type/annotations/grefs/instance.json")
+    world.prepare(world.folder, format="seqtr")
+    assert Path(read_split(world.root, "mine/train")[0].image_path).parent == (world.folder / below).resolve()
+
+
+def test_no_target_as_deris_writes_it(world: Any, tree: Path) -> None:
+    nothing = {"iscrowd": None, "bbox": None, "category_id": None, "id": None, "bbox_mode": 1, "empty": True}
+    entry = {"image_id": 5, "expressions": {"raw": "dotted house", "sent_id": 5}, "annotations": [nothing]}
+    several = {**entry, "annotations": [{"id": 7, "empty": False, "segmentation": SQUARE}, nothing]}
+    unknown = {**entry, "annotations": [{**nothing, "empty": False}]}
+    world.prepare(_write(tree, {"val": [entry, several]}), format="seqtr")
+    records = read_split(world.root, "mine/val")
+    assert [[i.annotation_id for i in r.instances] for r in records] == [[], [7]]
+    with pytest.raises(DataError, match="expected a mask, got annotation None without"):
+        world.prepare(_write(tree, {"val": [unknown]}), "unknown", format="seqtr")
+
+
+def test_annotations_of_each_expression_as_simvg_nests_them(world: Any, tree: Path) -> None:
+    annotations = [
+        [{"id": 0, "original_id": 51, "segmentation": SQUARE}],
+        [{"id": 0, "segmentation": SQUARE}, {"id": 1, "segmentation": OTHER}],
+        [{"id": -1, "bbox": [0, 0, 0, 0]}],
+    ]
+    entry = {"image_id": 5, "expressions": ["LEFT", "both", "a unicorn"], "annotations": annotations}
+    world.prepare(_write(tree, {"val": [entry]}), format="seqtr")
+    records = read_split(world.root, "mine/val")
+    assert [(r.phrase, [i.annotation_id for i in r.instances]) for r in records] == [
+        ("LEFT", [51]),
+        ("both", [0, 1]),
+        ("a unicorn", []),
+    ]
+    assert [r.phrase_id for r in records] == ["mine/val/0-0", "mine/val/0-1", "mine/val/0-2"]
+    uneven = {**entry, "annotations": annotations[:2]}
+    with pytest.raises(DataError, match="expected a list of annotations for each of 3 expressions, got 2"):
+        world.prepare(_write(tree, {"val": [uneven]}), "uneven", format="seqtr")
+    boxes = {**entry, "expressions": ["LEFT"], "annotations": [[{"id": 0, "original_id": 51, "bbox": [1, 2, 3, 4]}]]}
+    with pytest.raises(DataError, match="expected a mask, got annotation 51 without; name COCO's file"):
+        world.prepare(_write(tree, {"val": [boxes]}), "boxes", format="seqtr")
+
+
+def test_lists_of_alternatives_are_entries(world: Any, tree: Path) -> None:
+    one = {"file_name": "COCO_train2014_000000000005.jpg", "annotations": [{"id": 7, "segmentation": SQUARE}]}
+    none = {**one, "annotations": [{"id": None, "empty": True}]}
+    entry = [{**one, "expressions": {"raw": "left"}}, {**none, "expressions": {"raw": "a unicorn"}}]
+    made = world.prepare(_write(tree, {"val_rrefcoco": [entry, entry[0]]}), format="seqtr")
+    records = read_split(world.root, "mine/val_rrefcoco")
+    assert [(r.phrase_id, r.phrase, len(r.instances)) for r in records] == [
+        ("mine/val_rrefcoco/0.0-0", "left", 1),
+        ("mine/val_rrefcoco/0.1-0", "a unicorn", 0),
+        ("mine/val_rrefcoco/1-0", "left", 1),
+    ]
+    assert "1 entries are lists of alternatives" in made.manifest["notes"][0]
+
+
 def test_masks_of_cocos_own_file(world: Any, tree: Path) -> None:
     source = _write(tree, {"val": [{"image_id": 5, "expressions": ["x"], "mask_id": 50}]})
     coco = {
@@ -164,7 +224,7 @@ def test_broken_files(world: Any, tree: Path, case: str) -> None:
 def test_the_tree_that_is_expected(world: Any, tree: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         world.prepare(tree, format="seqtr")
-    assert "ROOT/seqtr_type/annotations/SET/instances*.json   with ROOT/images/mscoco/images/train2014" in str(
+    assert "ROOT/seqtr_type/annotations/SET/instances*.json   with ROOT/seqtr_type/images/mscoco/train2014" in str(
         caught.value
     )
     assert "got a folder that holds images, seqtr_type" in str(caught.value)
