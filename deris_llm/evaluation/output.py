@@ -169,6 +169,15 @@ def extras(
     return found
 
 
+def write_names(path: Path, names: Sequence[str]) -> None:
+    """Writes what a call left out, a line each, and removes what an earlier call wrote if nothing was left out."""
+    if names:
+        lines = (" ".join(name.splitlines()) for name in names)
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
+    else:
+        path.unlink(missing_ok=True)
+
+
 def file_name(split: str) -> str:
     """``refcoco/val`` as part of a file's name."""
     return split.replace("/", "_")

@@ -85,7 +85,7 @@ def many_phrases(answers: Sequence[StoredAnswer], *, seed: int) -> list[StoredAn
     """Phrases of one picture that has many, with and without target if there are such: the paper's figure 13."""
     by_image: dict[str, list[StoredAnswer]] = defaultdict(list)
     for answer in answers:
-        by_image[answer.image].append(answer)
+        by_image[answer.image_id].append(answer)
     most = max((min(len(found), _MANY_PHRASES) for found in by_image.values()), default=0)
     if most < 3:
         return []

@@ -32,7 +32,7 @@ class Pair:
 
     @property
     def image_id(self) -> str:
-        return self.ours.image
+        return self.ours.image_id
 
 
 def pairs_of(evaluation: Evaluation, other: Evaluation) -> dict[str, list[Pair]]:
@@ -139,7 +139,7 @@ def _table(evaluation: Evaluation, pairs: Mapping[str, Sequence[Pair]], ours: st
     rows = []
     for split, found in pairs.items():
         protocol, metric = evaluation.protocol(split), main_metric(evaluation, split)
-        images = [pair.ours.image for pair in found]
+        images = [pair.ours.image_id for pair in found]
         first, second = (
             np.array([a.iou[protocol] / 100 for a in answers]) for answers in (map(_other, found), map(_ours, found))
         )

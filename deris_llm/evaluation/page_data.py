@@ -33,10 +33,7 @@ class StoredAnswer:
     presence: float | None
     has_target: bool
     says_target: bool
-
-    @property
-    def image_id(self) -> str:
-        return self.image
+    image_id: str  # equal = the same picture; of files without it the picture's name
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> StoredAnswer:
@@ -52,6 +49,7 @@ class StoredAnswer:
             presence=None if found.get("presence") is None else float(found["presence"]),
             has_target=bool(found.get("has_target", True)),
             says_target=bool(found.get("says_target", True)),
+            image_id=str(found.get("image_id", found["image"])),
         )
 
 

@@ -79,6 +79,7 @@ class PhrasePrediction:
         line = {
             "phrase_id": self.phrase_id,
             "image": self.image,
+            "image_id": self.image_id,
             "phrase": self.phrase,
             "mask": self.mask,
             "iou": {name: round(100 * self.outcome(name).iou, 3) for name in self.overlaps},

@@ -29,7 +29,7 @@ from deris_llm.evaluation.boxes import boxes_of_masks
 from deris_llm.evaluation.comparison import compare, write_comparison
 from deris_llm.evaluation.gres_metrics import GrecOutcome
 from deris_llm.evaluation.metrics import Overlap, overlap
-from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder
+from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder, file_name, write_names
 from deris_llm.evaluation.predictions import (
     EvaluationResult,
     OtherAnswer,
@@ -58,6 +58,7 @@ class Scored:
     result: EvaluationResult
     protocols: tuple[Protocol, ...]
     missing: tuple[str, ...]  # phrase ids without a prediction
+    other_folder: tuple[str, ...] = ()  # see `Submission`
 
     @property
     def notes(self) -> list[str]:
@@ -65,10 +66,16 @@ class Scored:
         notes = []
         if self.missing:
             shown = ", ".join(self.missing[:MISSING_SHOWN])
-            more = ", ..." if len(self.missing) > MISSING_SHOWN else ""
+            split = self.result.predictions[0].phrase_id.split("/")[:2]
+            more = f", ... (all in {missing_file('/'.join(split))})" if len(self.missing) > MISSING_SHOWN else ""
             notes.append(
                 f"{len(self.missing):,} of {len(self.result.predictions):,} phrases have no prediction and count as misses: "
                 f"{shown}{more}"
+            )
+        if self.other_folder:
+            notes.append(
+                f"{len(self.other_folder):,} pictures were found by the file's name alone, in another folder than the predictions "
+                f"name, e.g. {self.other_folder[0]}"
             )
         if self.result.is_generalised and any("F1" not in found for found in self.result.numbers.values()):
             notes.append("no boxes of instances in the file: no F1")
@@ -115,7 +122,7 @@ def score_submission(
     by_id = {prediction.phrase_id: prediction for found, _ in parts for prediction in found}
     predictions = [by_id[record.phrase_id] for record in records]
     result = EvaluationResult.of(predictions, used, is_generalised=is_generalised)
-    return Scored(result, used, submission.missing)
+    return Scored(result, used, submission.missing, submission.other_folder)
 
 
 def run_score(
@@ -173,6 +180,7 @@ def run_score(
         }
         written = EvaluationFolder(folder, scored.protocols, title=Path(path).stem, about=about)
         written.add(split, scored.result, records, seconds=time.monotonic() - started, notes=scored.notes)
+        write_names(folder / missing_file(split), scored.missing)
         if pictures:
             written.write_pictures()
         found.append(scored)
@@ -184,6 +192,11 @@ def run_score(
     comparison["notes"] = [scored.notes for scored in found]
     write_comparison(comparison, Path(out))
     return report, comparison
+
+
+def missing_file(split: str) -> str:
+    """The file of the folder with the ids of a split's phrases that have no prediction; there only if there are some."""
+    return f"missing_{file_name(split)}.txt"
 
 
 def _with_own_masks(protocol: Protocol, submission: Submission) -> Protocol:

@@ -5,13 +5,15 @@ A line names its phrase and gives a mask:
     {"phrase_id": "refcoco/val/123", "mask": {"size": [h, w], "counts": "..."}}       COCO RLE, or polygons, or null: no answer
     {"sent_id": 123, ...}    {"ref_id": 5, "phrase": "left cat", ...}    {"image": "COCO_train2014_000000000009.jpg", "phrase": ...}
 
-``image`` may be ``image_id``, a path, or COCO's number. A line by picture and phrase answers every phrase of that text in the
-picture; as many lines as there are such phrases are taken in their order. Optional: ``says_target`` (else: is the mask empty?),
-``score``, ``presence``, ``boxes`` [[x0, y0, x1, y1], ...] of the instances (for F1), and what `deris-llm eval` writes besides
-so that its numbers come out again: ``top_scores``, ``oracle_px``, ``answers``. Other keys are not read.
+A full name is looked for first: the whole phrase id, the id as the source has it, the picture whose path ends like the given
+one. Then a shorter name: the last part of an id, a file's name alone (or without extension), COCO's number, ``image_id``. A name
+that means several phrases or pictures is refused, with the candidates. A line by picture and phrase answers every phrase of that
+text in the picture; as many lines as there are such phrases are taken in their order. Optional: ``says_target`` (else: is the
+mask empty?), ``score``, ``presence``, ``boxes`` [[x0, y0, x1, y1], ...] of the instances (for F1), and what `deris-llm eval`
+writes besides so that its numbers come out again: ``top_scores``, ``oracle_px``, ``answers``. Other keys are not read.
 
-A PNG is named by the phrase: ``123.png``, ``refcoco_val_123.png`` or ``refcoco/val/123.png``; it has the picture's size, 0 and
-one other value.
+A PNG is named by the phrase: ``refcoco/val/123.png``, ``123.png`` or ``refcoco_val_123.png``; it has the picture's size, 0 and
+one other value. The folders that `deris-llm predict` and `deris-llm eval` write are read by their JSONL.
 """
 
 from __future__ import annotations
@@ -32,6 +34,9 @@ from deris_llm.data.masks import coco_mask, segmentation_rle
 from deris_llm.evaluation.metrics import Overlap
 from deris_llm.evaluation.predictions import Box
 from deris_llm.structures import ReferringRecord
+
+PREDICTIONS_FILE = "predictions.jsonl"
+"""What `deris-llm predict` writes."""
 
 _PROBLEMS_SHOWN = 10
 
@@ -57,6 +62,9 @@ class Submission:
     path: Path
     answers: dict[str, Submitted]
     missing: tuple[str, ...]  # phrase ids, in the order of the records
+    other_folder: tuple[
+        str, ...
+    ] = ()  # names of pictures that were found by the file's name, in another folder than theirs
 
     def protocols_with_own_masks(self) -> frozenset[str]:
         """Ids of protocols for which every answer has a mask of its own."""
@@ -82,14 +90,14 @@ def read_submission(path: str | Path, records: Sequence[ReferringRecord]) -> Sub
     """Reads predictions and finds the phrase of each; the masks are checked by whoever draws them.
 
     Args:
-        path: of a JSONL file or a folder of PNGs.
+        path: of a JSONL file, a folder of PNGs, or a folder that `deris-llm predict` or `eval` wrote.
         records: the split.
 
     Raises:
         DataError: no such file, or all lines that cannot be read, name no phrase of the split, or name one twice.
     """
-    path = Path(path)
     phrases = _Phrases(records)
+    path = _lines_of_folder(Path(path), phrases.split)
     if path.is_dir():
         return _read_folder(path, phrases)
     if not path.is_file():
@@ -157,20 +165,29 @@ class _Phrases:
 
     def __init__(self, records: Sequence[ReferringRecord]) -> None:
         self.ids = [record.phrase_id for record in records]
-        self.known = frozenset(self.ids)
-        self.split = "/".join(self.ids[0].split("/")[:2]) if records else "the split"
-        self.by_sentence = {phrase_id.rpartition("/")[2]: phrase_id for phrase_id in self.ids}
-        self.by_ref: dict[int, list[ReferringRecord]] = defaultdict(list)
-        self.by_text: dict[tuple[str, str], list[str]] = defaultdict(list)
-        self.images: dict[str | int, str] = {}
+        self.split = f"{records[0].dataset}/{records[0].split}" if records else "the split"
+        self.other_folder: dict[str, None] = {}
+        self._by_id: tuple[dict[str, list[str]], ...] = ({}, {}, {})  # whole id, id of the source, its last part
+        self._by_file: dict[str, list[str]] = defaultdict(list)  # whole id with "_" for "/"
+        self._by_ref: dict[int, list[ReferringRecord]] = defaultdict(list)
+        self._by_text: dict[tuple[str, str], list[ReferringRecord]] = defaultdict(list)  # picture's path, plain text
+        self._images: dict[str | int, dict[str, None]] = defaultdict(dict)  # image id or COCO's number -> paths
+        self._files: dict[str, dict[str, None]] = defaultdict(dict)  # file's name, with and without extension -> paths
         for record in records:
+            own_id = record.phrase_id.removeprefix(f"{self.split}/")
+            for names, name in zip(self._by_id, (record.phrase_id, own_id, own_id.rpartition("/")[2]), strict=True):
+                names.setdefault(name, []).append(record.phrase_id)
+            self._by_file[record.phrase_id.replace("/", "_")].append(record.phrase_id)
             if record.ref_id is not None:
-                self.by_ref[record.ref_id].append(record)
-            self.by_text[record.image_id, _plain(record.phrase)].append(record.phrase_id)
-            self.images[record.image_id] = self.images[PurePosixPath(record.image_path).stem] = record.image_id
+                self._by_ref[record.ref_id].append(record)
+            self._by_text[record.image_path, _plain(record.phrase)].append(record)
+            self._images[record.image_id][record.image_path] = None
             digits = record.image_id.rpartition("_")[2]
             if digits.isdigit():
-                self.images.setdefault(int(digits), record.image_id)
+                self._images[int(digits)][record.image_path] = None
+            file = PurePosixPath(record.image_path)
+            for name in {file.name, file.stem}:
+                self._files[name][record.image_path] = None
 
     def of(self, tree: Mapping[str, Any]) -> tuple[str, ...]:
         """The phrases that a line answers: one, or several of the same text in one picture.
@@ -193,43 +210,98 @@ class _Phrases:
                 "expected phrase_id, sent_id, ref_id with phrase, or image (or image_id) with phrase, got the keys "
                 f"{', '.join(map(str, list(tree)[:8])) or 'none'}"
             )
-        return self._of_text(image, phrase)
+        found = _same_text(self._by_text.get((self._path_of(image), _plain(phrase)), ()), phrase)
+        if not found:
+            raise ValueError(
+                f"image {_short(image)} has no phrase {_short(phrase)} in {self.split} (--phrase-field raw?)"
+            )
+        return found
 
     def of_name(self, name: object, key: str) -> str:
-        """The phrase of a phrase id or a sentence id."""
+        """The phrase of a phrase id, of the source's own id (a sentence id), or of the last part of either.
+
+        Raises:
+            ValueError: of none, or of several.
+        """
         text = str(name) if isinstance(name, (str, int)) and not isinstance(name, bool) else ""
-        if text in self.known:
-            return text
-        if text in self.by_sentence:
-            return self.by_sentence[text]
-        raise ValueError(
-            f"{key} {_short(name)} is no phrase of {self.split}, which has e.g. {self.ids[0] if self.ids else 'none'}"
-        )
+        found = next((names[text] for names in self._by_id if text in names), [])
+        return self._one(found, f"{key} {_short(name)}", "the whole phrase id")
+
+    def of_file(self, name: str) -> str:
+        """The phrase of a mask's file, without extension, parts separated by "/" or, in a file's name, by "_".
+
+        Raises:
+            ValueError: of none, or of several.
+        """
+        if name in self._by_file and not any(name in names for names in self._by_id):
+            return self._one(self._by_file[name], f"file {_short(name)}", "folders, DATASET/SPLIT/ID.png")
+        return self.of_name(name, "file")
+
+    def _one(self, found: Sequence[str], said: str, cure: str) -> str:
+        if not found:
+            raise ValueError(
+                f"{said} is no phrase of {self.split}, which has e.g. {self.ids[0] if self.ids else 'none'}"
+            )
+        if len(found) > 1:
+            raise ValueError(f"{said} means {len(found)} phrases, {found[0]} and {found[1]}: give {cure}")
+        return found[0]
 
     def _of_ref(self, ref_id: object, phrase: str | None) -> tuple[str, ...]:
-        refs = self.by_ref.get(ref_id, []) if isinstance(ref_id, int) else []
+        refs = self._by_ref.get(ref_id, []) if isinstance(ref_id, int) else []
         if not refs:
             raise ValueError(f"ref_id {_short(ref_id)} is none of {self.split}")
-        chosen = [record.phrase_id for record in refs if phrase is None or _plain(record.phrase) == _plain(phrase)]
+        chosen = tuple(r.phrase_id for r in refs) if phrase is None else _same_text(refs, phrase)
         if not chosen:
             raise ValueError(f"ref_id {ref_id} has no phrase {_short(phrase)}, but {_short([r.phrase for r in refs])}")
         if phrase is None and len(chosen) > 1:
             raise ValueError(f"ref_id {ref_id} has {len(chosen)} phrases: say which with `phrase` or `sent_id`")
-        return tuple(chosen)
+        return chosen
 
-    def _of_text(self, image: object, phrase: str) -> tuple[str, ...]:
-        image_id = None
-        if isinstance(image, (str, int)) and not isinstance(image, bool):
-            stem = PurePosixPath(image.replace("\\", "/")).stem if isinstance(image, str) else image
-            image_id = self.images.get(stem)
-            if image_id is None and isinstance(stem, str) and stem.isdigit():
-                image_id = self.images.get(int(stem))
-        if image_id is None:
+    def _path_of(self, image: object) -> str:
+        """The path of the picture that a path, a file's name, an image id or COCO's number names.
+
+        Raises:
+            ValueError: none, or several.
+        """
+        if isinstance(image, bool) or not isinstance(image, (str, int)):
             raise ValueError(f"image {_short(image)} is none of {self.split}")
-        found = self.by_text.get((image_id, _plain(phrase)))
+        found = list(self._images.get(image, ())) or (self._of_path(image) if isinstance(image, str) else [])
+        if not found and isinstance(image, str) and image.isdecimal():
+            found = list(self._images.get(int(image), ()))
         if not found:
-            raise ValueError(f"image {image_id} has no phrase {_short(phrase)} in {self.split} (--phrase-field raw?)")
-        return tuple(found)
+            other = list(self._files.get(PurePosixPath(str(image)).stem, ()))
+            hint = f"; did you mean {PurePosixPath(other[0]).name}?" if other else ""
+            raise ValueError(f"image {_short(image)} is none of {self.split}{hint}")
+        if len(found) > 1:
+            raise ValueError(
+                f"image {_short(image)} means {len(found)} pictures, {found[0]} and {found[1]}: give more of the path"
+            )
+        return found[0]
+
+    def _of_path(self, name: str) -> list[str]:
+        """The pictures whose paths share the most parts with a name, from its end; the file's name must be shared."""
+        parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", "..")]
+        paths = list(self._files.get(parts[-1], ())) if parts else []
+        if not paths:
+            return []
+        folders = parts[-2::-1]
+        shared = {path: _num_shared(folders, PurePosixPath(path).parts[-2::-1]) for path in paths}
+        most = max(shared.values())
+        if folders and not most:
+            self.other_folder[name] = None
+        return [path for path in paths if shared[path] == most]
+
+
+def _num_shared(parts: Sequence[str], others: Sequence[str]) -> int:
+    """How many parts are equal before the first that differ."""
+    pairs = zip(parts, others, strict=False)
+    return next((number for number, (one, other) in enumerate(pairs) if one != other), min(len(parts), len(others)))
+
+
+def _same_text(records: Sequence[ReferringRecord], phrase: str) -> tuple[str, ...]:
+    """Ids of the phrases of exactly this text, or else of those that differ in case and blanks alone."""
+    exact = tuple(record.phrase_id for record in records if record.phrase == phrase)
+    return exact or tuple(record.phrase_id for record in records if _plain(record.phrase) == _plain(phrase))
 
 
 def _plain(phrase: str) -> str:
@@ -328,17 +400,39 @@ def _put(found: dict[str, Submitted], phrase_id: str, submitted: Submitted, prob
         found[phrase_id] = submitted
 
 
+def _lines_of_folder(path: Path, split: str) -> Path:
+    """The JSONL in a folder that `predict` or `eval` wrote, or a run's that was evaluated; any other path as it is.
+
+    Raises:
+        DataError: the folder is a checkpoint or run without predictions of the split.
+    """
+    if not path.is_dir():
+        return path
+    of_split = f"{split.replace('/', '_')}.jsonl"
+    homes = [path, *([path.parent] if path.name == "masks" else [])]
+    named = [home / PREDICTIONS_FILE for home in homes]
+    named += [path / inside / of_split for inside in ("", "predictions", "eval/predictions")]
+    found = next((file for file in named if file.is_file()), None)
+    if found is None and (
+        any(path.glob("checkpoint-*")) or any(path.glob("*.safetensors")) or (path / "best").is_dir()
+    ):
+        raise DataError(
+            f"{path}: expected predictions of {split}, got a checkpoint or run without any: make them with `deris-llm eval "
+            f"--checkpoint {path} --splits {split}`, which prints the numbers too"
+        )
+    return found or path
+
+
 def _read_folder(path: Path, phrases: _Phrases) -> Submission:
     problems: list[str] = []
     found: dict[str, Submitted] = {}
-    files = sorted(path.rglob("*.png"))
+    files = sorted(file for file in path.rglob("*.png") if not file.name.startswith("."))  # ._NAME: macOS' own
     if not files:
         raise DataError(f"{path}: expected PNG masks named by phrase, got a folder without any: check the path")
-    names = {phrase_id.replace("/", "_"): phrase_id for phrase_id in phrases.ids}
     for file in files:
         name = file.relative_to(path).with_suffix("").as_posix()
         try:
-            phrase_id = names.get(name) or phrases.of_name(name, "file")
+            phrase_id = phrases.of_file(name)
         except ValueError as error:
             problems.append(f"{name}.png: {error}")
             continue
@@ -351,7 +445,8 @@ def _whole(
 ) -> Submission:
     if problems:
         raise SubmissionError(path, problems, number)
-    return Submission(path, found, tuple(phrase_id for phrase_id in phrases.ids if phrase_id not in found))
+    missing = tuple(phrase_id for phrase_id in phrases.ids if phrase_id not in found)
+    return Submission(path, found, missing, tuple(phrases.other_folder))
 
 
 def _rle_of_png(path: Path, height: int, width: int) -> dict[str, Any]:

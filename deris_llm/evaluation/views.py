@@ -96,8 +96,8 @@ def choose_phrases(
     while left > 0 and any(queue for *_, queue in queues):
         for split, why, queue in queues:
             fresh = [a for a in queue if a.phrase_id not in chosen[split]]
-            shown = {a.image for a in answers[split] if a.phrase_id in chosen[split]}
-            answer = next((a for a in fresh if a.image not in shown), next(iter(fresh), None))
+            shown = {a.image_id for a in answers[split] if a.phrase_id in chosen[split]}
+            answer = next((a for a in fresh if a.image_id not in shown), next(iter(fresh), None))
             queue[:] = [a for a in fresh if a is not answer]
             if answer is not None and left > 0:
                 chosen[split][answer.phrase_id] = why

@@ -188,6 +188,9 @@ def test_missing_phrases_are_misses_and_named(root: Path, write: Write, tmp_path
     assert numbers["T-acc"] == pytest.approx(100 * (1 - 1 / (len(records) - empty)), abs=1e-4)
     said = report["notes"]["grefcoco/val"][0]
     assert f"2 of {len(records)} phrases have no prediction and count as misses" in said
+    listed = (tmp_path / "some" / "missing_grefcoco_val.txt").read_text().splitlines()
+    assert listed == [records[i].phrase_id for i in sorted(left_out)]
+    assert not (tmp_path / "all" / "missing_grefcoco_val.txt").exists()
     assert all(records[i].phrase_id in said for i in left_out)
 
 
