@@ -41,7 +41,15 @@ from deris_llm.data.prepared import (
     file_sha256,
     map_arrow,
 )
-from deris_llm.data.readers.base import FaultReason, SourceEntry, SourceFault, SourceOptions, SourceReader
+from deris_llm.data.readers.base import (
+    FaultReason,
+    SourceEntry,
+    SourceFault,
+    SourceInstance,
+    SourceOptions,
+    SourceReader,
+    is_int64,
+)
 from deris_llm.data.readers.registry import open_source
 from deris_llm.data.validation import Fault, LocatedEntry, ShardResult, is_text, look_at, write_shard
 
@@ -220,6 +228,7 @@ class _Preparation:
         self.num_total = 0
         self.notes = list(reader.notes)
         self.val_images: frozenset[str] | None = None  # names of pictures; None: the source's own splits
+        self.objects: dict[tuple[str, int], tuple[str, SourceInstance, str]] = {}  # (split, id) -> image, first, where
 
     def run(self) -> dict[str, Any]:
         """Writes all files and returns the manifest."""
@@ -426,6 +435,9 @@ class _Preparation:
         if isinstance(found[0], str):
             self._fault(Fault(order, entry.where, entry.split, found[0], found[1], whole, named))
             return None
+        if (message := self._other_object(entry)) is not None:
+            self._fault(Fault(order, entry.where, entry.split, "duplicate id", message, whole))
+            return None
         ids = seen.setdefault(entry.split, set())
         kept = []
         for phrase in entry.phrases:
@@ -438,6 +450,17 @@ class _Preparation:
         if len(kept) < len(entry.phrases):
             entry = replace(entry, phrases=tuple(kept))
         return LocatedEntry(order, entry, *found) if kept else None
+
+    def _other_object(self, entry: SourceEntry) -> str | None:
+        """Whether an annotation id of the entry was given to another object of the split before, and to which."""
+        for instance in entry.instances:
+            if is_int64(instance.id):
+                first = self.objects.setdefault((entry.split, instance.id), (entry.image, instance, entry.where))
+                image, one, where = first
+                if image != entry.image or (one.mask is not instance.mask and one.mask != instance.mask):
+                    other = f"image {image}" if image != entry.image else "another mask"
+                    return f"expected annotation id {instance.id} to be one object, got {other} under it in {where}"
+        return None
 
     def _fault(self, fault: Fault) -> None:
         self.num_bad.setdefault(printable(fault.split), Counter())[fault.reason] += fault.num_phrases

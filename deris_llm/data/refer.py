@@ -24,6 +24,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from deris_llm.data.coco_tables import CocoTables, coco_tables
 from deris_llm.data.errors import DataError, bad_records_error, check_is_split, describe, missing_path_error
 from deris_llm.data.masks import usable_segmentation
 from deris_llm.interop.unpickle import load_plain_pickle
@@ -187,6 +188,7 @@ class LoadedDataset:
     classes: dict[int, int]  # annotation id -> category id
     class_names: dict[int, str]  # category id -> name
     class_counts: Counter[tuple[int, int]]  # (image id, category id) -> annotations, referred or not, crowds left out
+    repeated: dict[tuple[str, int], str]  # (table, id) of different records -> which; they are in no other field
 
 
 def dataset_paths(root: Path, dataset: str) -> tuple[Path, Path]:
@@ -231,8 +233,9 @@ def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> LoadedDataset:
             f"{refs_file}: expected a list of refs, each a dict with {', '.join(sorted(_REF_KEYS))}, got {fault}. "
             "Use the dataset's own file"
         )
-    instances = _read_json(instances_file)
-    if fault := fault_of_instances(instances):
+    tables = coco_tables(_read_json(instances_file))
+    fault = tables if isinstance(tables, str) else _fault_of_tables(tables)
+    if fault is not None or isinstance(tables, str):
         raise DataError(
             f"{instances_file}: expected COCO instances with `images` and `annotations`, got {fault}. "
             "Use the instances.json that comes with REFER's refs"
@@ -241,7 +244,8 @@ def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> LoadedDataset:
     splits: dict[str, list[dict[str, Any]]] = {}
     for ref in refs:
         splits.setdefault(ref["split"], []).append(ref)
-    classed = [a for a in instances["annotations"] if isinstance(a.get("category_id"), int)]
+    annotations = tables.annotations.values()
+    classed = [a for a in annotations if isinstance(a.get("category_id"), int)]
     return LoadedDataset(
         splits=splits,
         images={
@@ -251,15 +255,20 @@ def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> LoadedDataset:
                 int(image["width"]),
                 int(image["height"]),
             )
-            for image in instances["images"]
+            for image in tables.images.values()
         },
-        annotations={
-            a["id"]: (a["image_id"], a["segmentation"]) for a in instances["annotations"] if a["id"] in wanted
-        },
+        annotations={a["id"]: (a["image_id"], a.get("segmentation")) for a in annotations if a["id"] in wanted},
         classes={a["id"]: a["category_id"] for a in classed if a["id"] in wanted},
-        class_names={c["id"]: c["name"] for c in instances.get("categories", ()) if {"id", "name"} <= c.keys()},
+        class_names={number: category["name"] for number, category in tables.categories.items()},
         class_counts=Counter((a["image_id"], a["category_id"]) for a in classed if not a.get("iscrowd")),
+        repeated={(fault.table, fault.id): fault.message for fault in tables.faults if fault.id is not None},
     )
+
+
+def _fault_of_tables(tables: CocoTables) -> str | None:
+    """What stops a file; an id that is given to different images or annotations spoils only the refs that name it."""
+    spoilt = (fault.message for fault in tables.faults if not fault.is_repeated or fault.table == "categories")
+    return next(spoilt, None)
 
 
 def _read_json(path: str) -> Any:
@@ -284,29 +293,6 @@ def _fault_of_refs(refs: Any) -> str | None:
             )
         if not isinstance(ref["sentences"], list) or not all(isinstance(each, dict) for each in ref["sentences"]):
             return f"number {number} (ref_id {ref['ref_id']}) whose sentences are {describe(ref['sentences'])}"
-    return None
-
-
-def fault_of_instances(instances: object) -> str | None:
-    """What keeps a file from being COCO instances, or None; masks and names of pictures are not looked at."""
-    if not isinstance(instances, dict) or not {"images", "annotations"} <= instances.keys():
-        return describe(instances)
-    for name, keys in (("images", ("id", "width", "height")), ("annotations", ("id", "image_id"))):
-        if not isinstance(instances[name], list):
-            return f"{name} that are {describe(instances[name])}"
-        for number, each in enumerate(instances[name]):
-            if not isinstance(each, dict) or not all(_is_id(each.get(key)) for key in keys):
-                return f"number {number} of {name} without whole numbers {', '.join(keys)}: {describe(each)}"
-            if name == "images" and not isinstance(each.get("file_name", ""), str):
-                return f"number {number} of images with file_name {each['file_name']!r}"
-            if name == "annotations" and "segmentation" not in each:
-                return f"number {number} of annotations without segmentation: {describe(each)}"
-    categories = instances.get("categories", [])
-    if not isinstance(categories, list) or not all(isinstance(category, dict) for category in categories):
-        return f"categories that are {describe(categories)}"
-    for number, each in enumerate(categories):
-        if not _is_id(each.get("id", 0)) or not isinstance(each.get("name", ""), str):
-            return f"number {number} of categories with id {each.get('id')!r} and name {each.get('name')!r}"
     return None
 
 
@@ -355,7 +341,8 @@ def _read_split(
         image = loaded.images.get(ref["image_id"])
         annotation_ids, problem = annotation_ids_of(ref, dataset)
         if image is None:
-            problem = f"image_id {ref['image_id']} is not among the images of {instances_file}"
+            unknown = f"image_id {ref['image_id']} is not among the images of {instances_file}"
+            problem = loaded.repeated.get(("images", ref["image_id"]), unknown)
         elif image.file_name not in present:
             problem = f"image file {image_folder / image.file_name} is missing"
         if problem is not None or image is None:
@@ -422,7 +409,8 @@ def _checked_annotation(
 ) -> tuple[InstanceAnnotation | None, int, str | None]:
     """The annotation, the id of its image, and what makes it unusable or None."""
     if annotation_id not in loaded.annotations:
-        return None, -1, f"ann_id {annotation_id} is not among the annotations of {instances_file}"
+        unknown = f"ann_id {annotation_id} is not among the annotations of {instances_file}"
+        return None, -1, loaded.repeated.get(("annotations", annotation_id), unknown)
     image_id, segmentation = loaded.annotations[annotation_id]
     if image_id not in loaded.images:
         return None, image_id, f"ann_id {annotation_id} belongs to image {image_id}, which {instances_file} has not"

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deris_llm.data.errors import DataError
+from deris_llm.data.coco_tables import CocoTables, coco_tables
+from deris_llm.data.errors import DataError, describe
 from deris_llm.data.readers.base import (
     SourceEntry,
     SourceFault,
@@ -27,7 +28,6 @@ from deris_llm.data.readers.base import (
     existing_source,
     read_json_file,
 )
-from deris_llm.data.refer import fault_of_instances
 
 
 class CocoReader:
@@ -48,42 +48,42 @@ class CocoReader:
         self.image_folder = existing_image_folder(folder, why="beside the JSON, or --images")
         self._contents = {_split_of(file): self._read(file) for file in self.files}
 
-    def _read(self, file: Path) -> dict[str, Any]:
-        content = read_json_file(file)
-        fault = fault_of_instances(content)
-        if fault is None and not all(
-            isinstance(each.get("id"), int) and isinstance(each.get("name"), str)
-            for each in content.get("categories", [])
-        ):
-            fault = "categories without id, a number, or name, a text"
-        if fault is not None:
+    def _read(self, file: Path) -> CocoTables:
+        tables = coco_tables(read_json_file(file))
+        if isinstance(tables, str):
             raise DataError(
-                f"{file}: expected COCO instances with `images`, `annotations` and `categories`, got {fault}. Repair the file, or "
+                f"{file}: expected COCO instances with `images`, `annotations` and `categories`, got {tables}. Repair the file, or "
                 "name another with --source"
             )
-        return content
+        return tables
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
         for split, content in self._contents.items():
             yield from self._of_file(split, content)
 
-    def _of_file(self, split: str, content: dict[str, Any]) -> Iterator[SourceEntry | SourceFault]:
-        names: dict[int | None, str] = {category["id"]: category["name"] for category in content.get("categories", [])}
-        images = {image["id"] for image in content["images"]}
+    def _of_file(self, split: str, tables: CocoTables) -> Iterator[SourceEntry | SourceFault]:
+        names: dict[int | None, str] = {number: category["name"] for number, category in tables.categories.items()}
+        for fault in tables.faults:
+            yield SourceFault(f"{split} {fault.where}", split, "structure", fault.message)
         by_image: dict[int, list[dict[str, Any]]] = {}
-        for annotation in content["annotations"]:
+        for annotation in tables.annotations.values():
             where = f"{split} annotation {annotation['id']}"
             if annotation.get("iscrowd"):
                 continue
-            if annotation["image_id"] not in images:
+            if annotation["image_id"] not in tables.images:
                 message = f"expected image_id among `images`, got {annotation['image_id']}"
+                message = tables.fault_of("images", annotation["image_id"]) or message
                 yield SourceFault(where, split, "reference", message)
             elif self._caption not in annotation and _category(annotation) not in names:
                 message = f"expected category_id among `categories`, got {annotation.get('category_id')!r}"
+                message = tables.fault_of("categories", _category(annotation)) or message
                 yield SourceFault(where, split, "reference", message)
+            elif "segmentation" not in annotation:
+                message = f"expected a segmentation, got none ({describe(annotation)}); a box is no mask"
+                yield SourceFault(where, split, "mask", message)
             else:
                 by_image.setdefault(annotation["image_id"], []).append(annotation)
-        for image in content["images"]:
+        for image in tables.images.values():
             yield from self._of_image(split, image, by_image.get(image["id"], []), names)
 
     def _of_image(

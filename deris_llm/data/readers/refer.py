@@ -52,11 +52,13 @@ class ReferReader:
             return fault(wrong)
         image = loaded.images.get(ref["image_id"])
         if image is None:
-            return fault(f"expected image_id among the images of {self.files[1].name}, got {ref['image_id']}")
+            unknown = f"expected image_id among the images of {self.files[1].name}, got {ref['image_id']}"
+            return fault(loaded.repeated.get(("images", ref["image_id"]), unknown))
         for annotation_id in ids:
             found = loaded.annotations.get(annotation_id)
             if found is None:
-                return fault(f"expected ann_id among the annotations of {self.files[1].name}, got {annotation_id}")
+                unknown = f"expected ann_id among the annotations of {self.files[1].name}, got {annotation_id}"
+                return fault(loaded.repeated.get(("annotations", annotation_id), unknown))
             if found[0] != ref["image_id"]:
                 return fault(
                     f"expected an annotation of image {ref['image_id']}, got ann_id {annotation_id} of image {found[0]}"

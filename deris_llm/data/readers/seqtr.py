@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from deris_llm.data import refer
+from deris_llm.data.coco_tables import CocoTables, coco_tables
 from deris_llm.data.errors import DataError, describe
 from deris_llm.data.readers.base import (
     SourceEntry,
@@ -159,9 +160,11 @@ class SeqtrReader:
             if mask is None and self._instances is None:
                 return f"expected a mask, got annotation {annotation_id} without; name COCO's file with --mapping instances=PATH"
             if mask is None and self._instances is not None:
-                if annotation_id not in self._instances:
-                    return f"expected an annotation of the file that --mapping instances names, got {annotation_id}"
-                mask = self._instances[annotation_id]
+                known = self._instances.annotations.get(annotation_id) if annotation_id is not None else None
+                if known is None:
+                    unknown = f"expected an annotation of the file that --mapping instances names, got {annotation_id}"
+                    return self._instances.fault_of("annotations", annotation_id) or unknown
+                mask = known.get("segmentation")
             found.append(SourceInstance(mask, annotation_id))
         return found
 
@@ -219,15 +222,15 @@ def _read_splits(files: tuple[Path, ...]) -> dict[str, list[Any]]:
     return splits
 
 
-def _read_instances(path: Path) -> dict[int, Any]:
+def _read_instances(path: Path) -> CocoTables:
     if not path.is_file():
         raise DataError(
             f"--mapping instances={path}: expected COCO's instances file, got nothing there. Check the path"
         )
-    content = read_json_file(path)
-    if fault := refer.fault_of_instances(content):
-        raise DataError(f"{path}: expected COCO instances, got {fault}. Use the dataset's own file")
-    return {each["id"]: each["segmentation"] for each in content["annotations"]}
+    tables = coco_tables(read_json_file(path))
+    if isinstance(tables, str):
+        raise DataError(f"{path}: expected COCO instances, got {tables}. Use the dataset's own file")
+    return tables
 
 
 def _find_pictures(file: Path) -> Path:

@@ -88,7 +88,7 @@ RECORDS: dict[str, tuple[Callable[[Any], Any], str]] = {
         _first("annotations", segmentation={"size": [3, 4], "counts": [0, 12]}),
         "RLE of the picture's size",
     ),
-    "the same id": (_first("annotations", id=2), "expected each object once, got one twice"),
+    "the same id": (_first("annotations", id=2), "expected one record of id 2 in annotations, got different ones: number 0 (segmentation [[4"),
     "an empty caption": (_first("annotations", caption=""), "expected a phrase a1 of some words, got str ''"),
     "a caption of numbers": (_first("annotations", caption=4), "expected a phrase a1 of some words, got int '4'"),
     "a category without name": (_first("categories", name=" "), "expected the category's name, got str ' '"),
@@ -96,6 +96,22 @@ RECORDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "an absent picture": (_first("images", file_name="c.png"), "expected a picture, got no file"),
     "a path": (_first("images", file_name="../instances_train.json"), "that stays inside it"),
     "no picture": (lambda content: content["images"][0].pop("file_name"), "expected the name of a picture, got None"),
+    "an id of text": (_first("annotations", id="1"), "number 0 of annotations: expected a whole number as id, got '1'"),
+    "an id null": (_first("annotations", id=None), "number 0 of annotations: expected a whole number as id, got None"),
+    "half an id": (_first("annotations", id=1.5), "number 0 of annotations: expected a whole number as id, got 1.5"),
+    "another picture's id": (
+        lambda content: content["annotations"].append({**content["annotations"][0], "image_id": 1}),
+        "annotation 1: expected one record of id 1 in annotations, got different ones: number 0 (image_id 0) and number 4 "
+        "(image_id 1)",
+    ),
+    "another category's id": (
+        lambda content: content["categories"].append({"id": 3, "name": "horse"}),
+        "expected one record of id 3 in categories, got different ones: number 0 (name 'dog') and number 2 (name 'horse')",
+    ),
+    "another image's id": (
+        lambda content: content["images"].append({**content["images"][0], "file_name": "b.png"}),
+        "expected one record of id 0 in images, got different ones: number 0 (file_name 'a.png') and number 2 (file_name 'b",
+    ),
 }
 
 
@@ -108,10 +124,31 @@ def test_broken_records(world: Any, coco: Any, case: str) -> None:
         world.prepare(source, format="coco")
     message = str(caught.value)
     assert message.startswith(f"{source}: ")
-    assert "\n  - train annotation " in message
+    assert "\n  - train annotation" in message
     assert expected in message, message
     assert "Repair or remove these records" in message
     assert world.is_untouched()
+
+
+def test_repeated_records_are_one_and_whole_floats_are_numbers(world: Any, coco: Any) -> None:
+    coco["annotations"][0]["id"] = 0  # an id like others
+    for table in ("images", "annotations", "categories"):
+        coco[table] += [dict(each) for each in coco[table]]
+    coco["annotations"][0].update(id=0.0, image_id=0.0, category_id=3.0)
+    coco["images"][0].update(id=0.0, width=40.0)
+    world.prepare(_write(world, coco), format="coco")
+    dogs, cat = read_split(world.root, "mine/train")
+    assert (dogs.phrase_id, [i.annotation_id for i in dogs.instances]) == ("mine/train/0-3", [0, 2])
+    assert (cat.phrase_id, [i.annotation_id for i in cat.instances]) == ("mine/train/0-4", [3])
+
+
+def test_one_bad_record_does_not_stop_a_file(world: Any, coco: Any) -> None:
+    del coco["annotations"][0]["segmentation"]
+    coco["annotations"].append({**coco["annotations"][2], "id": None})
+    coco["images"].append({"id": 7, "file_name": "b.png"})
+    made = world.prepare(_write(world, coco), format="coco", skip_bad=True)
+    assert made.manifest["skipped"]["train"] == {"structure": 2, "mask": 1}
+    assert [[i.annotation_id for i in r.instances] for r in read_split(world.root, "mine/train")] == [[2], [3]]
 
 
 FILES: dict[str, tuple[Any, str]] = {
@@ -122,23 +159,24 @@ FILES: dict[str, tuple[Any, str]] = {
     "annotations an object": ({"images": [], "annotations": {}}, "got annotations that are a dict with nothing"),
     "ids of text": (
         {"images": [{"id": "0", "width": 4, "height": 3}], "annotations": []},
-        "number 0 of images without whole",
+        "number 0 of images: expected a whole number as id, got '0'",
     ),
     "sizes absent": (
         {"images": [{"id": 0}], "annotations": []},
-        "number 0 of images without whole numbers id, width, height",
+        "number 0 of images: expected a whole number as width, got none (a dict with id)",
     ),
     "no segmentation": (
-        {"images": [], "annotations": [{"id": 0, "image_id": 0}]},
-        "number 0 of annotations without segmentation",
+        {"images": [{"id": 0, "width": 4, "height": 3}], "categories": [{"id": 1, "name": "x"}],
+         "annotations": [{"id": 0, "image_id": 0, "category_id": 1, "bbox": [1, 1, 2, 2]}]},
+        "annotation 0: expected a segmentation, got none (a dict with id, image_id, category_id, bbox); a box is no mask",
     ),
     "categories of text": (
         {"images": [], "annotations": [], "categories": ["dog"]},
-        "got categories that are a list of 1",
+        "number 0 of categories: expected an object, got str 'dog'",
     ),
     "categories unnamed": (
         {"images": [], "annotations": [], "categories": [{"id": 1}]},
-        "categories without id, a number, or name",
+        "number 0 of categories: expected a text as name, got none",
     ),
     "nothing": ({"images": [], "annotations": []}, "expected phrases, got none. Check the file"),
 }

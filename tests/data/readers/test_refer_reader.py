@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from deris_llm.data import refer as refer_module
 from deris_llm.data.errors import DataError
 from deris_llm.data.sources import count_refs, read_split
 
@@ -128,27 +129,29 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "no annotations": ("instances.json", b'{"images": []}', "got a dict with images"),
     "images no list": ("instances.json", b'{"images": {}, "annotations": []}', "got images that are a dict"),
     "an image without size": (
-        "instances.json", b'{"images": [{"id": 5}], "annotations": []}', "number 0 of images without whole numbers id, width, height",
+        "instances.json", b'{"images": [{"id": 5}], "annotations": []}', "number 0 of images: expected a whole number as width, got none",
     ),
     "a size as text": (
-        "instances.json", b'{"images": [{"id": 5, "width": "4", "height": 3}], "annotations": []}', "number 0 of images without",
+        "instances.json", b'{"images": [{"id": 5, "width": "4", "height": 3}], "annotations": []}', "number 0 of images: expected a whole number as width, got '4'",
     ),
     "a name as number": (
         "instances.json",
         b'{"images": [{"id": 5, "width": 4, "height": 3, "file_name": 7}], "annotations": []}',
-        "number 0 of images with file_name 7",
+        "number 0 of images: expected a text as file_name, got 7",
     ),
     "an annotation without picture": (
-        "instances.json", b'{"images": [], "annotations": [{"id": 5}]}', "number 0 of annotations without whole numbers id, image_id",
+        "instances.json", b'{"images": [], "annotations": [{"id": 5}]}', "number 0 of annotations: expected a whole number as image_id, got none",
     ),
-    "an annotation without mask": (
-        "instances.json", b'{"images": [], "annotations": [{"id": 5, "image_id": 5}]}', "number 0 of annotations without segmentation",
+    "two categories of one id": (
+        "instances.json",
+        b'{"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}, {"id": 1, "name": "y"}]}',
+        "expected one record of id 1 in categories, got different ones: number 0 (name 'x') and number 1 (name 'y')",
     ),
     "categories a text": ("instances.json", b'{"images": [], "annotations": [], "categories": "x"}', "categories that are str 'x'"),
     "a category's id": (
         "instances.json",
         b'{"images": [], "annotations": [], "categories": [{"id": [], "name": "x"}]}',
-        "number 0 of categories with id [] and name 'x'",
+        "number 0 of categories: expected a whole number as id, got []",
     ),
     "a pickle cut off": ("refs(unc).p", pickle.dumps([1, 2, 3])[:-2], "refs(unc).p"),
     "a pickle of something": ("refs(unc).p", pickle.dumps({"a": 1}), "expected a list of refs"),
@@ -173,6 +176,40 @@ def test_broken_files(refer_folder: Any, world: Any, case: str) -> None:
     assert str(root / "refcoco" / name) in str(caught.value)
     assert expected in str(caught.value), str(caught.value)
     assert world.is_untouched()
+
+
+def test_annotation_ids_given_twice(refer_folder: Any, world: Any) -> None:
+    """Equal records are one; of different ones nobody knows which is meant. An annotation without mask spoils its ref."""
+    annotations = refer_folder.instances["refcoco"]["annotations"]
+    last = {**annotations[-1], "category_id": 1.0}  # a table program's integer
+    annotations += [last, {**annotations[0], "segmentation": [[1, 1, 9, 1, 9, 9]]}]
+    del annotations[1]["segmentation"]
+    refer_folder.instances["refcoco"]["images"].append(dict(refer_folder.instances["refcoco"]["images"][0]))
+    root = refer_folder.write()
+    repeated = (
+        r"expected one record of id 10 in annotations, got different ones: number 0 \(segmentation \[\[4.*\) and "
+        rf"number {len(annotations) - 1} \(segmentation \[\[1"
+    )
+    with pytest.raises(DataError, match=repeated) as caught:
+        world.prepare(root, "refcoco", format="refer")
+    assert "\n  - ref_id 0: " in str(caught.value)
+    assert "expected polygons or RLE, got NoneType" in str(caught.value)
+    with pytest.raises(DataError, match=repeated):
+        refer_module.read_split(root, "refcoco/train")
+    assert refer_module.read_split(root, "refcoco/testB")[-1].instances[0].annotation_id == annotations[-3]["id"]
+    made = world.prepare(root, "refcoco", format="refer", skip_bad=True)
+    assert made.manifest["skipped"]["train"] == {"reference": 2, "mask": 3}
+
+
+def test_image_ids_given_twice(refer_folder: Any, world: Any) -> None:
+    images = refer_folder.instances["refcoco"]["images"]
+    images.append({**images[0], "width": 20})
+    root = refer_folder.write()
+    ask = r"ref_id 0: expected one record of id 1 in images, got different ones: number 0 \(width 40\) and number 7 \(width 20\)"
+    with pytest.raises(DataError, match=ask):
+        world.prepare(root, "refcoco", format="refer")
+    with pytest.raises(DataError, match=ask):
+        refer_module.read_split(root, "refcoco/train")
 
 
 @pytest.mark.parametrize("ref_id", [True, 2**64, None, "7"])

@@ -141,8 +141,29 @@ def test_masks_of_cocos_own_file(world: Any, tree: Path) -> None:
         world.prepare(source, format="seqtr")
     world.prepare(source, format="seqtr", mapping={"instances": str(_write(tree, coco, "coco.json"))})
     assert read_split(world.root, "mine/val")[0].instances[0].annotation_id == 50
+    coco["annotations"].append({**coco["annotations"][0], "segmentation": OTHER})
+    with pytest.raises(DataError, match=r"val\[0\]: expected one record of id 50 in annotations, got different ones"):
+        world.prepare(source, "twice", format="seqtr", mapping={"instances": str(_write(tree, coco, "coco.json"))})
     with pytest.raises(DataError, match="expected COCO's instances file, got nothing there"):
         world.prepare(source, "other", format="seqtr", mapping={"instances": str(tree / "no.json")})
+
+
+def test_one_annotation_id_is_one_object(world: Any, tree: Path) -> None:
+    """Several entries may name it; another mask or picture under it would be found as the first one's."""
+    first = {**ENTRY, "annotation_id": 9}
+    world.prepare(_write(tree, {"train": [first, {**first, "expressions": ["again"]}, {**ENTRY, "mask": OTHER}]}), format="seqtr")
+    assert [r.instances[0].annotation_id for r in read_split(world.root, "mine/train")[:3]] == [9, 9, 9]
+    for other, got in (({"mask": OTHER}, "another mask"), ({"image_id": 6}, "image COCO_train2014_000000000005.jpg")):
+        source = _write(tree, {"train": [first, {**first, **other}]})
+        ask = rf"train\[1\]: expected annotation id 9 to be one object, got {got} under it in train\[0\]"
+        with pytest.raises(DataError, match=ask):
+            world.prepare(source, "other", format="seqtr")
+
+
+def test_an_annotation_of_id_0_is_an_object(world: Any, tree: Path) -> None:
+    entry = {"image_id": 5, "expressions": ["x"], "annotations": [{"id": 0, "mask": SQUARE}]}
+    world.prepare(_write(tree, {"val": [entry]}), format="seqtr")
+    assert [i.annotation_id for i in read_split(world.root, "mine/val")[0].instances] == [0]
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
