@@ -111,6 +111,32 @@ def read_json_file(path: Path) -> Any:
         ) from error
 
 
+def files_in(folder: Path, *patterns: str) -> tuple[Path, ...]:
+    """Files of a folder that match one of the patterns, by name; hidden ones (`._train.json` of macOS) are left out."""
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    return tuple(sorted(path for path in found if path.is_file() and not path.name.startswith(".")))
+
+
+_SIGNS = (
+    ("labelme", "*.json", b'"shapes"'),
+    ("coco", "*.json", b'"annotations"'),
+    ("coco", "*.json", b'"file_name"'),
+    ("cvat", "*.xml", b"<annotations"),
+    ("jsonl", "*.jsonl", b'"image"'),
+)
+
+
+def other_format(source: Path, *, than: str) -> str:
+    """A sentence that names the format that a source looks like; empty if it is none that is known."""
+    for name, pattern, sign in _SIGNS:
+        files = files_in(source, pattern, f"*/{pattern}") if source.is_dir() else (source,)
+        for file in files[:1] if name != than else ():
+            with file.open("rb") as stream:
+                if sign in stream.read(1 << 16):
+                    return f" {file.name} looks like --format {name}."
+    return ""
+
+
 def checked_mapping(options: SourceOptions, known: Mapping[str, str]) -> dict[str, str]:
     """The user's mapping over the defaults.
 

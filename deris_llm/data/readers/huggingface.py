@@ -6,6 +6,8 @@
 `image` (a picture, embedded or by path), `phrase` (a text or a list), `raw` (as typed), the referents as one of `mask` (a
 picture, an array or an RLE), `masks` (a list of them), `polygons` (the parts of one object) and `rle`; `no_target`, `id`,
 `category`, `image_id`. What is not mapped is looked for under its own name. Every split of the dataset becomes one.
+`--mapping json=COLUMN,COLUMN` names columns of text that hold JSON; they are parsed first, so that their members can be
+named (`polygons=raw_anns.segmentation`).
 
 Embedded pictures are written as files beside the prepared set, named by their content; paths are relative to --images or
 the source's folder.
@@ -14,6 +16,7 @@ the source's folder.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,10 +47,14 @@ class HuggingFaceReader:
     notes: tuple[str, ...] = ()
 
     def __init__(self, options: SourceOptions) -> None:
-        self._mapping = checked_mapping(options, {name: name for name in _FIELDS})
+        self._mapping = checked_mapping(options, {name: name for name in _FIELDS} | {"json": ""})
+        self._json_columns = tuple(filter(None, self._mapping.pop("json").split(",")))
         self._splits = _load(options.source)
         for split, rows in self._splits.items():
             self._check_columns(options, split, rows.column_names)
+            for table in rows.with_format("arrow").iter(batch_size=1):
+                self._check_texts(split, table.to_pylist()[0])
+                break
         folder = Path(options.source)
         self.files = tuple(sorted(path for path in folder.rglob("*") if path.is_file())) if folder.is_dir() else ()
         self.identity = "" if self.files else " ".join(rows._fingerprint for rows in self._splits.values())
@@ -66,7 +73,8 @@ class HuggingFaceReader:
                     number += 1
 
     def _check_columns(self, options: SourceOptions, split: str, columns: list[str]) -> None:
-        wanted = [self._mapping[name].split(".")[0] for name in (*options.mapping, "image", "phrase")]
+        named = [name for name in options.mapping if name != "json"]
+        wanted = [*self._json_columns, *(self._mapping[name].split(".")[0] for name in (*named, "image", "phrase"))]
         if missing := [name for name in wanted if name not in columns]:
             raise DataError(
                 f"--source {options.source}, split {split}: expected a column {missing[0]!r}, got {', '.join(columns)}. Say with "
@@ -85,8 +93,30 @@ class HuggingFaceReader:
                 return isinstance(found, dict) and found.get("bytes") is not None
         return False
 
+    def _check_texts(self, split: str, row: Mapping[str, Any]) -> None:
+        """Checks on the first row that no mapping asks for members of a text, or takes one for a mask."""
+        for field in _FIELDS:
+            path = self._mapping[field].split(".")
+            if path[0] in self._json_columns:
+                continue
+            for depth in range(1, len(path) + 1):
+                found = _member(row, ".".join(path[:depth]))
+                found = found[0] if isinstance(found, list) and found else found
+                is_json = isinstance(found, str) and found.lstrip()[:1] in ("{", "[")
+                if isinstance(found, str) and (depth < len(path) or (field in _MASK_FIELDS and is_json)):
+                    raise DataError(
+                        f"--mapping {field}={'.'.join(path)}, split {split}: expected "
+                        + (f"`{'.'.join(path[:depth])}` to have members" if depth < len(path) else "a mask")
+                        + f", got a column of text: {found[:60]!r}. If {path[0]!r} holds JSON, have it parsed with --mapping "
+                        f"json={','.join([*self._json_columns, path[0]])}"
+                    )
+
     def _entry(self, split: str, number: int, row: Mapping[str, Any], features: Any) -> SourceEntry | SourceFault:
         where = f"{split} row {number}"
+        try:
+            row = self._parsed(row)
+        except ValueError as error:
+            return SourceFault(where, split, "structure", str(error))
         found = {name: _member(row, path) for name, path in self._mapping.items()}
         texts, raws = found["phrase"], found["raw"]
         texts = texts if isinstance(texts, list) else [texts]
@@ -115,6 +145,20 @@ class HuggingFaceReader:
             image_id=found["image_id"],
             category=_class_name(found["category"], features.get(self._mapping["category"])),
         )
+
+    def _parsed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row with its columns of JSON as what they hold.
+
+        Raises:
+            ValueError: one is no JSON.
+        """
+        row = dict(row)
+        for name in self._json_columns:
+            try:
+                row[name] = None if row[name] is None else json.loads(row[name])
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"column {name}: expected JSON in a text, got {describe(row[name])} ({error})") from error
+        return row
 
     def _picture(self, value: Any) -> Any:
         """Name of the picture below the image folder; an embedded one is written there first."""

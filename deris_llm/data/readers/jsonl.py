@@ -12,8 +12,9 @@ Optional: `id` (of the phrase; default: the line's number), `split` (default: th
 the picture as annotated), `raw` (text as typed), `category`, `image_id` (only if other datasets use the same ids for the
 same pictures). Unknown fields are ignored. `image` and `png` are relative to the folder of the file, or --images.
 
-`--source` is a file, or a folder whose `*.jsonl` are read in the order of their names. `--mapping phrase=caption` says
-that the field `phrase` is called `caption`.
+`--source` is a file, or a folder whose `*.jsonl` (without such, `*.json`) are read in the order of their names; a file may
+hold one JSON array of such objects instead of lines. Where several files hold parts of one split, a line's default id is
+`FILE-NUMBER`. `--mapping phrase=caption` says that the field `phrase` is called `caption`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ from deris_llm.data.readers.base import (
     checked_mapping,
     existing_image_folder,
     existing_source,
+    files_in,
+    other_format,
+    read_json_file,
 )
 
 FIELDS = (
@@ -47,7 +51,7 @@ _MASK_FIELDS = ("masks", "polygons", "rle", "png")
 
 
 class JsonlReader:
-    """Reads line by line; nothing but the current line is in memory."""
+    """Reads line by line; nothing but the current line is in memory, or the whole of a file that is an array."""
 
     identity = ""
     is_generalised: bool | None = None
@@ -55,18 +59,25 @@ class JsonlReader:
 
     def __init__(self, options: SourceOptions) -> None:
         source = existing_source(options, "a .jsonl file, or a folder of them")
-        self._files = tuple(sorted(source.glob("*.jsonl"))) if source.is_dir() else (source,)
+        self._files = (
+            files_in(source, "*.jsonl", "*.ndjson") or files_in(source, "*.json") if source.is_dir() else (source,)
+        )
         if not self._files:
-            raise DataError(f"--source {source}: expected *.jsonl files in this folder, got none. Check the path")
+            raise DataError(
+                f"--source {source}: expected *.jsonl files in this folder, or *.json that hold an array, got none."
+                f"{other_format(source, than='jsonl')} Check the path and --format"
+            )
         folder = source if source.is_dir() else source.parent
         self.image_folder = existing_image_folder(options.images or folder, why="beside the JSONL, or --images")
         self._mapping = checked_mapping(options, {name: name for name in FIELDS})
-        self.files = (*self._files, *self._mask_files(ImageFolder(self.image_folder, options.follow_links)))
+        mask_files, self._shared_splits = self._look_through(ImageFolder(self.image_folder, options.follow_links))
+        self.files = (*self._files, *mask_files)
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
         for file in self._files:
-            for number, line, fault in _lines(file):
-                where = f"{file.name} line {number}"
+            unit, records = _records(file)
+            for number, line, fault in records:
+                where = f"{file.name} {unit} {number}"
                 if fault is not None:
                     yield SourceFault(where, file.stem, "structure", fault)
                 elif line is not None:
@@ -97,7 +108,7 @@ class JsonlReader:
             masks = [masks]
         if not isinstance(found.get("no_target", False), bool):
             return fault(f"expected `no_target` to be true or false, got {found['no_target']!r}")
-        first_id = found.get("id", number)
+        first_id = found.get("id", f"{file_stem}-{number}" if str(split) in self._shared_splits else number)
         return SourceEntry(
             where=where,
             split=split,
@@ -113,22 +124,56 @@ class JsonlReader:
             category=found.get("category"),
         )
 
-    def _mask_files(self, folder: ImageFolder) -> tuple[Path, ...]:
-        """Masks that are files of their own: what they hold is part of the source."""
+    def _look_through(self, folder: ImageFolder) -> tuple[tuple[Path, ...], set[str]]:
+        """Masks that are files of their own, as what they hold is part of the source; splits that several files hold."""
         found: dict[Path, None] = {}
+        files_of: dict[str, set[Path]] = {}
         keys = (self._mapping["png"], self._mapping["masks"])
         for file in self._files:
-            for _, line, _ in _lines(file):
+            for _, line, _ in _records(file)[1]:
+                files_of.setdefault(str((line or {}).get(self._mapping["split"], file.stem)), set()).add(file)
                 for value in [line.get(key) for key in keys] if line else ():
                     for mask in value if isinstance(value, list) else [value]:
                         path = folder.file(mask)[0] if isinstance(mask, str) else None
                         if path is not None and os.path.isfile(path):  # False for names that no file can have
                             found[path] = None
-        return tuple(found)
+        return tuple(found), {split for split, files in files_of.items() if len(files) > 1}
 
 
-def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | None, str | None]]:
-    """Number from 1, the object of each line that is not blank, and what is wrong with it or None."""
+_Records = Iterator[tuple[int, dict[str, Any] | None, str | None]]
+"""Number from 1, the object, and what is wrong with it or None."""
+
+
+def _records(file: Path) -> tuple[str, _Records]:
+    """What the records of a file are, ``line`` or (of one array) ``entry``, and these.
+
+    Raises:
+        DataError: an array that is cut off, one object over many lines, text that is not UTF-8 throughout.
+    """
+    with file.open("rb") as stream:
+        first = next((line for line in stream if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
+    start = first.lstrip(b"\xef\xbb\xbf \t\r\n")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{file}: expected UTF-8, got UTF-16, as some programs of Windows write. Save the file as UTF-8")
+    if start.startswith(b"["):
+        values = enumerate(read_json_file(file), start=1)
+        return "entry", (
+            (i, value, None) if isinstance(value, dict) else (i, None, _not_an_object(value)) for i, value in values
+        )
+    if start.rstrip() == b"{":
+        raise DataError(
+            f"{file}: expected an object per line, or one array of objects, got one object over several lines."
+            f"{other_format(file, than='jsonl')} Write each record on a line of its own"
+        )
+    return "line", _lines(file)
+
+
+def _not_an_object(value: object) -> str:
+    return f"expected an object {{...}}, got {describe(value)}"
+
+
+def _lines(file: Path) -> _Records:
+    """The lines that are not blank."""
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
@@ -140,4 +185,4 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | None, str | None]
             if isinstance(value, dict):
                 yield number, value, None
             elif text:
-                yield number, None, f"expected an object {{...}}, got {describe(value)}"
+                yield number, None, _not_an_object(value)

@@ -210,3 +210,26 @@ def test_unusable_sources(world: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected a Hugging Face dataset"):
         world.prepare(source, format="hf")
     assert world.is_untouched()
+
+
+def test_columns_of_text_that_hold_json(world: Any) -> None:
+    world.pictures("a.png")
+    annotation = {"segmentation": SQUARE, "id": 7}
+    rows = [
+        {"path": "a.png", "sentences": [{"sent": "left"}, {"sent": "first"}], "raw_anns": json.dumps(annotation)},
+        {"path": "a.png", "sentences": [{"sent": "right"}], "raw_anns": "{'segmentation': []}"},
+    ]
+    source = _save(world, rows)
+    mapping = {"image": "path", "phrase": "sentences.sent", "polygons": "raw_anns.segmentation"}
+    with pytest.raises(DataError, match=r"`raw_anns` to have members, got a column of text: .*--mapping json=raw_anns"):
+        world.prepare(source, format="hf", images=world.folder, mapping=mapping)
+    with pytest.raises(DataError, match=r"--mapping mask=raw_anns.*: expected a mask, got a column of text"):
+        world.prepare(source, format="hf", images=world.folder, mapping={**mapping, "mask": "raw_anns"})
+    with pytest.raises(DataError, match="expected a column 'no', got path, sentences, raw_anns"):
+        world.prepare(source, format="hf", images=world.folder, mapping={**mapping, "json": "no"})
+    with pytest.raises(DataError, match="train row 1: column raw_anns: expected JSON in a text"):
+        world.prepare(source, format="hf", images=world.folder, mapping={**mapping, "json": "raw_anns"})
+    world.prepare(source, format="hf", images=world.folder, mapping={**mapping, "json": "raw_anns"}, skip_bad=True)
+    records = read_split(world.root, "mine/train")
+    assert [r.phrase for r in records] == ["left", "first"]
+    assert all(map(_same_mask, records))

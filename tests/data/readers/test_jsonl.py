@@ -51,6 +51,55 @@ def test_every_form_of_a_mask(world: Any) -> None:
     assert any(file["file"] == "square.png" for file in made.manifest["source"]["files"])
 
 
+def test_parts_of_one_split(world: Any) -> None:
+    world.pictures("a.png")
+    for part in (0, 1):
+        lines = [{"image": "a.png", "phrase": f"{part} {k}", "polygons": SQUARE, "split": "train"} for k in range(2)]
+        world.lines(*lines, file=f"part-{part}.jsonl")
+    world.lines({"image": "a.png", "phrase": "v", "polygons": SQUARE}, file="val.ndjson")
+    (world.folder / "._part-0.jsonl").write_bytes(b"\0\5\x16\7")  # of macOS
+    world.prepare(world.folder)
+    assert [(r.phrase_id, r.phrase) for r in read_split(world.root, "mine/train")] == [
+        ("mine/train/part-0-1", "0 0"),
+        ("mine/train/part-0-2", "0 1"),
+        ("mine/train/part-1-1", "1 0"),
+        ("mine/train/part-1-2", "1 1"),
+    ]
+    assert [r.phrase_id for r in read_split(world.root, "mine/val")] == ["mine/val/1"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_is_read_as_lines_are(world: Any, indent: int | None) -> None:
+    world.pictures("a.png")
+    entries = [{"image": "a.png", "phrase": "one", "polygons": SQUARE}, 7]
+    (world.folder / "annotations.json").write_text("\ufeff\n " + json.dumps(entries, indent=indent), "utf-8")
+    with pytest.raises(DataError, match=r"annotations\.json entry 2: expected an object {\.\.\.}, got int '7'"):
+        world.prepare(world.folder)
+    world.prepare(world.folder, skip_bad=True)
+    assert [(r.phrase_id, r.phrase) for r in read_split(world.root, "mine/annotations")] == [
+        ("mine/annotations/1", "one")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"image": "a.png"},\n{"image', "expected JSON in UTF-8, got JSONDecodeError"),
+        (b'{\n"image": "a.png",\n"phrase": "x"\n}', "got one object over several lines. Write each record on a line"),
+        (b'{\n"text": ["x"],\n"shapes": []\n}', "several lines. mine.json looks like --format labelme."),
+        ('{"image": "a.png"}'.encode("utf-16"), "expected UTF-8, got UTF-16"),
+    ],
+)
+def test_files_that_are_no_lines(world: Any, content: bytes, message: str) -> None:
+    world.folder.mkdir()
+    (world.folder / "mine.json").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        world.prepare(world.folder)
+    assert message in str(caught.value)
+    assert str(world.folder / "mine.json") in str(caught.value)
+    assert world.is_untouched()
+
+
 def test_ids_splits_and_names_of_fields(world: Any) -> None:
     world.pictures("a.png", "b/c.png")
     world.lines(
@@ -265,7 +314,7 @@ def test_unusable_sources(world: Any, tmp_path: Path) -> None:
     ):
         world.prepare(tmp_path / "nowhere.jsonl")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"expected \*\.jsonl files in this folder, got none\. Check the path"):
+    with pytest.raises(DataError, match=r"or \*\.json that hold an array, got none\. Check the path"):
         world.prepare(tmp_path / "empty")
     (tmp_path / "train.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"expected phrases, got none\. Check the file"):
