@@ -41,7 +41,7 @@ class Overfitted:
 def overfit() -> Callable[..., Overfitted]:
     """Trains the whole model of a run on eight pictures of two shapes, one of which the phrase names by its colour."""
 
-    def run(overrides: list[str], *, steps: int = 30) -> Overfitted:
+    def run(overrides: list[str], *, steps: int = 60) -> Overfitted:  # after 30 one of them is still half-way
         rates = [*RATES, "training.cognition_learning_rate=1e-3"] if "cognition.tuning=full" in overrides else RATES
         config = tiny_config(*overrides, *rates)
         torch.manual_seed(0)

@@ -17,7 +17,7 @@ from transformers.models.swin.modeling_swin import SwinAttention, SwinPatchMergi
 from deris_llm.interop.mask2former import convert, rename, renamed_names, unused_reason
 from deris_llm.interop.weight_files import WeightFileError
 from deris_llm.perception import build_perception
-from deris_llm.testing import tiny_config, tiny_weights
+from deris_llm.testing import relative_difference, tiny_config, tiny_weights
 
 # transformers' names in memory -> detectron2's, written down on its own; `{}` = q, k, v joined in this order.
 TO_DETECTRON2 = (
@@ -262,7 +262,7 @@ def test_swin_attention_after_the_cut_is_that_of_the_joined_weights():
                 scores[j] += table[down + window - 1, right + window - 1, head]
             expected[i, head] = scores.softmax(0) @ value[:, head]
     expected = F.linear(expected.flatten(1), joined[f"{prefix}proj.weight"], joined[f"{prefix}proj.bias"])
-    assert (found[0] - expected).abs().max() < 1e-5  # measured: 1e-6
+    assert relative_difference(found[0], expected) < 5e-6  # measured: 4.8e-7 on AVX2 cores
 
 
 def test_decoder_self_attention_after_the_cut_is_torchs_own():
@@ -279,7 +279,7 @@ def test_decoder_self_attention_after_the_cut_is_torchs_own():
     with torch.no_grad():
         expected, _ = original(queries + positions, queries + positions, queries)
         found = attention(queries, position_embeddings=positions)[0]
-    assert (found - expected).abs().max() < 1e-6  # measured: 2e-7
+    assert relative_difference(found, expected) < 5e-6  # measured: 2e-7 (AVX-512), 0 (AVX2)
 
 
 # -- every name of released files ------------------------------------------------------------------------------------
