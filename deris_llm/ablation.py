@@ -24,11 +24,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from deris_llm.config import ConfigError, RunConfig, config_from_dict, config_to_dict, load_config, save_config
+from deris_llm.config import (
+    ConfigError,
+    RunConfig,
+    apply_overrides,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    save_config,
+)
+from deris_llm.strict_files import parse_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -319,7 +327,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 @functools.cache
 def _tables() -> dict[str, Any]:
-    return yaml.safe_load(resources.files("deris_llm").joinpath("ablation.yaml").read_text(encoding="utf-8"))
+    return parse_yaml(resources.files("deris_llm").joinpath("ablation.yaml").read_text(encoding="utf-8"))
 
 
 def _row(row: Mapping[str, Any], *, tiny: bool) -> Row:
@@ -332,12 +340,9 @@ def _row(row: Mapping[str, Any], *, tiny: bool) -> Row:
 
 def _check_evaluation(config: RunConfig, row: Row) -> None:
     """Raises ConfigError where the run cannot be evaluated as the row says."""
-    tree = config_to_dict(config)
-    for text in row.evaluation:
-        name, _, value = text.partition("=")
-        section, _, field = name.partition(".")
-        tree[section][field] = yaml.safe_load(value)
-    config_from_dict(tree, where=row.name)
+    problems: list[str] = []
+    tree = apply_overrides(config_to_dict(config), row.evaluation, problems)
+    config_from_dict(tree, where=row.name, problems=problems)
 
 
 def _folder_name(base: RunConfig, config: RunConfig) -> str:

@@ -485,12 +485,10 @@ def run_config_list(_: argparse.Namespace) -> int:
 
 def run_config_show(arguments: argparse.Namespace) -> int:
     """Prints a complete run config."""
-    import yaml
-
     from deris_llm.config import config_to_dict, load_config
+    from deris_llm.strict_files import dump_yaml
 
-    config = load_config(arguments.config, arguments.set)
-    sys.stdout.write(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True))
+    sys.stdout.write(dump_yaml(config_to_dict(load_config(arguments.config, arguments.set))))
     return 0
 
 

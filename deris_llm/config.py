@@ -1,22 +1,22 @@
 """Run configs: a frozen, typed tree; YAML files with ``base:`` inheritance, plus ``a.b=value`` overrides.
 
 A run is a complete, named config that is saved with every checkpoint. Each field says its meaning, unit and
-consequence (``deris-llm config fields`` prints them). Unknown keys, wrong types and contradictions are errors,
-all reported at once.
+consequence (``deris-llm config fields`` prints them). Unknown and repeated keys, wrong types, numbers out of range
+and contradictions are errors, all reported at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
+import re
 import typing
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
-import yaml
+from deris_llm.strict_files import dump_yaml, parse_yaml, read_text
 
 Selection = Literal["threshold", "threshold_or_best", "best"]
 """What happens when no query passes the threshold; `EvaluationConfig.selection` says what each means."""
@@ -27,11 +27,18 @@ PresenceUse = Literal["none", "multiply", "gate"]
 _YAML_SUFFIXES = (".yaml", ".yml")
 
 
-def option(default: Any, about: str) -> Any:
-    """A config field with its default and a sentence on meaning, unit and consequence."""
+def option(default: Any, about: str, interval: str = "") -> Any:
+    """A config field with its default and a sentence on meaning, unit and consequence.
+
+    Args:
+        default: immutable.
+        about: the sentence.
+        interval: where a number, or each of several, must lie: "(0, 1]" is more than 0 and at most 1; "inf)" excludes
+            infinity. NaN lies in none.
+    """
     if isinstance(default, (list, dict)):
         raise TypeError("config defaults are immutable: use a tuple")
-    return dataclasses.field(default=default, metadata={"about": about})
+    return dataclasses.field(default=default, metadata={"about": about, "interval": interval})
 
 
 def section(kind: type) -> Any:
@@ -42,14 +49,18 @@ def section(kind: type) -> Any:
 @dataclass(frozen=True)
 class ConversionConfig:
     rate: float = option(
-        0.0, "probability that a training phrase with a target is swapped for one of another picture; paper: 0.15, GRES"
+        0.0,
+        "probability that a training phrase with a target is swapped for one of another picture; paper: 0.15, GRES",
+        "[0, 1]",
     )
-    threshold: float = option(0.6, "only phrases whose similarity to the replaced one is below this are taken")
-    min_words: int = option(2, "only phrases of more words than this are taken")
+    threshold: float = option(
+        0.6, "only phrases whose similarity to the replaced one is below this are taken", "(0, 1]"
+    )
+    min_words: int = option(2, "only phrases of more words than this are taken", "[0, inf)")
     mode: Literal["words", "characters"] = option(
         "words", "what similarity compares: words (paper, appendix D.1) or characters (public code)"
     )
-    max_tries: int = option(50, "phrases drawn before the phrase is left as it is")
+    max_tries: int = option(50, "phrases drawn before the phrase is left as it is", "(0, inf)")
 
 
 @dataclass(frozen=True)
@@ -71,14 +82,17 @@ class DataConfig:
         "keep training images that belong to an evaluation split of a mixed dataset; every number then carries a notice",
     )
     phrase_field: Literal["sent", "raw"] = option("sent", "which text of a REFER sentence is the phrase")
-    phrases_per_image: int = option(4, "phrases drawn of an image in a training step; they share its features")
+    phrases_per_image: int = option(
+        4, "phrases drawn of an image in a training step; they share its features", "(0, inf)"
+    )
     max_tokens_per_image: int = option(
         0,
         "most tokens that the image-text model reads behind one copy of an image, the image's own included, in training, "
         "evaluation and use; an image whose phrases need more is shown several times; with images per device it bounds the "
         "memory of a micro-batch; 0 = no limit (qwen2_ov, qwen_vl)",
+        "[0, inf)",
     )
-    num_workers: int = option(4, "loader processes per rank; 0 loads in the training process")
+    num_workers: int = option(4, "loader processes per rank; 0 loads in the training process", "[0, inf)")
     feature_cache: str = option(
         "",
         "folder of what frozen towers make of the training pictures, which `deris-llm data features` writes and training reads "
@@ -97,7 +111,9 @@ class PerceptionConfig:
     backbone: str = option(
         "mask2former", "`mask2former` = the Swin of `weights`; `timm:NAME` = that timm model instead"
     )
-    image_size: int = option(384, "px; pictures are warped to this square for the perception branch; multiple of 32")
+    image_size: int = option(
+        384, "px; pictures are warped to this square for the perception branch; multiple of 32", "[32, 8192]"
+    )
     freeze_backbone: bool = option(True, "keep the backbone (Swin) as it is; saves its gradients and optimizer state")
     pixel_decoder: Literal["mask2former", "deris-2025"] = option(
         "mask2former",
@@ -122,9 +138,9 @@ class PerceptionConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    r: int = option(8, "rank of the low-rank update; 0 = no LoRA, the language model stays frozen")
-    alpha: int = option(16, "the update is scaled by alpha / r")
-    dropout: float = option(0.0, "dropout before the low-rank update")
+    r: int = option(8, "rank of the low-rank update; 0 = no LoRA, the language model stays frozen", "[0, inf)")
+    alpha: int = option(16, "the update is scaled by alpha / r", "(0, inf)")
+    dropout: float = option(0.0, "dropout before the low-rank update", "[0, 1)")
     targets: tuple[str, ...] = option(
         ("q_proj", "k_proj", "v_proj", "o_proj"),
         "linears of the language model that get LoRA; the encoders beit3, vilt and bert know the same names",
@@ -152,7 +168,7 @@ class CognitionConfig:
         "phrase_and_after",
         "which tokens become text features; in a causal LLM the tokens after the phrase have read all of it",
     )
-    max_phrase_tokens: int = option(40, "longer phrases are cut (with a count in the log)")
+    max_phrase_tokens: int = option(40, "longer phrases are cut (with a count in the log)", "(0, inf)")
     tuning: Literal["lora", "full"] = option(
         "lora",
         "lora: the image-text model is frozen but for `lora`; full: all of it trains and `lora` is not used (qwen2_ov, qwen_vl: "
@@ -167,9 +183,11 @@ class CognitionConfig:
     gradient_checkpointing: bool = option(True, "recompute the image-text model's layers in the backward pass")
     tokenizer: str = option("", "beit3: path of the sentencepiece model `beit3.spm`; empty = beside the weights")
     image_size: int = option(
-        0, "beit3: px of the square picture; 0 = what the weights were made for, else position tables are resized"
+        0,
+        "beit3: px of the square picture; 0 = what the weights were made for, else position tables are resized",
+        "[0, inf)",
     )
-    drop_path: float = option(0.0, "beit3: stochastic depth of the last layer, linear from 0 at the first")
+    drop_path: float = option(0.0, "beit3: stochastic depth of the last layer, linear from 0 at the first", "[0, 1)")
     resize: Literal["antialias", "opencv"] = option("antialias", "beit3: as `perception.resize`, for its picture")
     normalisation: Literal["half", "imagenet"] = option(
         "half", "beit3: mean = deviation = 0.5 as in its pre-training, or ImageNet's as in the public DeRIS code"
@@ -178,21 +196,25 @@ class CognitionConfig:
         256 * 28 * 28,
         "qwen_vl: px, area; smaller pictures are enlarged to it, aspect kept (an image token covers 28 x 28 px, of "
         "Qwen3-VL 32 x 32): more pixels are more tokens, memory and time",
+        "(0, inf)",
     )
-    max_pixels: int = option(576 * 28 * 28, "qwen_vl: px, area; larger pictures are reduced to it, aspect kept")
+    max_pixels: int = option(
+        576 * 28 * 28, "qwen_vl: px, area; larger pictures are reduced to it, aspect kept", "(0, inf)"
+    )
     grid: int = option(
         24,
         "qwen_vl, vilt: rows and columns of the image features; each picture's own map is resampled to this square "
         "before the loopback reads it",
+        "(0, inf)",
     )
 
 
 @dataclass(frozen=True)
 class LoopbackConfig:
-    rounds: int = option(3, "N; perception + cognition rounds after the one on the initial queries")
-    num_queries: int = option(10, "mask slots per phrase: 10 for RefCOCO, 20 for gRefCOCO")
-    dim_feedforward: int = option(2048, "width of the FFN in the cognition layers")
-    num_heads: int = option(8, "attention heads in the cognition layers")
+    rounds: int = option(3, "N; perception + cognition rounds after the one on the initial queries", "(0, inf)")
+    num_queries: int = option(10, "mask slots per phrase: 10 for RefCOCO, 20 for gRefCOCO", "(0, inf)")
+    dim_feedforward: int = option(2048, "width of the FFN in the cognition layers", "(0, inf)")
+    num_heads: int = option(8, "attention heads in the cognition layers", "(0, inf)")
     prior_attention: Literal["queries", "batch", "self"] = option(
         "queries",
         "whom a query attends to when the mask priors are exchanged: the phrase's other queries (paper eq. 5); the same "
@@ -242,19 +264,28 @@ class LoopbackConfig:
 
 @dataclass(frozen=True)
 class CriterionConfig:
-    mask_bce_weight: float = option(5.0, "weight of the point-sampled mask BCE, in loss and matching (Mask2Former's)")
-    dice_weight: float = option(5.0, "weight of the point-sampled Dice, in loss and matching (Mask2Former's)")
-    referring_weight: float = option(2.0, "weight of the referring classification, in loss and matching")
-    referring_negative_weight: float = option(0.1, "weight of a query that is not a referent against one that is")
+    mask_bce_weight: float = option(
+        5.0, "weight of the point-sampled mask BCE, in loss and matching (Mask2Former's)", "[0, inf)"
+    )
+    dice_weight: float = option(
+        5.0, "weight of the point-sampled Dice, in loss and matching (Mask2Former's)", "[0, inf)"
+    )
+    referring_weight: float = option(2.0, "weight of the referring classification, in loss and matching", "[0, inf)")
+    referring_negative_weight: float = option(
+        0.1, "weight of a query that is not a referent against one that is", "[0, inf)"
+    )
     presence_weight: float = option(
         1.0,
         "weight of the presence BCE (a target exists); 0 = presence is not trained (paper, Table 6): its head is frozen, "
         "says 0.5 of every phrase, and cannot be used at test",
+        "[0, inf)",
     )
-    aux_weight: float = option(0.2, "weight of every earlier round's loss (paper eq. 8); 0 = the last round alone")
-    num_points: int = option(12544, "points per mask at which masks are compared, in matching and loss")
-    oversample_ratio: float = option(3.0, "candidate points per loss point")
-    importance_ratio: float = option(0.75, "share of loss points taken where the prediction is least sure")
+    aux_weight: float = option(
+        0.2, "weight of every earlier round's loss (paper eq. 8); 0 = the last round alone", "[0, inf)"
+    )
+    num_points: int = option(12544, "points per mask at which masks are compared, in matching and loss", "(0, inf)")
+    oversample_ratio: float = option(3.0, "candidate points per loss point", "[1, inf)")
+    importance_ratio: float = option(0.75, "share of loss points taken where the prediction is least sure", "[0, 1]")
 
 
 @dataclass(frozen=True)
@@ -264,36 +295,40 @@ class TrainingConfig:
         "checkpoint folder whose weights a new run starts from: `best` or `checkpoint-STEP` of a run, or a full one that "
         "`deris-llm convert` wrote (then no base weights are read); keep it in place, checkpoints name it; empty = base weights",
     )
-    epochs: float = option(10.0, "passes over the training phrases; ignored when max_steps > 0")
-    max_steps: int = option(-1, "optimizer steps; -1 = by epochs")
-    images_per_device: int = option(1, "I: images in a micro-batch of one rank")
-    accumulation: int = option(1, "micro-batches per optimizer step")
+    epochs: float = option(10.0, "passes over the training phrases; ignored when max_steps > 0", "(0, inf)")
+    max_steps: int = option(-1, "optimizer steps; -1 = by epochs", "[-1, inf)")
+    images_per_device: int = option(1, "I: images in a micro-batch of one rank", "(0, inf)")
+    accumulation: int = option(1, "micro-batches per optimizer step", "(0, inf)")
     optimizer: Literal["adamw", "adam"] = option("adamw", "adam adds weight decay to the gradient instead of the step")
-    betas: tuple[float, ...] = option((0.9, 0.999), "decay rates of the optimizer's two running means")
-    eps: float = option(1e-8, "added to the optimizer's denominator")
+    betas: tuple[float, ...] = option((0.9, 0.999), "decay rates of the optimizer's two running means", "[0, 1)")
+    eps: float = option(1e-8, "added to the optimizer's denominator", "(0, inf)")
     amsgrad: bool = option(False, "divide by the largest second moment so far, not by the current one")
-    learning_rate: float = option(4e-5, "rate of everything without a rate of its own")
-    lora_learning_rate: float = option(4e-5, "rate of the LoRA weights")
+    learning_rate: float = option(4e-5, "rate of everything without a rate of its own", "(0, 1]")
+    lora_learning_rate: float = option(4e-5, "rate of the LoRA weights", "[0, 1]")
     cognition_learning_rate: float = option(
-        4e-5, "rate of the image-text model's own weights under cognition.tuning=full"
+        4e-5, "rate of the image-text model's own weights under cognition.tuning=full", "[0, 1]"
     )
-    pixel_decoder_learning_rate: float = option(4e-5, "rate of the pixel decoder and the carried-over decoder layers")
-    weight_decay: float = option(0.01, "none on biases, norms and embeddings")
-    warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly from 0")
+    pixel_decoder_learning_rate: float = option(
+        4e-5, "rate of the pixel decoder and the carried-over decoder layers", "[0, 1]"
+    )
+    weight_decay: float = option(0.01, "none on biases, norms and embeddings", "[0, 1]")
+    warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly from 0", "[0, 1)")
     schedule: Literal["cosine", "linear", "constant", "epochs"] = option(
         "cosine", "shape of the rate after warm-up; epochs: constant within an epoch, see the next two fields"
     )
-    decay_epochs: tuple[int, ...] = option((), "schedule=epochs: the rate falls to a tenth after each of these epochs")
-    first_epoch_factor: float = option(1.0, "schedule=epochs: factor on the rate in the first epoch")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this L2 norm")
+    decay_epochs: tuple[int, ...] = option(
+        (), "schedule=epochs: the rate falls to a tenth after each of these epochs", "(0, inf)"
+    )
+    first_epoch_factor: float = option(1.0, "schedule=epochs: factor on the rate in the first epoch", "(0, inf)")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this L2 norm", "(0, inf)")
     precision: Literal["bf16", "fp32"] = option("bf16", "bf16 needs a GPU with it; fp32 is what CPU runs use")
-    eval_every: int = option(1000, "steps between evaluations on `eval_split`; 0 = only at the end")
+    eval_every: int = option(1000, "steps between evaluations on `eval_split`; 0 = only at the end", "[0, inf)")
     eval_split: str = option("refcoco/val", "split whose mIoU (gRefCOCO: cIoU) selects the best checkpoint")
-    eval_max_images: int = option(0, "images of `eval_split` used at intervals; 0 = all")
-    save_every: int = option(1000, "steps between checkpoints")
-    keep_checkpoints: int = option(2, "newest checkpoints kept, the best one besides")
-    log_every: int = option(10, "steps between log lines")
-    seed: int = option(42, "seeds weights that are fresh, data order and point sampling")
+    eval_max_images: int = option(0, "images of `eval_split` used at intervals; 0 = all", "[0, inf)")
+    save_every: int = option(1000, "steps between checkpoints", "(0, inf)")
+    keep_checkpoints: int = option(2, "newest checkpoints kept, the best one besides", "(0, inf)")
+    log_every: int = option(10, "steps between log lines", "(0, inf)")
+    seed: int = option(42, "seeds weights that are fresh, data order and point sampling", "[0, inf)")
     wandb: bool = option(False, "log to Weights & Biases too (TensorBoard always)")
 
 
@@ -304,7 +339,7 @@ class EvaluationConfig:
         "evaluation protocols whose numbers are reported, the first decides: original, deris, rela480 or YAML files of one's own "
         "(docs/protocols.md)",
     )
-    score_threshold: float = option(0.7, "queries with a referring probability above this join the answer")
+    score_threshold: float = option(0.7, "queries with a referring probability above this join the answer", "(0, 1)")
     selection: Selection = option(
         "threshold_or_best",
         "threshold: union above the threshold, else empty (upstream); threshold_or_best: else the best query "
@@ -315,12 +350,13 @@ class EvaluationConfig:
         "what the presence (a target exists) has to say at test (paper, Table 6): nothing (public code's default); its "
         "probability multiplies the scores before the threshold; or below 0.5 the answer is that there is no target",
     )
-    images_per_device: int = option(4, "images in an evaluation batch of one rank, with all their phrases")
-    max_phrases_per_batch: int = option(64, "more phrases than this are split into further batches")
+    images_per_device: int = option(4, "images in an evaluation batch of one rank, with all their phrases", "(0, inf)")
+    max_phrases_per_batch: int = option(64, "more phrases than this are split into further batches", "(0, inf)")
     compare_workers: int = option(
         0,
         "processes per rank that compare masks (upsampling, IoU, RLE) while the model goes on; 0 compares in the process of the "
         "model. They take seconds to start: for whole splits with the model on a GPU and idle cores",
+        "[0, inf)",
     )
 
 
@@ -371,24 +407,35 @@ def load_config(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) 
     Raises:
         ConfigError: every unknown key (with the nearest name), wrong type and contradiction at once.
     """
-    tree = _read_yaml_tree(str(name_or_path), seen=())
     problems: list[str] = []
+    tree = apply_overrides(_read_tree(str(name_or_path), seen=()), overrides, problems)
+    return config_from_dict(tree, where=str(name_or_path), problems=problems)
+
+
+def apply_overrides(tree: dict[str, Any], overrides: typing.Sequence[str], problems: list[str]) -> dict[str, Any]:
+    """The tree with ``section.field=value`` applied in their order; what cannot be read is added to the problems.
+
+    A field of text takes the value as it is, without quotes around it; other values are YAML. A value of a section is
+    merged into it.
+    """
+    kinds = {name: kind for name, kind, *_ in iter_fields()}
     for text in overrides:
         key, separator, value = text.partition("=")
-        if not separator or not key:
+        name, value = key.strip(), value.strip()
+        if not separator or not name:
             problems.append(f"override {text!r}: expected section.field=value, e.g. training.learning_rate=1e-4")
             continue
-        node = tree
-        *parents, leaf = key.strip().split(".")
-        for parent in parents:
-            child = node.get(parent)
-            node[parent] = dict(child) if isinstance(child, dict) else {}
-            node = node[parent]
-        try:
-            node[leaf] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            problems.append(f"override {text!r}: the value is not YAML ({error})")
-    return config_from_dict(tree, where=str(name_or_path), problems=problems)
+        node: Any = value
+        if kinds.get(name) is not str or value[:1] in ("'", '"'):
+            try:
+                node = parse_yaml(value)
+            except ValueError as error:
+                problems.append(f"override {text!r}: the value is not YAML ({error})")
+                continue
+        for part in reversed(name.split(".")):
+            node = {part: node}
+        tree = _merged(tree, node)
+    return tree
 
 
 def config_from_dict(
@@ -421,7 +468,7 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Writes the complete config as YAML."""
-    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    Path(path).write_text(dump_yaml(config_to_dict(config)), encoding="utf-8")
 
 
 def iter_fields(kind: type = RunConfig, prefix: str = "") -> typing.Iterator[tuple[str, Any, Any, str]]:
@@ -435,9 +482,9 @@ def iter_fields(kind: type = RunConfig, prefix: str = "") -> typing.Iterator[tup
 
 
 def contradictions(config: RunConfig) -> list[str]:
-    """Cross-field checks: options that exclude each other or cannot take effect."""
-    found: list[str] = []
-    if config.perception.image_size % 32 or config.perception.image_size <= 0:
+    """Numbers out of range, and options that exclude each other or cannot take effect."""
+    found = list(_out_of_range(config))
+    if config.perception.image_size % 32:
         found.append(
             f"perception.image_size: expected a positive multiple of 32 (the coarsest stride), got {config.perception.image_size}"
         )
@@ -451,13 +498,7 @@ def contradictions(config: RunConfig) -> list[str]:
                 f"cognition.prompt_order={config.cognition.prompt_order} contradicts cognition.prompt, where "
                 f"{'<image>' if image_first else '{phrase}'} comes first: change one of them"
             )
-    for name in config.data.eval:
-        if name.count("/") != 1:
-            found.append(f"data.eval: expected `dataset/split` like refcoco/val, got {name!r}")
-    if config.training.eval_split.count("/") != 1:
-        found.append(
-            f"training.eval_split: expected `dataset/split` like refcoco/val, got {config.training.eval_split!r}"
-        )
+    found += _name_contradictions(config)
     if config.cognition.lora.r == 0 and config.cognition.lora.dropout > 0:
         found.append("cognition.lora.dropout has no effect with cognition.lora.r=0: set it to 0 or give a rank")
     generalised = [name for name in (*config.data.eval, config.training.eval_split) if name.startswith("grefcoco/")]
@@ -466,46 +507,37 @@ def contradictions(config: RunConfig) -> list[str]:
             f"evaluation.selection={config.evaluation.selection} always answers with a mask, so that N-acc on "
             f"{generalised[0]} is 0: set evaluation.selection=threshold, or evaluation.presence=gate"
         )
-    conversion = config.data.conversion
-    if not 0 <= conversion.rate <= 1:
-        found.append(f"data.conversion.rate: expected a probability in [0, 1], got {conversion.rate}")
-    if not 0 < conversion.threshold <= 1:
-        found.append(f"data.conversion.threshold: expected a similarity in (0, 1], got {conversion.threshold}")
-    if conversion.min_words < 0:
-        found.append(f"data.conversion.min_words: expected 0 or more, got {conversion.min_words}")
-    positive = {
-        "data.phrases_per_image": config.data.phrases_per_image,
-        "data.conversion.max_tries": conversion.max_tries,
-        "loopback.rounds": config.loopback.rounds,
-        "loopback.num_queries": config.loopback.num_queries,
-        "training.images_per_device": config.training.images_per_device,
-        "training.accumulation": config.training.accumulation,
-        "criterion.num_points": config.criterion.num_points,
-        "evaluation.images_per_device": config.evaluation.images_per_device,
-        "evaluation.max_phrases_per_batch": config.evaluation.max_phrases_per_batch,
-        "training.learning_rate": config.training.learning_rate,
-        "training.max_grad_norm": config.training.max_grad_norm,
-        "training.save_every": config.training.save_every,
-        "training.log_every": config.training.log_every,
-    }
-    found.extend(f"{name}: expected more than 0, got {value}" for name, value in positive.items() if value <= 0)
-    if config.evaluation.compare_workers < 0:
-        found.append(f"evaluation.compare_workers: expected 0 or more, got {config.evaluation.compare_workers}")
-    if not 0 < config.evaluation.score_threshold < 1:
-        found.append(
-            f"evaluation.score_threshold: expected a probability in (0, 1), got {config.evaluation.score_threshold}"
-        )
     found += _comparison_contradictions(config)
     return found + _optimisation_contradictions(config) + _cognition_contradictions(config)
 
 
+def _name_contradictions(config: RunConfig) -> list[str]:
+    """Of the run's name, which becomes a folder's, and of names of datasets and splits."""
+    found: list[str] = []
+    if config.name in (".", "..") or set("/\\\0\n") & set(config.name):
+        found.append(
+            f"name: expected the name of a folder, without / and \\, got {config.name!r}; --output takes a path"
+        )
+    for name in (*config.data.eval, config.training.eval_split):
+        if not re.fullmatch("[^/]+/[^/]+", name):
+            field = "data.eval" if name in config.data.eval else "training.eval_split"
+            found.append(f"{field}: expected `dataset/split` like refcoco/val, got {name!r}")
+    if not config.data.train:
+        found.append("data.train: expected at least one dataset, like [refcoco], got none")
+    found.extend(
+        f"data.train: expected a dataset like refcoco, whose train split is taken, got {name!r}"
+        for name in config.data.train
+        if "/" in name
+    )
+    for field, names in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        twice = dict.fromkeys(name for name in names if names.count(name) > 1)
+        found.extend(f"{field}: {name!r} is listed {names.count(name)} times; keep one of them" for name in twice)
+    return found
+
+
 def _comparison_contradictions(config: RunConfig) -> list[str]:
     """Of the options that the paper compares."""
-    found = [
-        f"criterion.{name}: expected 0 or more, got {value}"
-        for name, value in vars(config.criterion).items()
-        if name.endswith("_weight") and value < 0
-    ]
+    found: list[str] = []
     loopback, cognition = config.loopback, config.cognition
     structure, source = loopback.structure, loopback.presence_source
     image_source = f"loopback.presence_source={source}"
@@ -582,20 +614,15 @@ def _comparison_contradictions(config: RunConfig) -> list[str]:
 def _optimisation_contradictions(config: RunConfig) -> list[str]:
     training = config.training
     found: list[str] = []
-    if len(training.betas) != 2 or not all(0 <= beta < 1 for beta in training.betas):
+    if len(training.betas) != 2:
         found.append(f"training.betas: expected two numbers in [0, 1), got {list(training.betas)}")
-    if training.eps <= 0:
-        found.append(f"training.eps: expected more than 0, got {training.eps}")
-    for name in ("lora_learning_rate", "cognition_learning_rate", "pixel_decoder_learning_rate", "weight_decay"):
-        if getattr(training, name) < 0:
-            found.append(f"training.{name}: expected 0 or more, got {getattr(training, name)}")
+    if training.max_steps == 0:
+        found.append("training.max_steps: expected more than 0, or -1 for as many as training.epochs says, got 0")
     if config.cognition.tuning == "lora" and _is_set(config, "training.cognition_learning_rate"):
         found.append(
             "training.cognition_learning_rate cannot take effect with cognition.tuning=lora, where the image-text model is "
             "frozen: remove it, or set cognition.tuning=full"
         )
-    if not 0 <= training.warmup_ratio <= 1:
-        found.append(f"training.warmup_ratio: expected a share of the steps in [0, 1], got {training.warmup_ratio}")
     if training.schedule != "epochs":
         found.extend(
             f"training.{name} cannot take effect with training.schedule={training.schedule}: remove it, or set "
@@ -609,10 +636,8 @@ def _optimisation_contradictions(config: RunConfig) -> list[str]:
             f"training.warmup_ratio={training.warmup_ratio} cannot take effect with training.schedule=epochs, which is constant "
             "within an epoch: set it to 0 (training.first_epoch_factor is that schedule's warm-up)"
         )
-    if training.first_epoch_factor <= 0:
-        found.append(f"training.first_epoch_factor: expected more than 0, got {training.first_epoch_factor}")
     decays = training.decay_epochs
-    if list(decays) != sorted(set(decays)) or any(epoch < 1 for epoch in decays):
+    if list(decays) != sorted(set(decays)):
         found.append(f"training.decay_epochs: expected increasing numbers from 1, got {list(decays)}")
     elif training.max_steps <= 0 and decays and decays[-1] >= training.epochs:
         found.append(
@@ -656,26 +681,15 @@ def _cognition_contradictions(config: RunConfig) -> list[str]:
             f"cognition.quantization={cognition.quantization} contradicts cognition.tuning=full: weights in 4 bits cannot train; set "
             "one of them to its default"
         )
-    if config.data.max_tokens_per_image < 0:
-        found.append(
-            f"data.max_tokens_per_image: expected tokens, or 0 for no limit, got {config.data.max_tokens_per_image}"
-        )
     if config.data.max_tokens_per_image and cognition.backend in set(_BUILT_IN_BACKENDS) - set(_LANGUAGE_MODELS):
         found.append(
             f"data.max_tokens_per_image cannot take effect with cognition.backend={cognition.backend}, which is not a language "
             "model with the image in its prompt: remove it"
         )
-    if not 0 < cognition.min_pixels <= cognition.max_pixels:
+    if cognition.min_pixels > cognition.max_pixels:
         found.append(
-            f"cognition.max_pixels: expected at least cognition.min_pixels, and both more than 0, got "
-            f"{cognition.min_pixels} to {cognition.max_pixels}"
+            f"cognition.max_pixels: expected at least cognition.min_pixels, got {cognition.min_pixels} to {cognition.max_pixels}"
         )
-    if cognition.grid <= 0:
-        found.append(f"cognition.grid: expected more than 0, got {cognition.grid}")
-    if not 0 <= cognition.drop_path < 1:
-        found.append(f"cognition.drop_path: expected a probability in [0, 1), got {cognition.drop_path}")
-    if cognition.image_size < 0:
-        found.append(f"cognition.image_size: expected px, or 0 for that of the weights, got {cognition.image_size}")
     return found
 
 
@@ -706,41 +720,48 @@ def _with_compat(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _compat_tree(name: str) -> dict[str, Any]:
     preset = resources.files("deris_llm.configs").joinpath("compat", f"{name}.yaml")
-    return yaml.safe_load(preset.read_text(encoding="utf-8")) if preset.is_file() else {}
+    return parse_yaml(preset.read_text(encoding="utf-8")) if preset.is_file() else {}
 
 
-def _read_yaml_tree(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    path = Path(name_or_path)
-    if path.suffix not in _YAML_SUFFIXES:
-        shipped = resources.files("deris_llm.configs").joinpath(f"{name_or_path}.yaml")
-        if not shipped.is_file():
-            close = difflib.get_close_matches(name_or_path, config_names(), n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise ConfigError(
-                str(name_or_path),
-                [f"no such run config; {hint}shipped: {', '.join(config_names())}; or give a .yaml path"],
-            )
-        text = shipped.read_text(encoding="utf-8")
-    elif path.is_file():
-        text = path.read_text(encoding="utf-8")
-    else:
-        raise ConfigError(
-            str(name_or_path), [f"no such file; shipped run configs by name: {', '.join(config_names())}"]
-        )
-    if name_or_path in seen:
-        raise ConfigError(name_or_path, [f"`base:` goes round in a circle: {' -> '.join((*seen, name_or_path))}"])
+def _read_tree(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    path = Path(name_or_path).expanduser()
+    is_file = path.suffix.lower() in _YAML_SUFFIXES
+    key = str(path.resolve()) if is_file else name_or_path
+    if key in seen:
+        raise ConfigError(name_or_path, [f"`base:` goes round in a circle: {' -> '.join((*seen, key))}"])
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(name_or_path, [f"not valid YAML: {error}"]) from error
-    if not isinstance(tree, dict):
-        raise ConfigError(name_or_path, [f"expected a mapping at the top, got {type(tree).__name__}"])
-    base = tree.pop("base", None)
-    if base is None:
+        tree = parse_yaml(read_text(path) if is_file else _shipped_text(name_or_path))
+    except ValueError as error:
+        near = difflib.get_close_matches(path.stem, config_names(), n=1) if not path.exists() else ()
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(name_or_path, [f"{error}{hint}"]) from error
+    if not isinstance(tree, dict) or not tree:
+        got = "a file without any" if not tree else f"{type(tree).__name__} {str(tree)[:60]!r}"
+        raise ConfigError(name_or_path, [f"expected fields, such as `base: tiny-refcoco`, got {got}"])
+    if "base" not in tree:
         return tree
-    if path.suffix in _YAML_SUFFIXES and Path(str(base)).suffix in _YAML_SUFFIXES:
-        base = path.parent / str(base)
-    return _merged(_read_yaml_tree(str(base), (*seen, name_or_path)), tree)
+    base = tree.pop("base")
+    if not isinstance(base, str) or not base:
+        raise ConfigError(
+            name_or_path,
+            [
+                f"base: expected the name of a run config or a .yaml file, got {_said(base)}; remove the line, or name one"
+            ],
+        )
+    if is_file and Path(base).suffix.lower() in _YAML_SUFFIXES:
+        base = str(path.parent / Path(base).expanduser())
+    return _merged(_read_tree(base, (*seen, key)), tree)
+
+
+def _shipped_text(name: str) -> str:
+    if name in config_names():
+        return resources.files("deris_llm.configs").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    inside = [path for path in (Path(name, "config.yaml"), Path(name, "best", "config.yaml")) if path.is_file()]
+    if inside:
+        raise ValueError(f"expected a run config, got a folder; did you mean {inside[0]}?")
+    if Path(name).is_file():
+        raise ValueError("expected a file that ends in .yaml, got another one; rename it if it is a run config")
+    raise ValueError(f"no such run config; shipped: {', '.join(config_names())}; or give a .yaml path")
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -753,46 +774,99 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def _build(kind: type, tree: Any, prefix: str, problems: list[str]) -> Any:
     if not isinstance(tree, dict):
-        problems.append(f"{prefix.rstrip('.') or 'top'}: expected a group of fields, got {tree!r}")
+        problems.append(f"{prefix.rstrip('.') or 'top'}: expected a group of fields, got {_said(tree)}")
         return kind()
     hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     values: dict[str, Any] = {}
     for key, value in tree.items():
+        name = f"{prefix}{key}"
         if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
-            elsewhere = [name for name, *_ in iter_fields() if name.rsplit(".", 1)[-1] == key]
-            hint = f"; did you mean {prefix}{close[0]}?" if close else f"; fields here: {', '.join(hints)}"
-            problems.append(
-                f"{prefix}{key}: unknown field{'; did you mean ' + elsewhere[0] + '?' if elsewhere else hint}"
-            )
+            problems.append(f"{name}: unknown field{_near_fields(str(key), prefix, list(hints))}")
         elif dataclasses.is_dataclass(hints[key]):
-            values[key] = _build(typing.cast(type, hints[key]), value, f"{prefix}{key}.", problems)
+            values[key] = _build(typing.cast(type, hints[key]), value, f"{name}.", problems)
         else:
-            values[key] = _checked(hints[key], value, f"{prefix}{key}", problems)
+            values[key] = _checked(hints[key], value, name, problems)
+            if isinstance(values[key], str) and not values[key].strip() and fields[key].default:
+                problems.append(
+                    f"{name}: expected text, got none; remove the line for the default {fields[key].default!r}"
+                )
     return kind(**values)
 
 
+def _near_fields(key: str, prefix: str, here: list[str]) -> str:
+    """Which field somebody meant, for a message."""
+    names = [name for name, *_ in iter_fields()]
+    if not prefix and key in names:
+        return f"; in a file write {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
+    close = difflib.get_close_matches(key, here, n=1, cutoff=0.5)
+    near = [name for name in names if name.rsplit(".", 1)[-1] == key] or [f"{prefix}{name}" for name in close]
+    return f"; did you mean {' or '.join(near)}?" if near else f"; fields here: {', '.join(here)}"
+
+
+_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_MOST_INT = 2**32
+
+
 def _checked(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in arguments:
-            problems.append(f"{name}: expected one of {', '.join(map(str, arguments))}, got {value!r}")
+    """The value as the field has it, or with what is wrong added to the problems."""
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            problems.append(f"{name}: expected one of {', '.join(choices)}, got {_said(value)}")
         return value
-    if origin in (Union, types.UnionType):
-        return value if value is None else _checked(arguments[0], value, name, problems)
-    if origin is tuple:
+    if typing.get_origin(hint) is tuple:
         if not isinstance(value, (list, tuple)):
-            problems.append(f"{name}: expected a list, got {value!r}")
+            hint_to_list = f"; write [{value}]" if isinstance(value, (str, int, float)) else ""
+            problems.append(f"{name}: expected a list, got {_said(value)}{hint_to_list}")
             return ()
-        return tuple(_checked(arguments[0], v, f"{name}[{i}]", problems) for i, v in enumerate(value))
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        try:
-            value = float(value)
-        except ValueError:
-            problems.append(f"{name}: expected a number, got {value!r}")
-            return 0.0
+        of_each = typing.get_args(hint)[0]
+        return tuple(_checked(of_each, v, f"{name}[{i}]", problems) for i, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        problems.append(f"{name}: expected {hint.__name__}, got {value!r}")
+        problems.append(f"{name}: expected {_TYPES[hint]}, got {_said(value)}{_how_to_write(hint, value)}")
+    elif isinstance(value, str) and value.startswith("~/"):
+        value = str(Path(value).expanduser())
     return value
+
+
+def _out_of_range(section: Any, prefix: str = "") -> typing.Iterator[str]:
+    """What is wrong with the numbers of a config and its groups."""
+    for field in dataclasses.fields(section):
+        value, name, interval = getattr(section, field.name), f"{prefix}{field.name}", field.metadata.get("interval")
+        if dataclasses.is_dataclass(value):
+            yield from _out_of_range(value, f"{name}.")
+        elif interval:
+            several = isinstance(value, tuple)
+            for i, number in enumerate(value if several else (value,)):
+                if not _lies_in(number, interval):
+                    wanted = {"(0, inf)": "more than 0", "[0, inf)": "0 or more"}.get(
+                        interval, f"a number in {interval}"
+                    )
+                    finite = f" and below {_MOST_INT:,}" if isinstance(number, int) and number >= _MOST_INT else ""
+                    yield f"{name}{f'[{i}]' if several else ''}: expected {wanted}{finite}, got {number}"
+
+
+def _lies_in(value: float, interval: str) -> bool:
+    """Whether an interval such as ``(0, 1]`` holds a number; never NaN, and no integer that others could not store."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below and not (isinstance(value, int) and value >= _MOST_INT)
+
+
+def _said(value: Any) -> str:
+    text = "nothing" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _how_to_write(hint: Any, value: Any) -> str:
+    """How a value of the right type is written, for a message; empty where nobody can know."""
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    if hint is str and isinstance(value, (int, float)):
+        return f"; as text write '{value}'"
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        return f"; write {value[0]}"
+    return ""

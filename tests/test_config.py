@@ -82,8 +82,8 @@ def test_overrides():
         ("training.learning_rte=1", "training.learning_rte: unknown field; did you mean training.learning_rate?"),
         ("learning_rate=1", "learning_rate: unknown field; did you mean training.learning_rate?"),
         ("trainig.seed=1", "trainig: unknown field; did you mean training?"),
-        ("training.seed=one", "training.seed: expected int, got 'one'"),
-        ("training.seed=true", "training.seed: expected int, got True"),
+        ("training.seed=one", "training.seed: expected a whole number, got 'one'"),
+        ("training.seed=true", "training.seed: expected a whole number, got True"),
         ("training.epochs=many", "training.epochs: expected a number, got 'many'"),
         ("training.precision=fp16", "training.precision: expected one of bf16, fp32, got 'fp16'"),
         (
@@ -98,7 +98,34 @@ def test_overrides():
         ("cognition.prompt_order=text_first", "contradicts cognition.prompt"),
         ("data.eval=[val]", "expected `dataset/split`"),
         ("training.accumulation=0", "training.accumulation: expected more than 0, got 0"),
-        ("evaluation.score_threshold=1.5", "expected a probability"),
+        ("evaluation.score_threshold=1.5", "evaluation.score_threshold: expected a number in (0, 1), got 1.5"),
+        ("data.train=refcoco", "got 'refcoco'; write [refcoco]"),
+        ("evaluation.protocols=original, deris", "got 'original, deris'; write [original, deris]"),
+        ("training.wandb=on", "training.wandb: expected true or false, got 'on'"),
+        ("training.max_steps=1e5", "training.max_steps: expected a whole number, got 100000.0; write 100000"),
+        ("training.seed=010", "training.seed: expected a whole number, got '010'"),
+        ("training.seed=1:30", "training.seed: expected a whole number, got '1:30'"),
+        ("training.seed=", "training.seed: expected a whole number, got nothing"),
+        ("training.seed=4294967296", "training.seed: expected 0 or more and below 4,294,967,296, got 4294967296"),
+        (
+            "training.max_steps=0",
+            "training.max_steps: expected more than 0, or -1 for as many as training.epochs says, got 0",
+        ),
+        ("training.warmup_ratio=1.0", "training.warmup_ratio: expected a number in [0, 1), got 1.0"),
+        ("image_size=3", "did you mean perception.image_size or cognition.image_size?"),
+        ("name=a/b", "name: expected the name of a folder"),
+        ("name=", "name: expected text, got none"),
+        ("data.root=", "data.root: expected text, got none"),
+        ("cognition.weights= ", "cognition.weights: expected text, got none"),
+        ("data.train=[]", "data.train: expected at least one dataset"),
+        (
+            "data.train=[refcoco/train]",
+            "data.train: expected a dataset like refcoco, whose train split is taken, got 'refcoco/train'",
+        ),
+        ("data.train=[refcoco, refcoco]", "data.train: 'refcoco' is listed 2 times"),
+        ("data.eval=[refcoco/]", "data.eval: expected `dataset/split`"),
+        ("training={seed: 1, seed: 2}", "the key 'seed' occurs twice"),
+        ("training.betas=[0.9, {a: 1}]", "training.betas[1]: expected a number, got {'a': 1}"),
     ],
 )
 def test_errors_say_what_is_wrong(override, said):
@@ -109,8 +136,117 @@ def test_errors_say_what_is_wrong(override, said):
 
 def test_all_problems_are_said_at_once():
     with pytest.raises(ConfigError) as caught:
-        load_config("tiny-refcoco", ["training.sed=1", "data.root=3", "training.precision=fp8"])
+        load_config("tiny-refcoco", ["training.sed=1", "data.train=3", "training.precision=fp8"])
     assert len(caught.value.problems) == 3
+
+
+NUMBERS = [(name, default) for name, kind, default, _ in iter_fields() if kind in (int, float)] + [
+    ("training.betas", (0.9, 0.999)),
+    ("training.decay_epochs", ()),
+]
+
+
+@pytest.mark.parametrize(("name", "default"), NUMBERS, ids=[name for name, _ in NUMBERS])
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf", "1e400", "-2", "99999999999999999999"])
+def test_every_number_has_a_range(name, default, value):
+    text = f"[{value}, 0.5]" if isinstance(default, tuple) else value
+    is_float = isinstance(default, float)
+    if is_float and value == "99999999999999999999" and not name.endswith("rate"):
+        return  # large, but a number
+    with pytest.raises(ConfigError, match=re.escape(name)):
+        load_config("tiny-refcoco", [f"{name}={text}"])
+
+
+def test_every_default_is_in_its_range():
+    assert config_from_dict(config_to_dict(RunConfig())) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected fields, such as `base: tiny-refcoco`, got a file without any"),
+        ("# nothing yet\n", "got a file without any"),
+        ("{}\n", "got a file without any"),
+        ("- base: tiny-refcoco\n", "expected fields, such as `base: tiny-refcoco`, got list"),
+        ("tiny-refcoco\n", "got str 'tiny-refcoco'"),
+        (
+            "training:\n  seed: 1\ndata:\n  root: a\ntraining:\n  epochs: 2\n",
+            "line 5, column 1: the key 'training' occurs twice",
+        ),
+        ("training:\n  seed: 1\n  seed: 1\n", "line 3, column 3: the key 'seed' occurs twice"),
+        ("cognition: {lora: {r: 1, 'r': 2}}\n", "the key 'r' occurs twice"),
+        ("training:\n", "training: expected a group of fields, got nothing"),
+        ("base:\nname: a\n", "base: expected the name of a run config or a .yaml file, got nothing"),
+        ("base: [tiny-refcoco]\n", "base: expected the name of a run config or a .yaml file, got ['tiny-refcoco']"),
+        ("training.seed: 3\n", "training.seed: unknown field; in a file write training: {seed: ...}"),
+        ("name: 7\n", "name: expected text, got 7; as text write '7'"),
+        ("training: [1, 2\n", "line 2, column 1: expected ',' or ']'"),
+        ("training: {seed: !!timestamp x}\n", "problem in the run config"),
+        ("? [a]\n: 1\n", "found unhashable key"),
+        ("name: !!python/object:os.system a\n", "could not determine a constructor"),
+    ],
+)
+def test_files_that_are_no_run_config(text, said, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "run.yaml")
+    assert said in str(caught.value)
+    assert str(tmp_path / "run.yaml") in str(caught.value)
+
+
+def test_plain_words_of_a_file_are_what_they_look_like(tmp_path):
+    text = "base: tiny-refcoco\nname: no\ndata: {root: 2026-01-02, train: [on, off]}\ntraining: {learning_rate: 4e-5, seed: 1_000}\n"
+    (tmp_path / "Läufe 1.YAML").write_bytes(b"\xef\xbb\xbf" + text.encode())  # a byte order mark, as Windows writes
+    config = load_config(tmp_path / "Läufe 1.YAML")
+    assert (config.name, config.data.root, config.data.train) == ("no", "2026-01-02", ("on", "off"))
+    assert (config.training.learning_rate, config.training.seed) == (4e-5, 1000)
+
+
+@pytest.mark.parametrize(
+    "name", ["4e-5", "no", "010", "12:30", "2026-01-02", "null", "~", "true", "a: b", "x #y", "1e5"]
+)
+def test_every_name_survives_the_saved_config(name, tmp_path):
+    config = load_config("tiny-refcoco", [f"name={name}"])
+    assert config.name == name
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_text_is_taken_as_it_is_and_home_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    overrides = ["data.root=~/my data #2", "cognition.prompt='<image>\n{phrase}: '", "name=2026"]
+    config = load_config("tiny-refcoco", overrides)
+    assert (config.data.root, config.name) == (f"{tmp_path}/my data #2", "2026")
+    assert config.cognition.prompt == "<image> {phrase}: "  # YAML folds a line break in single quotes
+    assert (
+        load_config("tiny-refcoco", ['cognition.prompt="<image>\\n{phrase}"']).cognition.prompt == "<image>\n{phrase}"
+    )
+
+
+def test_an_override_of_a_section_keeps_its_other_fields():
+    config = load_config("tiny-refcoco", ["training={epochs: 3}", "training.seed=5"])
+    assert (config.training.epochs, config.training.seed) == (3, 5)
+    assert config.training.images_per_device == load_config("tiny-refcoco").training.images_per_device == 4
+
+
+def test_names_that_are_nearly_a_run_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "config.yaml").write_text("base: tiny-refcoco\n")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "utf16.yaml").write_bytes("base: tiny-refcoco".encode("utf-16"))
+    (tmp_path / "notes.txt").write_text("base: tiny-refcoco")
+    for name, said in (
+        ("tiny-refcoco.yaml", r"did you mean 'tiny-refcoco'\?"),
+        ("run", r"got a folder; did you mean run/best/config\.yaml\?"),
+        ("folder.yaml", "expected a file, got a folder"),
+        ("utf16.yaml", "expected text in UTF-8, got byte 0xff at 0; save it as UTF-8"),
+        ("notes.txt", r"expected a file that ends in \.yaml"),
+        ("compat/deris-2025", "no such run config"),
+        ("", "no such run config"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_config(name)
 
 
 def test_unknown_names_and_files():

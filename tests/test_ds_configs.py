@@ -1,6 +1,7 @@
 """Every DeepSpeed JSON with every run config, through transformers' and DeepSpeed's own parsers."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,5 +88,30 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(ValueError, match="expected JSON, got"):
         read_deepspeed_config(tmp_path / "broken.json", config, num_ranks=1)
     (tmp_path / "bad.json").write_text('{"optimizer": {}, "fp16": {"enabled": true}}')
-    with pytest.raises(ValueError, match="2 contradictions"):
+    with pytest.raises(ValueError, match="2 problems"):
         read_deepspeed_config(tmp_path / "bad.json", config, num_ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}', "the key 'zero_optimization' occurs twice"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "the key 'stage' occurs twice"),
+        ('{"gradient_clipping": NaN}', "expected a finite number, got NaN"),
+        ('{"zero_optimisation": {"stage": 2}}', '"zero_optimisation": unknown; did you mean "zero_optimization"?'),
+        ('{"zero_optimization": 2}', '"zero_optimization": expected an object {...}, got 2'),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": true}}', '"zero_optimization.offload_optimizer": expected an object'),
+        ('{"bf16": true}', '"bf16": expected an object {...}, got True'),
+        ('{"zero_optimization": {"stage": true}}', "expected 0, 1, 2 or 3, got True"),
+        ("", "Expecting value"),
+        ("[]", "expected a JSON object, got list"),
+    ],
+)  # fmt: skip
+def test_a_json_that_says_something_else_than_it_seems(text, said, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        read_deepspeed_config(path, load_config("tiny-refcoco"), num_ranks=1)
+    assert f"--deepspeed {path}" in str(caught.value)
+    with pytest.raises(ValueError, match="expected a file, got a folder"):
+        read_deepspeed_config(tmp_path, load_config("tiny-refcoco"), num_ranks=1)

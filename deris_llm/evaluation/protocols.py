@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from deris_llm.config import PresenceUse, RunConfig, Selection
+from deris_llm.strict_files import parse_yaml, read_text
 
 Rule = tuple[float, Selection, PresenceUse]
 """Score threshold, what happens when no query passes, what the presence has to say."""
@@ -269,14 +269,10 @@ def _named(names: Sequence[str], problems: list[str]) -> list[tuple[Protocol, Ma
 def _read(path: Path, problems: list[str]) -> tuple[Protocol, Mapping[str, Any]] | None:
     """The protocol of a file, or None with what is wrong added to the problems."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problems.append(f"{path}: no such file; a checkpoint names the files of its run: give --protocol instead")
-        return None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.append(
-            f"{path}: expected a protocol in YAML, got {type(error).__name__}: {' '.join(str(error).split())}"
-        )
+        tree = parse_yaml(read_text(path))
+    except (OSError, ValueError) as error:
+        hint = "" if path.exists() else "; a checkpoint names the files of its run: give --protocol instead"
+        problems.append(f"{path}: {error}{hint}")
         return None
     if not isinstance(tree, dict):
         problems.append(f"{path}: expected a mapping of fields, got {type(tree).__name__}; see docs/protocols.md")

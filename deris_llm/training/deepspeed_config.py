@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import difflib
 from pathlib import Path
 from typing import Any
 
 from deris_llm.config import RunConfig
+from deris_llm.strict_files import parse_json, read_text
 
 
 def read_deepspeed_config(path: Path, config: RunConfig, *, num_ranks: int) -> dict[str, Any]:
@@ -23,14 +24,14 @@ def read_deepspeed_config(path: Path, config: RunConfig, *, num_ranks: int) -> d
     Raises:
         ValueError: no such file, not JSON, or it contradicts the run config; all contradictions at once, naming both.
     """
-    if not path.is_file():
+    if not path.exists():
         shipped = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) if path.parent.is_dir() else ""
         raise ValueError(
             f"--deepspeed {path}: expected a JSON file, found none there{f'; that folder has {shipped}' if shipped else ''}"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = parse_json(read_text(path))
+    except ValueError as error:
         raise ValueError(
             f"--deepspeed {path}: expected JSON, got {error}; compare it with ds_configs/zero2.json"
         ) from error
@@ -38,11 +39,32 @@ def read_deepspeed_config(path: Path, config: RunConfig, *, num_ranks: int) -> d
         raise ValueError(
             f"--deepspeed {path}: expected a JSON object, got {type(content).__name__}; compare it with ds_configs/zero2.json"
         )
-    problems = contradictions(content, config, num_ranks=num_ranks)
+    problems = _misshapen(content) or contradictions(content, config, num_ranks=num_ranks)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
-        raise ValueError(f"--deepspeed {path} and run config {config.name!r}: {len(problems)} contradictions\n{listed}")
+        raise ValueError(
+            f"--deepspeed {path} and run config {config.name!r}: {len(problems)} problem{'s' if len(problems) > 1 else ''}\n{listed}"
+        )
     return content
+
+
+_KNOWN = ("bf16", "fp16", "zero_optimization", "zero_force_ds_cpu_optimizer", "gradient_clipping", "train_batch_size")
+_OBJECTS = (("bf16",), ("fp16",), ("zero_optimization",), ("zero_optimization", "offload_optimizer"))
+
+
+def _misshapen(content: dict[str, Any]) -> list[str]:
+    """Keys that DeepSpeed would pass over because they are misspelt, and sections that are no objects."""
+    found: list[str] = []
+    for key in content.keys() - set(_KNOWN):
+        if near := difflib.get_close_matches(key, _KNOWN, n=1, cutoff=0.85):
+            found.append(f'"{key}": unknown; did you mean "{near[0]}"?')
+    for path in _OBJECTS:
+        value: Any = content
+        for key in path:
+            value = value.get(key, {}) if isinstance(value, dict) else {}
+        if not isinstance(value, dict):
+            found.append(f'"{".".join(path)}": expected an object {{...}}, got {value!r}')
+    return found
 
 
 def contradictions(content: dict[str, Any], config: RunConfig, *, num_ranks: int) -> list[str]:
@@ -83,7 +105,7 @@ def contradictions(content: dict[str, Any], config: RunConfig, *, num_ranks: int
         found.append('"bf16": missing in the JSON, but training.precision is bf16; add {"enabled": "auto"}')
     zero = content.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         found.append(f'"zero_optimization.stage": expected 0, 1, 2 or 3, got {stage!r}')
     if stage == 3 and config.cognition.quantization != "none":
         found.append(

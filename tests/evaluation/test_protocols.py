@@ -136,8 +136,11 @@ def test_a_protocol_of_ones_own_fixes_what_it_says_and_leaves_the_rest_to_the_ru
         ("id: deris\nsize: original\n", "id: 'deris' is a protocol of ours"),
         ("id: a/b\nsize: original\n", "id: expected a name"),
         ("size: original\n", "id: missing"),
+        ("id: m\nsize: original\nid: n\n", "mine.yaml: line 3, column 1: the key 'id' occurs twice"),
+        ("id: m\nsize: original\nscore_threshold: .nan\n", "score_threshold: expected a probability in (0, 1), got nan"),
+        ("", "expected a mapping of fields, got NoneType"),
         ("- original\n", "expected a mapping of fields, got list"),
-        ("id: [\n", "expected a protocol in YAML, got ParserError"),
+        ("id: [\n", "mine.yaml: line 2, column 1: expected the node content, but found '<stream end>'"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_protocol_is_said(tmp_path: Path, text: str, says: str) -> None:

@@ -1,0 +1,119 @@
+"""YAML and JSON that people write, read without a guess.
+
+PyYAML reads YAML 1.1, where `no` is false, `010` is 8, `1:30` is 90, `2026-01-02` is a date and `4e-5` a text; it keeps
+the last of two equal keys, as Python's JSON does. Here a key that occurs twice is an error at every level, and of plain
+scalars only `true`, `false`, `null`, decimal numbers and `.inf`, `.nan` are more than text (YAML 1.2's core schema).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_SCALARS = {  # tag -> (plain scalars that it takes, their possible first letters)
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    "float": (
+        r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9_]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": (r"<<", "<"),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own attribute: none of YAML 1.1
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} occurs twice; keep one of them", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, str(key.value)))
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that a reader of either YAML version would take for something else."""
+
+
+for _name, (_pattern, _first) in _SCALARS.items():
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def parse_yaml(text: str) -> Any:
+    """Content of a YAML document.
+
+    Raises:
+        ValueError: not YAML, or a key that occurs twice; names line and column.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}{error.problem or error.context}") from error
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        KeyError,
+        AttributeError,
+    ) as error:  # the last two: `!!bool x`, `!!timestamp x`
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def dump_yaml(tree: Any) -> str:
+    """YAML that `parse_yaml` reads back."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def parse_json(text: str) -> Any:
+    """Content of a JSON document.
+
+    Raises:
+        ValueError: not JSON, a key that occurs twice, or NaN and Infinity, which JSON does not have.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError("brackets are nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} occurs twice; keep one of them")
+        found[key] = value
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"expected a finite number, got {name}")
+
+
+def read_text(path: Path) -> str:
+    """Text of a file that a person wrote, with or without a byte order mark.
+
+    Raises:
+        ValueError: no file, a folder, or not in UTF-8; the caller names the path.
+    """
+    if path.is_dir():
+        raise ValueError("expected a file, got a folder; name a file in it")
+    if not path.is_file():
+        raise ValueError(f"no such file (looked for {path.absolute()})")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected text in UTF-8, got byte {error.object[error.start]:#04x} at {error.start}; save it as UTF-8"
+        ) from error
