@@ -229,7 +229,7 @@ def train_and_evaluate(run: Run, *, gpus: int | None = None, max_images: int = 0
     Raises:
         AblationError: training or evaluation failed.
     """
-    from deris_llm.training.checkpoints import newest_checkpoint
+    from deris_llm.training.checkpoint_folders import newest_checkpoint
 
     _trained(run.config, run.folder, gpus=gpus)
     split = run.config.training.eval_split
@@ -392,7 +392,7 @@ def _trained(config: RunConfig, folder: Path, *, gpus: int | None) -> dict[str, 
 
 
 def _final_state(folder: Path) -> dict[str, Any] | None:
-    from deris_llm.training.checkpoints import TRAINER_STATE_FILE, newest_checkpoint
+    from deris_llm.training.checkpoint_folders import TRAINER_STATE_FILE, newest_checkpoint
 
     newest = newest_checkpoint(folder)
     if newest is None:

@@ -18,9 +18,10 @@ from deris_llm.config import RunConfig, load_config, save_config
 from deris_llm.evaluation.calibration import CALIBRATION_FILE, calibrated_config, threshold_source
 from deris_llm.evaluation.protocols import protocols_of
 from deris_llm.evaluation.report import read_report
+from deris_llm.folders import written_aside
 from deris_llm.interop.conversion import check_new_folder
 from deris_llm.merge import QUANTIZED, Merge, merge_checkpoint
-from deris_llm.training.checkpoints import (
+from deris_llm.training.checkpoint_folders import (
     BASE_WEIGHTS_FILE,
     CONFIG_FILE,
     DATA_FILE,
@@ -28,14 +29,16 @@ from deris_llm.training.checkpoints import (
     MODEL_FILE,
     PROTOCOL_FILE,
     TRAINABLE_FILE,
+    find_checkpoint,
+    is_full,
+    write_checksums,
+)
+from deris_llm.training.checkpoints import (
     checkpoint_config,
     checkpoint_fingerprint,
     files_beside_weights,
-    find_checkpoint,
-    is_full,
     recorded_base_checkpoint,
     weights_fingerprint,
-    written_aside,
 )
 from deris_llm.weights import BUILTIN_PREFIX, CONVERTED_PREFIX
 
@@ -104,6 +107,7 @@ def export_checkpoint(
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, partial / name)
         _finish(folder, partial, content, repo_name=repo_name, merge=done)
+        write_checksums(partial)
     saved = load_config(folder / CONFIG_FILE, overrides)
     names = (saved.cognition.weights, saved.perception.weights)
     local = () if is_full(out) else tuple(name for name in names if _is_local(name))

@@ -19,14 +19,8 @@ from deris_llm.config import RunConfig, config_from_dict, config_to_dict, load_c
 from deris_llm.data.transforms import perception_pixels
 from deris_llm.interop.conversion import check_new_folder
 from deris_llm.structures import DerisOutput, ReferringBatch
-from deris_llm.training.checkpoints import (
-    CONFIG_FILE,
-    files_beside_weights,
-    find_checkpoint,
-    load_checkpoint,
-    names_backend,
-    save_full_checkpoint,
-)
+from deris_llm.training.checkpoint_folders import CONFIG_FILE, find_checkpoint
+from deris_llm.training.checkpoints import files_beside_weights, load_checkpoint, names_backend, save_full_checkpoint
 
 _PHRASES = ("the person on the left", "a red car behind the tree", "the smaller one of the two in front")
 

@@ -32,13 +32,8 @@ from deris_llm.inference import for_cpu_inference
 from deris_llm.out_of_memory import explains_out_of_memory
 from deris_llm.postprocess import PhraseAnswer, PresenceUse, Selection, answer_masks
 from deris_llm.structures import DerisOutput, ReferringBatch
-from deris_llm.training.checkpoints import (
-    checkpoint_config,
-    checkpoint_fingerprint,
-    find_checkpoint,
-    load_checkpoint,
-    with_files_of,
-)
+from deris_llm.training.checkpoint_folders import find_checkpoint
+from deris_llm.training.checkpoints import checkpoint_config, checkpoint_fingerprint, load_checkpoint, with_files_of
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from deris_llm.export import export_checkpoint
 from deris_llm.model import build_model
 from deris_llm.pipeline import DerisPipeline
 from deris_llm.testing import synthetic_images, tiny_beit3, tiny_config, tiny_weights
-from deris_llm.training.checkpoints import CheckpointError, checkpoint_fingerprint, save_full_checkpoint, save_weights
+from deris_llm.training.checkpoint_folders import CheckpointError
+from deris_llm.training.checkpoints import checkpoint_fingerprint, save_full_checkpoint, save_weights
 from deris_llm.training.data_manifest import write_data_manifest
 
 METRICS = {
@@ -179,7 +180,7 @@ def test_numbers_of_a_report(run, tmp_path):
     assert "refcoco/val: the threshold was chosen on it." in body
     assert "While training" not in body
     assert "The report does not say which checkpoint was measured" in body
-    other = shutil.copytree(run / "best", tmp_path / "other")
+    other = shutil.copytree(run / "best", tmp_path / "other", ignore=shutil.ignore_patterns("checksums.json"))
     (other / "config.yaml").write_text((other / "config.yaml").read_text() + "\n")
     for measured, said in (
         (run / "best", "Measured with the checkpoint that this one was made of."),
@@ -209,7 +210,7 @@ def test_the_calibrated_threshold_goes_along(run, tmp_path):
 
 def test_an_older_checkpoint_says_what_it_does_not_know(run, tmp_path):
     source = shutil.copytree(run / "best", tmp_path / "best")
-    for name in ("data.json", "protocol.json", "metrics.json"):
+    for name in ("data.json", "protocol.json", "metrics.json", "checksums.json"):
         (source / name).unlink()
     export_checkpoint(source, tmp_path / "hub")
     _, body = card_of(tmp_path / "hub")

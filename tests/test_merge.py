@@ -204,7 +204,7 @@ def test_a_run_starts_from_it_with_lora_of_its_own(merged, config, model, weight
 
 def test_base_weights_that_moved_and_a_backend_of_ones_own(run, weights, tmp_path):
     moved = shutil.copytree(weights / "llava", tmp_path / "moved")
-    source = shutil.copytree(run / "best", tmp_path / "best")
+    source = shutil.copytree(run / "best", tmp_path / "best", ignore=shutil.ignore_patterns("checksums.json"))
     text = (source / "config.yaml").read_text()
     (source / "config.yaml").write_text(text.replace(str(weights / "llava"), "no/where"))
     module = "deris_llm.cognition.qwen2_ov:Qwen2OneVision"
@@ -217,7 +217,7 @@ def test_base_weights_that_moved_and_a_backend_of_ones_own(run, weights, tmp_pat
 
 
 def test_lora_on_weights_in_4_bits_is_added_to_whole_ones(run, tmp_path, capsys):
-    source = shutil.copytree(run / "best", tmp_path / "best")
+    source = shutil.copytree(run / "best", tmp_path / "best", ignore=shutil.ignore_patterns("checksums.json"))
     text = (source / "config.yaml").read_text()
     (source / "config.yaml").write_text(text.replace("quantization: none", "quantization: nf4"))
     assert main(["convert", "merge", str(source), "--out", str(tmp_path / "merged")]) == 0

@@ -17,13 +17,8 @@ from deris_llm.config import save_config
 from deris_llm.model import build_model
 from deris_llm.pipeline import as_picture
 from deris_llm.testing import synthetic_images, tiny_beit3, tiny_config, tiny_weights
-from deris_llm.training.checkpoints import (
-    CheckpointError,
-    checkpoint_fingerprint,
-    find_checkpoint,
-    save_full_checkpoint,
-    save_weights,
-)
+from deris_llm.training.checkpoint_folders import CheckpointError, find_checkpoint
+from deris_llm.training.checkpoints import checkpoint_fingerprint, save_full_checkpoint, save_weights
 
 PHRASES = ["red circle", "the small blue square on the left", "star", "a green ring behind the large triangle", "ring"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from deris_llm import __version__
+from deris_llm.folders import FolderError, written_aside
 from deris_llm.interop.weight_files import WeightFileError
-from deris_llm.training.checkpoints import CheckpointError, written_aside
 
 ACCOUNT_FILE = "conversion.json"
 
@@ -61,7 +61,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         with written_aside(out) as partial:
             yield partial
-    except CheckpointError as error:
+    except FolderError as error:
         raise ValueError(
             f"--out {out}: expected to write a folder there, got {error.__cause__ or error}; nothing was kept. "
             "Make room, or choose another place."

@@ -33,6 +33,7 @@ from deris_llm.cognition.beit3 import (
     Beit3Processor,
     clean_phrase,
 )
+from deris_llm.folders import written_aside
 from deris_llm.pretraining.cognition import (
     PATCH_SIZE,
     SceneLabels,
@@ -569,13 +570,8 @@ def _train(run: _Run, train: PhraseData, held_out: PhraseData, *, evaluate_secon
 
 def _save_model(run: _Run, *, final: dict[str, Any] | None, command: str) -> dict[str, Any]:
     """Write the folder that `from_pretrained` reads, aside first; returns what `metrics.json` holds."""
-    aside, old = (run.out.with_name(run.out.name + end) for end in (".partial", ".old"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     half = build_model(run.tokenizer)
     half.load_state_dict(run.model.state_dict())
-    half.half().save_pretrained(aside)
-    (aside / TOKENIZER_FILE).write_bytes(run.tokenizer.serialized_model_proto())
     metrics = {
         "command": command,
         "recipe": asdict(run.recipe),
@@ -586,13 +582,11 @@ def _save_model(run: _Run, *, final: dict[str, Any] | None, command: str) -> dic
         "final": final,
         "history": run.history,
     }
-    (aside / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    (aside / "README.md").write_text(_readme(run, metrics), encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if run.out.exists():
-        run.out.rename(old)
-    aside.rename(run.out)
-    shutil.rmtree(old, ignore_errors=True)
+    with written_aside(run.out) as aside:
+        half.half().save_pretrained(aside)
+        (aside / TOKENIZER_FILE).write_bytes(run.tokenizer.serialized_model_proto())
+        (aside / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(_readme(run, metrics), encoding="utf-8")
     return metrics
 
 

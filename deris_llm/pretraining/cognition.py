@@ -43,6 +43,7 @@ from deris_llm.data.synthetic.vocabulary import (
     SIZE_WORDS,
     SIZES,
 )
+from deris_llm.folders import written_aside
 from deris_llm.pretraining.pool import COGNITION_SIZE, ScenePool
 from deris_llm.pretraining.questions import (
     GRID,
@@ -875,13 +876,8 @@ def line_of(metrics: dict[str, Any]) -> str:
 
 def _save_model(run: _Run, *, final: dict[str, Any] | None, command: str) -> dict[str, Any]:
     """Write the folder that `from_pretrained` reads, aside first; returns what `metrics.json` holds."""
-    aside = run.out.with_name(run.out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     half = build_model(run.tokenizer)
     half.load_state_dict(run.model.state_dict())
-    half.half().save_pretrained(aside)
-    build_processor(run.tokenizer).save_pretrained(aside)
     metrics = {
         "command": command,
         "recipe": asdict(run.recipe),
@@ -893,14 +889,11 @@ def _save_model(run: _Run, *, final: dict[str, Any] | None, command: str) -> dic
         "final": final,
         "history": run.history,
     }
-    (aside / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    (aside / "README.md").write_text(_readme(run, metrics), encoding="utf-8")
-    old = run.out.with_name(run.out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if run.out.exists():
-        run.out.rename(old)
-    aside.rename(run.out)
-    shutil.rmtree(old, ignore_errors=True)
+    with written_aside(run.out) as aside:
+        half.half().save_pretrained(aside)
+        build_processor(run.tokenizer).save_pretrained(aside)
+        (aside / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(_readme(run, metrics), encoding="utf-8")
     return metrics
 
 

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from deris_llm.data.synthetic.vocabulary import KINDS
+from deris_llm.folders import finish_replacement, written_aside
 from deris_llm.pretraining.pool import PERCEPTION_SIZE, ScenePool
 
 logger = logging.getLogger(__name__)
@@ -201,6 +202,7 @@ def pretrain_perception(
     run = {"seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "bf16": bf16}
     state_folder = out.with_name(out.name + ".state")
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss": float("nan"), "history": [], "run": run}
+    finish_replacement(state_folder)
     if (state_folder / STATE_FILE).exists():
         progress = _load_state(state_folder, model, optimizer, run)
         logger.info("perception: continuing at step %d", progress["step"])
@@ -271,23 +273,6 @@ def _line(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items() if isinstance(value, float))
 
 
-def _replace_folder(aside: Path, target: Path) -> None:
-    """Put a completely written folder in the place of `target`."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    aside.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fresh_folder(target: Path) -> Path:
-    aside = target.with_name(target.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    return aside
-
-
 def _state_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         yield f"model.{name}", parameter.data
@@ -298,10 +283,11 @@ def _state_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
 def _save_state(
     folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
 ) -> None:
-    aside = _fresh_folder(folder)
-    save_file(dict(_state_tensors(model, optimizer)), aside / STATE_FILE, metadata={"progress": json.dumps(progress)})
-    (aside / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
-    _replace_folder(aside, folder)
+    with written_aside(folder) as aside:
+        save_file(
+            dict(_state_tensors(model, optimizer)), aside / STATE_FILE, metadata={"progress": json.dumps(progress)}
+        )
+        (aside / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
 
 
 def _load_state(
@@ -326,21 +312,21 @@ def _load_state(
 
 def _save_model(out: Path, model: Mask2FormerForUniversalSegmentation, metrics: dict[str, Any]) -> None:
     """Write the folder that `from_pretrained` reads: fp16 weights, config, image processor, metrics, README."""
-    aside = _fresh_folder(out)
     half = Mask2FormerForUniversalSegmentation(model.config)
     half.load_state_dict(model.state_dict())
-    half.half().save_pretrained(aside)
-    Mask2FormerImageProcessorPil(
+    image_processor = Mask2FormerImageProcessorPil(
         do_resize=True,
         size={"height": PERCEPTION_SIZE, "width": PERCEPTION_SIZE},
         image_mean=list(IMAGE_MEAN),
         image_std=list(IMAGE_STD),
         resample=3,
         ignore_index=255,
-    ).save_pretrained(aside)
-    (aside / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
-    (aside / "README.md").write_text(_readme(metrics), encoding="utf-8")
-    _replace_folder(aside, out)
+    )
+    with written_aside(out) as aside:
+        half.half().save_pretrained(aside)
+        image_processor.save_pretrained(aside)
+        (aside / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        (aside / "README.md").write_text(_readme(metrics), encoding="utf-8")
 
 
 def _readme(metrics: dict[str, Any]) -> str:

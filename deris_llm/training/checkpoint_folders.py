@@ -1,9 +1,20 @@
-"""Folders of runs and checkpoints: which is which, without reading weights or importing torch."""
+"""The files of a checkpoint: their names, which folder is one, and whether its files are as they were saved.
+
+Needs neither torch nor transformers: commands check a folder here before they import anything large.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+from deris_llm import folders
 
 logger = logging.getLogger(__name__)
 
@@ -20,13 +31,22 @@ TRAINER_STATE_FILE = "trainer_state.json"
 METRICS_FILE = "metrics.json"
 DATA_FILE = "data.json"
 PROTOCOL_FILE = "protocol.json"
+CHECKSUMS_FILE = "checksums.json"
 BEST = "best"
 
-_PREFIX = "checkpoint-"
+FILES_TO_GO_ON = (OPTIMIZER_FILE, STATE_FILE, TRAINER_STATE_FILE)
+_FILES_TO_USE = (
+    CONFIG_FILE, TRAINABLE_FILE, MODEL_FILE, TOKENIZER_FILE, BASE_WEIGHTS_FILE, METRICS_FILE, DATA_FILE, PROTOCOL_FILE,
+)  # fmt: skip
+_PREFIX, _DAMAGED = "checkpoint-", "damaged-"
+_CHUNK = 1 << 26  # bytes that a thread hashes at a time
 
 
 class CheckpointError(ValueError):
     """A checkpoint could not be written or read; what was there before is untouched."""
+
+
+# -- folders of a run ------------------------------------------------------------------------------------------------
 
 
 def checkpoint_folder(output: Path, step: int) -> Path:
@@ -46,6 +66,40 @@ def newest_checkpoint(output: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def keep_newest(output: Path, number: int) -> None:
+    """Removes all but the newest ``number`` checkpoints (never ``best``)."""
+    for path in checkpoints_of(output)[: -max(number, 1)]:
+        folders.remove_folder(path)
+
+
+def newest_undamaged(output: Path) -> Path | None:
+    """The newest checkpoint to go on from, or None where there is none; damaged newer ones are renamed, not removed.
+
+    Raises:
+        CheckpointError: all are damaged; the message is that of the newest.
+    """
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for folder in reversed(checkpoints_of(output)):
+        try:
+            check_files(folder, to_go_on=True)
+        except CheckpointError as error:
+            damaged.append((folder, error))
+            continue
+        for path, error in damaged:
+            aside = _free_name(path.with_name(f"{_DAMAGED}{path.name}"))
+            path.rename(aside)
+            logger.warning("%s\nIt is kept as %s; going on from %s, the one before", error, aside.name, folder.name)
+        return folder
+    if damaged:
+        raise damaged[0][1]
+    return None
+
+
+def _free_name(path: Path) -> Path:
+    names = (path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000)))
+    return next(name for name in names if not name.exists())
+
+
 def find_checkpoint(folder: str | Path) -> Path:
     """The checkpoint that a folder is; of a run's folder its ``best``, or else its newest.
 
@@ -54,10 +108,13 @@ def find_checkpoint(folder: str | Path) -> Path:
     """
     folder = Path(folder).expanduser()
     if not is_full(folder) and not (folder / TRAINABLE_FILE).is_file():
-        inside = folder / BEST if (folder / BEST).is_dir() else newest_checkpoint(folder)
+        best = folders.complete_copy(folder / BEST)
+        inside = best if best.is_dir() else newest_checkpoint(folder)
         if inside is not None:
             logger.info("%s is the folder of a run: taking its %s", folder, inside.name)
             folder = inside
+        else:
+            folder = folders.complete_copy(folder)
     check_is_checkpoint(folder)
     return folder
 
@@ -68,17 +125,19 @@ def is_full(folder: Path) -> bool:
 
 
 def check_is_checkpoint(folder: Path, where: str = "") -> None:
-    """Refuses a folder that is no checkpoint of either kind.
+    """Refuses a folder that is no checkpoint of either kind, or a damaged one.
 
     Args:
         folder: that somebody gave.
         where: what named it, for the message.
 
     Raises:
-        CheckpointError: says what is missing and, where one is inside, which folder was probably meant.
+        CheckpointError: says what is missing and, where one is inside, which folder was probably meant; or `check_files`.
     """
     wanted = (CONFIG_FILE,) if is_full(folder) else (CONFIG_FILE, TRAINABLE_FILE, BASE_WEIGHTS_FILE)
     absent = [name for name in wanted if not (folder / name).is_file()]
+    if absent and (folder / CHECKSUMS_FILE).is_file():
+        check_files(folder, where)
     if absent:
         inside = newest_checkpoint(folder) if folder.is_dir() else None
         hint = f"; did you mean {folder / BEST if (folder / BEST).is_dir() else inside}?" if inside else ""
@@ -87,6 +146,7 @@ def check_is_checkpoint(folder: Path, where: str = "") -> None:
             f"or {CONFIG_FILE} and {MODEL_FILE} (full), got no {', '.join(absent)} in {_content(folder)}"
             f"{hint or '; give the folder `best` or `checkpoint-STEP` of a run, or one that `deris-llm convert` wrote'}"
         )
+    check_files(folder, where)
 
 
 def _content(folder: Path) -> str:
@@ -96,3 +156,117 @@ def _content(folder: Path) -> str:
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
     more = f", ... ({len(names)} in all)" if len(names) > 10 else ""
     return f"it: there is {', '.join(names[:10])}{more}" if names else "it: the folder is empty"
+
+
+# -- checksums -------------------------------------------------------------------------------------------------------
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes the sizes and hashes of a checkpoint's files into it; the last thing before the folder gets its name."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(_checked_files(folder))
+    }
+    content = {"files": files, "sha256": _digest_of_entries(files)}
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def check_files(folder: Path, where: str = "", *, to_go_on: bool = False) -> None:
+    """Refuses a checkpoint whose files are not as they were saved; one of an earlier version, without hashes, passes.
+
+    Args:
+        folder: a checkpoint.
+        where: what named it, for the message.
+        to_go_on: whether the optimizer's files are needed too.
+
+    Raises:
+        CheckpointError: names each file that is missing, cut off or changed, and what to do.
+    """
+    path = folder / CHECKSUMS_FILE
+    if not path.is_file():
+        if to_go_on and (absent := [name for name in FILES_TO_GO_ON if not (folder / name).is_file()]):
+            raise _damaged(folder, where, [f"no {name}" for name in absent])
+        return
+    try:
+        content = read_json(path)
+        files: dict[str, dict[str, Any]] = content["files"]
+        is_whole = content["sha256"] == _digest_of_entries(files)
+    except (CheckpointError, KeyError, TypeError):
+        files, is_whole = {}, False
+    if not is_whole:
+        raise CheckpointError(
+            f"{where}{path}: expected the sizes and hashes of this checkpoint's files, got a damaged file. The others may be "
+            f"whole: take another checkpoint{_others(folder)}, or remove {CHECKSUMS_FILE} and they are used unchecked"
+        )
+    needed = {name: entry for name, entry in files.items() if to_go_on or name not in FILES_TO_GO_ON}
+    problems = [problem for name, entry in needed.items() if (problem := _problem(folder / name, name, entry))]
+    if problems:
+        raise _damaged(folder, where, problems)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = f"{path.stat().st_size:,} bytes that are no JSON ({error})" if path.is_file() else f"{error}"
+        raise CheckpointError(
+            f"{path}: expected a JSON file of a checkpoint, got {reason}. Copy it again, or take another checkpoint"
+            f"{_others(path.parent)}"
+        ) from error
+
+
+def _problem(path: Path, name: str, entry: dict[str, Any]) -> str:
+    if not path.is_file():
+        return f"no {name}"
+    if (size := path.stat().st_size) != entry["bytes"]:
+        return f"{name} of {size:,} bytes, saved with {entry['bytes']:,}"
+    return "" if _digest(path) == entry["sha256"] else f"{name} with other bytes than were saved (sha256 differs)"
+
+
+def _damaged(folder: Path, where: str, problems: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{where}{folder}: expected the files of a checkpoint as they were saved, got {'; '.join(problems)}. Copy these files "
+        f"again, or take another checkpoint{_others(folder)}. If you changed them knowingly, remove {folder / CHECKSUMS_FILE}"
+    )
+
+
+def _others(folder: Path) -> str:
+    """The other checkpoints beside one, newest first, for a message."""
+    others = [path.name for path in reversed(checkpoints_of(folder.parent)) if path != folder]
+    if folder.name != BEST and (folder.parent / BEST).is_dir():
+        others.append(BEST)
+    return f" (beside it: {', '.join(others)})" if others else ""
+
+
+def _checked_files(folder: Path) -> Iterator[Path]:
+    for name in (*_FILES_TO_USE, *FILES_TO_GO_ON):
+        if (folder / name).is_file():
+            yield folder / name
+    yield from (path for path in (folder / PROCESSOR_FOLDER).rglob("*") if path.is_file())
+
+
+def _digest_of_entries(files: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    status = path.stat()
+    return _digest_of_state(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_of_state(path: Path, size: int, _modified_ns: int) -> str:
+    """SHA-256 of the SHA-256 of each 64 MiB of a file: several threads hash a file of 15 GB."""
+
+    def digest_of_chunk(start: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(_CHUNK)).digest()
+
+    with ThreadPoolExecutor(8) as pool:
+        return hashlib.sha256(b"".join(pool.map(digest_of_chunk, range(0, size, _CHUNK)))).hexdigest()

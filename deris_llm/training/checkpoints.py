@@ -7,15 +7,16 @@ A folder ``checkpoint-STEP`` of a run holds
     base_weights.json       fingerprints of the weights the frozen part came from
     data.json               what it was trained on: datasets, counts, hashes (`training.data_manifest`)
     protocol.json           the evaluation protocols of the run, all fields: by the first one `best` was chosen
+    checksums.json          size and SHA-256 of each of these files, compared before any of them is used
     optimizer.safetensors   ``exp_avg/NAME``, ``exp_avg_sq/NAME`` and, with AMSGrad, ``max_exp_avg_sq/NAME``, float32; its
                             metadata has the step
     state.pt                scheduler, random states by rank, images per step
     trainer_state.json      the Trainer's own: step, epoch, log history, best metric
 
-and ``best`` the first five and ``metrics.json``; `deris-llm eval --sweep` adds ``calibration.json``. Checkpoints of earlier
-versions lack ``data.json`` and ``protocol.json`` and are read all the same. DeepSpeed's own format is not used: it holds
-the frozen 15 GB, is tied to the number of ranks and the stage, and its way out of that (universal checkpoints) mixes up
-the groups' rates (0.19.8).
+and ``best`` the first five, ``checksums.json`` and ``metrics.json``; `deris-llm eval --sweep` adds ``calibration.json``.
+Checkpoints of earlier versions lack ``data.json``, ``protocol.json`` or ``checksums.json`` and are read all the same.
+DeepSpeed's own format is not used: it holds the frozen 15 GB, is tied to the number of ranks and the stage, and its way out
+of that (universal checkpoints) mixes up the groups' rates (0.19.8).
 
 A *full* checkpoint needs no base weights; it is what conversions of other people's files write:
 
@@ -27,7 +28,7 @@ A *full* checkpoint needs no base weights; it is what conversions of other peopl
 
 Both kinds are read by `load_checkpoint`, and a new run can take its first weights from either (`training.start_from`).
 
-A folder is written aside and renamed when it is complete and on disk: a folder with a final name is whole.
+`deris_llm.folders` writes and replaces these folders; `checkpoint_folders` has their names and checks them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import hashlib
 import io
 import json
 import logging
-import os
+import pickle
 import random
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -54,10 +55,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deris_llm.config import RunConfig, config_to_dict, load_config, save_config
+from deris_llm.folders import link_or_copy, written_aside
 from deris_llm.out_of_memory import explains_out_of_memory
 from deris_llm.training.checkpoint_folders import (
     BASE_CHECKPOINT,
     BASE_WEIGHTS_FILE,
+    CHECKSUMS_FILE,
     CONFIG_FILE,
     DATA_FILE,
     METRICS_FILE,
@@ -71,13 +74,10 @@ from deris_llm.training.checkpoint_folders import (
     TRAINER_STATE_FILE,
     CheckpointError,
     check_is_checkpoint,
-    checkpoints_of,
     is_full,
+    read_json,
+    write_checksums,
 )
-from deris_llm.training.checkpoint_folders import BEST as BEST
-from deris_llm.training.checkpoint_folders import checkpoint_folder as checkpoint_folder
-from deris_llm.training.checkpoint_folders import find_checkpoint as find_checkpoint
-from deris_llm.training.checkpoint_folders import newest_checkpoint as newest_checkpoint
 from deris_llm.training.ranks import gathered, on_first_rank, rank, reduced, world_size
 from deris_llm.weights import resolve_weights
 
@@ -86,7 +86,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_PARTIAL = ".partial-"
 _CHUNK = 1 << 16
 _NUM_CHUNKS = 64
 _LORA, _UNDER_LORA = ".lora_", ".base_layer."  # peft's names: of the updates, of the linear that has one
@@ -123,68 +122,6 @@ _NOT_OF_PROCESSOR = ("*.index.json", "metrics.json")  # lists of weight files, n
 _NAMES_OF_FILES = frozenset({"cognition.weights", "cognition.tokenizer", "perception.weights"})
 
 
-# -- folders ---------------------------------------------------------------------------------------------------------
-
-
-def remove_incomplete(output: Path) -> None:
-    """Removes what a killed run left half-written."""
-    for path in output.glob(f"{_PARTIAL}*"):
-        logger.warning("removing %s: a save that never finished", path.name)
-        shutil.rmtree(path)
-
-
-def keep_newest(output: Path, number: int) -> None:
-    """Removes all but the newest ``number`` checkpoints (never ``best``)."""
-    for path in checkpoints_of(output)[: -max(number, 1)]:
-        shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """A folder to write into; it gets its final name when the block is done, and disappears when the block fails.
-
-    Args:
-        folder: final name; a folder of that name is replaced, and stays whole until then.
-
-    Raises:
-        CheckpointError: a file could not be written (disk full, no permission, ...).
-    """
-    partial = folder.parent / f"{_PARTIAL}{folder.name}"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        for path in (*partial.rglob("*"), partial):
-            _wait_for_disk(path)
-        if folder.exists():
-            replaced = folder.parent / f"{_PARTIAL}replaced-{folder.name}"
-            folder.rename(replaced)
-            partial.rename(folder)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(folder)
-        _wait_for_disk(folder.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free / 2**20 if folder.parent.is_dir() else 0.0
-        raise CheckpointError(
-            f"{folder}: expected to write this folder, got {error} ({free:,.0f} MiB free there); nothing of it was kept and "
-            f"earlier folders, checkpoints too, are whole. Make room or choose another place, then start the same command again"
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _wait_for_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 # -- saving ----------------------------------------------------------------------------------------------------------
 
 
@@ -203,6 +140,7 @@ def save_weights(folder: Path, model: nn.Module, config: RunConfig, metrics: Map
         with written_aside(folder) as partial:
             _write_weights(partial, tensors, config)
             (partial / METRICS_FILE).write_bytes(json.dumps(dict(metrics), indent=2).encode())
+            write_checksums(partial)
 
     on_first_rank(write)
 
@@ -240,11 +178,24 @@ def save_training_state(
             buffer = io.BytesIO()
             torch.save(state, buffer)
             (partial / STATE_FILE).write_bytes(buffer.getvalue())
-            (partial / TRAINER_STATE_FILE).write_bytes(
-                json.dumps(dict(trainer_state), indent=2, sort_keys=True).encode()
-            )
+            _write_trainer_state(partial, trainer_state)
+            write_checksums(partial)
 
     on_first_rank(write)
+
+
+def update_trainer_state(folder: Path, trainer_state: Mapping[str, Any]) -> None:
+    """Gives a saved checkpoint the Trainer's state as it is now, after an evaluation; the other files are linked. Rank 0 calls it."""
+    with written_aside(folder) as partial:
+        shutil.copytree(folder, partial, copy_function=link_or_copy, dirs_exist_ok=True)
+        (partial / TRAINER_STATE_FILE).unlink()
+        _write_trainer_state(partial, trainer_state)
+        (partial / CHECKSUMS_FILE).unlink()
+        write_checksums(partial)
+
+
+def _write_trainer_state(folder: Path, trainer_state: Mapping[str, Any]) -> None:
+    (folder / TRAINER_STATE_FILE).write_bytes(json.dumps(dict(trainer_state), indent=2, sort_keys=True).encode())
 
 
 def save_full_checkpoint(
@@ -280,6 +231,7 @@ def save_full_checkpoint(
             (partial / MODEL_FILE).chmod((partial / CONFIG_FILE).stat().st_mode)  # it lets nobody else read them
         except SafetensorError as error:  # its way to say that the disk is full
             raise OSError(str(error)) from error
+        write_checksums(partial)
 
 
 def images_per_step(config: RunConfig) -> int:
@@ -519,8 +471,18 @@ def restore_random_state(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The content of ``state.pt``."""
-    return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    """The content of ``state.pt``.
+
+    Raises:
+        CheckpointError: it is damaged (checkpoints of earlier versions have no hashes that say so before).
+    """
+    try:
+        return torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{folder / STATE_FILE}: expected the state of a run, got {type(error).__name__}: {str(error)[:200]}. Copy the file "
+            "again, or take another checkpoint"
+        ) from error
 
 
 def _random_state() -> dict[str, Any]:
@@ -535,9 +497,10 @@ def _random_state() -> dict[str, Any]:
 
 
 def _restore_moments(model: nn.Module, optimizer: Any, folder: Path) -> None:
-    masters = safetensors.torch.load_file(folder / TRAINABLE_FILE)
-    moments = safetensors.torch.load_file(folder / OPTIMIZER_FILE)
-    with safe_open(folder / OPTIMIZER_FILE, framework="pt") as file:
+    with _opened(folder / TRAINABLE_FILE) as file:
+        masters = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    with _opened(folder / OPTIMIZER_FILE) as file:
+        moments = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         step = float(file.metadata()["step"])
     base = base_optimizer(optimizer)
     names = moment_names(base)
@@ -891,13 +854,13 @@ def recorded_base_checkpoint(folder: Path) -> Path | None:
     if not is_full(base):
         raise CheckpointError(
             f"{folder}: expected the full checkpoint it was trained on at {base}, got no {MODEL_FILE} there; put it back, or write "
-            f"its new place into {folder / BASE_WEIGHTS_FILE}"
+            f"its new place into {folder / BASE_WEIGHTS_FILE} and remove {CHECKSUMS_FILE} beside it"
         )
     return base
 
 
 def _recorded_base(folder: Path) -> dict[str, dict[str, Any]]:
-    return json.loads((folder / BASE_WEIGHTS_FILE).read_text(encoding="utf-8"))
+    return read_json(folder / BASE_WEIGHTS_FILE)
 
 
 def _parts_fingerprints(config: RunConfig) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from deris_llm import __version__
 from deris_llm.config import DataConfig
 from deris_llm.data.mix import TrainingMix
 from deris_llm.data.prepared import MANIFEST_FILE, find_manifest
-from deris_llm.training.checkpoints import DATA_FILE
+from deris_llm.training.checkpoint_folders import DATA_FILE
 
 
 def write_data_manifest(output: Path, config: DataConfig, mix: TrainingMix) -> None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from deris_llm.config import RunConfig, load_config, save_config
+from deris_llm.folders import finish_replacements
 from deris_llm.out_of_memory import explains_out_of_memory
-from deris_llm.training import checkpoints
+from deris_llm.training import checkpoint_folders, checkpoints
 from deris_llm.training.deepspeed_config import read_deepspeed_config
 from deris_llm.training.last_words import leave_last_words
 from deris_llm.training.ranks import barrier, on_first_rank, rank, world_size
@@ -99,7 +100,8 @@ def train(
     from deris_llm.training.trainer import DerisTrainer, training_arguments  # noqa: PLC0415
 
     # The arguments come before the model: under ZeRO-3 it is partitioned while it is built.
-    arguments = training_arguments(config, output, deepspeed_content)
+    evaluate_first = checkpoint is not None and _evaluation_is_due(checkpoint, config)
+    arguments = training_arguments(config, output, deepspeed_content, evaluate_first=evaluate_first)
     mix = training_mix(config.data)
     logger.info("%s", mix.report)
     records = _evaluation_records(config)
@@ -121,13 +123,13 @@ def train(
     groups = group_by_image(mix.records)
     features = training_features(config, model, processor, groups)
     loader = train_loader(config, groups, processor, rank=rank(), world_size=world_size(), features=features)
-    on_first_rank(lambda: save_config(config, output / checkpoints.CONFIG_FILE))
+    on_first_rank(lambda: save_config(config, output / checkpoint_folders.CONFIG_FILE))
     on_first_rank(lambda: write_data_manifest(output, config.data, mix))
 
     progress = ProgressLines(enabled=rank() == 0)
 
     def evaluation(model: nn.Module) -> dict[str, float]:
-        with progress.set_aside():
+        with progress.set_aside(), _names_what_is_saved(config, output):
             return _evaluated(model, config, records, processor, arguments.device)
 
     tensorboard = TensorBoardCallback()
@@ -149,7 +151,7 @@ def train(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         progress.stop()
-    newest = checkpoints.newest_checkpoint(output)
+    newest = checkpoint_folders.newest_checkpoint(output) or checkpoint
     assert newest is not None, "the Trainer saves at its last step"
     result = _result(newest)
     if fast_dev_run:
@@ -162,22 +164,56 @@ def train(
 
 
 def _result(checkpoint: Path) -> TrainingResult:
-    state = json.loads((checkpoint / checkpoints.TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+    state = _trainer_state(checkpoint)
     evaluated = [entry for entry in state["log_history"] if "eval_n_phrases" in entry]
     metrics = (
         {k.removeprefix("eval_"): v for k, v in evaluated[-1].items() if k.startswith("eval_")} if evaluated else {}
     )
-    best = checkpoint.parent / checkpoints.BEST
+    best = checkpoint.parent / checkpoint_folders.BEST
     return TrainingResult(checkpoint.parent, state["global_step"], checkpoint, best if best.is_dir() else None, metrics)
 
 
 def _finished(checkpoint: Path) -> TrainingResult | None:
-    """The result, where the checkpoint is that of the last step."""
-    state = json.loads((checkpoint / checkpoints.TRAINER_STATE_FILE).read_text(encoding="utf-8"))
-    if state["global_step"] < state["max_steps"]:
+    """The result, where the checkpoint is that of the last step, and was evaluated."""
+    state = _trainer_state(checkpoint)
+    if state["global_step"] < state["max_steps"] or not _is_evaluated(state):
         return None
     logger.info("%s is the end of the run: nothing is left to train", checkpoint)
     return _result(checkpoint)
+
+
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+    return checkpoint_folders.read_json(checkpoint / checkpoint_folders.TRAINER_STATE_FILE)
+
+
+def _is_evaluated(state: dict[str, Any]) -> bool:
+    """Whether the evaluation at the step of a Trainer's state was finished."""
+    return any("eval_n_phrases" in entry and entry["step"] == state["global_step"] for entry in state["log_history"])
+
+
+def _evaluation_is_due(checkpoint: Path, config: RunConfig) -> bool:
+    """Whether the run that saved a checkpoint would have evaluated it next, and did not come to it."""
+    state, every = _trainer_state(checkpoint), config.training.eval_every
+    is_at_evaluation = state["global_step"] >= state["max_steps"] or (every and state["global_step"] % every == 0)
+    return bool(is_at_evaluation) and not _is_evaluated(state)
+
+
+@contextlib.contextmanager
+def _names_what_is_saved(config: RunConfig, output: Path) -> Iterator[None]:
+    """An evaluation that fails says which checkpoint has the training."""
+    try:
+        yield
+    except Exception as error:
+        newest = checkpoint_folders.newest_checkpoint(output)
+        saved = f"{newest} has all training up to here: no step is lost"
+        if not isinstance(error, (ValueError, OSError)):  # a defect, or memory: shown as what it is
+            logger.error("the evaluation on %s failed; %s", config.training.eval_split, saved)
+            raise
+        raise ValueError(
+            f"the evaluation on training.eval_split={config.training.eval_split} failed: {error}\n{saved}. Set this right, then "
+            f"start the same command again: it evaluates and goes on; or use the checkpoint as it is (deris-llm eval "
+            f"--checkpoint {newest})"
+        ) from error
 
 
 def _dev_config(config: RunConfig) -> RunConfig:
@@ -241,8 +277,8 @@ def _resume_from(config: RunConfig, output: Path, resume: str) -> Path | None:
     """The checkpoint to go on from, checked, or None for a new run; `training.start_from` is checked in both cases."""
     checkpoints.first_weights_folder(config)
     output.mkdir(parents=True, exist_ok=True)
-    checkpoints.remove_incomplete(output)
-    newest = checkpoints.newest_checkpoint(output)
+    finish_replacements(output)
+    newest = checkpoint_folders.newest_checkpoint(output)
     if resume == "never" and newest is not None:
         raise ValueError(
             f"--resume never: expected an output folder without checkpoints, got {newest}; give another --output"
@@ -253,10 +289,10 @@ def _resume_from(config: RunConfig, output: Path, resume: str) -> Path | None:
         checkpoint = None
     else:
         checkpoint = Path(resume)
-        if not (checkpoint / checkpoints.STATE_FILE).is_file():
+        if not (checkpoint / checkpoint_folders.STATE_FILE).is_file():
             raise ValueError(
                 f"--resume {resume}: expected `auto`, `never` or a folder checkpoint-STEP of a run, got a path without "
-                f"{checkpoints.STATE_FILE} (`best` holds no optimizer state)"
+                f"{checkpoint_folders.STATE_FILE} (`best` holds no optimizer state)"
             )
     if checkpoint is not None:
         checkpoints.check_same_run(checkpoint, config)

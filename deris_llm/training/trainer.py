@@ -23,7 +23,7 @@ from deris_llm.config import RunConfig
 from deris_llm.criterion import Criterion, NonFiniteOutputError
 from deris_llm.data.loaders import TrainingLoader
 from deris_llm.structures import ReferringBatch
-from deris_llm.training import checkpoints
+from deris_llm.training import checkpoint_folders, checkpoints
 from deris_llm.training.parameters import build_optimizer
 from deris_llm.training.ranks import any_rank, gathered, on_first_rank, rank, reduced, world_size
 from deris_llm.training.schedule import by_epochs
@@ -52,13 +52,16 @@ class DerisTrainingArguments(TrainingArguments):
     label_names: list[str] | None = field(default_factory=list)
 
 
-def training_arguments(config: RunConfig, output: Path, deepspeed: dict[str, Any] | None) -> DerisTrainingArguments:
+def training_arguments(
+    config: RunConfig, output: Path, deepspeed: dict[str, Any] | None, *, evaluate_first: bool = False
+) -> DerisTrainingArguments:
     """The Trainer's arguments of a run config.
 
     Args:
         config: a run config.
         output: folder of the run.
         deepspeed: a DeepSpeed config (its "auto" are filled in), or None for no DeepSpeed.
+        evaluate_first: evaluate before the first step: the checkpoint that is resumed was saved, but not evaluated.
     """
     training = config.training
     return DerisTrainingArguments(
@@ -75,6 +78,7 @@ def training_arguments(config: RunConfig, output: Path, deepspeed: dict[str, Any
         max_grad_norm=training.max_grad_norm,
         bf16=training.precision == "bf16",
         eval_strategy="steps",
+        eval_on_start=evaluate_first,
         eval_steps=training.eval_every or _NEVER,  # the Trainer evaluates at the end too
         save_strategy="steps",
         save_steps=training.save_every,
@@ -216,7 +220,7 @@ class DerisTrainer(Trainer):
         return norm
 
     def _stop_not_finite(self, what: str, phrases_by_rank: list[list[str]]) -> NoReturn:
-        newest = checkpoints.newest_checkpoint(self.output)
+        newest = checkpoint_folders.newest_checkpoint(self.output)
         named = [
             f"  - rank {r}: {text}" for r, texts in enumerate(phrases_by_rank) for text in texts[:_NUM_PHRASES_NAMED]
         ]
@@ -253,18 +257,37 @@ class DerisTrainer(Trainer):
                 self.state.best_metric = number
                 self.state.best_global_step = self.state.global_step
                 saved = {"step": self.state.global_step, "split": self.config.training.eval_split, **numbers}
-                checkpoints.save_weights(self.output / checkpoints.BEST, self.deris, self.config, saved)
+                checkpoints.save_weights(self.output / checkpoint_folders.BEST, self.deris, self.config, saved)
+            state = checkpoints.plain_state(self.state)
+            folder = checkpoint_folders.checkpoint_folder(self.output, self.state.global_step)
+            if folder.is_dir():  # not where a checkpoint of another folder was resumed and is evaluated first
+                on_first_rank(lambda: checkpoints.update_trainer_state(folder, state))
         return metrics
 
     # -- checkpoints
 
+    def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
+        """Saves before it evaluates, so that an evaluation that fails costs no step; then saves what it found."""
+        evaluates, self.control.should_evaluate = self.control.should_evaluate, False
+        self.control.should_save |= evaluates
+        super()._maybe_log_save_evaluate(*arguments, **options)
+        if evaluates:
+            self._evaluate(trial=None, ignore_keys_for_eval=None)
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """Nothing where a finished run was resumed for its last evaluation alone."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **options)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._meter.paused():
-            folder = checkpoints.checkpoint_folder(self.output, self.state.global_step)
+            folder = checkpoint_folders.checkpoint_folder(self.output, self.state.global_step)
             optimizer, schedule = self._optimizer_and_schedule()
             state = checkpoints.plain_state(self.state)
             checkpoints.save_training_state(folder, self.deris, optimizer, schedule, self.config, state)
-            on_first_rank(lambda: checkpoints.keep_newest(self.output, self.config.training.keep_checkpoints))
+            on_first_rank(lambda: checkpoint_folders.keep_newest(self.output, self.config.training.keep_checkpoints))
             logger.info("saved %s", folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

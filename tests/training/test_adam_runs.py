@@ -10,7 +10,8 @@ import torch
 from deris_llm.config import load_config
 from deris_llm.model import build_model
 from deris_llm.testing import tiny_beit3, tiny_config
-from deris_llm.training.checkpoints import CheckpointError, load_checkpoint, save_full_checkpoint
+from deris_llm.training.checkpoint_folders import CheckpointError
+from deris_llm.training.checkpoints import load_checkpoint, save_full_checkpoint
 from deris_llm.training.run import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # one job on two ranks, about a minute on two idle cores

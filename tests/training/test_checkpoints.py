@@ -12,10 +12,12 @@ from PIL import Image
 
 from deris_llm.cli import main
 from deris_llm.data.mix import training_mix
+from deris_llm.folders import FolderError, finish_replacements, written_aside
 from deris_llm.model import build_model
 from deris_llm.testing import synthetic_batch, tiny_config
-from deris_llm.training import checkpoints
-from deris_llm.training.checkpoints import CheckpointError, load_checkpoint, save_weights, written_aside
+from deris_llm.training import checkpoint_folders, checkpoints
+from deris_llm.training.checkpoint_folders import CheckpointError
+from deris_llm.training.checkpoints import load_checkpoint, save_weights
 from deris_llm.training.data_manifest import data_manifest, write_data_manifest
 
 
@@ -39,7 +41,8 @@ def saved(config, model, tmp_path_factory):
 
 @pytest.fixture
 def copy(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "best")
+    """For tests that change files knowingly: without hashes."""
+    return shutil.copytree(saved, tmp_path / "best", ignore=shutil.ignore_patterns("checksums.json"))
 
 
 def test_loading_gives_config_and_the_same_model(saved, config, model):
@@ -181,8 +184,8 @@ def test_a_kill_while_saving_leaves_the_old_folder_and_its_remains_are_removed(t
             os.kill(os.getpid(), 9)
     os.waitpid(child, 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".partial-checkpoint-4", "checkpoint-2"]
-    assert checkpoints.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-    checkpoints.remove_incomplete(tmp_path)
+    assert checkpoint_folders.newest_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    finish_replacements(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
@@ -200,10 +203,10 @@ def test_disk_full_is_a_clear_error_and_keeps_what_was_there(copy, config, model
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow beyond this: the disk is "full"
     try:
         with pytest.raises(
-            CheckpointError, match=r"expected to write this folder, got .*checkpoints too, are whole\. Make room"
+            FolderError, match=r"expected to write this folder, got .*checkpoints too, are whole\. Make room"
         ):
             save_weights(copy, model, config, {})
-        with pytest.raises(CheckpointError):
+        with pytest.raises(FolderError):
             save_weights(copy.parent / "checkpoint-9", model, config, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -216,7 +219,7 @@ def test_newest_are_kept_by_number_not_by_name(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "best").mkdir()
     (tmp_path / "checkpoint-old").mkdir()
-    checkpoints.keep_newest(tmp_path, 2)
+    checkpoint_folders.keep_newest(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "checkpoint-10", "checkpoint-9", "checkpoint-old"]
 
 
@@ -247,7 +250,7 @@ def test_a_checkpoint_cannot_ask_for_downloaded_kernels(copy, config):
         config, perception=dataclasses.replace(config.perception, deformable_attention="hub_kernel")
     )
     checkpoints.save_weights(copy, build_model(config), asking, {})
-    assert "hub_kernel" in (copy / checkpoints.CONFIG_FILE).read_text()
+    assert "hub_kernel" in (copy / checkpoint_folders.CONFIG_FILE).read_text()
     assert checkpoints.checkpoint_config(copy).perception.deformable_attention == "grid_sample"
     asked = checkpoints.checkpoint_config(copy, ["perception.deformable_attention=hub_kernel"])
     assert asked.perception.deformable_attention == "hub_kernel"

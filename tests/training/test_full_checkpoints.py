@@ -14,16 +14,12 @@ from sentencepiece import SentencePieceTrainer
 from deris_llm.cli import main
 from deris_llm.cognition import build_processor
 from deris_llm.config import load_config, save_config
+from deris_llm.folders import FolderError, written_aside
 from deris_llm.model import build_model
 from deris_llm.testing import synthetic_batch, synthetic_images, tiny_config
 from deris_llm.training import checkpoints
-from deris_llm.training.checkpoints import (
-    CheckpointError,
-    load_checkpoint,
-    save_full_checkpoint,
-    save_weights,
-    written_aside,
-)
+from deris_llm.training.checkpoint_folders import CheckpointError
+from deris_llm.training.checkpoints import load_checkpoint, save_full_checkpoint, save_weights
 from deris_llm.training.run import train
 
 
@@ -68,7 +64,8 @@ def full(config, model, tmp_path_factory):
 
 @pytest.fixture
 def copy(full, tmp_path):
-    return shutil.copytree(full, tmp_path / "copy")
+    """For tests that change files knowingly: without hashes."""
+    return shutil.copytree(full, tmp_path / "copy", ignore=shutil.ignore_patterns("checksums.json"))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +141,7 @@ def test_disk_full_is_a_clear_error_and_leaves_the_old_folder_whole(copy, config
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow beyond this: the disk is "full"
     try:
-        with pytest.raises(CheckpointError, match=r"expected to write this folder, got .*Make room"):
+        with pytest.raises(FolderError, match=r"expected to write this folder, got .*Make room"):
             save_full_checkpoint(copy, model, config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -228,8 +225,9 @@ def test_a_run_that_starts_from_it_stands_on_the_same_base(full, started, overri
 
 
 def test_a_base_that_is_gone_or_another_one_is_refused(full, started, tmp_path):
-    checkpoint = shutil.copytree(started.checkpoint, tmp_path / "checkpoint-2")
-    moved = shutil.copytree(full, tmp_path / "moved")
+    without_hashes = shutil.ignore_patterns("checksums.json")
+    checkpoint = shutil.copytree(started.checkpoint, tmp_path / "checkpoint-2", ignore=without_hashes)
+    moved = shutil.copytree(full, tmp_path / "moved", ignore=without_hashes)
     recorded = json.loads((checkpoint / "base_weights.json").read_text())
     recorded["checkpoint"]["weights"] = str(tmp_path / "nowhere")
     (checkpoint / "base_weights.json").write_text(json.dumps(recorded))
@@ -262,6 +260,7 @@ def test_starting_from_a_run_on_other_hub_weights_is_refused(config, model, over
     recorded = json.loads((tmp_path / "best" / "base_weights.json").read_text())
     recorded["cognition"]["files"]["model.safetensors"] = "0" * 64
     (tmp_path / "best" / "base_weights.json").write_text(json.dumps(recorded))
+    (tmp_path / "best" / "checksums.json").unlink()
     start = tiny_config(*overrides, f"training.start_from={tmp_path / 'best'}")
     with pytest.raises(CheckpointError, match=r"expected the base weights it was trained on .*cognition"):
         checkpoints.restore_first_weights(build_model(start), start)

@@ -106,10 +106,10 @@ def write_world(
     files = [f"{dataset}/{name}" for dataset in DATASETS for name in ("instances.json", REFS_FILES[dataset])]
     manifest = {**request, "num_images": len(image_ids), "sha256": {name: _sha256(partial / name) for name in files}}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    (partial / _PARTIAL_MARK).unlink()
     if out.exists():
         out.rmdir()
     partial.rename(out)
+    (out / _PARTIAL_MARK).unlink()  # after the renaming: an interruption leaves an unfinished folder that is known as one
 
 
 def assign_splits(*, num_train: int, num_val: int, num_test: int) -> dict[str, dict[str, list[int]]]:
