@@ -89,6 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume", metavar="auto|never|DIR", help="auto (default): go on from the run's newest checkpoint; or from DIR"
     )
     train.add_argument("--fast-dev-run", action="store_true", help="load, 2 steps, save, reload, evaluate: one minute")
+    train.add_argument(
+        "--allow-other-data", action="store_true",
+        help="go on from a checkpoint although its training data (data.json) is not what is read now; recorded in data.json",
+    )  # fmt: skip
 
     evaluate = _command(commands, "eval", "evaluate a checkpoint on splits, by named protocols", run_eval)
     what = evaluate.add_mutually_exclusive_group(required=True)
@@ -242,6 +246,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         deepspeed=arguments.deepspeed,
         resume=arguments.resume,
         fast_dev_run=arguments.fast_dev_run,
+        allow_other_data=arguments.allow_other_data,
         gpus=arguments.gpus,
     )
 

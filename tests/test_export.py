@@ -18,7 +18,7 @@ from deris_llm.pipeline import DerisPipeline
 from deris_llm.testing import synthetic_images, tiny_beit3, tiny_config, tiny_weights
 from deris_llm.training.checkpoint_folders import CheckpointError
 from deris_llm.training.checkpoints import checkpoint_fingerprint, save_full_checkpoint, save_weights
-from deris_llm.training.data_manifest import write_data_manifest
+from deris_llm.training.data_manifest import data_manifest, write_data_manifest
 
 METRICS = {
     "step": 4,
@@ -51,7 +51,7 @@ def config(folder):
 def run(folder, config):
     output = folder / "run"
     output.mkdir()
-    write_data_manifest(output, config.data, training_mix(config.data))
+    write_data_manifest(output, data_manifest(config.data, training_mix(config.data)))
     save_weights(output / "best", build_model(config), config, METRICS)
     return output
 

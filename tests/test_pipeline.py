@@ -271,7 +271,7 @@ def test_files_that_are_no_pictures(pipeline, picture, tmp_path, monkeypatch):
 def test_folders_that_are_no_checkpoints(run, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "weights.bin").write_text("")
-    shutil.copytree(run / "best", tmp_path / "half")
+    shutil.copytree(run / "best", tmp_path / "half", ignore=shutil.ignore_patterns("checksums.json"))
     (tmp_path / "half" / "base_weights.json").unlink()
     for folder, said in (
         (tmp_path / "nowhere", "there is no such folder"),
@@ -291,7 +291,9 @@ def test_a_checkpoint_cannot_name_code_and_a_missing_plugin_is_named(run, tmp_pa
         ("antigravity:Class", r"got the module path 'antigravity:Class', which could run any code"),
         ("somebody_elses", r"install the package that brings it"),
     ):
-        folder = shutil.copytree(run / "best", tmp_path / name.replace(":", "_"))
+        folder = shutil.copytree(
+            run / "best", tmp_path / name.replace(":", "_"), ignore=shutil.ignore_patterns("checksums.json")
+        )
         text = (folder / "config.yaml").read_text()
         (folder / "config.yaml").write_text(text.replace("backend: qwen2_ov", f"backend: {name}"))
         with pytest.raises(ValueError, match=said):
@@ -299,7 +301,7 @@ def test_a_checkpoint_cannot_name_code_and_a_missing_plugin_is_named(run, tmp_pa
 
 
 def test_a_config_of_other_trained_parts_is_refused(run, tmp_path):
-    folder = shutil.copytree(run / "best", tmp_path / "best")
+    folder = shutil.copytree(run / "best", tmp_path / "best", ignore=shutil.ignore_patterns("checksums.json"))
     tensors = safetensors.torch.load_file(folder / "trainable.safetensors")
     del tensors["loopback.presence_head.weight"]
     safetensors.torch.save_file(tensors, folder / "trainable.safetensors")

@@ -59,6 +59,23 @@ class TokenCounter(Protocol):
 
 
 @runtime_checkable
+class InputChecker(Protocol):
+    """A processor that says which phrases and pictures it will refuse; training asks it before it starts."""
+
+    def refused(self, phrases: Sequence[str], sizes: Sequence[tuple[int, int]]) -> dict[int, str]:
+        """Finds what `CognitionProcessor` would raise an error for; hundreds of thousands of phrases take seconds.
+
+        Args:
+            phrases: P phrases.
+            sizes: P pairs of height and width, px: of the phrase's picture.
+
+        Returns:
+            for each phrase that is refused, by its number: the message.
+        """
+        ...
+
+
+@runtime_checkable
 class FeatureProcessor(Protocol):
     """A processor that needs no pictures where the features of the backend's `VisionTower` are at hand."""
 

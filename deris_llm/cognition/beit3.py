@@ -26,6 +26,7 @@ from transformers.utils.hub import cached_file
 
 from deris_llm.cognition.base import CognitionBackend, PlannedInputs
 from deris_llm.cognition.lora import add_lora
+from deris_llm.cognition.prompts import raised_messages
 from deris_llm.config import CognitionConfig
 from deris_llm.data.transforms import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, normalised, warp_picture
 from deris_llm.structures import CognitionFeatures, CognitionInputs
@@ -359,6 +360,15 @@ class Beit3Processor:
             token_padding_mask=padding_mask,
             text_feature_mask=~padding_mask,
         )
+
+    def refused(self, phrases: Sequence[str], sizes: Sequence[tuple[int, int]]) -> dict[int, str]:
+        """See `InputChecker`."""
+        distinct = list(dict.fromkeys(phrases))
+        messages = {
+            distinct[i]: said
+            for i, said in raised_messages(range(len(distinct)), lambda i: self.encode(distinct[i])).items()
+        }
+        return {i: messages[phrase] for i, phrase in enumerate(phrases) if phrase in messages}
 
     def pixels(self, image: Image.Image) -> Tensor:
         """Warps a picture to the square and normalises it: float (3, s, s)."""

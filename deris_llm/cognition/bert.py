@@ -46,6 +46,10 @@ class BertProcessor:
         )
         return CognitionInputs(torch.zeros(len(images), 3, 0, 0), input_ids, padding_mask, text_feature_mask)
 
+    def refused(self, phrases: Sequence[str], sizes: Sequence[tuple[int, int]]) -> dict[int, str]:
+        """See `InputChecker`."""
+        return self.phrases.refused(phrases)
+
 
 class Bert(CognitionBackend):
     """transformers' `BertModel` without its pooler, trained whole or with LoRA."""

@@ -6,7 +6,7 @@ P phrases, L tokens of a prompt.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,6 +21,8 @@ from deris_llm.weights import resolve_weights
 logger = logging.getLogger(__name__)
 
 PHRASE_SLOT = "{phrase}"
+_BATCH = 10_000  # phrases that a fast tokenizer gets at a time
+_JOINTS = 4  # tokens by which a phrase in its prompt may differ from prompt and phrase apart
 
 
 class PromptTokenizer:
@@ -113,6 +115,23 @@ class PromptTokenizer:
             counts.append(TokenCount(shared, len(ids) - 1 + num - shared))
         return counts
 
+    def refused(self, phrases: Sequence[str], num_image_tokens: Sequence[int]) -> dict[int, str]:
+        """The phrases that `encode` refuses; see `InputChecker`.
+
+        Args:
+            phrases: P phrases.
+            num_image_tokens: of the phrase's picture, P numbers.
+        """
+        frame = len(self.tokenizer(self.before + self.after, add_special_tokens=False)["input_ids"]) + _JOINTS
+        counts = plain_token_counts(phrases, self.tokenizer)
+        suspects = [
+            i
+            for i, (phrase, num) in enumerate(zip(phrases, num_image_tokens, strict=True))
+            if not counts[phrase]
+            or frame + num + min(counts[phrase] + _JOINTS, self.max_phrase_tokens) > self.num_positions
+        ]
+        return raised_messages(suspects, lambda i: self.encode(phrases[i], num_image_tokens[i]))
+
     def _tokenise(self, phrase: str) -> tuple[list[int], list[bool]]:
         encoded = self.tokenizer(
             self.before + phrase + self.after, add_special_tokens=False, return_offsets_mapping=True
@@ -168,6 +187,45 @@ class PhraseTokenizer:
             ids = ids[: self.max_phrase_tokens]
         framed: Any = [self.tokenizer.cls_token_id, *ids, self.tokenizer.sep_token_id]
         return framed, [True] * len(framed)
+
+    def refused(self, phrases: Sequence[str]) -> dict[int, str]:
+        """The phrases that `encode` refuses; see `InputChecker`."""
+        counts = plain_token_counts(phrases, self.tokenizer)
+        suspects = [i for i, phrase in enumerate(phrases) if not counts[phrase]]
+        return raised_messages(suspects, lambda i: self.encode(phrases[i]))
+
+
+def plain_token_counts(phrases: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Tokens of each phrase by itself; 0 where it is empty, has a special token or cannot be read: `encode` must look at it."""
+    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = marked | set(tokenizer.all_special_ids)
+    distinct = list(dict.fromkeys(phrases))
+    counts = dict.fromkeys(distinct, 0)
+    for first in range(0, len(distinct), _BATCH):
+        batch = distinct[first : first + _BATCH]
+        try:
+            tokens = tokenizer(batch, add_special_tokens=False)["input_ids"]
+        except (TypeError, ValueError):  # half of a surrogate pair in one of them
+            continue
+        counts.update(
+            {
+                phrase: len(ids)
+                for phrase, ids in zip(batch, tokens, strict=True)
+                if phrase.strip() and special.isdisjoint(ids)
+            }
+        )
+    return counts
+
+
+def raised_messages(numbers: Iterable[int], action: Callable[[int], object]) -> dict[int, str]:
+    """The message of each ValueError that an action raises, by the number it was called with."""
+    messages = {}
+    for number in numbers:
+        try:
+            action(number)
+        except ValueError as error:
+            messages[number] = str(error)
+    return messages
 
 
 def load_phrase_tokenizer(config: CognitionConfig, *, vocab_size: int, num_positions: int) -> PhraseTokenizer:

@@ -101,6 +101,10 @@ class Qwen2OneVisionProcessor:
         """Token ids of the prompt with a phrase, and for each whether it is a text feature."""
         return self.prompts.encode(phrase, self.num_image_tokens)
 
+    def refused(self, phrases: Sequence[str], sizes: Sequence[tuple[int, int]]) -> dict[int, str]:
+        """See `InputChecker`."""
+        return self.prompts.refused(phrases, [self.num_image_tokens] * len(sizes))
+
     def count_tokens(self, phrases: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[TokenCount]:
         """See `TokenCounter`."""
         return self.prompts.count_tokens(phrases, [self.num_image_tokens] * len(sizes))

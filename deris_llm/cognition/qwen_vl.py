@@ -37,7 +37,7 @@ from transformers import (
 from deris_llm.cognition.base import CognitionBackend, PlannedInputs, TokenCount
 from deris_llm.cognition.lora import add_lora
 from deris_llm.cognition.maps import resampled_maps
-from deris_llm.cognition.prompts import LeftAlignment, PromptTokenizer, padded
+from deris_llm.cognition.prompts import LeftAlignment, PromptTokenizer, padded, raised_messages
 from deris_llm.cognition.qwen2_ov import IMAGE_TOKEN, PLANNED_TEXT_TOKENS, attention_kernels
 from deris_llm.cognition.shared_prefix import check_prefix, first_phrases, pack_prompts
 from deris_llm.config import CognitionConfig
@@ -120,6 +120,17 @@ class QwenVLProcessor:
         """See `TokenCounter`."""
         areas = [math.prod(self._resized_size(height, width)) for height, width in sizes]
         return self.prompts.count_tokens(phrases, [area // self._token_size**2 for area in areas])
+
+    def refused(self, phrases: Sequence[str], sizes: Sequence[tuple[int, int]]) -> dict[int, str]:
+        """See `InputChecker`; pictures may be too thin."""
+        distinct = list(dict.fromkeys(sizes))
+        too_thin = raised_messages(range(len(distinct)), lambda i: self._resized_size(*distinct[i]))
+        messages = {distinct[i]: message for i, message in too_thin.items()}
+        areas = {size: math.prod(self._resized_size(*size)) for size in distinct if size not in messages}
+        num_image_tokens = [areas.get(size, 0) // self._token_size**2 for size in sizes]
+        return self.prompts.refused(phrases, num_image_tokens) | {
+            i: messages[size] for i, size in enumerate(sizes) if size in messages
+        }
 
     @property
     def _token_size(self) -> int:

@@ -34,6 +34,7 @@ from deris_llm.cognition.prompts import (
     load_phrase_tokenizer,
     padded,
     planned_phrases,
+    raised_messages,
 )
 from deris_llm.config import CognitionConfig
 from deris_llm.structures import CognitionFeatures, CognitionInputs
@@ -67,7 +68,7 @@ class ViltProcessor:
             ValueError: a picture is too thin.
         """
         for image in images:
-            self._check_aspect(image)
+            self._check_aspect(image.height, image.width)
         pixels = self.image_processor([image.convert("RGB") for image in images], return_tensors="pt")
         is_picture = pixels["pixel_mask"]
         sizes = torch.stack([is_picture[:, :, 0].sum(dim=1), is_picture[:, 0].sum(dim=1)], dim=1)
@@ -82,13 +83,19 @@ class ViltProcessor:
             image_grid=sizes // self.patch_size,
         )
 
-    def _check_aspect(self, image: Image.Image) -> None:
+    def refused(self, phrases: Sequence[str], sizes: Sequence[tuple[int, int]]) -> dict[int, str]:
+        """See `InputChecker`; pictures may be too thin."""
+        return self.phrases.refused(phrases) | raised_messages(
+            range(len(sizes)), lambda i: self._check_aspect(*sizes[i])
+        )
+
+    def _check_aspect(self, height: int, width: int) -> None:
         shorter = self.image_processor.size["shortest_edge"]
-        reduced = int(LONGEST_ASPECT * shorter) * min(image.size) / max(image.size)
+        reduced = int(LONGEST_ASPECT * shorter) * min(height, width) / max(height, width)
         side = int(min(shorter, reduced) + 0.5)
         if side < self.image_processor.size_divisor:
             raise ValueError(
-                f"picture of {image.width} x {image.height} px: expected at least one patch "
+                f"picture of {width} x {height} px: expected at least one patch "
                 f"({self.image_processor.size_divisor} px) along its shorter side, which would become {side} px, got a "
                 "thinner picture; crop or pad it, or drop it."
             )

@@ -72,10 +72,23 @@ class ReferringCollator:
         image = torch.zeros(len(groups), 3, 0, 0)
         if has_image:
             image = torch.stack([perception_pixels(each, self.image_size, self.resize) for each in images])
-        if cached.vision is None:
-            return image, cached.pyramid, self.processor(images, phrases, image_index)
-        processor: Any = self.processor  # a `FeatureProcessor`: else the cache would keep no vision
-        return image, cached.pyramid, processor.with_features(cached.vision, phrases)
+        processor: Any = self.processor  # a `FeatureProcessor`, where the cache has kept vision
+        try:
+            if cached.vision is None:
+                return image, cached.pyramid, processor(images, phrases, image_index)
+            return image, cached.pyramid, processor.with_features(cached.vision, phrases)
+        except ValueError as error:
+            raise self._named(error, groups, images) from error
+
+    def _named(self, error: ValueError, groups: Sequence[ImageGroup], images: Sequence[Image.Image]) -> ValueError:
+        """The processor's error with the id and the file of the phrase that it is about; finds it by asking one by one."""
+        for group, image in zip(groups, images, strict=False):  # without pictures where features are cached
+            for record in group.records:
+                try:
+                    self.processor([image], [record.phrase], [0])
+                except ValueError as alone:
+                    return DataError(f"{record.phrase_id} ({record.image_path}): {alone}")
+        return error
 
 
 def _picture(group: ImageGroup) -> Picture:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,15 @@ class DataError(ValueError):
 def printable(text: str) -> str:
     """The text with lone surrogates as escapes: JSON and names of files that are not UTF-8 hold some, UTF-8 cannot."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def plain_message(error: BaseException) -> str:
+    """The message of an error; without the traceback that torch puts before one of a loader's worker."""
+    message = str(error)
+    if not re.match(r"Caught \w+ in DataLoader worker process", message):
+        return message
+    raised = re.split(rf"^(?:[\w.]+\.)?{type(error).__name__}: ", message, flags=re.MULTILINE)
+    return raised[-1].rstrip() if len(raised) > 1 else message
 
 
 def check_is_split(name: str, splits: Sequence[str]) -> None:

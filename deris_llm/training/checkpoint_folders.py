@@ -186,6 +186,8 @@ def check_files(folder: Path, where: str = "", *, to_go_on: bool = False) -> Non
     if not path.is_file():
         if to_go_on and (absent := [name for name in FILES_TO_GO_ON if not (folder / name).is_file()]):
             raise _damaged(folder, where, [f"no {name}" for name in absent])
+        if to_go_on:
+            read_json(folder / TRAINER_STATE_FILE)
         return
     try:
         content = read_json(path)

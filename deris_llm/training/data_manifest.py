@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,60 @@ from deris_llm import __version__
 from deris_llm.config import DataConfig
 from deris_llm.data.mix import TrainingMix
 from deris_llm.data.prepared import MANIFEST_FILE, find_manifest
-from deris_llm.training.checkpoint_folders import DATA_FILE
+from deris_llm.training.checkpoint_folders import DATA_FILE, CheckpointError, read_json
+
+logger = logging.getLogger(__name__)
 
 
-def write_data_manifest(output: Path, config: DataConfig, mix: TrainingMix) -> None:
+def write_data_manifest(output: Path, manifest: Mapping[str, Any]) -> None:
     """Writes `data.json` into a run's folder."""
-    text = json.dumps(data_manifest(config, mix), indent=2, ensure_ascii=False)
+    text = json.dumps(manifest, indent=2, ensure_ascii=False)
     (output / DATA_FILE).write_text(f"{text}\n", encoding="utf-8")
+
+
+def same_data(checkpoint: Path | None, manifest: dict[str, Any], *, allow_other_data: bool = False) -> dict[str, Any]:
+    """Refuses to go on from a checkpoint that was trained on other data.
+
+    Args:
+        checkpoint: that is resumed; None: a new run. One without `data.json` (of an earlier version) passes.
+        manifest: of the data as it is read now.
+        allow_other_data: the difference is recorded instead.
+
+    Returns:
+        the manifest, with what is recorded of such changes as `resumed_on_other_data`.
+
+    Raises:
+        CheckpointError: names datasets, counts and hashes, then and now.
+    """
+    if checkpoint is None or not (checkpoint / DATA_FILE).is_file():
+        return manifest
+    then = read_json(checkpoint / DATA_FILE)
+    changes = list(then.get("resumed_on_other_data", []))
+    before, now = then.get("datasets", {}), manifest["datasets"]
+    differ = [
+        name for name in dict.fromkeys([*before, *now]) if _identity(before.get(name)) != _identity(now.get(name))
+    ]
+    if differ:
+        listed = "\n".join(f"  - {n}/train: {_said(before.get(n))} there, {_said(now.get(n))} now" for n in differ)
+        if not allow_other_data:
+            raise CheckpointError(
+                f"{checkpoint}: expected the data it was trained on ({DATA_FILE}), got other data\n{listed}\nPut the former data "
+                "back (data.root, data.train, data.eval), start a new run with another --output, or give --allow-other-data: the "
+                "change is then recorded"
+            )
+        logger.warning("going on from %s with other data than it was trained on (recorded):\n%s", checkpoint, listed)
+        changes.append({"checkpoint": checkpoint.name, "trained_on": {name: before.get(name) for name in differ}})
+    return manifest | ({"resumed_on_other_data": changes} if changes else {})
+
+
+def _identity(entry: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
+    return entry and (entry["num_phrases"], entry["num_images"], entry["sha256"])
+
+
+def _said(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "not used"
+    return f"{entry['num_phrases']:,} phrases of {entry['num_images']:,} images (sha256 {entry['sha256'][:12]})"
 
 
 def data_manifest(config: DataConfig, mix: TrainingMix) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def launch(
     deepspeed: str | Path | None = None,
     resume: str | None = None,
     fast_dev_run: bool = False,
+    allow_other_data: bool = False,
     gpus: int | None = None,
 ) -> int:
     """Runs ``scripts/train.py`` under DeepSpeed's launcher and waits for it.
@@ -45,6 +46,7 @@ def launch(
         deepspeed: a DeepSpeed JSON; None = ``ds_configs/zero2.json``.
         resume: ``auto``, ``never`` or a checkpoint folder; None = ``auto``.
         fast_dev_run: load, 2 steps, save, reload, evaluate.
+        allow_other_data: go on from a checkpoint that was trained on other data.
         gpus: number of ranks; None = every GPU, and without a GPU `CPU_RANKS`.
 
     Returns:
@@ -60,6 +62,7 @@ def launch(
         deepspeed=deepspeed,
         resume=resume,
         fast_dev_run=fast_dev_run,
+        allow_other_data=allow_other_data,
         gpus=gpus,
     )
     environment = dict(os.environ)
@@ -102,6 +105,7 @@ def training_command(
     deepspeed: str | Path | None = None,
     resume: str | None = None,
     fast_dev_run: bool = False,
+    allow_other_data: bool = False,
     gpus: int | None = None,
 ) -> list[str]:
     """The arguments of ``deepspeed`` for `launch`."""
@@ -120,7 +124,8 @@ def training_command(
         command += ["--output", str(output)]
     if resume is not None:
         command += ["--resume", resume]
-    return [*command, "--fast-dev-run"] if fast_dev_run else command
+    command += ["--fast-dev-run"] * fast_dev_run
+    return command + ["--allow-other-data"] * allow_other_data
 
 
 def num_ranks(gpus: int | None = None) -> int:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from deris_llm.config import RunConfig, load_config, save_config
+from deris_llm.data.errors import plain_message
 from deris_llm.folders import finish_replacements
 from deris_llm.out_of_memory import explains_out_of_memory
 from deris_llm.training import checkpoint_folders, checkpoints
@@ -56,6 +57,7 @@ def train(
     deepspeed: Path | None = None,
     resume: str = "auto",
     fast_dev_run: bool = False,
+    allow_other_data: bool = False,
 ) -> TrainingResult:
     """Fine-tunes a run config. Every rank of the run calls it; see `launch.launch` for what starts the ranks.
 
@@ -66,6 +68,7 @@ def train(
         resume: ``auto`` goes on from the newest checkpoint in ``output`` if there is one, ``never`` refuses a folder that has
             one, else a checkpoint folder to go on from.
         fast_dev_run: in a folder of its own: load, 2 steps, save, reload, evaluate.
+        allow_other_data: go on from a checkpoint that was trained on other data; `data.json` then records it.
 
     Raises:
         ValueError: config, DeepSpeed JSON, data or checkpoint contradict each other or are unusable; NaN loss; out of
@@ -95,7 +98,7 @@ def train(
     from deris_llm.data.mix import training_mix  # noqa: PLC0415
     from deris_llm.model import build_model  # noqa: PLC0415
     from deris_llm.training.callbacks import ProgressLines  # noqa: PLC0415
-    from deris_llm.training.data_manifest import write_data_manifest  # noqa: PLC0415
+    from deris_llm.training.data_manifest import data_manifest, same_data, write_data_manifest  # noqa: PLC0415
     from deris_llm.training.features import training_features  # noqa: PLC0415
     from deris_llm.training.trainer import DerisTrainer, training_arguments  # noqa: PLC0415
 
@@ -104,6 +107,9 @@ def train(
     arguments = training_arguments(config, output, deepspeed_content, evaluate_first=evaluate_first)
     mix = training_mix(config.data)
     logger.info("%s", mix.report)
+    data = on_first_rank(
+        lambda: same_data(checkpoint, data_manifest(config.data, mix), allow_other_data=allow_other_data)
+    )
     records = _evaluation_records(config)
     set_seed(config.training.seed)
     base = (
@@ -124,7 +130,7 @@ def train(
     features = training_features(config, model, processor, groups)
     loader = train_loader(config, groups, processor, rank=rank(), world_size=world_size(), features=features)
     on_first_rank(lambda: save_config(config, output / checkpoint_folders.CONFIG_FILE))
-    on_first_rank(lambda: write_data_manifest(output, config.data, mix))
+    on_first_rank(lambda: write_data_manifest(output, data))
 
     progress = ProgressLines(enabled=rank() == 0)
 
@@ -210,9 +216,9 @@ def _names_what_is_saved(config: RunConfig, output: Path) -> Iterator[None]:
             logger.error("the evaluation on %s failed; %s", config.training.eval_split, saved)
             raise
         raise ValueError(
-            f"the evaluation on training.eval_split={config.training.eval_split} failed: {error}\n{saved}. Set this right, then "
-            f"start the same command again: it evaluates and goes on; or use the checkpoint as it is (deris-llm eval "
-            f"--checkpoint {newest})"
+            f"the evaluation on training.eval_split={config.training.eval_split} failed: {plain_message(error)}\n{saved}. Set "
+            f"this right, then start the same command again: it evaluates and goes on; or use the checkpoint as it is "
+            f"(deris-llm eval --checkpoint {newest})"
         ) from error
 
 
@@ -284,7 +290,7 @@ def _resume_from(config: RunConfig, output: Path, resume: str) -> Path | None:
             f"--resume never: expected an output folder without checkpoints, got {newest}; give another --output"
         )
     if resume == "auto":
-        checkpoint = newest
+        checkpoint = checkpoint_folders.newest_undamaged(output)
     elif resume == "never":
         checkpoint = None
     else:
@@ -294,6 +300,7 @@ def _resume_from(config: RunConfig, output: Path, resume: str) -> Path | None:
                 f"--resume {resume}: expected `auto`, `never` or a folder checkpoint-STEP of a run, got a path without "
                 f"{checkpoint_folders.STATE_FILE} (`best` holds no optimizer state)"
             )
+        checkpoint_folders.check_files(checkpoint, "--resume ", to_go_on=True)
     if checkpoint is not None:
         checkpoints.check_same_run(checkpoint, config)
         logger.info("going on from %s", checkpoint)
@@ -420,6 +427,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="load, 2 steps, save, reload, evaluate a few pictures: about a minute",
     )
     parser.add_argument(
+        "--allow-other-data",
+        action="store_true",
+        help="go on from a checkpoint that was trained on other data (data.json); recorded there",
+    )
+    parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS
     )  # deepspeed's launcher gives it
     return parser
@@ -453,10 +465,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             deepspeed=arguments.deepspeed,
             resume=arguments.resume,
             fast_dev_run=arguments.fast_dev_run,
+            allow_other_data=arguments.allow_other_data,
         )
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"rank {this_rank}: error: {error}\n")
-        leave_last_words(f"rank {this_rank}: error: {error}")
+        message = f"rank {this_rank}: error: {plain_message(error)}"
+        sys.stderr.write(f"{message}\n")
+        leave_last_words(message)
         logger.debug("where", exc_info=True)
         return 1
     finally:

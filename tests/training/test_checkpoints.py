@@ -115,7 +115,7 @@ def test_the_protocols_of_the_run_lie_beside_the_weights(saved):
 
 def test_what_a_run_is_trained_on_travels_with_its_checkpoints(config, model, tmp_path):
     mix = training_mix(config.data)
-    write_data_manifest(tmp_path, config.data, mix)
+    write_data_manifest(tmp_path, data_manifest(config.data, mix))
     save_weights(tmp_path / "best", model, config, {})
     text = (tmp_path / "best" / "data.json").read_text()
     assert config.data.root not in text

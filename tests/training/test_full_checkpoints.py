@@ -104,7 +104,12 @@ def test_a_full_checkpoint_needs_no_base_weights(full, config, model, monkeypatc
 
 
 def test_what_is_in_the_folder(full, model):
-    assert sorted(path.name for path in full.iterdir()) == ["beit3.spm", "config.yaml", "model.safetensors"]
+    assert sorted(path.name for path in full.iterdir()) == [
+        "beit3.spm",
+        "checksums.json",
+        "config.yaml",
+        "model.safetensors",
+    ]
     assert safetensors.torch.load_file(full / "model.safetensors").keys() == model.state_dict().keys()
     assert (full / "beit3.spm").read_bytes() == b"a sentencepiece model"
 
