@@ -60,7 +60,7 @@ def same_data(checkpoint: Path | None, manifest: dict[str, Any], *, allow_other_
 
 
 def _identity(entry: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
-    return entry and (entry["num_phrases"], entry["num_images"], entry["sha256"])
+    return (entry["num_phrases"], entry["num_images"], entry["sha256"]) if entry else None
 
 
 def _said(entry: Mapping[str, Any] | None) -> str:
