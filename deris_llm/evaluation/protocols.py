@@ -150,9 +150,9 @@ PROTOCOLS: Mapping[str, Protocol] = {
     # LAVT and ReLA: everything at 480 px, as read in their public code (LAVT-RIS: test.py, transforms.py, lib/_utils.py; ReLA:
     # refcoco_mapper.py, refer_evaluation.py, GRES.py). The picture is warped to 480x480; the prediction is the argmax of
     # background and object at 480; IoU, sums and quadrants are ours. LAVT resizes the truth with Pillow's nearest neighbour,
-    # which is taken here; ReLA scales the polygons, leaves crowds out and draws them at 480, which differs along the border.
-    # ReLA upsamples its logits with align_corners=False, which is taken here, LAVT with True. ReLA asks the `raw` text; set
-    # data.phrase_field=raw for that. Its N-acc has one too many in the denominator.
+    # which is taken here (but loses what two polygons of one object cover); ReLA scales the polygons and draws them at 480,
+    # which differs along the border. ReLA upsamples its logits with align_corners=False, which is taken here, LAVT with True.
+    # Both ask the `raw` text; set data.phrase_field=raw for that.
     "rela480": Protocol(id="rela480", size="fixed", fixed_px=480, truth_resampling="nearest_centre"),
 }
 """The protocols by id, with the values they have when a run config says nothing else."""

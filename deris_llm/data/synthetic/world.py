@@ -1,5 +1,9 @@
 """Writes a synthetic world in REFER's own format: RefCOCO, RefCOCO+, RefCOCOg (umd) and gRefCOCO over shared pictures.
 
+Every object that a phrase refers to, alone or among others, is written as polygons; crowds (RLE) are objects that no phrase
+names. So REFER's own API, LAVT, LISA and ReLA, which open no crowd, read every split. Pictures are in images/train2014
+(gRefCOCO's API, ReLA) and, by a link, in images/mscoco/images/train2014 (REFER's API, LAVT, LISA).
+
 Every picture depends on (seed, image id) only, and the image id says which split it was made for; so neither the order
 of work, nor the number of workers, nor the number of pictures changes a picture or its phrases.
 """
@@ -10,6 +14,7 @@ import functools
 import hashlib
 import json
 import multiprocessing
+import os
 import pickle
 import shutil
 from collections import defaultdict
@@ -21,11 +26,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from deris_llm.data.masks import decode_segmentation
+
 from .phrases import Expression, Style, expressions_for, multi_target_expressions, no_target_expressions
 from .scene import Scene, mask_box_xyxy, sample_scene
 from .vocabulary import KINDS, KINDS_A, KINDS_B
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2  # 1: referents could be crowds; `bbox` and `area` were those of the scene, not of the written mask
 WORLD_STREAM = 0xDE215  # seeds of other uses of the generator (pre-training) have another constant here
 MANIFEST = "world.json"
 DATASETS = ("refcoco", "refcoco+", "refcocog", "grefcoco")
@@ -43,6 +50,8 @@ _PHRASES_RANGE = (5, 9)
 _CROWD_PROBABILITY = 0.03
 _OVERLAPPING_PARTS_PROBABILITY = 0.05
 _MIN_PART_PX = 6  # smaller parts and holes are left out of polygons
+_IMAGE_FOLDER = Path("images", "train2014")
+_REFER_IMAGE_FOLDER = Path("images", "mscoco", "images", "train2014")  # where REFER's own API looks
 _JPEG_QUALITY = 92
 
 Progress = Callable[[int, int], None]
@@ -90,17 +99,18 @@ def write_world(
                 f"(no {_PARTIAL_MARK}); move it away or give another folder than {out}"
             )
         shutil.rmtree(partial)
-    (partial / "images" / "train2014").mkdir(parents=True)
+    (partial / _IMAGE_FOLDER).mkdir(parents=True)
     (partial / _PARTIAL_MARK).write_text(json.dumps(request))
 
     splits = assign_splits(num_train=num_train, num_val=num_val, num_test=num_test)
     image_ids = sorted({image_id for by_split in splits.values() for ids in by_split.values() for image_id in ids})
-    make = functools.partial(make_image, seed=seed, image_folder=partial / "images" / "train2014")
+    make = functools.partial(make_image, seed=seed, image_folder=partial / _IMAGE_FOLDER)
     records: dict[int, dict[str, Any]] = {}
     for record in _map(make, image_ids, workers):
         records[record["image"]["id"]] = record
         if on_progress is not None:
             on_progress(len(records), len(image_ids))
+    _link_pictures(partial)
     for dataset in DATASETS:
         _write_dataset(partial / dataset, dataset, splits[dataset], records)
     files = [f"{dataset}/{name}" for dataset in DATASETS for name in ("instances.json", REFS_FILES[dataset])]
@@ -110,6 +120,16 @@ def write_world(
         out.rmdir()
     partial.rename(out)
     (out / _PARTIAL_MARK).unlink()  # after the renaming: an interruption leaves an unfinished folder that is known as one
+
+
+def _link_pictures(world: Path) -> None:
+    """Makes the pictures appear where REFER's own API looks for them; copies them where there are no links."""
+    place = world / _REFER_IMAGE_FOLDER
+    place.parent.mkdir(parents=True)
+    try:
+        place.symlink_to(os.path.relpath(world / _IMAGE_FOLDER, place.parent), target_is_directory=True)
+    except OSError:
+        shutil.copytree(world / _IMAGE_FOLDER, place)
 
 
 def assign_splits(*, num_train: int, num_val: int, num_test: int) -> dict[str, dict[str, list[int]]]:
@@ -163,7 +183,7 @@ def _check_same_world(out: Path, request: dict[str, int]) -> None:
     changed = [name for name, sha in hashes.items() if not (out / name).is_file() or _sha256(out / name) != sha]
     if changed:
         raise FileExistsError(f"{start}, found changed or missing files: {changed}; {end}")
-    num_found = len(list((out / "images" / "train2014").glob("*.jpg")))
+    num_found = len(list((out / _IMAGE_FOLDER).glob("*.jpg")))
     if num_found != num_images:
         raise FileExistsError(f"{start} with {num_images} pictures, found {num_found} pictures; {end}")
 
@@ -208,7 +228,11 @@ def make_image(image_id: int, *, seed: int, image_folder: Path) -> dict[str, Any
     height, width = scene.image.shape[:2]
     file_name = image_file_name(image_id)
     Image.fromarray(scene.image).save(image_folder / file_name, quality=_JPEG_QUALITY, subsampling=0)
-    annotations = [_annotation(rng, item.mask, image_id, k, item.kind) for k, item in enumerate(scene.objects)]
+    named = {index for of_dataset in refs.values() for ref in of_dataset for index in ref["indices"]}
+    annotations = [
+        _annotation(rng, item.mask, image_id, k, item.kind, is_named=k in named)
+        for k, item in enumerate(scene.objects)
+    ]
     image = {"license": 1, "file_name": file_name, "height": height, "width": width, "id": image_id}
     return {"image": image, "annotations": annotations, "refs": refs}
 
@@ -277,12 +301,17 @@ def _ref(rng: np.random.Generator, indices: tuple[int, ...], expressions: list[E
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _annotation(rng: np.random.Generator, mask: np.ndarray, image_id: int, index: int, kind: str) -> dict[str, Any]:
-    """Returns the COCO annotation of a bool (H, W) mask: polygons, or RLE with iscrowd 1."""
-    x0, y0, x1, y1 = mask_box_xyxy(mask)
-    is_crowd, draw = bool(rng.random() < _CROWD_PROBABILITY), float(rng.random())
+def _annotation(
+    rng: np.random.Generator, mask: np.ndarray, image_id: int, index: int, kind: str, *, is_named: bool
+) -> dict[str, Any]:
+    """Returns the COCO annotation of a bool (H, W) mask: polygons, or RLE with iscrowd 1 for some that no phrase names."""
+    x0, _, x1, _ = mask_box_xyxy(mask)
+    is_exact, draw = bool(rng.random() < _CROWD_PROBABILITY), float(rng.random())
+    is_crowd = is_exact and not is_named
     if is_crowd:
         segmentation: Any = {"size": list(mask.shape), "counts": rle_counts(mask)}
+    elif is_exact:  # generator 1 wrote a crowd: polygons of the same pixels keep what was measured on its worlds
+        segmentation = polygons_of(mask, min_part_px=1)
     elif draw < _OVERLAPPING_PARTS_PROBABILITY and x1 - x0 >= 12:
         cut = (x0 + x1) // 2
         left, right = mask.copy(), mask.copy()
@@ -290,9 +319,11 @@ def _annotation(rng: np.random.Generator, mask: np.ndarray, image_id: int, index
         segmentation = polygons_of(left) + polygons_of(right)
     else:
         segmentation = polygons_of(mask)
+    written = decode_segmentation(segmentation, *mask.shape)  # slivers are left out of polygons
+    x0, y0, x1, y1 = mask_box_xyxy(written)
     return {
         "segmentation": segmentation,
-        "area": float(mask.sum()),
+        "area": float(written.sum()),
         "iscrowd": int(is_crowd),
         "image_id": image_id,
         "bbox": [float(x0), float(y0), float(x1 - x0), float(y1 - y0)],
@@ -309,22 +340,22 @@ def rle_counts(mask: np.ndarray) -> list[int]:
     return [0, *counts] if flat[0] else counts
 
 
-def polygons_of(mask: np.ndarray) -> list[list[int]]:
+def polygons_of(mask: np.ndarray, *, min_part_px: int = _MIN_PART_PX) -> list[list[int]]:
     """Returns polygons [x, y, x, y ...] along the pixels' borders of a bool (H, W) mask.
 
     A part with a hole is cut in two through the hole, since COCO's polygons have no holes. Parts and holes of fewer
-    than `_MIN_PART_PX` pixels are left out, unless nothing else would remain.
+    than `min_part_px` pixels are left out, unless nothing else would remain; with 1 the polygons draw exactly the mask.
     """
     loops = _border_loops(mask)
     for loop, area in loops:
-        if area <= -_MIN_PART_PX:
+        if area <= -min_part_px:
             xs = loop[:, 0]
             cut = int(xs.min() + xs.max()) // 2
             left, right = mask.copy(), mask.copy()
             left[:, cut:], right[:, :cut] = False, False
-            return polygons_of(left) + polygons_of(right)
+            return polygons_of(left, min_part_px=min_part_px) + polygons_of(right, min_part_px=min_part_px)
     outer = [(loop, area) for loop, area in loops if area > 0]
-    large = [(loop, area) for loop, area in outer if area >= _MIN_PART_PX]
+    large = [(loop, area) for loop, area in outer if area >= min_part_px]
     return [_without_collinear(loop).ravel().tolist() for loop, _ in large or outer]
 
 
