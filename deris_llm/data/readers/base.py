@@ -102,8 +102,10 @@ def read_json_file(path: Path) -> Any:
     Raises:
         DataError: it is no JSON in UTF-8.
     """
+    content = path.read_bytes()
+    check_is_unpacked(path, content[:4])
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: expected JSON in UTF-8, got {type(error).__name__}: {error}. Download the file again, or repair it "
@@ -135,6 +137,16 @@ def other_format(source: Path, *, than: str) -> str:
                 if sign in stream.read(1 << 16):
                     return f" {file.name} looks like --format {name}."
     return ""
+
+
+def check_is_unpacked(path: Path, head: bytes) -> None:
+    """Checks the first bytes of a file that should be text.
+
+    Raises:
+        DataError: it is an archive.
+    """
+    if head.startswith((b"PK\3\4", b"\x1f\x8b")):
+        raise DataError(f"{path}: expected a text file, got a zip or gzip archive. Unpack it and name what was inside")
 
 
 def checked_mapping(options: SourceOptions, known: Mapping[str, str]) -> dict[str, str]:

@@ -4,14 +4,18 @@
      "annotations": [{"id": 1, "image_id": 9, "category_id": 3, "segmentation": [[...]], "iscrowd": 0}],
      "categories": [{"id": 3, "name": "dog"}]}
 
-`--source` is the JSON, whose name is the split's, or a folder of such files (`instances_train.json` gives the split
-`train`). Pictures: --images, or `images/` or the folder itself beside the JSON. An annotation with a text of its own
-(`caption`, or the field that `--mapping caption=FIELD` names) is asked by that text, alone. Crowds are left out.
+`--source` is the JSON, or a folder with such files, in `annotations/` or in a folder per split (Roboflow's
+`train/_annotations.coco.json`). The split is what the file's or the folder's name says (`instances_train2017.json`: `train`,
+`valid/`: `val`), else the file's name. Beside `instances_*.json`, and by their names, files of captions, keypoints and
+panoptic segments are not read. Pictures: each is looked for in `images/`, in the JSON's folder and in those that COCO has
+(`train2017/` beside `annotations/`), or in the same way below --images; LVIS names them in `coco_url`. An annotation with a
+text of its own (`caption`, or the field that `--mapping caption=FIELD` names) is asked by that text, alone. Categories of
+the same name are one. Crowds are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +24,18 @@ from deris_llm.data.errors import DataError, describe
 from deris_llm.data.readers.base import (
     SourceEntry,
     SourceFault,
-    SourceInstance,
     SourceOptions,
-    SourcePhrase,
     checked_mapping,
     existing_image_folder,
     existing_source,
+    files_in,
+    other_format,
     read_json_file,
 )
+from deris_llm.data.readers.objects import LabelledObject, entries_of_picture, find_pictures, split_named
+
+_NOT_INSTANCES = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
+"""Beginnings of the names of COCO's other files."""
 
 
 class CocoReader:
@@ -39,21 +47,39 @@ class CocoReader:
 
     def __init__(self, options: SourceOptions) -> None:
         source = existing_source(options, "COCO's instances as JSON, or a folder of such files")
-        self.files = tuple(sorted(source.glob("*.json"))) if source.is_dir() else (source,)
-        if not self.files:
-            raise DataError(f"--source {source}: expected *.json in this folder, got none. Name the instances file")
+        self.files, passed_over = _instance_files(source)
         self._caption = checked_mapping(options, {"caption": "caption"})["caption"]
-        beside = self.files[0].parent
-        folder = options.images or (beside / "images" if (beside / "images").is_dir() else beside)
-        self.image_folder = existing_image_folder(folder, why="beside the JSON, or --images")
-        self._contents = {_split_of(file): self._read(file) for file in self.files}
+        images = existing_image_folder(options.images, why="--images") if options.images else None
+        self._contents: dict[str, CocoTables] = {}
+        wanted: dict[tuple[str, int], tuple[Any, Sequence[Path]]] = {}
+        notes = [f"{file.name}: not read, no instances" for file in passed_over]
+        named: dict[str, Path] = {}
+        for file in self.files:
+            split = _split_of(file)
+            if split in named:
+                raise DataError(
+                    f"--source {source}: expected one file of each split, got {named[split].relative_to(source)} and "
+                    f"{file.relative_to(source)}, both {split}. Name one of them as --source, or rename it"
+                )
+            named[split] = file
+            self._contents[split] = tables = self._read(file)
+            folders = _picture_folders(file, images)
+            for image in tables.images.values():
+                wanted[split, image["id"]] = (image.get("file_name"), folders)
+                if "file_name" not in image and isinstance(image.get("coco_url"), str):  # LVIS
+                    wanted[split, image["id"]] = _of_url(image["coco_url"], file, images)
+            notes += [f"{file}: read as split {split}"] if split != file.stem.removeprefix("instances_") else []
+            notes += _namesakes(split, tables)
+        found, self._names = find_pictures(wanted, follow_links=options.follow_links)
+        self.image_folder = found or images or self.files[0].parent
+        self.notes = tuple(notes)
 
     def _read(self, file: Path) -> CocoTables:
         tables = coco_tables(read_json_file(file))
         if isinstance(tables, str):
             raise DataError(
-                f"{file}: expected COCO instances with `images`, `annotations` and `categories`, got {tables}. Repair the file, or "
-                "name another with --source"
+                f"{file}: expected COCO instances with `images`, `annotations` and `categories`, got {tables}."
+                f"{other_format(file, than='coco')} Repair the file, or name another with --source"
             )
         return tables
 
@@ -74,7 +100,7 @@ class CocoReader:
                 message = f"expected image_id among `images`, got {annotation['image_id']}"
                 message = tables.fault_of("images", annotation["image_id"]) or message
                 yield SourceFault(where, split, "reference", message)
-            elif self._caption not in annotation and _category(annotation) not in names:
+            elif annotation.get(self._caption) is None and _category(annotation) not in names:
                 message = f"expected category_id among `categories`, got {annotation.get('category_id')!r}"
                 message = tables.fault_of("categories", _category(annotation)) or message
                 yield SourceFault(where, split, "reference", message)
@@ -84,34 +110,21 @@ class CocoReader:
             else:
                 by_image.setdefault(annotation["image_id"], []).append(annotation)
         for image in tables.images.values():
-            yield from self._of_image(split, image, by_image.get(image["id"], []), names)
+            objects = [self._object(split, each, names) for each in by_image.get(image["id"], [])]
+            size_hw = (image["height"], image["width"])
+            yield from entries_of_picture(str(image["id"]), split, self._names[split, image["id"]], size_hw, objects)
 
-    def _of_image(
-        self, split: str, image: dict[str, Any], annotations: list[dict[str, Any]], names: dict[int | None, str]
-    ) -> Iterator[SourceEntry]:
-        by_class: dict[Any, list[dict[str, Any]]] = {}
-        for annotation in annotations:
-            by_class.setdefault(_category(annotation), []).append(annotation)
-        asked: list[tuple[str, Any, list[dict[str, Any]]]] = []
-        for annotation in annotations:
-            if self._caption in annotation:
-                asked.append((f"a{annotation['id']}", annotation[self._caption], [annotation]))
-        for category, members in by_class.items():
-            named = [each for each in members if self._caption not in each]
-            if named:
-                asked.append((f"{image['id']}-{category}", names[category], members))
-        for name, text, members in asked:
-            category = _category(members[0])
-            yield SourceEntry(
-                where=f"{split} annotation {members[0]['id']} of image {image['id']}",
-                split=split,
-                image=image.get("file_name"),
-                phrases=(SourcePhrase(name, text),),
-                instances=tuple(SourceInstance(each["segmentation"], each["id"]) for each in members),
-                size_hw=(image["height"], image["width"]),
-                category=names.get(category),
-                num_same_class=len(by_class[category]) - len(members),
-            )
+    def _object(self, split: str, annotation: dict[str, Any], names: dict[int | None, str]) -> LabelledObject:
+        category = _category(annotation)
+        return LabelledObject(
+            name=f"a{annotation['id']}",
+            label=names.get(category),
+            mask=annotation["segmentation"],
+            caption=annotation.get(self._caption),
+            id=annotation["id"],
+            class_id=category,
+            where=f"{split} annotation {annotation['id']} of image {annotation['image_id']}",
+        )
 
 
 def _category(annotation: dict[str, Any]) -> int | None:
@@ -119,5 +132,52 @@ def _category(annotation: dict[str, Any]) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def _instance_files(source: Path) -> tuple[tuple[Path, ...], list[Path]]:
+    """The files of instances of a source, and the others beside them."""
+    if not source.is_dir():
+        return (source,), []
+    for pattern in ("*.json", "annotations/*.json", "*/*.json"):
+        there = files_in(source, pattern)
+        files = [file for file in there if file.name.startswith("instances_")]
+        files = files or [file for file in there if not file.name.startswith(_NOT_INSTANCES)]
+        if files:
+            return tuple(files), [file for file in there if file not in files]
+    raise DataError(
+        f"--source {source}: expected *.json with instances in this folder, got none.{other_format(source, than='coco')} "
+        "Name the instances file"
+    )
+
+
 def _split_of(file: Path) -> str:
-    return file.stem.removeprefix("instances_") or file.stem
+    named = split_named(file.stem) or split_named(file.parent.name)
+    return named or file.stem.removeprefix("instances_").lstrip("._-") or file.stem
+
+
+def _picture_folders(file: Path, images: Path | None) -> list[Path]:
+    """Where the pictures of a file may be, likeliest first; some of it may not exist."""
+    parts = [file.stem.removeprefix("instances_"), file.parent.name, _split_of(file)]  # train2017, valid, val
+    if images is not None:
+        return [images, images / "images", *(images / part for part in parts)]
+    folders = [file.parent / "images", file.parent]
+    for beside in (file.parent, file.parent.parent):
+        folders += [beside / "images" / part for part in parts] + [beside / part for part in parts]
+    return [*folders, file.parent.parent / "images"]
+
+
+def _of_url(url: str, file: Path, images: Path | None) -> tuple[str, list[Path]]:
+    """Name and folders of a picture at COCO's site, whose address ends in train2017/000000000009.jpg."""
+    folder, name = ["", *url.split("/")][-2:]
+    if images is not None:
+        return name, [images / folder, images]
+    return name, [beside / folder for beside in (file.parent, file.parent / "images", file.parent.parent)]
+
+
+def _namesakes(split: str, tables: CocoTables) -> list[str]:
+    by_name: dict[Any, list[int]] = {}
+    for number, category in tables.categories.items():
+        by_name.setdefault(category["name"], []).append(number)
+    return [
+        f"{split}: categories {', '.join(map(str, ids))} have one name, {name!r}, and are taken as one"
+        for name, ids in by_name.items()
+        if len(ids) > 1
+    ]

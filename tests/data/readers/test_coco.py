@@ -37,6 +37,7 @@ def coco(world: Any) -> dict[str, Any]:
 
 
 def _write(world: Any, content: Any, name: str = "instances_train.json") -> Path:
+    (world.folder / name).parent.mkdir(parents=True, exist_ok=True)
     (world.folder / name).write_text(json.dumps(content))
     return world.folder / name
 
@@ -65,6 +66,89 @@ def test_captions_are_phrases_of_one_object(world: Any, coco: Any) -> None:
     coco["annotations"][0]["says"] = coco["annotations"][0].pop("caption")
     world.prepare(_write(world, coco), "said", format="coco", mapping={"caption": "says"})
     assert [r.phrase for r in read_split(world.root, "said/train")] == ["the left dog", "dog", "cat"]
+
+
+def test_cocos_own_tree(world: Any, coco: Any) -> None:
+    del coco["images"][1], coco["annotations"][3]
+    for year in ("train2017", "val2017"):
+        world.pictures("a.png", folder=world.folder / year)
+        _write(world, coco, f"annotations/instances_{year}.json")
+        _write(world, {**coco, "annotations": [{"id": 1, "image_id": 0, "caption": "x"}]}, f"annotations/captions_{year}.json")
+        _write(world, coco, f"annotations/person_keypoints_{year}.json")
+    made = world.prepare(world.folder, format="coco")
+    assert split_names(world.root, "mine") == ("train", "val")
+    for split in ("train", "val"):
+        records = read_split(world.root, f"mine/{split}")
+        assert [record.phrase for record in records] == ["dog", "cat"]
+        assert Path(records[0].image_path) == world.folder / f"{split}2017/a.png"
+    assert made.manifest["notes"] == [
+        *(f"{name}_{year}2017.json: not read, no instances" for name in ("captions", "person_keypoints") for year in ("train", "val")),
+        *(f"{world.folder}/annotations/instances_{year}2017.json: read as split {year}" for year in ("train", "val")),
+    ]
+    world.prepare(world.folder / "annotations/person_keypoints_val2017.json", "people", format="coco")
+    assert split_names(world.root, "people") == ("val",)
+
+
+def test_folders_of_splits_as_roboflow_writes_them(world: Any, coco: Any) -> None:
+    for split in ("train", "valid", "test"):
+        world.pictures("a.png", "b.png", folder=world.folder / split)
+        _write(world, coco, f"{split}/_annotations.coco.json")
+    world.prepare(world.folder, format="coco")
+    assert split_names(world.root, "mine") == ("train", "val", "test")
+    assert Path(read_split(world.root, "mine/val")[0].image_path) == world.folder / "valid/a.png"
+    world.prepare(world.folder / "valid/_annotations.coco.json", "one", format="coco")
+    assert split_names(world.root, "one") == ("val",)
+    _write(world, coco, "train/instances_train.json")
+    _write(world, coco, "train/instances_train2017.json")
+    with pytest.raises(DataError, match=r"got instances_train\.json and instances_train2017\.json, both train"):
+        world.prepare(world.folder / "train", "two", format="coco")
+
+
+@pytest.mark.parametrize("given", ["images", "images/train2017", None])
+def test_lvis_names_pictures_in_addresses(world: Any, coco: Any, given: str | None) -> None:
+    for image, folder in zip(coco["images"], ("train2017", "val2017"), strict=True):
+        world.pictures(image["file_name"], folder=world.folder / "images" / folder)
+        image["coco_url"] = f"http://images.cocodataset.org/{folder}/{image.pop('file_name')}"
+    del coco["annotations"][3]
+    source = _write(world, coco, "lvis_v1_train.json")
+    world.prepare(source, format="coco", images=world.folder / given if given else None)
+    assert Path(read_split(world.root, "mine/train")[0].image_path) == world.folder / "images/train2017/a.png"
+
+
+@pytest.mark.parametrize("name", ["images\\a.png", "images/a.png", "a.png"])
+def test_names_as_label_studio_writes_them(world: Any, coco: Any, name: str) -> None:
+    coco["images"][0]["file_name"] = name
+    world.prepare(_write(world, coco, "result.json"), format="coco")
+    assert Path(read_split(world.root, "mine/result")[0].image_path) == world.folder / "images/a.png"
+
+
+def test_categories_of_one_name_are_one(world: Any, coco: Any) -> None:
+    coco["categories"][1]["name"] = "dog"
+    del coco["annotations"][2]
+    coco["annotations"][1]["category_id"] = 4
+    made = world.prepare(_write(world, coco), format="coco")
+    (dogs,) = read_split(world.root, "mine/train")
+    assert (dogs.phrase_id, [i.annotation_id for i in dogs.instances]) == ("mine/train/0-3", [1, 2])
+    assert made.manifest["notes"] == ["train: categories 3, 4 have one name, 'dog', and are taken as one"]
+
+
+def test_a_caption_of_null_is_none(world: Any, coco: Any) -> None:
+    for annotation in coco["annotations"]:
+        annotation["caption"] = None
+    world.prepare(_write(world, coco), format="coco")
+    assert [r.phrase for r in read_split(world.root, "mine/train")] == ["dog", "cat"]
+
+
+def test_folders_without_instances(world: Any, coco: Any) -> None:
+    (world.folder / "photos").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"expected \*\.json with instances in this folder, got none\. Name the instances"):
+        world.prepare(world.folder / "photos", format="coco")
+    _write(world, {"shapes": []}, "photos/a.json")
+    with pytest.raises(DataError, match=r"got a dict with shapes\. a\.json looks like --format labelme\."):
+        world.prepare(world.folder / "photos", format="coco")
+    (world.folder / "photos/a.json").write_bytes(b"PK\3\4 zip")
+    with pytest.raises(DataError, match="got a zip or gzip archive. Unpack it"):
+        world.prepare(world.folder / "photos", format="coco")
 
 
 def _first(key: str, **changes: Any) -> Callable[[Any], Any]:
