@@ -46,6 +46,12 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     prepare.add_argument("--splits", nargs="+", default=(), metavar="SPLIT", help="default: all")
     prepare.add_argument("--mapping", nargs="+", default=(), metavar="K=V", help="which field of the source is what")
     prepare.add_argument(
+        "--coordinates",
+        choices=("px", "normalised"),
+        default="px",
+        help="unit of polygons: px (default), or shares of the picture's width and height, from 0 to 1",
+    )
+    prepare.add_argument(
         "--skip-bad", action="store_true", help="leave out what cannot be used, counted in the manifest"
     )
     prepare.add_argument(
@@ -159,6 +165,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         images=arguments.images,
         splits=tuple(arguments.splits),
         skip_bad=arguments.skip_bad,
+        normalised=arguments.coordinates == "normalised",
         mapping={key: value for key, _, value in pairs},
         workers=arguments.workers,
         val_share=arguments.val_share,

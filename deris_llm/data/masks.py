@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as _pycocotools_mask
 
 from deris_llm.data.errors import describe
@@ -13,8 +15,15 @@ _SURELY_VISIBLE_PX = 16.0  # polygons of less area are drawn to see whether a pi
 
 _FARTHEST_PX = 100_000  # pycocotools walks along every edge, a step per fifth of a pixel
 
+_SLACK = 0.5  # of a side: a drawing tool, an augmentation or an amodal outline may leave the picture by so much
+_SLACK_PX = 32  # at least
+
+_LOSSY = ("JPEG", "MPO", "JPEG2000")  # formats that may store other values than were written
+_MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
+
 coco_mask: Any = _pycocotools_mask  # its type stubs know neither lists of polygons nor plain dictionaries
 
+_HEAD = "COCO segmentation: "
 _ASK = (
     "expected polygons [[x0, y0, x1, y1, x2, y2, ...], ...] in px or an RLE {'size': [h, w], 'counts': list or string}"
 )
@@ -52,56 +61,104 @@ def segmentation_rle(segmentation: object, height: int, width: int) -> dict[str,
     if isinstance(segmentation, dict):
         return _checked_rle(segmentation, height, width)
     if not isinstance(segmentation, (list, tuple)):
-        raise ValueError(f"COCO segmentation: {_ASK}, got {_short(segmentation)}: correct the annotation file")
+        raise ValueError(f"{_HEAD}{_ASK}, got {_short(segmentation)}: correct the annotation file")
     polygons = [_checked_polygon(polygon) for polygon in segmentation]
     if not polygons:
-        raise ValueError(f"COCO segmentation: {_ASK}, got an empty list: give the annotation a mask or remove it")
+        raise ValueError(f"{_HEAD}{_ASK}, got an empty list: give the annotation a mask or remove it")
+    for polygon in polygons:
+        _check_even(polygon)
+    _reaches_out(polygons, height, width)
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
 
 
 def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[object, str | None]:
     """Checks a COCO segmentation against its image's size in px.
 
-    Polygons that reach over the border are clipped when they are decoded; only one of which nothing is left is a fault.
-    Parts of fewer than three points have no area and are left out, as long as another part shows something.
+    Polygons that reach a little over the border are clipped when they are decoded; one of which nothing is left, or that
+    reaches so far that it cannot be of this image, is a fault. Parts of fewer than three points have no area and are left
+    out, as long as another part shows something.
 
     Returns:
         the segmentation without its degenerate parts, and what makes it unusable or None.
     """
-    if isinstance(segmentation, dict):
-        return segmentation, _fault_of_decoding(segmentation, height, width, "its RLE mask is empty")
-    if not isinstance(segmentation, list) or not segmentation:
-        return segmentation, f"expected polygons or RLE, got {describe(segmentation)}"
-    area = 0.0
-    reaches_out = False
-    parts: list[list[float]] = []
-    for polygon in segmentation:
-        if not isinstance(polygon, list) or not all(map(_is_coordinate, polygon)):
-            return segmentation, f"expected polygons [x0, y0, x1, y1, …] in px, got {describe(polygon)}"
-        if len(polygon) < 6:
-            continue
-        parts.append(polygon)
-        xs, ys = polygon[0::2], polygon[1::2]
-        reaches_out |= min(xs) < 0 or min(ys) < 0 or max(xs) > width or max(ys) > height
-        # The shoelace formula; an odd number of coordinates is left to the decoder's message.
-        area += (
-            abs(sum(x * y1 - x1 * y for x, y, x1, y1 in zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=False)))
-            / 2
-        )
-    if not parts:
-        return parts, "none of its polygons has three points"
-    odd = any(len(polygon) % 2 for polygon in parts)
-    if area >= _SURELY_VISIBLE_PX and not reaches_out and not odd:
-        return parts, None
-    where = f"lie outside the image ({width} x {height} px)" if reaches_out else f"cover no pixel (area {area:.3g} px)"
-    return parts, _fault_of_decoding(parts, height, width, f"its polygons {where}")
-
-
-def _fault_of_decoding(segmentation: object, height: int, width: int, empty: str) -> str | None:
     try:
-        return None if coco_mask.area(segmentation_rle(segmentation, height, width)) > 0 else empty
+        if isinstance(segmentation, dict):
+            is_empty = coco_mask.area(_checked_rle(segmentation, height, width)) == 0
+            return segmentation, "its RLE mask is empty" if is_empty else None
+        if not isinstance(segmentation, list) or not segmentation:
+            return segmentation, f"expected polygons or RLE, got {describe(segmentation)}"
+        parts = [polygon for polygon in map(_checked_polygon, segmentation) if len(polygon) >= 6]
+        if not parts:
+            return parts, "none of its polygons has three points"
+        for polygon in parts:
+            _check_even(polygon)
+        reaches_out = _reaches_out(parts, height, width)
+        area = sum(map(_shoelace_area, parts))
+        if area >= _SURELY_VISIBLE_PX and not reaches_out:
+            return parts, None
+        is_empty = coco_mask.area(segmentation_rle(parts, height, width)) == 0
     except ValueError as error:
-        return str(error)
+        return segmentation, str(error).removeprefix(_HEAD)
+    where = f"lie outside the image ({width} x {height} px)" if reaches_out else f"cover no pixel (area {area:.3g} px)"
+    return parts, f"its polygons {where}" if is_empty else None
+
+
+def polygons_in_px(polygons: list[Any], height: int, width: int) -> list[list[float]]:
+    """Scales polygons whose coordinates are shares of the picture's sides.
+
+    Raises:
+        ValueError: they are malformed, or no such shares.
+    """
+    checked = [_checked_polygon(polygon) for polygon in polygons]
+    if wrong := [v for polygon in checked for v in polygon if not -_SLACK <= v <= 1 + _SLACK]:
+        raise ValueError(
+            f"{_HEAD}expected normalised coordinates, from 0 to 1, got {wrong[0]:g}: for px leave out --coordinates"
+        )
+    return [[v * (height if i % 2 else width) for i, v in enumerate(polygon)] for polygon in checked]
+
+
+def picture_mask(file: Image.Image) -> tuple[np.ndarray, bool]:
+    """Reads a mask that is stored as a picture of one channel.
+
+    Returns:
+        bool (h, w), True = inside; and whether the format is lossy, so that the mask was thresholded at half.
+
+    Raises:
+        ValueError: more than one channel, or more values than those of inside and outside.
+    """
+    if file.mode not in _MASK_MODES:
+        raise ValueError(f"expected one channel, above 0 = inside, got mode {file.mode}")
+    values = np.asarray(file)
+    if file.format not in _LOSSY:
+        return two_valued_mask(values), False
+    grey = (values >= 64) & (values < 192)
+    flat = grey[1:-1, 1:-1].copy()  # grey with all neighbours: no edge between black and white, whatever the compression
+    for y in range(3):
+        for x in range(3):
+            flat &= grey[y : y + flat.shape[0], x : x + flat.shape[1]]
+    if flat.any():
+        y, x = np.argwhere(flat)[0] + 1
+        raise ValueError(
+            f"expected black and white in a lossy {file.format} file, got grey areas (value {values[y, x]} around x {x}, y {y}) "
+            "as of a label map: give each object a mask of its own, as PNG"
+        )
+    return values >= 128, True
+
+
+def two_valued_mask(values: np.ndarray) -> np.ndarray:
+    """A mask of an array that holds 0 and one other value.
+
+    Raises:
+        ValueError: it holds more.
+    """
+    largest = values.max()
+    others = values[(values != 0) & (values != largest)]
+    if len(others):
+        raise ValueError(
+            f"expected 0 and one other value, got {largest} and {others[0]} besides 0 (a label map, or smooth edges): give each "
+            "object a mask of its own, of two values"
+        )
+    return values != 0
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -118,48 +175,100 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 
 
 def _checked_polygon(polygon: object) -> list[float]:
-    if not isinstance(polygon, (list, tuple)) or not all(isinstance(v, (int, float)) for v in polygon):
-        raise ValueError(f"COCO segmentation: {_ASK}, got the polygon {_short(polygon)}: correct the annotation file")
-    if len(polygon) < 6 or len(polygon) % 2:
+    if not isinstance(polygon, (list, tuple)):
+        raise ValueError(f"{_HEAD}{_ASK}, got the polygon {_short(polygon)}: correct the annotation file")
+    wrong = next((i for i, value in enumerate(polygon) if not _is_coordinate(value)), None)
+    if wrong is not None:
+        value = polygon[wrong]
+        is_nested = isinstance(value, (list, tuple, dict))
+        what = f"finite coordinates of at most {_FARTHEST_PX:,} px" if _is_number(value) else "numbers"
         raise ValueError(
-            f"COCO segmentation: expected at least 3 points as an even count of numbers in a polygon, got "
-            f"{len(polygon)} numbers {_short(polygon)}: correct the annotation file"
-        )
-    if not all(map(_is_coordinate, polygon)):
-        raise ValueError(
-            f"COCO segmentation: expected finite coordinates of at most {_FARTHEST_PX:,} px, got {_short(polygon)}: correct "
-            "the annotation file"
+            f"{_HEAD}expected polygons [x0, y0, x1, y1, ...] of {what}, got {_short(value)} as coordinate {wrong} of the polygon "
+            f"{_short(polygon)}: "
+            + ("several objects are named as `masks`" if is_nested else "correct the annotation file")
         )
     return [float(v) for v in polygon]
 
 
+def _check_even(polygon: Sequence[float]) -> None:
+    if len(polygon) < 6 or len(polygon) % 2:
+        raise ValueError(
+            f"{_HEAD}expected at least 3 points as an even count of numbers in a polygon, got {len(polygon)} numbers "
+            f"{_short(polygon)}: correct the annotation file"
+        )
+
+
 def _is_coordinate(value: object) -> bool:
     # Also false for NaN, and for integers that no float holds.
-    return isinstance(value, (int, float)) and -_FARTHEST_PX <= value <= _FARTHEST_PX
+    return _is_number(value) and -_FARTHEST_PX <= value <= _FARTHEST_PX
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _reaches_out(polygons: Sequence[Sequence[float]], height: int, width: int) -> bool:
+    """Whether a point lies outside the picture.
+
+    Raises:
+        ValueError: one lies so far outside that the polygons are not of this picture, or all lie in its first pixel.
+    """
+    reaches_out = False
+    in_first_pixel = min(height, width) > 2
+    for axis, (name, side) in enumerate((("x", width), ("y", height))):
+        lowest = min(min(polygon[axis::2]) for polygon in polygons)
+        highest = max(max(polygon[axis::2]) for polygon in polygons)
+        if max(-lowest, highest - side) > max(_SLACK * side, _SLACK_PX):
+            raise ValueError(
+                f"{_HEAD}expected polygons of this picture, got {name} from {lowest:g} to {highest:g}, so that they lie outside the "
+                f"image ({width} x {height} px): the annotation belongs to another picture, or to this one at another size"
+            )
+        reaches_out |= lowest < 0 or highest > side
+        in_first_pixel &= lowest >= 0 and highest <= 1
+    if in_first_pixel:
+        raise ValueError(
+            f"{_HEAD}expected coordinates in px of a picture of {width} x {height} px, got all from 0 to 1: coordinates look "
+            "normalised; give --coordinates normalised"
+        )
+    return reaches_out
+
+
+def _shoelace_area(polygon: list[float]) -> float:
+    xs, ys = polygon[0::2], polygon[1::2]
+    return (
+        abs(sum(x * y1 - x1 * y for x, y, x1, y1 in zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True))) / 2
+    )
 
 
 def _checked_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     counts = rle.get("counts")
     size = rle.get("size")
     if not isinstance(size, (list, tuple)) or not isinstance(counts, (list, str, bytes)):
-        raise ValueError(f"COCO segmentation: {_ASK}, got {_short(rle)}: correct the annotation file")
+        raise ValueError(f"{_HEAD}{_ASK}, got {_short(rle)}: correct the annotation file")
     if list(size) != [height, width]:
+        why = "the annotation belongs to another picture or the picture was resized"
+        why = "height and width look exchanged" if list(size) == [width, height] else why
         raise ValueError(
-            f"COCO segmentation: expected an RLE of the picture's size [h, w] = [{height}, {width}], got {list(size)}: "
-            f"the annotation belongs to another picture or the picture was resized"
+            f"{_HEAD}expected an RLE of the picture's size [h, w] = [{height}, {width}], got {list(size)}: {why}"
         )
     if isinstance(counts, list):
-        if any(not isinstance(c, int) or c < 0 for c in counts) or sum(counts) != height * width:
+        wrong = next((i for i, c in enumerate(counts) if not isinstance(c, int) or isinstance(c, bool) or c < 0), None)
+        if wrong is not None:
             raise ValueError(
-                f"COCO segmentation: expected RLE counts that sum to {height} x {width} = {height * width} pixels, got "
-                f"{_short(counts)}: correct the annotation file"
+                f"{_HEAD}expected whole numbers from 0 as RLE counts, got {describe(counts[wrong])} as number {wrong} of "
+                f"{len(counts)}: correct the annotation file"
             )
-        return coco_mask.frPyObjects(rle, height, width)
+        if sum(counts) != height * width:
+            raise ValueError(
+                f"{_HEAD}expected RLE counts that sum to {height} x {width} = {height * width} pixels, got {_short(counts)}, which "
+                f"sum to {sum(counts)}: correct the annotation file"
+            )
+        return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     counts = counts.encode("utf-8", errors="surrogatepass") if isinstance(counts, str) else counts
     covered = _covered_pixels(counts)
     if covered != height * width:
         raise ValueError(
-            f"COCO segmentation: expected a compressed RLE of {height} x {width} = {height * width} pixels, got one of "
+            f"{_HEAD}expected a compressed RLE of {height} x {width} = {height * width} pixels, got one of "
             f"{'no valid form' if covered is None else f'{covered} pixels'}: {_short(counts)}: correct the annotations"
         )
     return {"size": [height, width], "counts": counts}

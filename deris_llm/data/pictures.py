@@ -1,6 +1,7 @@
 """Picture files of every kind, and the names they are asked by.
 
-What a picture is, however it is stored: RGB, 8 bit a channel. Gray, palette and CMYK are converted; 16 bit are scaled;
+What a picture is, however it is stored: RGB, 8 bit a channel. Gray, palette and CMYK are converted; 16 bit are scaled by
+the range of the values (8, 10, 12, 14 or 16 bit);
 what is transparent lies on white, as a browser shows it; of an animation the first frame counts. EXIF: cameras store a
 rotated picture and a note to turn it. Which of both an annotation was made for, its size says: the stored one (COCO's own
 annotations ignore the note), or the turned one. A picture that nobody annotated is turned, as every viewer does.
@@ -109,6 +110,8 @@ def picture_facts(path: Path) -> PictureFacts:
         height, width = file.height, file.width
         file.draft("L", (width // 8, height // 8))  # JPEG: all of the file is read, an eighth of the pixels computed
         _load(file, path)
+        if file.mode.startswith(("I", "F")):
+            rgb_picture(file)  # what training and prediction would refuse
         is_sideways = file.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS  # after: Pillow decodes a PNG to answer
     digest = hashlib.sha256()
     with path.open("rb") as stream:
@@ -161,12 +164,21 @@ def _opened(path: Path) -> Image.Image:
 
 
 def _load(file: Image.Image, path: Path) -> None:
+    is_deep = ";16" in str([tile[3] for tile in getattr(file, "tile", [])]) and file.mode in ("RGB", "RGBA", "LA")
     try:
         file.load()
     except BROKEN as error:
         raise PictureError(
             f"expected a whole picture, got {type(error).__name__}: {error} ({os.path.getsize(path):,} bytes)"
         ) from error
+    if is_deep:  # Pillow keeps the upper 8 of 16 bits
+        channels = file.getbands().index("A") if "A" in file.getbands() else len(file.getbands())
+        highest = np.asarray(file)[..., :channels].max()
+        if highest < 64:
+            raise PictureError(
+                f"expected colours that use all 16 bits a channel, got none above {highest} / 255, as of 10, 12 or 14 bit in 16: "
+                "convert the picture to 8 bit"
+            )
 
 
 def rgb_picture(image: Image.Image) -> Image.Image:
@@ -175,11 +187,13 @@ def rgb_picture(image: Image.Image) -> Image.Image:
     Raises:
         PictureError: its values have no range, or its mode no colours.
     """
-    if image.mode.startswith("I"):  # 16 bit; Pillow's own conversion cuts off at 255
+    if image.mode.startswith("I"):  # 16 or 32 bit; Pillow's own conversion cuts off at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise PictureError(f"expected 8 or 16 bit a channel, got values {values.min()} to {values.max()}")
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+        # Cameras and microscopes store 10, 12 or 14 bit in 16: the least of these that holds all values is the range.
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if values.max() < 1 << bits)
+        return Image.fromarray((values >> (bits - 8)).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise PictureError("expected 8 or 16 bit a channel, got floating-point numbers, whose range nothing says")
     if image.has_transparency_data:

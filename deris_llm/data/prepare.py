@@ -30,6 +30,7 @@ import pyarrow as pa
 from deris_llm import __version__
 from deris_llm.data import refer
 from deris_llm.data.errors import DataError, bad_records_error, printable
+from deris_llm.data.masks import polygons_in_px
 from deris_llm.data.pictures import ImageFolder, PictureFacts, portable_name
 from deris_llm.data.prepared import (
     ARROW_FOLDER,
@@ -78,6 +79,7 @@ class PrepareOptions:
     workers: int = 1
     val_share: float | None = None  # of the pictures of a source with one split: they become val, the others train
     follow_links: bool = False  # links in the folder of the pictures may lead outside it
+    normalised: bool = False  # polygons are given as shares of the picture's sides, from 0 to 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +166,7 @@ def _described_source(options: PrepareOptions, reader: SourceReader) -> dict[str
         "mapping": dict(options.mapping),
         "skip_bad": options.skip_bad,
     }
-    for name in ("val_share", "follow_links"):  # only where they are used: sets that were made before remain the same
+    for name in ("val_share", "follow_links", "normalised"):  # only where they are used: sets that were made before remain the same
         if getattr(options, name):
             described[name] = getattr(options, name)
     return described
@@ -352,7 +354,7 @@ class _Preparation:
     def _phrases(self, key: str) -> dict[str, dict[str, Any]]:
         """Writes all shards; what they hold by split."""
         results: dict[str, dict[str, Any]] = {}
-        done = 0
+        done = num_lossy_masks = 0
         for split, number, num_phrases, result in _in_order(self._shards(key), 2 * self.options.workers):
             found = results.setdefault(
                 split,
@@ -363,6 +365,7 @@ class _Preparation:
             for name in ("num_refs", "num_phrases", "num_no_target"):
                 found[name] += getattr(result, name)
             found["is_generalised"] |= result.is_generalised
+            num_lossy_masks += result.num_lossy_masks
             self.num_bad.setdefault(split, Counter()).update(result.num_bad)
             self.faults += result.faults
             if result.num_phrases:
@@ -385,6 +388,8 @@ class _Preparation:
                 )
             done += num_phrases
             self.on_progress("phrases", done, self.num_total)
+        if num_lossy_masks:
+            self.notes.append(f"{num_lossy_masks:,} masks are JPEG files: pixels of at least half brightness are inside")
         for found in results.values():
             found["num_images"] = len(_images_of(self.arrow, found["shards"]))
         self.on_progress("phrases", self.num_total, self.num_total)
@@ -435,6 +440,12 @@ class _Preparation:
         if isinstance(found[0], str):
             self._fault(Fault(order, entry.where, entry.split, found[0], found[1], whole, named))
             return None
+        if self.options.normalised:
+            try:
+                entry = _in_px(entry, height=found[1], width=found[2])
+            except ValueError as error:
+                self._fault(Fault(order, entry.where, entry.split, "mask", str(error), whole, named))
+                return None
         if (message := self._other_object(entry)) is not None:
             self._fault(Fault(order, entry.where, entry.split, "duplicate id", message, whole))
             return None
@@ -480,6 +491,17 @@ class _Preparation:
             + (f" of the splits {', '.join(self.options.splits)}" if self.options.splits else "")
             + f", got {'others only' if self.options.splits else 'none'}. Check the file{' and --splits' * bool(self.options.splits)}"
         )
+
+
+def _in_px(entry: SourceEntry, *, height: int, width: int) -> SourceEntry:
+    """The entry with normalised polygons scaled to the picture; other masks have no unit."""
+    return replace(
+        entry,
+        instances=tuple(
+            replace(each, mask=polygons_in_px(each.mask, height, width)) if isinstance(each.mask, list) else each
+            for each in entry.instances
+        ),
+    )
 
 
 def _image_row(

@@ -18,7 +18,7 @@ import pyarrow as pa
 from PIL import Image
 
 from deris_llm.data.errors import describe
-from deris_llm.data.masks import encode_mask, segmentation_rle, usable_segmentation
+from deris_llm.data.masks import encode_mask, picture_mask, segmentation_rle, two_valued_mask, usable_segmentation
 from deris_llm.data.pictures import BROKEN, MAX_PIXELS, ImageFolder, PictureError, PictureFacts, picture_facts
 from deris_llm.data.readers.base import FaultReason, MaskFile, SourceEntry, SourceInstance, is_int64
 
@@ -37,8 +37,6 @@ PHRASE_SCHEMA = pa.schema(
 """A row per phrase, in the source's order."""
 
 ROWS_PER_BATCH = 1024
-
-_MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,17 @@ class ShardResult:
     is_generalised: bool = False  # some phrase has no referent, or several
     num_bad: Counter[str] = field(default_factory=Counter)  # phrases by reason
     faults: list[Fault] = field(default_factory=list)
+    num_lossy_masks: int = 0  # stored as JPEG, thresholded at half
+
+
+@dataclass(eq=False)
+class _Shard:
+    """What the entries of a shard share."""
+
+    split: str
+    image_folder: ImageFolder
+    checked: dict[tuple[int, int], dict[str, Any] | str] = field(default_factory=dict)  # by picture and annotation id
+    num_lossy_masks: int = 0
 
 
 def look_at(image_folder: ImageFolder, names: list[str]) -> dict[str, PictureFacts | str]:
@@ -99,9 +108,9 @@ def write_shard(path: Path, split: str, entries: Sequence[LocatedEntry], image_f
     """Checks entries and writes the good ones as an Arrow stream, which `datasets.Dataset.from_file` opens too."""
     result = ShardResult()
     rows: list[dict[str, Any]] = []
-    checked: dict[tuple[int, int], dict[str, Any] | str] = {}
+    shard = _Shard(split, image_folder)
     for located in entries:
-        found, faults = _rows(located, split, image_folder, checked)
+        found, faults = _rows(located, shard)
         for fault in faults:
             result.num_bad[fault.reason] += fault.num_phrases
             result.faults.append(fault)
@@ -109,20 +118,18 @@ def write_shard(path: Path, split: str, entries: Sequence[LocatedEntry], image_f
         result.num_refs += bool(found)
         result.num_no_target += len(found) if located.entry.is_no_target else 0
         result.is_generalised |= bool(found) and len(found[0]["instances"]) != 1
-    result.num_phrases = len(rows)
+    result.num_phrases, result.num_lossy_masks = len(rows), shard.num_lossy_masks
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, PHRASE_SCHEMA) as stream:
         for first in range(0, len(rows), ROWS_PER_BATCH):
             stream.write_batch(pa.RecordBatch.from_pylist(rows[first : first + ROWS_PER_BATCH], PHRASE_SCHEMA))
     return result
 
 
-def _rows(
-    located: LocatedEntry, split: str, image_folder: ImageFolder, checked: dict[tuple[int, int], dict[str, Any] | str]
-) -> tuple[list[dict[str, Any]], list[Fault]]:
+def _rows(located: LocatedEntry, shard: _Shard) -> tuple[list[dict[str, Any]], list[Fault]]:
     entry = located.entry
 
     def bad(reason: FaultReason, message: str, num_phrases: int) -> Fault:
-        return Fault(located.order, entry.where, split, reason, message, num_phrases, entry.image)
+        return Fault(located.order, entry.where, shard.split, reason, message, num_phrases, entry.image)
 
     whole = max(1, len(entry.phrases))
     size_hw = (located.height, located.width)
@@ -139,7 +146,7 @@ def _rows(
         return [], [bad("target", ask, whole)]
     instances: list[dict[str, Any]] = []
     for number, instance in enumerate(entry.instances):
-        found = _instance(instance, located, image_folder, checked)
+        found = _instance(instance, located, shard)
         if isinstance(found, str):
             of = f"object {number + 1} of {len(entry.instances)}: " if len(entry.instances) > 1 else ""
             return [], [bad("mask", of + found, whole)]
@@ -182,56 +189,80 @@ def is_text(value: object) -> bool:
     return True
 
 
-def _instance(
-    instance: SourceInstance,
-    located: LocatedEntry,
-    image_folder: ImageFolder,
-    checked: dict[tuple[int, int], dict[str, Any] | str],
-) -> dict[str, Any] | str:
+def _instance(instance: SourceInstance, located: LocatedEntry, shard: _Shard) -> dict[str, Any] | str:
     """A referent's columns, or what is wrong with it; each annotation of a picture is drawn once."""
     if instance.id is None:
-        return _drawn(instance, located, image_folder)
+        return _drawn(instance, located, shard)
     if not is_int64(instance.id):
         return f"expected an annotation id, a whole number, got {instance.id!r}"
     key = (located.image, instance.id)
-    if key not in checked:
-        checked[key] = _drawn(instance, located, image_folder)
-    return checked[key]
+    if key not in shard.checked:
+        shard.checked[key] = _drawn(instance, located, shard)
+    return shard.checked[key]
 
 
-def _drawn(instance: SourceInstance, located: LocatedEntry, image_folder: ImageFolder) -> dict[str, Any] | str:
-    size_hw = (located.height, located.width)
-    if isinstance(instance.mask, (MaskFile, bytes)):
-        found = _read_mask(image_folder, instance.mask, size_hw)
-        if isinstance(found, str):
-            return found
-        counts = encode_mask(found)["counts"].encode()
-    else:
-        segmentation, fault = usable_segmentation(instance.mask, *size_hw)
-        if fault is not None:
-            return fault
-        counts = segmentation_rle(segmentation, *size_hw)["counts"]
+def _drawn(instance: SourceInstance, located: LocatedEntry, shard: _Shard) -> dict[str, Any] | str:
+    try:
+        counts = _counts(instance.mask, (located.height, located.width), shard)
+    except ValueError as error:
+        return str(error)
     named = instance.id
     if named is None:  # the same mask is the same object, whichever line names it
         named = int.from_bytes(hashlib.sha256(counts).digest()[:8], "little") >> 1
     return {"id": named, "counts": counts}
 
 
-def _read_mask(image_folder: ImageFolder, mask: MaskFile | bytes, size_hw: tuple[int, int]) -> np.ndarray | str:
+def _counts(mask: Any, size_hw: tuple[int, int], shard: _Shard) -> bytes:
+    """The compressed RLE of a mask of any form.
+
+    Raises:
+        ValueError: it is none of this picture.
+    """
+    if isinstance(mask, (MaskFile, bytes)):
+        return encode_mask(_read_mask(mask, size_hw, shard))["counts"].encode()
+    if (array := _array(mask, size_hw)) is not None:
+        inside = two_valued_mask(array)
+        if not inside.any():
+            raise ValueError("expected some pixels above 0 in the array, got none")
+        return encode_mask(inside)["counts"].encode()
+    segmentation, fault = usable_segmentation(mask, *size_hw)
+    if fault is not None:
+        raise ValueError(fault)
+    return segmentation_rle(segmentation, *size_hw)["counts"]
+
+
+def _array(mask: Any, size_hw: tuple[int, int]) -> np.ndarray | None:
+    """A mask given as rows of numbers; polygons are never as many and as long as a picture's rows."""
+    if not isinstance(mask, list) or len(mask) != size_hw[0]:
+        return None
+    if not all(isinstance(row, list) and len(row) == size_hw[1] for row in mask):
+        return None
+    array = np.asarray(mask)
+    return array if array.dtype.kind in "biuf" else None
+
+
+def _read_mask(mask: MaskFile | bytes, size_hw: tuple[int, int], shard: _Shard) -> np.ndarray:
     if isinstance(mask, MaskFile):
         name = mask.name
-        opened, fault = image_folder.file(name)
+        opened, fault = shard.image_folder.file(name)
         if opened is None:
-            return f"mask: {fault}"
+            raise ValueError(f"mask: {fault}")
     else:
         name, opened = f"of {len(mask):,} bytes", io.BytesIO(mask)
     try:
         with Image.open(opened) as file:
-            if file.width * file.height > MAX_PIXELS or (file.height, file.width) != size_hw:
-                return f"mask {name}: expected {size_hw[1]} x {size_hw[0]} px, got {file.width} x {file.height} px"
-            if file.mode not in _MASK_MODES:
-                return f"mask {name}: expected one channel, above 0 = inside, got mode {file.mode}"
-            inside = np.asarray(file) > 0
+            is_large = file.width * file.height > MAX_PIXELS
+            if not is_large:
+                file.load()
     except BROKEN as error:
-        return f"mask {name}: expected a picture, got {type(error).__name__}: {error}"
-    return inside if inside.any() else f"mask {name}: expected some pixels above 0, got none"
+        raise ValueError(f"mask {name}: expected a picture, got {type(error).__name__}: {error}") from error
+    if is_large or (file.height, file.width) != size_hw:
+        raise ValueError(f"mask {name}: expected {size_hw[1]} x {size_hw[0]} px, got {file.width} x {file.height} px")
+    try:
+        inside, is_lossy = picture_mask(file)
+    except ValueError as error:
+        raise ValueError(f"mask {name}: {error}") from error
+    if not inside.any():
+        raise ValueError(f"mask {name}: expected some pixels above {'half' if is_lossy else 0}, got none")
+    shard.num_lossy_masks += is_lossy
+    return inside

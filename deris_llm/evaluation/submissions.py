@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 from deris_llm.data.errors import DataError
-from deris_llm.data.masks import coco_mask, segmentation_rle
+from deris_llm.data.masks import coco_mask, picture_mask, segmentation_rle
 from deris_llm.evaluation.metrics import Overlap
 from deris_llm.evaluation.predictions import Box
 from deris_llm.structures import ReferringRecord
@@ -452,18 +452,13 @@ def _whole(
 def _rle_of_png(path: Path, height: int, width: int) -> dict[str, Any]:
     try:
         with Image.open(path) as file:
-            if file.mode not in ("1", "L", "P", "I", "I;16"):
-                raise ValueError(f"expected one channel of 0 and another value, got a picture of mode {file.mode}")
-            if file.size != (width, height):
-                raise ValueError(f"expected the picture's {width} x {height} px, got {file.width} x {file.height}")
-            mask = np.asarray(file)
+            file.load()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"expected a whole PNG, got {type(error).__name__}: {error}") from error
-    largest = mask.max()
-    others = mask[(mask != 0) & (mask != largest)]
-    if len(others):
-        raise ValueError(f"expected 0 and one other value, got {largest} and {others[0]} besides 0")
-    return coco_mask.encode(np.asfortranarray(mask != 0, dtype=np.uint8))
+    mask, _ = picture_mask(file)
+    if file.size != (width, height):
+        raise ValueError(f"expected the picture's {width} x {height} px, got {file.width} x {file.height}")
+    return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
 
 
 def _short(value: object) -> str:

@@ -1,11 +1,13 @@
 """COCO segmentations of every form, good and bad."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from deris_llm.data.masks import decode_segmentation, encode_mask
+from deris_llm.data.masks import decode_segmentation, encode_mask, picture_mask, polygons_in_px, usable_segmentation
 
 RECTANGLE = [2, 1, 6, 1, 6, 4, 2, 4]
 
@@ -58,7 +60,12 @@ def test_uncompressed_rle_counts_columns_from_false() -> None:
         ({"size": [8, 10]}, "or an RLE"),
         ({"size": [10, 8], "counts": [80]}, r"size \[h, w\] = \[8, 10\], got \[10, 8\]"),
         ({"size": [8, 10], "counts": [70]}, "sum to 8 x 10"),
-        ({"size": [8, 10], "counts": [-1, 81]}, "sum to 8 x 10"),
+        ({"size": [8, 10], "counts": [-1, 81]}, "got int '-1' as number 0 of 2"),
+        ({"size": [8, 10], "counts": [float("nan"), 80]}, "got float 'nan' as number 0 of 2"),
+        ({"size": [8, 10], "counts": [80.0]}, "got float '80.0' as number 0 of 1"),
+        ([[1, 2, None, 4, 5, 6]], "got None as coordinate 2 of the polygon"),
+        ([[1, 2, 3, 4, 5, float("inf")]], "finite coordinates of at most 100,000 px, got inf as coordinate 5"),
+        ([[1, 2, 3, 4, 5, -(10**400)]], "finite coordinates"),
         ({"size": [8, 10], "counts": "PPPP"}, "compressed RLE"),
         ({"size": [8, 10], "counts": "\x00\x01"}, "no valid form"),
         ({"size": [8, 10], "counts": "\ud800é"}, "no valid form"),
@@ -68,3 +75,72 @@ def test_uncompressed_rle_counts_columns_from_false() -> None:
 def test_malformed_segmentations_say_so(segmentation: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode_segmentation(segmentation, 8, 10)
+
+
+@pytest.mark.parametrize(
+    ("polygon", "is_of_the_picture"),
+    [
+        ([600, 400, 700, 400, 700, 470], True),  # 60 of 640 px outside
+        ([-100, -100, 50, 10, 10, 50], True),
+        ([10, 10, 50, 10, 50, 4000], False),  # y of another picture
+        ([10, 10, 50, 10, 50, -4000], False),
+        ([10, 10, 1200, 10, 50, 50], False),
+        ([-700, 10, 50, 10, 50, 50], False),
+        ([10, 10, 50, 10, 50, 99_999], False),
+    ],
+)
+def test_far_outside_is_another_picture(polygon: list[float], is_of_the_picture: bool) -> None:
+    """Relative to the picture of 640 x 480 px; a little outside is clipped."""
+    fault = usable_segmentation([polygon], 480, 640)[1]
+    assert (fault is None) == is_of_the_picture, fault
+    if is_of_the_picture:
+        assert decode_segmentation([polygon], 480, 640).any()
+    else:
+        assert "lie outside the image (640 x 480 px): the annotation belongs to another picture" in (fault or "")
+        with pytest.raises(ValueError, match="expected polygons of this picture, got [xy] from"):
+            decode_segmentation([[20, 20, 30, 20, 30, 30], polygon], 480, 640)
+
+
+@pytest.mark.parametrize("polygon", [[0.1, 0.125, 0.4, 0.125, 0.4, 0.5], [0.0, 0, 1, 0, 1, 1, 0, 1]])
+def test_normalised_coordinates_are_refused_or_scaled(polygon: list[float]) -> None:
+    for check in (usable_segmentation, decode_segmentation):
+        try:
+            says = check([polygon], 80, 100)[1]
+        except ValueError as error:
+            says = str(error)
+        assert "coordinates look normalised; give --coordinates normalised" in str(says)
+    in_px = [v * (80 if i % 2 else 100) for i, v in enumerate(polygon)]
+    assert polygons_in_px([polygon], 80, 100) == [in_px]
+    with pytest.raises(ValueError, match="expected normalised coordinates, from 0 to 1, got 40: for px leave out"):
+        polygons_in_px([[0.1, 0.1, 40, 10, 9, 9]], 80, 100)
+
+
+def _stored(array: np.ndarray, **options: object) -> Image.Image:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, **options)  # pyright: ignore[reportArgumentType]
+    return Image.open(stream)
+
+
+def test_a_jpeg_mask_is_thresholded_at_half() -> None:
+    mask = decode_segmentation([[13, 9, 75, 20, 60, 70, 20, 61]], 80, 100)
+    file = _stored(mask.astype(np.uint8) * 255, format="JPEG", quality=75)
+    assert 10 < len(np.unique(np.asarray(file))) < 256  # above 0 would be 30 % more
+    found, is_lossy = picture_mask(file)
+    assert is_lossy
+    np.testing.assert_array_equal(found, mask)
+    labels = np.where(mask, 120, 0).astype(np.uint8)
+    with pytest.raises(ValueError, match="got grey areas .* as of a label map"):
+        picture_mask(_stored(labels, format="JPEG", quality=75))
+
+
+@pytest.mark.parametrize("values", [(0, 1), (0, 255), (0, 65535), (255, 255), (1, 2), (0, 1, 2), (0, 128, 255)])
+def test_a_mask_has_two_values(values: tuple[int, ...]) -> None:
+    array = np.resize(np.array(values, np.uint16 if max(values) > 255 else np.uint8), (8, 9))
+    file = _stored(array, format="PNG")
+    if len(set(values) - {0}) == 1:
+        found, is_lossy = picture_mask(file)
+        np.testing.assert_array_equal(found, array > 0)
+        assert not is_lossy
+    else:
+        with pytest.raises(ValueError, match="expected 0 and one other value, got .* besides 0 .a label map"):
+            picture_mask(file)

@@ -15,6 +15,7 @@ from deris_llm.data.errors import DataError
 from deris_llm.data.pictures import PictureError, picture_facts, read_picture, safe_path
 from deris_llm.data.sources import read_split
 from deris_llm.data.transforms import load_image
+from deris_llm.pipeline import as_picture
 
 HEIGHT, WIDTH = 30, 40
 
@@ -60,9 +61,38 @@ def test_16_bit(tmp_path: Path) -> None:
     wide = _saved(Image.fromarray(ramp.astype(np.int32) * 4), tmp_path / "wide.tif")
     with pytest.raises(PictureError, match="expected 8 or 16 bit a channel, got values 0 to 262140"):
         read_picture(wide)
+    with pytest.raises(PictureError, match="got values 0 to 262140"):
+        picture_facts(wide)  # what `data prepare` asks: what training refuses is refused there
     real = _saved(Image.fromarray(ramp.astype(np.float32)), tmp_path / "real.tif")
     with pytest.raises(PictureError, match="expected 8 or 16 bit a channel, got floating-point"):
         read_picture(real)
+    with pytest.raises(PictureError, match="got floating-point"):
+        picture_facts(real)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_fewer_bits_in_16_and_32_are_scaled_by_their_range(tmp_path: Path, bits: int, dtype: Any) -> None:
+    ramp = np.linspace(0, 2**bits - 1, HEIGHT * WIDTH).astype(dtype).reshape(HEIGHT, WIDTH)
+    path = _saved(Image.fromarray(ramp), tmp_path / "deep.tif")
+    picture_facts(path)
+    read = np.asarray(read_picture(path))
+    assert np.array_equal(read[..., 0], ramp >> (bits - 8))
+    assert read.max() == 255
+    assert np.array_equal(np.asarray(as_picture(Image.open(path))), read)  # what `predict` does
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_colours_of_12_in_16_bit_are_refused(tmp_path: Path, suffix: str) -> None:
+    """Pillow keeps their upper 8 bits: nearly black."""
+    cv2 = pytest.importorskip("cv2")
+    colours = np.random.default_rng(0).integers(0, 4096, (HEIGHT, WIDTH, 3)).astype(np.uint16)
+    assert cv2.imwrite(str(tmp_path / f"dark.{suffix}"), colours)
+    assert cv2.imwrite(str(tmp_path / f"whole.{suffix}"), colours * 16)
+    for read in (read_picture, picture_facts):
+        with pytest.raises(PictureError, match="expected colours that use all 16 bits a channel, got none above 15 / 255"):
+            read(tmp_path / f"dark.{suffix}")
+    assert np.array_equal(np.asarray(read_picture(tmp_path / f"whole.{suffix}"))[..., ::-1], colours >> 4)
 
 
 def test_cmyk(colours: np.ndarray, tmp_path: Path) -> None:

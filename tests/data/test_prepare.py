@@ -416,3 +416,30 @@ def test_the_command(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = parser.parse_args([*words, "--mapping", "phrase"])
     with pytest.raises(DataError, match=r"Write e\.g\. phrase=caption"):
         arguments.run(arguments)
+
+
+def test_normalised_polygons(world: Any) -> None:
+    world.pictures("a.png")
+    mask = decode_segmentation([[4, 6, 20, 6, 20, 24, 4, 24]], 30, 40)
+    shares = [[0.1, 0.2, 0.5, 0.2, 0.5, 0.8, 0.1, 0.8]]
+    source = world.lines(
+        {"image": "a.png", "phrase": "x", "polygons": shares},
+        {"image": "a.png", "phrase": "y", "masks": [shares, {"size": [30, 40], "counts": [0, 1200]}]},
+    )
+    world.prepare(source, normalised=True)
+    first, second = read_split(world.root, "mine/train")
+    assert np.array_equal(decode_segmentation(first.instances[0].segmentation, 30, 40), mask)
+    assert np.array_equal(decode_segmentation(second.instances[0].segmentation, 30, 40), mask)
+    source = world.lines({"image": "a.png", "phrase": "x", "polygons": world.square})
+    with pytest.raises(DataError, match=r"line 1: .*expected normalised coordinates, from 0 to 1, got 4: for px leave out"):
+        world.prepare(source, "px", normalised=True)
+
+
+def test_jpeg_masks_are_said(world: Any) -> None:
+    folder = world.pictures("a.png")
+    mask = decode_segmentation(world.square, 30, 40)
+    Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "m.jpg", quality=75)
+    made = world.prepare(world.lines({"image": "a.png", "phrase": "x", "png": "m.jpg"}))
+    assert made.manifest["notes"] == ["1 masks are JPEG files: pixels of at least half brightness are inside"]
+    record = read_split(world.root, "mine/train")[0]
+    assert np.array_equal(decode_segmentation(record.instances[0].segmentation, 30, 40), mask)

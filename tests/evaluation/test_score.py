@@ -240,7 +240,7 @@ def test_dropped_misses_are_said(root: Path, records: list[ReferringRecord], wri
         ('{"phrase_id": "ID", "mask": {"size": [ROWS, COLUMNS], "counts": "~~"}}', "no valid form"),
         ('{"phrase_id": "ID", "mask": {"size": [ROWS, COLUMNS], "counts": [1, 2]}}', "expected RLE counts that sum to"),
         ('{"phrase_id": "ID", "mask": [[1, 2, 3, 4]]}', "expected at least 3 points"),
-        ('{"phrase_id": "ID", "mask": [[1, 2, 3, 4, 5, "x"]]}', "got the polygon"),
+        ('{"phrase_id": "ID", "mask": [[1, 2, 3, 4, 5, "x"]]}', "got 'x' as coordinate 5 of the polygon"),
         ('{"phrase_id": "ID", "mask": []}', "expected polygons, got an empty list"),
         ('{"phrase_id": "ID", "mask": "mask.png"}', "got 'mask.png'"),
         ('{"phrase_id": "LAST", "mask": null}', "has a prediction already, line 1"),
@@ -281,7 +281,7 @@ def test_all_problems_are_said_at_once(root: Path, records: list[ReferringRecord
 @pytest.mark.parametrize(
     ("picture", "says"),
     [
-        (Image.new("RGB", (8, 8)), "picture of mode RGB"),
+        (Image.new("RGB", (8, 8)), "expected one channel, above 0 = inside, got mode RGB"),
         (Image.new("L", (8, 8)), "px, got 8 x 8"),
         (None, "expected a whole PNG, got UnidentifiedImageError"),
     ],

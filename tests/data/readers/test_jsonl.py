@@ -178,7 +178,32 @@ BROKEN = {
     "huge": ({**GOOD, "polygons": [[1, 2, 10**400, 4, 5, 6]]}, "expected polygons [x0, y0"),
     "far": ({**GOOD, "polygons": [[1, 2, 1e9, 4, 5, 6]]}, "expected polygons [x0, y0"),
     "outside": ({**GOOD, "polygons": [[100, 100, 200, 100, 200, 200]]}, "lie outside the image (40 x 30 px)"),
-    "texts": ({**GOOD, "polygons": [["1", "2", "3", "4", "5", "6"]]}, "got a list of 6, first str '1'"),
+    "a coordinate null": (
+        {**GOOD, "polygons": [[10, 10, None, 10, 40, 40]]},
+        "expected polygons [x0, y0, x1, y1, ...] of numbers, got None as coordinate 2 of the polygon [10, 10, None, 10, 40, 40]",
+    ),
+    "several objects' polygons": ({**GOOD, "polygons": [SQUARE, OTHER]}, "several objects are named as `masks`"),
+    "counts of floats": (
+        {"image": "a.png", "phrase": "x", "rle": {"size": [30, 40], "counts": [0, 600.0, 600]}},
+        "expected whole numbers from 0 as RLE counts, got float '600.0' as number 1 of 3",
+    ),
+    "an RLE of [w, h]": (
+        {"image": "a.png", "phrase": "x", "masks": [{"size": [40, 30], "counts": [0, 1200]}], "width": 40, "height": 30},
+        "[h, w] = [30, 40], got [40, 30]: height and width look exchanged",
+    ),
+    "far outside": (
+        {**GOOD, "polygons": [[4, 5, 16, 5, 16, 300]]},
+        "got y from 5 to 300, so that they lie outside the image (40 x 30 px): the annotation belongs to another picture",
+    ),
+    "normalised": (
+        {**GOOD, "polygons": [[0.1, 0.1, 1, 0, 1, 1]]},
+        "coordinates look normalised; give --coordinates normalised",
+    ),
+    "an array of labels": (
+        {"image": "a.png", "phrase": "x", "masks": [[[0] * 40] * 28 + [[1] * 40, [2] * 40]]},
+        "expected 0 and one other value, got 2 and 1 besides 0 (a label map, or smooth edges)",
+    ),
+    "texts": ({**GOOD, "polygons": [["1", "2", "3", "4", "5", "6"]]}, "of numbers, got '1' as coordinate 0 of the polygon"),
     "RLE of another size": (
         {"image": "a.png", "phrase": "x", "rle": {"size": [3, 4], "counts": [12]}},
         "expected an RLE of the picture's size [h, w] = [30, 40], got [3, 4]",
