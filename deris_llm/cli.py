@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from deris_llm import __version__
 from deris_llm.data.cli import add_data_commands
 from deris_llm.interop.cli import add_convert_commands
+from deris_llm.terminal import flush_output, is_reader_gone, print_anything
 from deris_llm.training.last_words import leave_last_words
 
 if TYPE_CHECKING:
@@ -47,16 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit status: 0 done, 1 a run failed, 2 the input was wrong (said without a traceback unless ``--debug``).
     """
+    print_anything()
     arguments = build_parser().parse_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        return arguments.run(arguments) or 0
+        status = arguments.run(arguments) or 0
+        flush_output()
+        return status
     except (
         ValueError,
         OSError,
         MemoryError,
     ) as error:  # what a user can set right; anything else is a defect and shows its traceback
+        if isinstance(error, BrokenPipeError) and is_reader_gone():  # `deris-llm config show ... | head`
+            flush_output()
+            return 141  # as a shell says of what SIGPIPE ended
+        with contextlib.suppress(OSError):
+            flush_output()
         if arguments.debug:
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
@@ -147,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     predict.add_argument(
         "--out", type=Path, metavar="DIR", help="new folder, or that of an earlier call, which is gone on with "
-        "(default runs/predict/NAME-FINGERPRINT)",
+        "(default runs/predict/NAME-FINGERPRINT-threshold-T)",
     )  # fmt: skip
     predict.add_argument(
         "--overlay", action=argparse.BooleanOptionalAction, default=True, help="masks drawn on the pictures, as JPEG"
@@ -421,9 +430,8 @@ def run_score(arguments: argparse.Namespace) -> int:
 
 def run_predict(arguments: argparse.Namespace) -> int:
     """Answers phrases about pictures."""
-    from rich.console import Console
-
     from deris_llm.predict import run, show_predictions
+    from deris_llm.terminal import console
 
     result = run(
         arguments.checkpoint,
@@ -436,7 +444,7 @@ def run_predict(arguments: argparse.Namespace) -> int:
         instances=arguments.instances,
         skip_bad=arguments.skip_bad,
     )
-    show_predictions(result, Console(width=None if sys.stdout.isatty() else 160, markup=False, highlight=False))
+    show_predictions(result, console())
     return 0
 
 

@@ -27,6 +27,7 @@ from deris_llm.config import RunConfig
 from deris_llm.data.pictures import rgb_picture
 from deris_llm.data.token_budget import split_phrases, token_counter
 from deris_llm.data.transforms import load_image, perception_pixels
+from deris_llm.data.validation import is_text
 from deris_llm.evaluation.calibration import calibrated_config, threshold_source
 from deris_llm.inference import for_cpu_inference
 from deris_llm.out_of_memory import explains_out_of_memory
@@ -284,5 +285,9 @@ def checked_phrases(phrases: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
                 f"phrases[{number}]: expected some words, got {text!r} beside {len(texts) - 1} others; correct or drop this phrase."
+            )
+        if not is_text(text):
+            raise ValueError(
+                f"phrases[{number}]: expected text that UTF-8 can hold, got {text[:80]!r}; correct or drop this phrase."
             )
     return texts

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,14 +30,23 @@ class PhraseAnswer:
 
     mask: np.ndarray  # bool (h, w) at the asked size: union of the instance masks; all False = names nothing here
     instance_masks: np.ndarray  # bool (S, h, w), one per selected query
-    query_index: tuple[int, ...]  # S selected queries, best first
+    query_index: tuple[int, ...]  # S selected queries, best first; none whose mask is empty
     referring_scores: np.ndarray  # float32 (Q,) in [0, 1]
     presence: float  # probability that a target exists, in [0, 1]; whether it decides is the caller's choice
+    score_threshold: float = 0.0  # that the scores were held against
+    is_guess: bool = False  # no selected query is above the threshold: it was taken because it was the best
 
     @property
     def says_target(self) -> bool:
-        """Some query answers: the phrase names something in the picture."""
+        """Some query answers with a mask: the phrase names something in the picture."""
         return bool(self.query_index)
+
+    @property
+    def verdict(self) -> Literal["found", "best guess", "nothing"]:
+        """The answer in words: above the threshold, below it, or an empty mask."""
+        if not self.says_target:
+            return "nothing"
+        return "best guess" if self.is_guess else "found"
 
     @property
     def score(self) -> float:
@@ -57,7 +67,7 @@ def answer_masks(
     selection: Selection,
     presence_use: PresenceUse = "none",
 ) -> list[PhraseAnswer]:
-    """Answers each phrase: the union of the masks of the selected queries.
+    """Answers each phrase: the union of the masks of the selected queries; a query with an empty mask answers nothing.
 
     Args:
         output: P phrases.
@@ -78,17 +88,25 @@ def answer_masks(
         answering_queries(row, exists, score_threshold=score_threshold, selection=selection, presence_use=presence_use)
         for row, exists in zip(scores, presence, strict=True)
     ]
-    masks = upsampled_masks(output, selected, sizes_hw)
-    return [
-        PhraseAnswer(
-            mask=np.logical_or.reduce(phrase_masks, axis=0),
-            instance_masks=phrase_masks,
-            query_index=queries,
-            referring_scores=row,
-            presence=phrase_presence,
+    answers = []
+    for masks, queries, row, exists in zip(
+        upsampled_masks(output, selected, sizes_hw), selected, scores, presence, strict=True
+    ):
+        is_drawn = [bool(mask.any()) for mask in masks]
+        drawn = tuple(query for query, there in zip(queries, is_drawn, strict=True) if there)
+        deciding = row * exists if presence_use == "multiply" else row
+        answers.append(
+            PhraseAnswer(
+                mask=np.logical_or.reduce(masks, axis=0),
+                instance_masks=masks[np.array(is_drawn, dtype=bool)],
+                query_index=drawn,
+                referring_scores=row,
+                presence=exists,
+                score_threshold=score_threshold,
+                is_guess=bool(drawn) and not any(deciding[query] > score_threshold for query in drawn),
+            )
         )
-        for phrase_masks, queries, row, phrase_presence in zip(masks, selected, scores, presence, strict=True)
-    ]
+    return answers
 
 
 def answering_queries(

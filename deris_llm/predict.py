@@ -5,6 +5,7 @@ A folder of predictions holds
     predictions.jsonl   one line per picture and phrase, written when its files are: what `deris-llm score` reads
     masks/              NAME.png, 0 or 255, at the picture's size; with instances NAME.instance-1.png, ... besides
     overlays/           NAME.jpg, the mask on the picture, with phrase, score and presence
+    left_out.txt        what the last call left out, with the reason; there only if something was
 
 NAME is made of picture and phrase. A line also says which checkpoint answered and when a query joins the answer, so that
 a second call knows what is done and refuses to mix answers of different kinds.
@@ -12,11 +13,12 @@ a second call knows what is done and refuses to mix answers of different kinds.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,22 +29,35 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from deris_llm.data.masks import encode_mask
+from deris_llm.data.pictures import pictures_in
 from deris_llm.evaluation.boxes import boxes_of_masks
-from deris_llm.evaluation.overlays import draw_overlay
+from deris_llm.evaluation.output import check_writable, default_folder, write_names
+from deris_llm.evaluation.overlays import draw_overlay, fitted
+from deris_llm.evaluation.submissions import PREDICTIONS_FILE
 from deris_llm.out_of_memory import DoesNotFitError
 from deris_llm.pipeline import DerisPipeline, as_picture
 from deris_llm.postprocess import PhraseAnswer
+from deris_llm.terminal import console as plain_console
+from deris_llm.training.checkpoint_folders import find_checkpoint
 from deris_llm.training.checkpoints import names_backend
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS_FILE = "predictions.jsonl"
+LEFT_OUT_FILE = "left_out.txt"
 _OVERLAY_WIDTHS_PX = (480, 1280)  # smaller pictures are enlarged, larger ones reduced
 _CAPTION_PX = 62
 _ROWS_SHOWN = 40
 _BAD_SHOWN = 10
+_NAME_SHOWN = 40  # letters of a picture's name or a phrase in the table
+_COLOURS = {
+    "found": ((20, 110, 60), "green"),
+    "best guess": ((176, 116, 0), "yellow"),
+    "nothing": ((170, 40, 40), "red"),
+}
+"""Of each verdict: on the overlay, in the terminal."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +72,8 @@ class Question:
     @property
     def file_stem(self) -> str:
         """A readable name for its files that no other question has."""
-        digest = hashlib.sha256("\0".join((self.image, self.phrase, self.phrase_id)).encode()).hexdigest()[:8]
+        named = "\0".join((self.image, self.phrase, self.phrase_id)).encode(errors="surrogatepass")
+        digest = hashlib.sha256(named).hexdigest()[:8]
         readable = (_words(self.path.stem[-32:]), _words(self.phrase.lower()[:32]))
         return "-".join((*filter(None, readable), digest))
 
@@ -75,18 +91,20 @@ class Predictions:
     threshold_source: str = ""  # in words
     lines: list[dict[str, Any]] = field(default_factory=list)  # those of this call without masks, with area and number
     num_there: int = 0  # questions that were answered before
-    bad: list[str] = field(default_factory=list)  # what was left out, with the reason
+    bad: list[str] = field(default_factory=list)  # what was left out because it is bad, with the reason
+    others: list[str] = field(default_factory=list)  # what lay in a folder of pictures and is none
 
 
 # -- questions -------------------------------------------------------------------------------------------------------
 
 
-def questions_about(images: Sequence[Path], phrases: Sequence[str]) -> list[Question]:
+def questions_about(images: Sequence[Path], phrases: Sequence[str], others: list[str] | None = None) -> list[Question]:
     """Every phrase about every picture.
 
     Args:
         images: files, and folders, whose own pictures are taken in the order of their names; folders in them are not entered.
         phrases: texts.
+        others: takes the names of what lies in the folders and is no picture, with the reason.
 
     Raises:
         ValueError: a path that is not there, or a folder without pictures.
@@ -94,14 +112,16 @@ def questions_about(images: Sequence[Path], phrases: Sequence[str]) -> list[Ques
     files: dict[Path, None] = {}
     for path in images:
         if path.is_dir():
-            known = Image.registered_extensions()
-            found = [entry for entry in sorted(path.iterdir()) if entry.is_file() and entry.suffix.lower() in known]
+            found, left_out = pictures_in(path)
             if not found:
+                there = f", but e.g. {left_out[0]}" if left_out else ""
                 raise ValueError(
                     f"--image {path}: expected a picture or a folder with pictures in it, got a folder without any "
-                    "(folders in it are not entered); give that folder, or the files."
+                    f"(folders in it are not entered){there}; give that folder, or the files."
                 )
             files |= dict.fromkeys(found)
+            if others is not None:
+                others += left_out
         elif path.is_file():
             files[path] = None
         else:
@@ -184,6 +204,8 @@ def predict(
     instances: bool = False,
     skip_bad: bool = False,
     progress: bool = True,
+    bad: Sequence[str] = (),
+    others: Sequence[str] = (),
 ) -> Predictions:
     """Answers what is not answered yet in a folder, picture by picture.
 
@@ -195,12 +217,14 @@ def predict(
         instances: also writes each selected query's mask by itself.
         skip_bad: goes on after a picture or phrase that cannot be answered; otherwise that is an error.
         progress: shows a bar.
+        bad: lines that were left out before, for `left_out.txt`.
+        others: files that were left out before because they are no pictures, for the same.
 
     Raises:
-        ValueError: the folder holds something else, or (without `skip_bad`) a picture or phrase is bad.
+        ValueError: the folder holds something else or cannot be written to, or (without `skip_bad`) a picture or phrase is bad.
     """
     done = _prepared(out, _settings(pipeline, instances=instances))
-    result = Predictions(out, pipeline.threshold_source)
+    result = Predictions(out, pipeline.threshold_source, bad=list(bad), others=list(others))
     by_picture: dict[Path, list[Question]] = {}
     for question in dict.fromkeys(questions):
         if _key(question) in done:
@@ -214,17 +238,28 @@ def predict(
         for start in range(0, len(asked), limits.max_phrases_per_batch)
     ]
     batches = [groups[i : i + limits.images_per_device] for i in range(0, len(groups), limits.images_per_device)]
-    with _bar(enabled=progress) as bar, (out / PREDICTIONS_FILE).open("a", encoding="utf-8") as file:
-        task = bar.add_task("predict", total=sum(map(len, groups)))
-        for batch in batches:
-            for question, picture, answer in _answered(pipeline, batch, result.bad, skip_bad=skip_bad):
-                _write_files(question, picture, answer, out, overlays=overlays, instances=instances)
-                line = _line(question, answer, instances=instances) | _settings(pipeline)
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                small = {name: value for name, value in line.items() if name not in ("mask", "instances")}
-                result.lines.append(small | {"area": float(answer.mask.mean()), "number": len(answer.query_index)})
-            file.flush()
-            bar.update(task, advance=sum(map(len, batch)))
+    try:
+        # a name that is not UTF-8 has letters that UTF-8 cannot hold: they are escaped as JSON does
+        with (
+            _bar(enabled=progress) as bar,
+            (out / PREDICTIONS_FILE).open("a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            task = bar.add_task("predict", total=sum(map(len, groups)))
+            for batch in batches:
+                for question, picture, answer in _answered(pipeline, batch, result.bad, skip_bad=skip_bad):
+                    _write_files(question, picture, answer, out, overlays=overlays, instances=instances)
+                    line = _line(question, answer, instances=instances) | _settings(pipeline)
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    small = {name: value for name, value in line.items() if name not in ("mask", "instances")}
+                    result.lines.append(small | {"area": float(answer.mask.mean()), "number": len(answer.query_index)})
+                file.flush()
+                bar.update(task, advance=sum(map(len, batch)))
+        write_names(out / LEFT_OUT_FILE, [*result.bad, *result.others])
+    except OSError as error:
+        raise ValueError(
+            f"{out}: expected to write answers there, got {error}. What was answered before is kept; make room, then the same "
+            "command goes on from there, or choose another --out"
+        ) from error
     return result
 
 
@@ -257,7 +292,7 @@ def _one_by_one(
             except DoesNotFitError:
                 raise
             except ValueError as error:
-                problem = f"{question.image}, {question.phrase!r}: {error}"
+                problem = f"{question.image}, {question.phrase[:120]!r}: {error}"
                 if not skip_bad:
                     raise ValueError(
                         f"{problem}\nWhat was answered before is kept; the same command goes on from there, with --skip-bad "
@@ -289,6 +324,7 @@ def _line(question: Question, answer: PhraseAnswer, *, instances: bool) -> dict[
         "score": round(answer.score, 4),
         "presence": round(answer.presence, 4),
         "says_target": answer.says_target,
+        "verdict": answer.verdict,
         "boxes": boxes_of_masks(answer.instance_masks).astype(int).tolist(),
         "file": f"masks/{question.file_stem}.png",
     }
@@ -382,63 +418,76 @@ def captioned_overlay(picture: Image.Image, phrase: str, answer: PhraseAnswer) -
     page = Image.new("RGB", (max(drawn.width, smallest), drawn.height + _CAPTION_PX), "white")
     page.paste(drawn, ((page.width - drawn.width) // 2, 0))
     pen, large, small = ImageDraw.Draw(page), ImageFont.load_default(20), ImageFont.load_default(15)
-    pen.text((12, drawn.height + 7), _fitted(phrase, large, page.width - 24, pen), fill=(20, 20, 30), font=large)
-    found = f"found, {100 * answer.mask.mean():.1f} % of the picture" if answer.says_target else "not there"
-    pen.text(
-        (12, drawn.height + 35),
-        f"{found}   |   score {answer.score:.2f}   |   presence {answer.presence:.2f}",
-        fill=(20, 110, 60) if answer.says_target else (170, 40, 40),
-        font=small,
-    )
+    pen.text((12, drawn.height + 7), fitted(phrase, large, page.width - 24, pen), fill=(20, 20, 30), font=large)
+    said = {
+        "found": f"found, {100 * answer.mask.mean():.1f} % of the picture",
+        "best guess": f"best guess, below the threshold {answer.score_threshold:g}",
+        "nothing": "nothing",
+    }[answer.verdict]
+    line = f"{said}   |   score {answer.score:.2f}   |   presence {answer.presence:.2f}"
+    pen.text((12, drawn.height + 35), line, fill=_COLOURS[answer.verdict][0], font=small)
     return page
-
-
-def _fitted(text: str, font: Any, width_px: int, pen: ImageDraw.ImageDraw) -> str:
-    """The text in one line; what does not fit ends in an ellipsis."""
-    text = " ".join(text.split())
-    if pen.textlength(text, font=font) <= width_px:
-        return text
-    while text and pen.textlength(f"{text}...", font=font) > width_px:
-        text = text[:-1]
-    return f"{text}..."
 
 
 def show_predictions(result: Predictions, console: Console) -> None:
     """Prints a table of the first answers, and counts."""
+    shown = result.lines[:_ROWS_SHOWN]
+    images = [line["image"] for line in shown]
+    folder = os.path.commonprefix(images).rpartition("/")[0]  # that all have in common
     table = Table(box=None, pad_edge=False)
-    one_picture = len({line["image"] for line in result.lines}) == 1
-    if not one_picture:
-        table.add_column("picture", overflow="ellipsis", no_wrap=True, max_width=40)
-    table.add_column("phrase", overflow="ellipsis", no_wrap=True, max_width=60)
-    table.add_column("answer")
+    one_picture = len(set(images)) == 1
+    for name in ("phrase",) if one_picture else ("picture", "phrase"):
+        table.add_column(name, overflow="fold")
+    table.add_column("answer", no_wrap=True)
     for name in ("area %", "score", "presence"):
-        table.add_column(name, justify="right")
-    for line in result.lines[:_ROWS_SHOWN]:
-        found = "not there" if not line["says_target"] else "found" + f" {line['number']}" * (line["number"] > 1)
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in shown:
+        verdict = line["verdict"] + f" {line['number']}" * (line["number"] > 1)
+        answer = Text(verdict, style=_COLOURS[line["verdict"]][1])
         numbers = (f"{100 * line['area']:.1f}", f"{line['score']:.2f}", f"{line['presence']:.2f}")
-        table.add_row(*(() if one_picture else (Path(line["image"]).name,)), line["phrase"], found, *numbers)
-    if result.lines:
-        console.print(table, markup=False)
+        picture = () if one_picture else (_end_of(line["image"].removeprefix(f"{folder}/")),)
+        table.add_row(*picture, _start_of(line["phrase"]), answer, *numbers)
+    if shown:
+        console.print(table)
     if len(result.lines) > _ROWS_SHOWN:
         console.print(f"... and {len(result.lines) - _ROWS_SHOWN:,} more in {result.out / PREDICTIONS_FILE}")
-    found = sum(line["says_target"] for line in result.lines)
-    said = [f"{len(result.lines):,} answered: {found:,} found, {len(result.lines) - found:,} not there"]
+    console.print(_counts(result))
+    left_out = [*result.bad, *result.others]
+    for problem in left_out[:_BAD_SHOWN]:
+        console.print(f"  left out: {problem}")
+    if len(left_out) > _BAD_SHOWN:
+        console.print(f"  ... and {len(left_out) - _BAD_SHOWN:,} more, all in {result.out / LEFT_OUT_FILE}")
+    console.print(result.threshold_source)
+    console.print(f"written to {result.out}")
+
+
+def _counts(result: Predictions) -> str:
+    verdicts = Counter(line["verdict"] for line in result.lines)
+    said = [f"{len(result.lines):,} answered: {verdicts['found']:,} found"]
+    if number := verdicts["best guess"]:
+        guesses = "1 best guess" if number == 1 else f"{number:,} best guesses"
+        said[0] += f", {guesses} below the threshold {result.lines[0]['score_threshold']:g}"
+    said[0] += f", {verdicts['nothing']:,} nothing"
     said += [f"{result.num_there:,} were there already"] if result.num_there else []
     said += [f"{len(result.bad):,} bad ones left out"] if result.bad else []
-    console.print("; ".join(said), highlight=False, markup=False)
-    for problem in result.bad[:_BAD_SHOWN]:
-        console.print(f"  left out: {problem}", highlight=False, markup=False)
-    if len(result.bad) > _BAD_SHOWN:
-        console.print(f"  ... and {len(result.bad) - _BAD_SHOWN:,} more", highlight=False)
-    console.print(result.threshold_source, highlight=False, markup=False)
-    console.print(f"written to {result.out}", highlight=False, markup=False)
+    said += [f"{len(result.others):,} that are no pictures left out"] if result.others else []
+    return "; ".join(said)
+
+
+def _start_of(phrase: str) -> str:
+    text = " ".join(phrase.split())
+    return text if len(text) <= _NAME_SHOWN else f"{text[: _NAME_SHOWN - 3]}..."
+
+
+def _end_of(name: str) -> str:
+    return name if len(name) <= _NAME_SHOWN else f"...{name[3 - _NAME_SHOWN :]}"
 
 
 def _bar(*, enabled: bool) -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("phrases"),
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("phrases"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), disable=not enabled,
-        console=Console(stderr=True),
+        console=plain_console(stderr=True),
     )  # fmt: skip
 
 
@@ -447,7 +496,7 @@ def _bar(*, enabled: bool) -> Progress:
 
 def questions_of_command(
     images: Sequence[Path], phrases: Sequence[str], jsonl: Path | None, *, skip_bad: bool
-) -> tuple[list[Question], list[str]]:
+) -> tuple[list[Question], list[str], list[str]]:
     """What `deris-llm predict` was asked.
 
     Args:
@@ -457,7 +506,7 @@ def questions_of_command(
         skip_bad: bad lines are returned instead of raised.
 
     Returns:
-        the questions, and the bad lines.
+        the questions, the bad lines, and what lies in folders of `--image` and is no picture.
 
     Raises:
         ValueError: neither or both are given, an empty phrase, or bad lines.
@@ -475,7 +524,7 @@ def questions_of_command(
                 f"--jsonl {jsonl}: {len(problems):,} lines cannot be used\n{listed}{more}\nNothing was answered; correct them, or "
                 "leave them out and counted with --skip-bad"
             )
-        return questions, problems
+        return questions, problems, []
     if not images or not phrases:
         raise ValueError(
             "predict: expected --image and at least one --phrase, or --jsonl, got "
@@ -484,12 +533,8 @@ def questions_of_command(
     empty = [phrase for phrase in phrases if not phrase.strip()]
     if empty:
         raise ValueError(f"--phrase {empty[0]!r}: expected some words, got an empty text; correct or drop it.")
-    return questions_about(images, phrases), []
-
-
-def default_out(pipeline: DerisPipeline) -> Path:
-    """Where answers of a checkpoint go when nobody says."""
-    return Path("runs") / "predict" / f"{pipeline.config.name}-{pipeline.fingerprint}"
+    others: list[str] = []
+    return questions_about(images, phrases, others), [], others
 
 
 def run(
@@ -505,9 +550,18 @@ def run(
     skip_bad: bool,
 ) -> Predictions:
     """`deris-llm predict`, without the printing."""
-    questions, problems = questions_of_command(images, phrases, jsonl, skip_bad=skip_bad)
+    questions, bad, others = questions_of_command(images, phrases, jsonl, skip_bad=skip_bad)
+    checkpoint = find_checkpoint(checkpoint)
+    check_writable(out or Path("runs", "predict"))
     pipeline = DerisPipeline.from_pretrained(checkpoint, overrides=overrides, allow_module=names_backend(overrides))
-    result = predict(
-        pipeline, questions, out or default_out(pipeline), overlays=overlays, instances=instances, skip_bad=skip_bad
+    named = default_folder("predict", pipeline.config.name, pipeline.fingerprint, pipeline.config.evaluation)
+    return predict(
+        pipeline,
+        questions,
+        out or named,
+        overlays=overlays,
+        instances=instances,
+        skip_bad=skip_bad,
+        bad=bad,
+        others=others,
     )
-    return dataclasses.replace(result, bad=[*problems, *result.bad])

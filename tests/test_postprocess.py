@@ -117,3 +117,37 @@ def test_presence_at_test(use: str, selection: str, selected: list[tuple[int, ..
     assert [a.mask.any() for a in answers] == [a.instance_masks.any() for a in answers]
     for answer in answers:
         np.testing.assert_allclose(answer.referring_scores, SCORES, rtol=1e-6)
+
+
+def test_a_query_with_an_empty_mask_answers_nothing() -> None:
+    """Selected or not: no index, no mask of its own, no target."""
+    output = _output()
+    logits = output.final.mask_logits.clone()
+    logits[0, 1] = -1  # phrase 0: its best query is empty, the other is not
+    logits[1] = -1  # phrase 1: all are
+    output = replace(output, rounds=(replace(output.final, mask_logits=logits),))
+    answers = answer_masks(output, [(6, 5)] * 3, score_threshold=0.7, selection="threshold_or_best")
+    assert [a.query_index for a in answers] == [(3,), (), (1, 3)]
+    assert [a.instance_masks.shape for a in answers] == [(1, 6, 5), (0, 6, 5), (2, 6, 5)]
+    assert [a.says_target for a in answers] == [True, False, True]
+    assert [a.verdict for a in answers] == ["found", "nothing", "found"]
+    assert not answers[1].mask.any()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "selection", "use", "verdicts"),
+    [
+        (0.7, "threshold_or_best", "none", ["found"] * 3),
+        (0.97, "threshold_or_best", "none", ["best guess"] * 3),
+        (0.97, "best", "none", ["best guess"] * 3),
+        (0.97, "threshold", "none", ["nothing"] * 3),
+        (0.7, "threshold_or_best", "multiply", ["best guess", "found", "best guess"]),  # 0.95 times 0.5, 0.88, 0.12
+        (0.97, "threshold_or_best", "gate", ["best guess", "best guess", "nothing"]),
+    ],
+)
+def test_a_best_query_below_the_threshold_is_a_guess(
+    threshold: float, selection: str, use: str, verdicts: list[str]
+) -> None:
+    answers = answer_masks(_output(), [(4, 4)] * 3, score_threshold=threshold, selection=selection, presence_use=use)
+    assert [a.verdict for a in answers] == verdicts
+    assert [a.score_threshold for a in answers] == [threshold] * 3

@@ -1,6 +1,10 @@
 """`deris-llm predict`: the files it writes, going on, and bad input."""
 
+import dataclasses
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +15,12 @@ from PIL import Image
 from deris_llm.cli import main
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.evaluation.boxes import boxes_of_masks
+from deris_llm.evaluation.overlays import fitted
+from deris_llm.evaluation.submissions import read_submission
 from deris_llm.model import build_model
 from deris_llm.pipeline import DerisPipeline
 from deris_llm.predict import Question, captioned_overlay, predict, questions_about, read_pairs
+from deris_llm.structures import ReferringRecord
 from deris_llm.testing import synthetic_images, tiny_config, tiny_weights
 from deris_llm.training.checkpoints import checkpoint_fingerprint, save_weights
 
@@ -74,7 +81,7 @@ def test_what_is_written(checkpoint, pictures, tmp_path, capsys):
     assert lines[0]["file"].startswith("masks/picture-0-the-red-circle-")
     said = capsys.readouterr().out
     assert "[bold]star" in said
-    assert "2 answered: 2 found, 0 not there" in said
+    assert "2 answered: 0 found, 2 best guesses below the threshold 0.4, 0 nothing" in said
     assert f"written to {out}" in said
 
 
@@ -87,8 +94,8 @@ def test_nothing_is_there(checkpoint, pictures, tmp_path, capsys):
     assert len(lines) == 3
     assert not any(line["says_target"] for line in lines)
     assert not np.asarray(Image.open(out / lines[0]["file"])).any()
-    assert sorted(path.name for path in out.iterdir()) == ["masks", "predictions.jsonl"]
-    assert "not there" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["left_out.txt", "masks", "predictions.jsonl"]
+    assert "3 answered: 0 found, 3 nothing" in capsys.readouterr().out
 
 
 def test_a_folder_gives_its_own_pictures(pictures):
@@ -277,3 +284,165 @@ def test_an_overlay_says_what_was_found(pipeline):
     assert page.size == (480, 270 + 62)
     wide = synthetic_images(1, size=(100, 2000))[0]
     assert captioned_overlay(wide, "ring", pipeline(wide, ["ring"])[0]).size == (1280, 64 + 62)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+def test_what_is_no_picture_is_left_out_of_a_folder_and_listed(checkpoint, pictures, tmp_path, capsys):
+    left_out = {"._picture 0.png": b"AppleDouble", ".DS_Store": b"x", "fake.jpg": b"<html>no</html>", "a.heic": HEIC,
+                "empty.png": b"", "Thumbs.db": b"x", "table.h5": b"\x89HDF\r\n\x1a\n"}  # fmt: skip
+    for name, content in left_out.items():
+        (pictures / name).write_bytes(content)
+    command = ["predict", "--checkpoint", str(checkpoint), "--image", str(pictures), "--phrase", "ring", "--no-overlay"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "3 answered" in said
+    assert "9 that are no pictures left out" in said  # these, notes.txt and the folder
+    assert "pip install pillow-heif" in said
+    listed = (tmp_path / "out" / "left_out.txt").read_text().splitlines()
+    named = {line.partition(": ")[0] for line in listed}
+    assert named == {str(pictures / name) for name in (*left_out, "notes.txt", "inside")}
+    assert main([*command[:4], str(pictures / "picture 0.png"), *command[5:], "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "left_out.txt").exists()  # of a call that left nothing out
+
+
+def test_all_that_is_left_out_is_in_the_file(checkpoint, pictures, tmp_path, capsys):
+    (pictures / "pairs.jsonl").write_text('{"image": "picture 0.png", "phrase": "ring"}\n' + "{}\n" * 25)
+    options = ["--jsonl", str(pictures / "pairs.jsonl"), "--out", str(tmp_path / "out"), "--skip-bad", "--no-overlay"]
+    assert main(["predict", "--checkpoint", str(checkpoint), *options]) == 0
+    assert f"and 15 more, all in {tmp_path / 'out' / 'left_out.txt'}" in capsys.readouterr().out
+    assert len((tmp_path / "out" / "left_out.txt").read_text().splitlines()) == 25
+
+
+def test_any_name_on_any_terminal(checkpoint, pictures, tmp_path, monkeypatch):
+    """Markup of rich, letters that the encoding lacks, and a name that is not UTF-8."""
+    folder = tmp_path / "pic[" / "bold] \u7ea2"
+    folder.parent.mkdir()
+    pictures.rename(folder)
+    strange = Path(os.fsdecode(os.fsencode(folder) + b"/no-\xff[red].png"))
+    (folder / "picture 1.png").rename(strange)
+    out = tmp_path / "o[" / "u]t \u2192"
+    phrases = ["the [/red] one \u2026", "\u7ea2\u8272"]
+    stream = io.BytesIO()
+    command = ["predict", "--checkpoint", str(checkpoint), "--image", str(folder), "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(stream, encoding="latin-1"))
+        assert main([*command, "--phrase", phrases[0], "--phrase", phrases[1]]) == 0
+        said = stream.getvalue().decode("latin-1")
+    assert "the [/red] one \\u2026" in said
+    assert "\\u7ea2\\u8272" in said
+    assert "no-\\udcff[red].png" in said
+    assert "o[/u]t \\u2192" in said
+    assert {line["image"] for line in lines_of(out)} >= {str(strange)}
+    records = [
+        ReferringRecord(f"own/val/{i}", "own", "val", f"id{i}", str(strange), 80, 60, phrase, ())
+        for i, phrase in enumerate(phrases)
+    ]
+    (out / "predictions.jsonl").write_text(
+        "".join(line + "\n" for line in (out / "predictions.jsonl").read_text().splitlines() if "udcff" in line)
+    )
+    assert set(read_submission(out, records).answers) == {"own/val/0", "own/val/1"}
+
+
+def test_a_reader_that_goes_ends_nothing(checkpoint, pictures, tmp_path, monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, os.fdopen(writer, "w") as stream:
+        patch.setattr(sys, "stdout", stream)
+        command = ["predict", "--checkpoint", str(checkpoint), "--image", str(pictures), "--phrase", "ring"]
+        assert main([*command, "--out", str(tmp_path / "out")]) == 0
+        assert main(["config", "list"]) == 0
+    assert len(lines_of(tmp_path / "out")) == 3
+    assert "BrokenPipe" not in capfd.readouterr().err
+
+
+def test_an_unwritable_folder_is_found_before_loading(checkpoint, pictures, monkeypatch, capsys):
+    monkeypatch.setattr(DerisPipeline, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    command = ["predict", "--checkpoint", str(checkpoint), "--image", str(pictures), "--phrase", "ring"]
+    assert main([*command, "--out", str(pictures / "notes.txt" / "out")]) == 2
+    assert "expected a folder that can be written to, got NotADirectoryError" in capsys.readouterr().err
+    assert main([*command, "--out", str(pictures / "notes.txt")]) == 2
+    assert "got a file; choose another name" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_what_was_answered(pictures, pipeline, tmp_path, monkeypatch):
+    written = []
+
+    def fails(mask, path):
+        written.append(path)
+        if len(written) > 1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("deris_llm.predict._write_mask", fails)
+    with pytest.raises(ValueError, match=r"No space left on device\. What was answered before is kept"):
+        predict(pipeline, asked_of(pictures, "ring"), tmp_path / "out", overlays=False, progress=False)
+    assert len(lines_of(tmp_path / "out")) == 1
+
+
+def test_a_phrase_that_is_no_text_is_named(pictures, pipeline, tmp_path):
+    question = Question("a", pictures / "picture 0.png", "half \ud83d")
+    with pytest.raises(ValueError, match=r"expected text that UTF-8 can hold, got 'half \\ud83d'"):
+        predict(pipeline, [question], tmp_path / "out", progress=False)
+
+
+def amber_px(page):
+    return int((np.asarray(page)[-62:] == (176, 116, 0)).all(axis=-1).sum())
+
+
+def test_a_best_guess_is_said_to_be_one(checkpoint, pictures, tmp_path, capsys):
+    command = [
+        "predict",
+        "--checkpoint",
+        str(checkpoint),
+        "--image",
+        str(pictures / "picture 0.png"),
+        "--phrase",
+        "ring",
+    ]
+    for threshold, verdict in (("0.999", "best guess"), ("0.001", "found")):
+        out = tmp_path / threshold
+        assert main([*command, "--out", str(out), "--set", f"evaluation.score_threshold={threshold}"]) == 0
+        (line,) = lines_of(out)
+        assert (line["verdict"], line["says_target"]) == (verdict, True)
+        said = capsys.readouterr().out
+        assert (f"1 best guess below the threshold {threshold}" in said) == (verdict == "best guess")
+        page = Image.open(next((out / "overlays").iterdir()))
+        assert page.height > 62
+    (answer,) = DerisPipeline.from_pretrained(checkpoint, score_threshold=0.999)(synthetic_images(1)[0], ["ring"])
+    found = dataclasses.replace(answer, is_guess=False)
+    assert amber_px(captioned_overlay(synthetic_images(1)[0], "ring", answer)) > 20
+    assert amber_px(captioned_overlay(synthetic_images(1)[0], "ring", found)) == 0
+
+
+def test_an_empty_mask_is_nothing_everywhere(checkpoint, pictures, tmp_path, monkeypatch, capsys):
+    """Also where a query is selected: its logits are below 0 everywhere."""
+    pipeline = DerisPipeline.from_pretrained(checkpoint, score_threshold=0.001)
+    forward = pipeline.model.forward
+
+    def without_masks(batch):
+        output = forward(batch)
+        rounds = tuple(dataclasses.replace(one, mask_logits=-one.mask_logits.abs() - 1) for one in output.rounds)
+        return dataclasses.replace(output, rounds=rounds)
+
+    monkeypatch.setattr(pipeline.model, "forward", without_masks)
+    result = predict(pipeline, asked_of(pictures, "ring"), tmp_path / "out", instances=True, progress=False)
+    for line in lines_of(tmp_path / "out"):
+        assert (line["verdict"], line["says_target"], line["boxes"], line["instances"]) == ("nothing", False, [], [])
+        assert line["score"] > 0.001
+    assert len(list((tmp_path / "out" / "masks").iterdir())) == 3
+    assert all(line["verdict"] == "nothing" for line in result.lines)
+
+
+def test_a_caption_of_15000_letters_is_measured_a_few_times():
+    class Pen:
+        measured = 0
+
+        def textlength(self, text, font):
+            self.measured += len(text)
+            return 7.0 * len(text)
+
+    pen = Pen()
+    assert fitted("x" * 15_000, None, 456, pen) == "x" * 62 + "..."
+    assert pen.measured < 5_000
+    assert fitted("the  red\ncup", None, 456, pen) == "the red cup"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 80_000_000
 """A picture of more is refused before it is decoded: 80 megapixels are 240 MB as RGB."""
@@ -35,8 +35,16 @@ BROKEN = (
 )
 
 
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12
+_HEIF_NAMES = (".heic", ".heif", ".hif")
+
+
 class PictureError(ValueError):
     """A file that is no whole picture; the message says what it is instead."""
+
+
+class NoPictureError(PictureError):
+    """A file that is not even the beginning of a picture, or of a kind that nothing installed here reads."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,40 @@ def safe_path(folder: Path, name: object, *, follow_links: bool = False) -> tupl
     return path, None
 
 
+def pictures_in(folder: Path) -> tuple[list[Path], list[str]]:
+    """The pictures of a folder, in the order of their names; folders in it are not entered.
+
+    Args:
+        folder: that somebody gave as a folder of pictures.
+
+    Returns:
+        The files that begin as a picture does, whole or not, and what else is there, with the reason.
+    """
+    found: list[Path] = []
+    others: list[str] = []
+    for path in sorted(folder.iterdir()):
+        try:
+            _check_may_be_picture(path)
+            found.append(path)
+        except NoPictureError as error:
+            others.append(f"{path}: {error}")
+    return found, others
+
+
+def _check_may_be_picture(path: Path) -> None:
+    if path.name.startswith("."):
+        raise NoPictureError("expected a picture, got a hidden file (macOS writes one, ._NAME, beside each picture)")
+    known = path.suffix.lower() in Image.registered_extensions() or path.suffix.lower() in _HEIF_NAMES
+    if path.is_file() and not known:
+        raise NoPictureError(f"expected a picture, got a file named {path.suffix or 'without extension'}")
+    try:
+        _opened(path).close()
+    except NoPictureError:
+        raise
+    except PictureError:
+        return  # a picture, if one that cannot be used: who reads it says why
+
+
 def picture_facts(path: Path) -> PictureFacts:
     """Size, orientation and content hash of a picture; decodes it once to know that it is whole.
 
@@ -145,22 +187,48 @@ def read_picture(path: str | Path, *, size_hw: tuple[int, int] | None = None) ->
 def _opened(path: Path) -> Image.Image:
     try:
         if path.is_dir():
-            raise PictureError("expected a picture, got a folder")
+            raise NoPictureError("expected a picture, got a folder")
         if not path.is_file():
-            raise PictureError("expected a picture, got no file")
+            raise NoPictureError("expected a picture, got no file")
         if os.path.getsize(path) == 0:
-            raise PictureError("expected a picture, got a file of 0 bytes")
+            raise NoPictureError("expected a picture, got a file of 0 bytes")
     except OSError as error:  # a name longer than a file system takes, a folder that may not be read
         raise PictureError(f"expected a picture, got {error.strerror}") from error
     try:
         file = Image.open(path)
     except BROKEN as error:
-        raise PictureError(f"expected a picture, got {type(error).__name__}: {error}") from error
+        if not _is_heif(path):
+            raise NoPictureError(f"expected a picture, got {type(error).__name__}: {error}") from error
+        file = _opened_heif(path)
+    if isinstance(file, ImageFile.StubImageFile):
+        raise NoPictureError(f"expected a picture, got {file.format}, which Pillow does not decode")
     if file.width * file.height > MAX_PIXELS:
         size = f"{file.width:,} x {file.height:,} px"
         file.close()
         raise PictureError(f"expected a picture of at most {MAX_PIXELS:,} pixels, got {size}")
     return file
+
+
+def _is_heif(path: Path) -> bool:
+    """Whether a file is HEIC or HEIF by its content, whatever its name."""
+    with path.open("rb") as stream:
+        head = stream.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
+
+
+def _opened_heif(path: Path) -> Image.Image:
+    try:
+        import pillow_heif  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - optional
+
+        pillow_heif.register_heif_opener()
+        return Image.open(path)
+    except ImportError as error:
+        raise NoPictureError(
+            "expected a picture that Pillow reads, got HEIC: install its reader with `pip install pillow-heif`, or convert the "
+            "picture to JPEG or PNG"
+        ) from error
+    except BROKEN as error:
+        raise PictureError(f"expected a picture, got damaged HEIC ({type(error).__name__}: {error})") from error
 
 
 def _load(file: Image.Image, path: Path) -> None:

@@ -45,6 +45,7 @@ from deris_llm.evaluation.predictions import (
 from deris_llm.evaluation.protocols import Protocol, Rule, protocols_of
 from deris_llm.postprocess import PhraseAnswer, answer_masks, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringRecord
+from deris_llm.terminal import console
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +242,7 @@ def compared(
                 top_scores=tuple(float(s) for s in np.sort(answer.referring_scores)[::-1][:_NUM_TOP_SCORES]),
                 presence=answer.presence,
                 has_target=not record.is_no_target,
-                says_target=bool(answer.query_index),
+                says_target=answer.says_target,
                 areas={name: row.area for name, row in found.items()},
                 boxes={}
                 if true_boxes is None
@@ -307,7 +308,7 @@ def _compared_under(
             overlap(mask, truth),
             overlap(oracle, truth),
             (int(np.count_nonzero(truth)), truth.size),
-            OtherAnswer(encode_mask(mask), bool(answer.query_index), around) if keeps_masks else None,
+            OtherAnswer(encode_mask(mask), answer.says_target, around) if keeps_masks else None,
         )
         for mask, oracle, truth, answer, around in zip(
             masks, oracles, map(protocol.resampled_truth, truths), answers, boxes, strict=True
@@ -475,7 +476,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 def _progress(*, enabled: bool) -> Progress:
     """A bar with the time left; `_LogLines` speaks where no terminal shows it."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("phrases"),
@@ -483,6 +484,7 @@ def _progress(*, enabled: bool) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         disable=not enabled,
+        console=console(stderr=True),
     )
 
 

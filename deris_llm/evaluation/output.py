@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deris_llm.config import EvaluationConfig
 from deris_llm.evaluation.breakdown import breakdown
 from deris_llm.evaluation.intervals import intervals, metric_ratios
 from deris_llm.evaluation.overlays import Case, choose_cases, write_contact_sheet
@@ -167,6 +169,37 @@ def extras(
     if with_breakdown and counted:
         found["breakdown"] = breakdown(counted, records, protocol.id, is_generalised=result.is_generalised)
     return found
+
+
+def default_folder(kind: str, name: str, fingerprint: str, evaluation: EvaluationConfig) -> Path:
+    """Where results of a checkpoint go if nobody says: a folder that no other checkpoint or threshold has.
+
+    Args:
+        kind: ``eval`` or ``predict``.
+        name: of the run config.
+        fingerprint: of the checkpoint.
+        evaluation: with the threshold that is used.
+    """
+    return Path("runs", kind, f"{name}-{fingerprint}-threshold-{evaluation.score_threshold:g}")
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder, so that one that cannot be written to is found before the work.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder or a new name, got a file; choose another name")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: expected a folder that can be written to, got {type(error).__name__}: {error}; choose another place, or "
+            "make room there"
+        ) from error
 
 
 def write_names(path: Path, names: Sequence[str]) -> None:

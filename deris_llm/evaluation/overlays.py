@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import bisect
 import html
 import io
 import random
@@ -32,6 +33,8 @@ _TINT = 0.42
 _CAPTION_PX = 74
 _MARGIN_PX = 16
 _COLUMNS = 4
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -213,23 +216,25 @@ def _figure(case: Case, protocol: str) -> str:
     )
 
 
-def _wrapped(
-    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int, draw: ImageDraw.ImageDraw
-) -> list[str]:
+def fitted(text: str, font: Font, width_px: float, draw: ImageDraw.ImageDraw) -> str:
+    """The text in one line; what does not fit ends in an ellipsis. Takes milliseconds however long the text is."""
+    whole = " ".join(text.split())
+    shown = whole[: int(width_px)]  # letters are wider than a pixel
+    if shown == whole and draw.textlength(whole, font=font) <= width_px:
+        return whole
+    room = width_px - draw.textlength("...", font=font)
+    lengths = range(len(shown) + 1)
+    number = bisect.bisect_right(lengths, room, key=lambda n: draw.textlength(shown[:n], font=font)) - 1
+    return f"{shown[: max(number, 0)]}..."
+
+
+def _wrapped(text: str, font: Font, width_px: float, draw: ImageDraw.ImageDraw) -> list[str]:
     """At most two lines; what does not fit ends in an ellipsis."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer, font=font) <= width_px or not lines[-1]:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    if len(lines) > 2:
-        shown = lines[1]
-        while draw.textlength(f"{shown}...", font=font) > width_px:
-            shown = shown[:-1]
-        lines = [lines[0], f"{shown}..."]
-    return lines
+    words = " ".join(text.split())[: 4 * int(width_px)].split(" ")
+    first = words.pop(0)
+    while words and draw.textlength(f"{first} {words[0]}", font=font) <= width_px:
+        first = f"{first} {words.pop(0)}"
+    return [fitted(line, font, width_px, draw) for line in (first, " ".join(words)) if line]
 
 
 def _enlarged(mask: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:

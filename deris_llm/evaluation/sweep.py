@@ -177,6 +177,7 @@ def swept(
         truth = protocol.resampled_truth(np.logical_or.reduce(referents, axis=0))
         joined = np.concatenate([np.zeros((1, *masks.shape[1:]), dtype=bool), np.logical_or.accumulate(masks, axis=0)])
         overlaps: dict[int, Overlap] = {}
+        is_drawn = [bool(mask.any()) for mask in joined]
         for number in {len(answer) for answer in answers}:
             mask = protocol.resampled_truth(joined[number]) if finished else joined[number]
             overlaps[number] = overlap(mask, truth)
@@ -185,7 +186,7 @@ def swept(
                 phrase_id=record.phrase_id,
                 has_target=not record.is_no_target,
                 overlaps=tuple(overlaps[len(answer)] for answer in answers),
-                says_target=tuple(bool(answer) for answer in answers),
+                says_target=tuple(is_drawn[len(answer)] for answer in answers),
             )
         )
     return found

@@ -2,8 +2,10 @@
 
 import io
 import os
+import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -253,3 +255,49 @@ def test_names_inside(tmp_path: Path) -> None:
     os.symlink(folder, tmp_path / "linked")  # the folder itself may be a link
     for name in ("b/c d.jpg", "link", "b/./c d.jpg", "a..b.jpg", "нет.png", "absent.jpg"):
         assert safe_path(tmp_path / "linked", name) == (tmp_path / "linked" / name, None)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+@pytest.mark.parametrize("name", ["a.heic", "really.jpg"])
+def test_heic_is_named_with_its_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / name).write_bytes(HEIC)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed
+    with pytest.raises(DataError, match=r"got HEIC: install its reader with `pip install pillow-heif`, or convert"):
+        load_image(tmp_path / name)
+    assert pictures.pictures_in(tmp_path)[0] == []
+
+
+def test_heic_is_read_where_its_reader_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.heic").write_bytes(HEIC)
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=lambda: None))
+    opened = Image.open
+
+    def opens_heic(path: Path) -> Image.Image:
+        known = "register" in asked
+        asked.append("register")
+        return Image.new("RGB", (8, 6), "red") if known else opened(path)
+
+    asked: list[str] = []
+    monkeypatch.setattr(Image, "open", opens_heic)
+    assert load_image(tmp_path / "a.heic").size == (8, 6)
+
+
+def test_a_folder_gives_what_begins_as_a_picture(colours: np.ndarray, tmp_path: Path) -> None:
+    """A damaged picture stays in the list: it is named by whoever reads it."""
+    _saved(Image.fromarray(colours), tmp_path / "b.PNG")
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    whole = _saved(Image.fromarray(noise), tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    for name in ("._a.jpg", "notes.txt", "empty.jpg", "page.jpg"):
+        (tmp_path / name).write_bytes(b"<html>" if name == "page.jpg" else b"")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "folder").mkdir()
+    found, others = pictures.pictures_in(tmp_path)
+    assert [path.name for path in found] == ["a.jpg", "b.PNG", "cut.jpg"]
+    reasons = {Path(line.partition(": ")[0]).name: line for line in others}
+    assert sorted(reasons) == ["._a.jpg", "empty.jpg", "folder", "gone.jpg", "notes.txt", "page.jpg"]
+    assert "got a folder" in reasons["folder"]
+    assert "got a file of 0 bytes" in reasons["empty.jpg"]
+    assert "got a file named .txt" in reasons["notes.txt"]
