@@ -324,7 +324,7 @@ class TrainingConfig:
     precision: Literal["bf16", "fp32"] = option("bf16", "bf16 needs a GPU with it; fp32 is what CPU runs use")
     eval_every: int = option(1000, "steps between evaluations on `eval_split`; 0 = only at the end", "[0, inf)")
     eval_split: str = option("refcoco/val", "split whose mIoU (gRefCOCO: cIoU) selects the best checkpoint")
-    eval_max_images: int = option(0, "images of `eval_split` used at intervals; 0 = all", "[0, inf)")
+    eval_max_images: int = option(0, "evenly spaced images of `eval_split` used at intervals; 0 = all", "[0, inf)")
     save_every: int = option(1000, "steps between checkpoints", "(0, inf)")
     keep_checkpoints: int = option(2, "newest checkpoints kept, the best one besides", "(0, inf)")
     log_every: int = option(10, "steps between log lines", "(0, inf)")

@@ -9,7 +9,7 @@ from pathlib import Path
 from deris_llm.data import refer
 from deris_llm.data.errors import DataError
 from deris_llm.data.prepared import ARROW_FOLDER, Manifest, PreparedSplit, file_sha256, find_manifest, prepared_sets
-from deris_llm.data.sources import count_refs, images_of_split, split_names
+from deris_llm.data.sources import check_root, count_refs, images_of_split, split_names
 
 KNOWN_COUNTS: dict[str, tuple[int, int, int]] = {
     "refcoco/train": (42_404, 120_624, 16_994),
@@ -88,6 +88,7 @@ def check_data(root: str | Path, datasets: Sequence[str] | None = None) -> list[
     Raises:
         DataError: no pictures or no dataset at all, or a dataset asked for that is missing.
     """
+    check_root(root)
     there = dict.fromkeys(
         [*(name for name in refer.DATASETS if refer.refs_path(root, name).is_file()), *prepared_sets(root)]
     )

@@ -124,6 +124,17 @@ def group_by_image(records: Iterable[ReferringRecord]) -> Sequence[ImageGroup]:
     return [ImageGroup(tuple(found)) for found in by_image.values()]
 
 
+def some_images(records: Sequence[ReferringRecord], max_images: int) -> list[ReferringRecord]:
+    """All phrases of ``max_images`` evenly spaced pictures, in the records' order; 0 = all."""
+    numbers, _ = image_numbers(records)
+    in_use, appearance = np.unique(numbers, return_index=True)
+    images = in_use[np.argsort(appearance)]
+    if max_images <= 0 or max_images >= len(images):
+        return list(records)
+    kept = images[np.arange(max_images) * len(images) // max_images]
+    return [records[int(row)] for row in np.flatnonzero(np.isin(numbers, kept))]
+
+
 def group_sizes(groups: Sequence[ImageGroup]) -> list[int]:
     """Number of phrases of each group; builds no records."""
     return groups.sizes.tolist() if isinstance(groups, ImageGroups) else [len(group.records) for group in groups]

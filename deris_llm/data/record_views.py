@@ -50,6 +50,23 @@ class RecordView(Sequence[ReferringRecord]):
         return self.parts[number], position - (int(self._ends[number - 1]) if number else 0)
 
 
+def in_order(records: Sequence[ReferringRecord]) -> Iterator[ReferringRecord]:
+    """All records, one after the other: of those not in memory several times faster than by their numbers."""
+    if not isinstance(records, RecordView):
+        yield from records
+        return
+    start = 0
+    for part in records.parts:
+        first, last = np.searchsorted(records.positions, (start, start + len(part)))
+        kept = iter((records.positions[first:last] - start).tolist())
+        wanted = next(kept, None)
+        for number, record in enumerate(part):
+            if number == wanted:
+                yield record
+                wanted = next(kept, None)
+        start += len(part)
+
+
 def is_lazy(records: object) -> bool:
     """Records that must not be put into a list."""
     return isinstance(records, (RecordView, PreparedSplit))

@@ -61,12 +61,26 @@ def check_split(root: str | Path, name: str) -> None:
     check_is_split(name, existing)
 
 
+def check_root(root: str | Path) -> None:
+    """Checks that the data root is a folder; what is in it is not looked at.
+
+    Raises:
+        DataError: it is not.
+    """
+    if not Path(root).is_dir():
+        raise DataError(
+            f"data root {str(root)!r}: expected the folder of images and datasets, got {'a file' if Path(root).exists() else 'none'} "
+            f"at {Path(root).absolute()}. Correct --data or --root, in a run config data.root (--set data.root=DIR)"
+        )
+
+
 def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:
     """Names of a dataset's splits, train first.
 
     Raises:
         DataError: an unknown dataset or a missing file.
     """
+    check_root(root)
     if (manifest := _prepared(root, dataset)) is not None:
         return refer.in_known_order(manifest.splits)
     if dataset not in refer.DATASETS and (sets := prepared_sets(root)):

@@ -15,7 +15,7 @@ from torch import nn
 
 from deris_llm.cognition import CognitionProcessor
 from deris_llm.config import RunConfig
-from deris_llm.data.dataset import group_by_image
+from deris_llm.data.dataset import some_images
 from deris_llm.data.mix import leakage_notice
 from deris_llm.data.sources import read_split
 from deris_llm.evaluation.evaluator import control_phrases, evaluate
@@ -109,15 +109,6 @@ def run_evaluation(
         inside = functools.partial(look_inside_model, model=model, config=config, processor=processor)
         folder.write_pictures(inside if is_whole else None)
     return read_report(folder.folder / REPORT_FILE) if rank == 0 else report
-
-
-def some_images(records: Sequence[ReferringRecord], max_images: int) -> list[ReferringRecord]:
-    """All phrases of ``max_images`` evenly spaced pictures, in the records' order; 0 = all."""
-    groups = group_by_image(records)
-    if max_images <= 0 or max_images >= len(groups):
-        return list(records)
-    kept = {groups[i * len(groups) // max_images].records[0].image_id for i in range(max_images)}
-    return [record for record in records if record.image_id in kept]
 
 
 def _about(config: RunConfig, leakage: str | None, max_images: int) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from torch import nn
 
 from deris_llm.cognition import CognitionProcessor
 from deris_llm.config import RunConfig
+from deris_llm.data.dataset import some_images
 from deris_llm.data.sources import is_generalised, read_split
 from deris_llm.evaluation.calibration import Calibration, choose
 from deris_llm.evaluation.evaluator import answers_of, check_records, decoded_referents
 from deris_llm.evaluation.gres_metrics import GresMetrics, GresOutcome
 from deris_llm.evaluation.metrics import Overlap, RisMetrics, overlap
 from deris_llm.evaluation.protocols import Protocol, protocols_of
-from deris_llm.evaluation.run import some_images
 from deris_llm.postprocess import answering_queries, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringRecord
 

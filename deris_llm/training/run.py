@@ -95,6 +95,7 @@ def train(
     from deris_llm.criterion import build_criterion  # noqa: PLC0415
     from deris_llm.data.dataset import group_by_image  # noqa: PLC0415
     from deris_llm.data.loaders import train_loader  # noqa: PLC0415
+    from deris_llm.data.lost_referents import warn_of_lost_referents  # noqa: PLC0415
     from deris_llm.data.mix import training_mix  # noqa: PLC0415
     from deris_llm.model import build_model  # noqa: PLC0415
     from deris_llm.training.callbacks import ProgressLines  # noqa: PLC0415
@@ -107,6 +108,7 @@ def train(
     arguments = training_arguments(config, output, deepspeed_content, evaluate_first=evaluate_first)
     mix = training_mix(config.data)
     logger.info("%s", mix.report)
+    on_first_rank(lambda: warn_of_lost_referents(mix.records, config))
     data = on_first_rank(
         lambda: same_data(checkpoint, data_manifest(config.data, mix), allow_other_data=allow_other_data)
     )
@@ -308,15 +310,11 @@ def _resume_from(config: RunConfig, output: Path, resume: str) -> Path | None:
 
 
 def _evaluation_records(config: RunConfig) -> list[ReferringRecord]:
-    from deris_llm.data.dataset import group_by_image  # noqa: PLC0415
+    from deris_llm.data.dataset import some_images  # noqa: PLC0415
     from deris_llm.data.sources import read_split  # noqa: PLC0415
 
     records = read_split(Path(config.data.root), config.training.eval_split, phrase_field=config.data.phrase_field)
-    groups = group_by_image(records)
-    limit = config.training.eval_max_images
-    if limit:
-        groups = groups[:: max(1, len(groups) // limit)][:limit]  # spread over the split
-    return [record for group in groups for record in group.records]
+    return some_images(records, config.training.eval_max_images)
 
 
 def _evaluated(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroup, group_by_image
+from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroup, group_by_image, some_images
 from deris_llm.data.errors import DataError
 from deris_llm.data.refer import read_split
 from deris_llm.data.transforms import Resize, load_image, perception_pixels, warp_mask, warp_picture
@@ -26,6 +26,21 @@ def test_selection(make_records: Any) -> None:
     groups = group_by_image(make_records([3, 4]))
     chosen = GroupDataset(groups)[GroupSelection(1, (0, 3))]
     assert [r.phrase_id for r in chosen.records] == ["refcoco/train/1-0", "refcoco/train/1-3"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 500, 750, 751, 1000, 1499])
+def test_some_images_are_spread_over_the_split(number: int, make_records: Any) -> None:
+    records = make_records([1 + i % 3 for i in range(1500)])
+    order = list(dict.fromkeys(record.image_id for record in records))
+    kept = some_images(records, number)
+    chosen = [order.index(image_id) for image_id in dict.fromkeys(record.image_id for record in kept)]
+    assert chosen == [i * 1500 // number for i in range(number)]  # evaluation/run.py's; of 751 the last is 1498
+    assert kept == [record for record in records if record.image_id in {order[i] for i in chosen}]
+
+
+def test_some_images_of_all(make_records: Any) -> None:
+    records = make_records([2, 1])
+    assert some_images(records, 0) == some_images(records, 2) == some_images(records, 9) == records
 
 
 def test_a_group_is_of_one_image(make_records: Any) -> None:
