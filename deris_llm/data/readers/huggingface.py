@@ -5,7 +5,8 @@
 `--mapping FIELD=COLUMN` says which column is what; `a.b` is the member `b` of column `a`, in a list that of each. Fields:
 `image` (a picture, embedded or by path), `phrase` (a text or a list), `raw` (as typed), the referents as one of `mask` (a
 picture, an array or an RLE), `masks` (a list of them), `polygons` (the parts of one object) and `rle`; `no_target`, `id`,
-`category`, `image_id`. What is not mapped is looked for under its own name. Every split of the dataset becomes one.
+`category`, `image_id`. `pairs` says which phrase means which mask where a row has several of both
+(`deris_llm.data.readers.pairs`). What is not mapped is looked for under its own name. Every split of the dataset becomes one.
 `--mapping json=COLUMN,COLUMN` names columns of text that hold JSON; they are parsed first, so that their members can be
 named (`polygons=raw_anns.segmentation`).
 
@@ -34,6 +35,7 @@ from deris_llm.data.readers.base import (
     checked_mapping,
     existing_image_folder,
 )
+from deris_llm.data.readers.pairs import Pairing, member
 
 _FIELDS = ("image", "phrase", "raw", "mask", "masks", "polygons", "rle", "no_target", "id", "category", "image_id")
 _MASK_FIELDS = ("masks", "mask", "polygons", "rle")
@@ -47,7 +49,8 @@ class HuggingFaceReader:
     notes: tuple[str, ...] = ()
 
     def __init__(self, options: SourceOptions) -> None:
-        self._mapping = checked_mapping(options, {name: name for name in _FIELDS} | {"json": ""})
+        self._mapping = checked_mapping(options, {name: name for name in _FIELDS} | {"json": "", "pairs": ""})
+        self._pairing = Pairing.of(self._mapping.pop("pairs"))
         self._json_columns = tuple(filter(None, self._mapping.pop("json").split(",")))
         self._splits = _load(options.source)
         for split, rows in self._splits.items():
@@ -69,18 +72,20 @@ class HuggingFaceReader:
             number = 0
             for table in rows.with_format("arrow").iter(batch_size=_ROWS):
                 for row in table.to_pylist():
-                    yield self._entry(split, number, row, rows.features)
+                    yield from self._entries_of(split, number, row, rows.features)
                     number += 1
 
     def _check_columns(self, options: SourceOptions, split: str, columns: list[str]) -> None:
-        named = [name for name in options.mapping if name != "json"]
-        wanted = [*self._json_columns, *(self._mapping[name].split(".")[0] for name in (*named, "image", "phrase"))]
+        named = [name for name in options.mapping if name not in ("json", "pairs")]
+        of_pairs = [path for path in (self._pairing.phrases, self._pairing.masks) if path]
+        paths = [*(self._mapping[name] for name in (*named, "image")), *(of_pairs or [self._mapping["phrase"]])]
+        wanted = [*self._json_columns, *(path.split(".")[0] for path in paths)]
         if missing := [name for name in wanted if name not in columns]:
             raise DataError(
                 f"--source {options.source}, split {split}: expected a column {missing[0]!r}, got {', '.join(columns)}. Say with "
                 f"--mapping which column is what, e.g. image={columns[0]}; fields: {', '.join(_FIELDS)}"
             )
-        if not any(self._mapping[name].split(".")[0] in columns for name in _MASK_FIELDS):
+        if not of_pairs and not any(self._mapping[name].split(".")[0] in columns for name in _MASK_FIELDS):
             raise DataError(
                 f"--source {options.source}, split {split}: expected a column for one of {', '.join(_MASK_FIELDS)}, got "
                 f"{', '.join(columns)}. Say with --mapping which, e.g. mask={columns[-1]}"
@@ -89,18 +94,19 @@ class HuggingFaceReader:
     def _has_embedded_pictures(self) -> bool:
         for rows in self._splits.values():
             for table in rows.with_format("arrow").iter(batch_size=1):
-                found = _member(table.to_pylist()[0], self._mapping["image"])
+                found = member(table.to_pylist()[0], self._mapping["image"])
                 return isinstance(found, dict) and found.get("bytes") is not None
         return False
 
     def _check_texts(self, split: str, row: Mapping[str, Any]) -> None:
         """Checks on the first row that no mapping asks for members of a text, or takes one for a mask."""
-        for field in _FIELDS:
-            path = self._mapping[field].split(".")
+        of_pairs = [("pairs", path) for path in (self._pairing.phrases, self._pairing.masks) if path]
+        for field, dotted in [*self._mapping.items(), *of_pairs]:
+            path = dotted.split(".")
             if path[0] in self._json_columns:
                 continue
             for depth in range(1, len(path) + 1):
-                found = _member(row, ".".join(path[:depth]))
+                found = member(row, ".".join(path[:depth]))
                 found = found[0] if isinstance(found, list) and found else found
                 is_json = isinstance(found, str) and found.lstrip()[:1] in ("{", "[")
                 if isinstance(found, str) and (depth < len(path) or (field in _MASK_FIELDS and is_json)):
@@ -111,13 +117,30 @@ class HuggingFaceReader:
                         f"json={','.join([*self._json_columns, path[0]])}"
                     )
 
-    def _entry(self, split: str, number: int, row: Mapping[str, Any], features: Any) -> SourceEntry | SourceFault:
+    def _entries_of(
+        self, split: str, number: int, row: Mapping[str, Any], features: Any
+    ) -> Iterator[SourceEntry | SourceFault]:
         where = f"{split} row {number}"
         try:
             row = self._parsed(row)
         except ValueError as error:
-            return SourceFault(where, split, "structure", str(error))
-        found = {name: _member(row, path) for name, path in self._mapping.items()}
+            yield SourceFault(where, split, "structure", str(error))
+            return
+        found = {name: member(row, path) for name, path in self._mapping.items()}
+        if found["id"] is None:
+            found["id"] = number
+        if not self._pairing.phrases:
+            yield self._entry(split, where, found, features)
+            return
+        pairs = self._pairing.fields_by_pair(row, found, number if isinstance(found["id"], list) else found["id"])
+        if isinstance(pairs, str):
+            yield SourceFault(where, split, "structure", pairs)
+            return
+        for number_of_pair, fields in enumerate(pairs):
+            fields = {**found, **fields, "phrase": fields["phrases"]}
+            yield self._entry(split, f"{where} pair {number_of_pair}", fields, features)
+
+    def _entry(self, split: str, where: str, found: Mapping[str, Any], features: Any) -> SourceEntry | SourceFault:
         texts, raws = found["phrase"], found["raw"]
         texts = texts if isinstance(texts, list) else [texts]
         raws = raws if isinstance(raws, list) else [raws]
@@ -131,7 +154,11 @@ class HuggingFaceReader:
             return SourceFault(where, split, "structure", f"expected `masks` to be a list, got {describe(masks)}")
         if given and given[0] == "masks":
             masks = [_mask("mask", mask) for mask in masks]
-        first_id = number if found["id"] is None else found["id"]
+        if given and not self._pairing.phrases:
+            paths = {"phrases": self._mapping["phrase"], "field": given[0], "path": self._mapping[given[0]]}
+            if (message := self._pairing.fault(texts, masks, **paths)) is not None:
+                return SourceFault(where, split, "structure", message, len(texts))
+        first_id = found["id"]
         return SourceEntry(
             where=where,
             split=split,
@@ -201,15 +228,6 @@ def _load(source: str) -> dict[str, Any]:
     return splits
 
 
-def _member(row: Any, path: str) -> Any:
-    for name in path.split("."):
-        if isinstance(row, list):
-            row = [each.get(name) if isinstance(each, dict) else None for each in row]
-        else:
-            row = row.get(name) if isinstance(row, dict) else None
-    return row
-
-
 def _mask(field: str, value: Any) -> Any:
     """A mask as the validation knows it: polygons, RLE, or the bytes of a picture."""
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
@@ -221,7 +239,8 @@ def _mask(field: str, value: Any) -> Any:
             array = np.asarray(value)
         except ValueError:  # rows of different lengths: polygons
             return value
-        if array.ndim == 2 and array.size and np.isin(array, (0, 1, 255)).all():  # no coordinates
+        is_mask = array.ndim == 2 and array.size > 0 and np.isin(array, (0, 1, 255)).all()  # no coordinates
+        if is_mask and not {1, 255} <= set(np.unique(array).tolist()):  # a label map is refused by the validation
             return encode_mask(array > 0)
     return value
 

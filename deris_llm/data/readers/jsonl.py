@@ -1,12 +1,13 @@
 """Reads a user's own JSONL: one line per picture and referents.
 
     {"image": "street/001.jpg", "phrase": "the red car", "polygons": [[10, 10, 60, 10, 60, 40]]}
-    {"image": "002.jpg", "phrases": ["both dogs", "the dogs"], "masks": [{"size": [480, 640], "counts": "..."}, "b.png"]}
+    {"image": "002.jpg", "phrase": "both dogs", "masks": [{"size": [480, 640], "counts": "..."}, "b.png"]}
     {"image": "003.jpg", "phrase": "the unicorn", "no_target": true, "split": "val", "id": "u-17"}
 
 Referents, one of: `polygons`, the parts of one object, [[x0, y0, x1, y1, ...], ...] in px; `rle`, one object as COCO RLE;
 `png`, one object as a picture of one channel, above 0 = inside; `masks`, a list of objects, each in one of these forms.
-`no_target: true` says that nothing is meant; a line that has no mask without saying so is an error.
+Where a line has several phrases and several masks, `--mapping pairs=...` says which means which
+(`deris_llm.data.readers.pairs`). `no_target: true` says that nothing is meant; a line that has no mask without saying so is an error.
 
 Optional: `id` (of the phrase; default: the line's number), `split` (default: the file's name), `width` and `height` (of
 the picture as annotated), `raw` (text as typed), `category`, `image_id` (only if other datasets use the same ids for the
@@ -41,6 +42,7 @@ from deris_llm.data.readers.base import (
     other_format,
     read_json_file,
 )
+from deris_llm.data.readers.pairs import Pairing, member
 
 FIELDS = (
     "image", "phrase", "phrases", "raw", "masks", "polygons", "rle", "png", "no_target", "id", "split", "width", "height",
@@ -69,7 +71,8 @@ class JsonlReader:
             )
         folder = source if source.is_dir() else source.parent
         self.image_folder = existing_image_folder(options.images or folder, why="beside the JSONL, or --images")
-        self._mapping = checked_mapping(options, {name: name for name in FIELDS})
+        self._mapping = checked_mapping(options, {name: name for name in FIELDS} | {"pairs": ""})
+        self._pairing = Pairing.of(self._mapping.pop("pairs"))
         mask_files, self._shared_splits = self._look_through(ImageFolder(self.image_folder, options.follow_links))
         self.files = (*self._files, *mask_files)
 
@@ -81,11 +84,30 @@ class JsonlReader:
                 if fault is not None:
                     yield SourceFault(where, file.stem, "structure", fault)
                 elif line is not None:
-                    yield self._entry(line, where, number, file.stem)
+                    yield from self._entries_of(line, where, number, file.stem)
 
-    def _entry(self, line: Mapping[str, Any], where: str, number: int, file_stem: str) -> SourceEntry | SourceFault:
+    def _entries_of(
+        self, line: Mapping[str, Any], where: str, number: int, file_stem: str
+    ) -> Iterator[SourceEntry | SourceFault]:
         found = {name: line[key] for name, key in self._mapping.items() if key in line}
-        split = found.get("split", file_stem)
+        if self._pairing.phrases:  # other fields may be members of the pairs too
+            members = {name: member(line, key) for name, key in self._mapping.items() if "." in key}
+            found |= {name: value for name, value in members.items() if value is not None}
+        found.setdefault("split", file_stem)
+        found.setdefault("id", f"{file_stem}-{number}" if str(found["split"]) in self._shared_splits else number)
+        if not self._pairing.phrases:
+            yield self._entry(line, found, where)
+            return
+        pairs = self._pairing.fields_by_pair(line, found, number if isinstance(found["id"], list) else found["id"])
+        if isinstance(pairs, str):
+            yield SourceFault(where, found["split"], "structure", pairs)
+            return
+        shared = {name: value for name, value in found.items() if name not in ("phrase", "phrases", *_MASK_FIELDS)}
+        for number_of_pair, fields in enumerate(pairs):
+            yield self._entry(line, {**shared, **fields}, f"{where} pair {number_of_pair}")
+
+    def _entry(self, line: Mapping[str, Any], found: Mapping[str, Any], where: str) -> SourceEntry | SourceFault:
+        split = found["split"]
 
         def fault(message: str) -> SourceFault:
             return SourceFault(where, split, "structure", message)
@@ -106,9 +128,13 @@ class JsonlReader:
             return fault(f"expected `masks` to be a list of objects' masks, got {describe(masks)}")
         if given and given != ["masks"]:
             masks = [masks]
+        if given and not self._pairing.phrases and "phrases" in found:
+            paths = {"phrases": self._mapping["phrases"], "field": given[0], "path": self._mapping[given[0]]}
+            if (message := self._pairing.fault(texts, masks, **paths)) is not None:
+                return fault(message)
         if not isinstance(found.get("no_target", False), bool):
             return fault(f"expected `no_target` to be true or false, got {found['no_target']!r}")
-        first_id = found.get("id", f"{file_stem}-{number}" if str(split) in self._shared_splits else number)
+        first_id = found["id"]
         return SourceEntry(
             where=where,
             split=split,
@@ -128,16 +154,24 @@ class JsonlReader:
         """Masks that are files of their own, as what they hold is part of the source; splits that several files hold."""
         found: dict[Path, None] = {}
         files_of: dict[str, set[Path]] = {}
-        keys = (self._mapping["png"], self._mapping["masks"])
+        paths = [path for path in (self._mapping["png"], self._mapping["masks"], self._pairing.masks) if path]
         for file in self._files:
             for _, line, _ in _records(file)[1]:
                 files_of.setdefault(str((line or {}).get(self._mapping["split"], file.stem)), set()).add(file)
-                for value in [line.get(key) for key in keys] if line else ():
-                    for mask in value if isinstance(value, list) else [value]:
-                        path = folder.file(mask)[0] if isinstance(mask, str) else None
+                for value in [line.get(path, member(line, path)) for path in paths] if line else ():
+                    for mask in _texts_in(value):
+                        path = folder.file(mask)[0]
                         if path is not None and os.path.isfile(path):  # False for names that no file can have
                             found[path] = None
         return tuple(found), {split for split, files in files_of.items() if len(files) > 1}
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts_in(each) if isinstance(each, (str, list)) else ()
 
 
 _Records = Iterator[tuple[int, dict[str, Any] | None, str | None]]

@@ -138,6 +138,45 @@ def test_what_load_dataset_reads(world: Any) -> None:
     assert [read_split(world.root, f"mine/{split}")[0].phrase for split in ("train", "test")] == ["train", "test"]
 
 
+def test_nested_samples(world: Any) -> None:
+    """Moondream's RefCOCO-M: one row per picture, its objects in a list."""
+    other = decode_segmentation([[24, 5, 36, 5, 36, 25, 24, 25]], 30, 40)
+    samples = [
+        {"category": "cat", "sentences": ["left", "the left one"], "mask": encode_mask(MASK)},
+        {"category": "dog", "sentences": ["right"], "mask": encode_mask(other)},
+    ]
+    source = _save(world, [{"image": _inside(_picture(0)), "samples": samples}])
+    for phrase, says in (
+        ("samples.category", "expected to be told which of 2 phrases means which of 2 masks"),
+        ("samples.sentences", "got lists of texts"),
+    ):
+        for field in ("masks", "mask"):
+            with pytest.raises(DataError, match=rf"{says}.* give --mapping pairs={phrase}:samples\.mask"):
+                world.prepare(source, format="hf", mapping={"phrase": phrase, field: "samples.mask"})
+    with pytest.raises(DataError, match="expected a column 'sample', got image, samples"):
+        world.prepare(source, format="hf", mapping={"pairs": "sample.sentences:samples.mask"})
+    assert world.is_untouched()
+    mapping = {"pairs": "samples.sentences:samples.mask", "category": "samples.category"}
+    world.prepare(source, format="hf", mapping=mapping)
+    records = read_split(world.root, "mine/train")
+    assert [(r.phrase_id.rpartition("/")[2], r.phrase, r.category) for r in records] == [
+        ("0-0-0", "left", "cat"), ("0-0-1", "the left one", "cat"), ("0-1", "right", "dog"),
+    ]  # fmt: skip
+    masks = [decode_segmentation(r.instances[0].segmentation, 30, 40) for r in records]
+    assert all(map(np.array_equal, masks, [MASK, MASK, other]))
+
+
+def test_an_array_of_labels_is_refused(world: Any) -> None:
+    world.pictures("a.png")
+    for number, high in enumerate((2, 255)):
+        labels = np.zeros((30, 40), int)
+        labels[5:9], labels[20:] = 1, high
+        source = world.folder / f"labels{number}"
+        datasets.Dataset.from_list([{"image": "a.png", "phrase": "x", "mask": labels.tolist()}]).save_to_disk(source)
+        with pytest.raises(DataError, match=f"expected 0 and one other value, got {high} and 1 besides 0"):
+            world.prepare(source, format="hf", images=world.folder)
+
+
 GOOD = {"image": "a.png", "phrase": "x", "polygons": SQUARE}
 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {

@@ -125,6 +125,87 @@ def test_a_byte_order_mark_at_the_beginning_is_skipped(world: Any) -> None:
     assert read_split(world.root, "mine/train")[0].phrase == "à la carte"
 
 
+RLE = encode_mask(decode_segmentation(OTHER, 30, 40))
+
+
+@pytest.mark.parametrize(
+    ("line", "pairs"),
+    [
+        ({"text": ["one", "two"], "mask": [SQUARE, OTHER]}, "text:mask"),
+        ({"text": ["one", "two"], "mask": [SQUARE[0], OTHER[0]]}, "text:mask"),  # a polygon each
+        ({"text": ["one", "two"], "mask": [SQUARE, RLE]}, "text:mask"),
+        ({"text": [["one"], ["two"]], "mask": [[SQUARE], ["other.png"]]}, "text:mask"),
+        ({"phrases": ["one", "two"], "masks": [SQUARE, RLE]}, "phrases:masks"),
+        ({"objects": [{"says": "one", "rle": SQUARE}, {"says": ["two"], "rle": RLE}]}, "objects.says:objects.rle"),
+    ],
+)
+def test_pairs(world: Any, line: dict[str, Any], pairs: str) -> None:
+    """The first phrase means the first mask; undeclared it is refused, for others mean that each phrase means all."""
+    folder = world.pictures("a.png")
+    Image.fromarray(decode_segmentation(OTHER, 30, 40).astype(np.uint8) * 255).save(folder / "other.png")
+    source = world.lines({"image": "a.png", **line})
+    made = world.prepare(source, mapping={"pairs": pairs})
+    first, second = read_split(world.root, "mine/train")
+    assert [(r.phrase_id, r.phrase) for r in (first, second)] == [("mine/train/1-0", "one"), ("mine/train/1-1", "two")]
+    assert all(map(np.array_equal, _masks(first), [decode_segmentation(SQUARE, 30, 40)]))
+    assert all(map(np.array_equal, _masks(second), [decode_segmentation(OTHER, 30, 40)]))
+    assert len(first.instances) == len(second.instances) == 1
+    assert any(f["file"] == "other.png" for f in made.manifest["source"]["files"]) == ("other.png" in str(line))
+
+
+@pytest.mark.parametrize("field", ["masks", "polygons"])
+def test_parallel_lists_are_refused_or_declared_common(world: Any, field: str) -> None:
+    world.pictures("a.png")
+    masks = [SQUARE, OTHER] if field == "masks" else [SQUARE[0], OTHER[0]]
+    source = world.lines({"image": "a.png", "text": ["one", "two"], "mask": masks})
+    mapping = {"phrases": "text", field: "mask"}
+    ask = (
+        r"line 1: expected to be told which of 2 phrases means which of 2 masks, got two lists: if the first phrase means the first "
+        r"mask, give --mapping pairs=text:mask; if every phrase means all masks, give --mapping pairs=all"
+    )
+    with pytest.raises(DataError, match=ask):
+        world.prepare(source, mapping=mapping)
+    assert world.is_untouched()
+    world.prepare(source, mapping={**mapping, "pairs": "all"})
+    both = decode_segmentation(SQUARE, 30, 40) | decode_segmentation(OTHER, 30, 40)
+    for record in read_split(world.root, "mine/train"):
+        assert len(record.instances) == (2 if field == "masks" else 1)
+        assert np.array_equal(np.any(_masks(record), axis=0), both)
+
+
+def test_fields_of_pairs(world: Any) -> None:
+    world.pictures("a.png")
+    samples = [
+        {"id": "p", "text": ["one", "two"], "raw": ["One", "Two"], "mask": SQUARE, "kind": "cat", "none": False},
+        {"id": "q", "text": ["three"], "raw": ["Three"], "mask": None, "kind": "dog", "none": True},
+    ]
+    mapping = {"pairs": "s.text:s.mask", "raw": "s.raw", "category": "s.kind", "id": "s.id", "no_target": "s.none"}
+    world.prepare(world.lines({"image": "a.png", "s": samples}), mapping=mapping)
+    records = read_split(world.root, "mine/train", phrase_field="raw")
+    assert [(r.phrase_id.rpartition("/")[2], r.phrase, r.category, r.is_no_target) for r in records] == [
+        ("p-0", "One", "cat", False), ("p-1", "Two", "cat", False), ("q", "Three", "dog", True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "pairs", "says"),
+    [
+        ({"text": ["a"], "mask": [SQUARE, OTHER]}, "text:mask", "as many phrases as masks, .*, got 1 and 2"),
+        ({"text": "a", "mask": [SQUARE]}, "text:mask", "expected a list in `text`, as --mapping pairs says, got str 'a'"),
+        ({"text": ["a"], "mask": [SQUARE]}, "text:masks", "expected a list in `masks`, .* got NoneType"),
+        ({"text": ["a"], "mask": [None]}, "text:mask", "expected a mask, or the word that there is no target"),
+        ({"text": ["a"], "mask": [SQUARE]}, "text", "expected PHRASES:MASKS or all, got neither"),
+        ({"text": [["a"], ["b"]], "mask": [SQUARE]}, "", "got lists of texts: .* give --mapping pairs=text:mask"),
+    ],
+)
+def test_bad_pairs(world: Any, line: dict[str, Any], pairs: str, says: str) -> None:
+    world.pictures("a.png")
+    mapping = {"pairs": pairs} if pairs else {"phrases": "text", "masks": "mask"}
+    with pytest.raises(DataError, match=says):
+        world.prepare(world.lines({"image": "a.png", **line}), mapping=mapping)
+    assert world.is_untouched()
+
+
 GOOD = {"image": "a.png", "phrase": "a thing", "polygons": SQUARE}
 
 BROKEN = {
