@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
-FORMAT_NAMES = ("refer", "seqtr", "hf", "coco", "jsonl")
+FORMAT_NAMES = ("refer", "seqtr", "hf", "coco", "labelme", "cvat", "jsonl")
 """Those of `deris_llm.data.readers.registry.FORMATS`, whose readers are imported when they are needed."""
 
 

@@ -70,9 +70,9 @@ class CocoReader:
                     wanted[split, image["id"]] = _of_url(image["coco_url"], file, images)
             notes += [f"{file}: read as split {split}"] if split != file.stem.removeprefix("instances_") else []
             notes += _namesakes(split, tables)
-        found, self._names = find_pictures(wanted, follow_links=options.follow_links)
-        self.image_folder = found or images or self.files[0].parent
-        self.notes = tuple(notes)
+        self._pictures = find_pictures(wanted, follow_links=options.follow_links)
+        self.image_folder = self._pictures.folder or images or self.files[0].parent
+        self.notes = (*notes, *self._pictures.notes)
 
     def _read(self, file: Path) -> CocoTables:
         tables = coco_tables(read_json_file(file))
@@ -112,7 +112,7 @@ class CocoReader:
         for image in tables.images.values():
             objects = [self._object(split, each, names) for each in by_image.get(image["id"], [])]
             size_hw = (image["height"], image["width"])
-            yield from entries_of_picture(str(image["id"]), split, self._names[split, image["id"]], size_hw, objects)
+            yield from entries_of_picture(str(image["id"]), split, self._pictures.names[split, image["id"]], size_hw, objects)
 
     def _object(self, split: str, annotation: dict[str, Any], names: dict[int | None, str]) -> LabelledObject:
         category = _category(annotation)

@@ -10,16 +10,19 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from deris_llm.data.pictures import ImageFolder, portable_name
+import numpy as np
+
+from deris_llm.data.errors import DataError
+from deris_llm.data.masks import decode_segmentation, encode_mask
+from deris_llm.data.pictures import ImageFolder, portable_name, safe_path
 from deris_llm.data.readers.base import SourceEntry, SourceInstance, SourcePhrase
-
-Key = TypeVar("Key", bound=Hashable)
 
 _SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -79,33 +82,55 @@ def entries_of_picture(
         )
 
 
-def find_pictures(
-    wanted: Mapping[Key, tuple[Any, Sequence[Path]]], *, follow_links: bool
-) -> tuple[Path | None, dict[Key, Any]]:
+@dataclass(frozen=True, eq=False)
+class FoundPictures:
+    """Where the pictures of a source are."""
+
+    folder: Path | None  # holds all folders with pictures; None: no folder that was asked for exists
+    names: Mapping[Any, Any]  # key -> name below the folder
+    notes: tuple[str, ...]  # what was found in another way than by its whole name
+
+
+def find_pictures(wanted: Mapping[Any, tuple[Any, Sequence[Path]]], *, follow_links: bool) -> FoundPictures:
     """Finds pictures whose folder is not said.
 
-    Args:
-        wanted: a name and the folders where it may be, likeliest first; those that do not exist are passed over.
-        follow_links: as of `ImageFolder`.
+    A picture that is not there by its whole name is looked for by the last part of it, if no other name ends so. One that
+    is nowhere is named below its first folder, for the message that it is missing.
 
-    Returns:
-        The folder that holds all of the folders with pictures, None if there is no folder; and each name below it. A
-        picture that is nowhere is named below its first folder, for the message that it is missing.
+    Args:
+        wanted: key -> a name and the folders where it may be, likeliest first; those that do not exist are passed over.
+        follow_links: as of `ImageFolder`.
     """
-    chosen: dict[Key, tuple[Any, Path]] = {}
     is_dir = cache(Path.is_dir)
-    for key, (name, folders) in wanted.items():
+    ends = Counter(
+        (name.rpartition("/")[2], folders)
+        for name, folders in {(portable_name(n), tuple(f)) for n, f in wanted.values() if isinstance(n, str)}
+    )
+    names: dict[Any, tuple[Any, Path]] = {}
+    by_end: list[str] = []
+    for key, (given, folders) in wanted.items():
         there = [folder for folder in folders if is_dir(folder)]
-        if there:
-            chosen[key] = (name, next((folder for folder in there if _holds(folder, name, follow_links)), there[0]))
-    if not chosen:
-        return None, {key: name for key, (name, _) in wanted.items()}
-    root = Path(os.path.commonpath({str(folder.absolute()) for _, folder in chosen.values()}))
-    prefixes = {folder: os.path.relpath(folder.absolute(), root) for _, folder in chosen.values()}
-    return root, {
-        key: f"{prefixes[folder]}/{portable_name(name)}" if isinstance(name, str) and prefixes[folder] != "." else name
-        for key, (name, folder) in chosen.items()
+        name = portable_name(given) if isinstance(given, str) else given
+        if not there:
+            continue
+        found = next((folder for folder in there if _holds(folder, name, follow_links)), None)
+        if found is None and isinstance(name, str) and safe_path(there[0], name, follow_links=True)[0] is not None:
+            end = name.rpartition("/")[2]
+            if ends[end, tuple(folders)] == 1:
+                found = next((folder for folder in there if _holds(folder, end, follow_links)), None)
+            by_end += [f"{name} as {end}"] if found is not None else []
+            name = name if found is None else end
+        names[key] = (name, found or there[0])
+    if not names:
+        return FoundPictures(None, {key: name for key, (name, _) in wanted.items()}, ())
+    root = Path(os.path.commonpath({str(folder.absolute()) for _, folder in names.values()}))
+    prefix = cache(lambda folder: os.path.relpath(folder.absolute(), root))
+    below = {
+        key: f"{prefix(folder)}/{name}" if isinstance(name, str) and prefix(folder) != "." else name
+        for key, (name, folder) in names.items()
     }
+    said = (f"{len(by_end):,} pictures were found by the last part of their names, e.g. {by_end[0]}",) if by_end else ()
+    return FoundPictures(root, {key: below.get(key, name) for key, (name, _) in wanted.items()}, said)
 
 
 def _holds(folder: Path, name: Any, follow_links: bool) -> bool:
@@ -131,3 +156,77 @@ def ellipse(x: float, y: float, rx: float, ry: float, *, degrees: float = 0.0) -
 def _turned(points: Sequence[tuple[float, float]], x: float, y: float, degrees: float) -> list[float]:
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return [value for dx, dy in points for value in (x + dx * cos - dy * sin, y + dx * sin + dy * cos)]
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """A drawn shape; shapes of one label and group are parts of one object."""
+
+    where: str
+    label: Any
+    group: Any  # None: an object of its own
+    mask: Any  # polygons or RLE
+    caption: str | None = None
+
+
+def objects_of_shapes(name: str, shapes: Sequence[Shape], size_hw: tuple[int, int] | None) -> list[LabelledObject]:
+    """Joins the parts of objects; an object's text is the first that a part of it has.
+
+    Raises:
+        ValueError: parts that must be drawn to be joined, and cannot.
+    """
+    parts: dict[Any, list[Shape]] = {}
+    for number, shape in enumerate(shapes):
+        parts.setdefault(number if shape.group is None else (shape.label, shape.group), []).append(shape)
+    return [
+        LabelledObject(
+            name=f"{name}#{number}",
+            label=members[0].label,
+            mask=members[0].mask if len(members) == 1 else _joined([each.mask for each in members], size_hw),
+            caption=next((each.caption for each in members if each.caption), None),
+            where=members[0].where,
+        )
+        for number, members in enumerate(parts.values())
+    ]
+
+
+def _joined(masks: Sequence[Any], size_hw: tuple[int, int] | None) -> Any:
+    if all(isinstance(mask, list) for mask in masks):
+        return [polygon for mask in masks for polygon in mask]
+    if size_hw is None:
+        raise ValueError("expected the picture's size where an object has several masks, got none")
+    return encode_mask(np.logical_or.reduce([decode_segmentation(mask, *size_hw) for mask in masks]))
+
+
+def pasted(crop: np.ndarray, left: int, top: int, size_hw: tuple[int, int] | None) -> dict[str, Any]:
+    """The RLE of a mask that was cut out of its picture's size.
+
+    Args:
+        crop: bool (h, w).
+        left: px, of its first column.
+        top: px, of its first row.
+        size_hw: px, of the picture.
+
+    Raises:
+        ValueError: it does not lie within the picture, or its size is not known.
+    """
+    height, width = crop.shape
+    if size_hw is None or left < 0 or top < 0 or top + height > size_hw[0] or left + width > size_hw[1]:
+        raise ValueError(f"expected a mask within the picture, {size_hw} px, got {(height, width)} px at row {top}, column {left}")
+    whole = np.zeros(size_hw, bool)
+    whole[top : top + height, left : left + width] = crop
+    return encode_mask(whole)
+
+
+def takes_boxes(mapping: Mapping[str, str]) -> bool:
+    """What ``boxes`` of a mapping says: whether a box is the mask of what fills it.
+
+    Raises:
+        DataError: neither yes nor no.
+    """
+    if mapping["boxes"] not in ("masks", "refused"):
+        raise DataError(f"--mapping boxes={mapping['boxes']}: expected masks or refused, got another. Correct it")
+    return mapping["boxes"] == "masks"
+
+
+NO_MASK = "a box is no mask; if it was drawn for something that fills it, take boxes with --mapping boxes=masks"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from deris_llm.data.errors import DataError
 from deris_llm.data.readers.base import SourceOptions, SourceReader
 from deris_llm.data.readers.coco import CocoReader
+from deris_llm.data.readers.cvat import CvatReader
 from deris_llm.data.readers.huggingface import HuggingFaceReader
 from deris_llm.data.readers.jsonl import JsonlReader
+from deris_llm.data.readers.labelme import LabelmeReader
 from deris_llm.data.readers.refer import ReferReader
 from deris_llm.data.readers.seqtr import SeqtrReader
 
@@ -15,6 +17,8 @@ FORMATS = {
     "seqtr": SeqtrReader,
     "hf": HuggingFaceReader,
     "coco": CocoReader,
+    "labelme": LabelmeReader,
+    "cvat": CvatReader,
     "jsonl": JsonlReader,
 }
 """Format name -> its reader."""

@@ -122,6 +122,18 @@ def test_names_as_label_studio_writes_them(world: Any, coco: Any, name: str) -> 
     assert Path(read_split(world.root, "mine/result")[0].image_path) == world.folder / "images/a.png"
 
 
+def test_pictures_in_a_folder_of_another_name(world: Any, coco: Any) -> None:
+    world.pictures("a.png", "c.png", folder=world.folder / "imgs")
+    for image, name in zip(coco["images"], ("images/a.png", "images/c.png"), strict=True):
+        image["file_name"] = name
+    made = world.prepare(_write(world, coco), format="coco", images=world.folder / "imgs")
+    assert Path(read_split(world.root, "mine/train")[0].image_path) == world.folder / "imgs/a.png"
+    assert made.manifest["notes"] == ["2 pictures were found by the last part of their names, e.g. images/a.png as a.png"]
+    coco["images"][1]["file_name"] = "more/a.png"  # which of both a.png is, nothing says
+    with pytest.raises(DataError, match=r"picture .*imgs/images/a\.png: expected a picture, got no file"):
+        world.prepare(_write(world, coco), "two", format="coco", images=world.folder / "imgs")
+
+
 def test_categories_of_one_name_are_one(world: Any, coco: Any) -> None:
     coco["categories"][1]["name"] = "dog"
     del coco["annotations"][2]
