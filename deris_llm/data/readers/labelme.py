@@ -186,8 +186,9 @@ class LabelmeReader:
             (x0, y0), (x1, y1) = points
             return [rectangle(x0, y0, x1, y1)]
         if kind == "circle":
-            radius = math.dist(*points)
-            return [ellipse(*points[0], radius, radius)]
+            (x, y), edge = points
+            radius = math.dist((x, y), edge)
+            return [ellipse(x, y, radius, radius)]
         return _decoded(shape.get("mask"), flat, size_hw)
 
 
