@@ -160,6 +160,7 @@ class ReferringRecord:
     height: int  # px
     phrase: str  # the referring expression, as the protocol's text field has it
     instances: tuple[InstanceAnnotation, ...]  # the referents; empty = no target
+    crowds: tuple[InstanceAnnotation, ...] = ()  # further referents that gRefCOCO's own API leaves out (iscrowd=1)
     # What only breakdowns and files of predictions ask for; None where the source does not say.
     category: str | None = field(default=None, compare=False)  # the referents' class; None too if they have several
     num_same_class: int | None = field(default=None, compare=False)  # other objects of their classes in the picture

@@ -9,7 +9,7 @@ from pathlib import Path
 from deris_llm.data import refer
 from deris_llm.data.errors import DataError
 from deris_llm.data.prepared import ARROW_FOLDER, Manifest, PreparedSplit, file_sha256, find_manifest, prepared_sets
-from deris_llm.data.sources import check_root, count_refs, images_of_split, split_names
+from deris_llm.data.sources import check_root, count_refs, images_of_split, split_names, split_notes
 
 KNOWN_COUNTS: dict[str, tuple[int, int, int]] = {
     "refcoco/train": (42_404, 120_624, 16_994),
@@ -58,6 +58,7 @@ class SplitCounts:
     num_images_in_train: int  # of its own dataset's train split; 0 for train itself
     num_no_target: int = 0  # phrases that name nothing
     problem: str | None = None
+    notes: tuple[str, ...] = ()  # what must be read with the split's numbers
     source: str = ""  # the file that these counts come from, with size and hash
 
     @property
@@ -119,7 +120,14 @@ def check_data(root: str | Path, datasets: Sequence[str] | None = None) -> list[
             train_images |= images if split == "train" else set()
             counts.append(
                 SplitCounts(
-                    name, count_refs(root, name), num_phrases, len(images), shared, num_no_target, source=source
+                    name,
+                    count_refs(root, name),
+                    num_phrases,
+                    len(images),
+                    shared,
+                    num_no_target,
+                    notes=split_notes(root, name),
+                    source=source,
                 )
             )
     return counts

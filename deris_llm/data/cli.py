@@ -233,8 +233,9 @@ def run_check(arguments: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for split in counts:
-        if split.problem:
-            console.print(split.problem, markup=False, highlight=False)
+        for said in (split.problem, *(f"{split.name}: {note}" for note in split.notes)):
+            if said:
+                console.print(said, markup=False, highlight=False)
     is_synthetic = (arguments.root / "world.json").is_file()  # of `data synth`: nobody takes it for the published one
     for difference in () if is_synthetic else differences(counts):
         console.print(difference, markup=False, highlight=False)

@@ -29,6 +29,17 @@ _ASK = (
 )
 
 
+class NoPixel(str):
+    """A fault of a mask that is well formed and of this picture, but of which no pixel is drawn."""
+
+    __slots__ = ()
+
+
+def empty_rle(height: int, width: int) -> dict[str, Any]:
+    """The mask that covers no pixel of a picture."""
+    return {"size": [height, width], "counts": [height * width]}
+
+
 def decode_segmentation(segmentation: object, height: int, width: int) -> np.ndarray:
     """Draws a COCO segmentation.
 
@@ -79,17 +90,19 @@ def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[
     out, as long as another part shows something.
 
     Returns:
-        the segmentation without its degenerate parts, and what makes it unusable or None.
+        the segmentation without its degenerate parts, and what makes it unusable (a `NoPixel` if only that) or None.
     """
     try:
         if isinstance(segmentation, dict):
             is_empty = coco_mask.area(_checked_rle(segmentation, height, width)) == 0
-            return segmentation, "its RLE mask is empty" if is_empty else None
+            return segmentation, NoPixel("its RLE mask is empty") if is_empty else None
+        if segmentation == []:
+            return segmentation, NoPixel("it has no polygon")
         if not isinstance(segmentation, list) or not segmentation:
             return segmentation, f"expected polygons or RLE, got {describe(segmentation)}"
         parts = [polygon for polygon in map(_checked_polygon, segmentation) if len(polygon) >= 6]
         if not parts:
-            return parts, "none of its polygons has three points"
+            return parts, NoPixel("none of its polygons has three points")
         for polygon in parts:
             _check_even(polygon)
         reaches_out = _reaches_out(parts, height, width)
@@ -100,7 +113,7 @@ def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[
     except ValueError as error:
         return segmentation, str(error).removeprefix(_HEAD)
     where = f"lie outside the image ({width} x {height} px)" if reaches_out else f"cover no pixel (area {area:.3g} px)"
-    return parts, f"its polygons {where}" if is_empty else None
+    return parts, NoPixel(f"its polygons {where}") if is_empty else None
 
 
 def polygons_in_px(polygons: list[Any], height: int, width: int) -> list[list[float]]:

@@ -10,25 +10,32 @@ Every picture, those of val and test too, is one of COCO's train2014. ``ref["fil
 and is not read; the picture's name is that of ``instances.json``.
 
 A ref of gRefCOCO has a list of annotation ids: [-1] says that its phrases name nothing in the picture; each of several
-ids is a referent of its own.
+ids is a referent of its own. Crowds (iscrowd=1) beside other referents are no referents, as in gRefCOCO's own API; a record
+keeps them apart (`ReferringRecord.crowds`), for protocols that take them.
+
+A referent of which no pixel is drawn does not stop a split: its phrase keeps the others, or has an empty truth where there
+are none, as in the public APIs. `split_notes` counts and names such referents and crowds.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from deris_llm.data.coco_tables import CocoTables, coco_tables
 from deris_llm.data.errors import DataError, bad_records_error, check_is_split, describe, missing_path_error
-from deris_llm.data.masks import usable_segmentation
+from deris_llm.data.masks import NoPixel, empty_rle, usable_segmentation
 from deris_llm.interop.unpickle import load_plain_pickle
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
+
+logger = logging.getLogger(__name__)
 
 DATASETS: Mapping[str, tuple[str, str]] = {
     "refcoco": ("refcoco", "unc"),
@@ -87,7 +94,18 @@ def read_split(root: str | Path, name: str, *, phrase_field: Literal["sent", "ra
     """
     check_split(root, name)
     dataset, _, split = name.partition("/")
-    return list(_read_split(Path(root), dataset, split, phrase_field, _stamps(Path(root), dataset)))
+    return list(_read_split(Path(root), dataset, split, phrase_field, _stamps(Path(root), dataset))[0])
+
+
+def split_notes(root: str | Path, name: str) -> tuple[str, ...]:
+    """What must be read with a split's numbers: how many of its referents are crowds or draw no pixel, and which.
+
+    Raises:
+        DataError: as `read_split`.
+    """
+    check_split(root, name)
+    dataset, _, split = name.partition("/")
+    return _read_split(Path(root), dataset, split, "sent", _stamps(Path(root), dataset))[1]
 
 
 def check_split(root: str | Path, name: str) -> None:
@@ -188,6 +206,7 @@ class LoadedDataset:
     classes: dict[int, int]  # annotation id -> category id
     class_names: dict[int, str]  # category id -> name
     class_counts: Counter[tuple[int, int]]  # (image id, category id) -> annotations, referred or not, crowds left out
+    crowds: frozenset[int]  # annotation ids with iscrowd=1
     repeated: dict[tuple[str, int], str]  # (table, id) of different records -> which; they are in no other field
 
 
@@ -261,6 +280,7 @@ def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> LoadedDataset:
         classes={a["id"]: a["category_id"] for a in classed if a["id"] in wanted},
         class_names={number: category["name"] for number, category in tables.categories.items()},
         class_counts=Counter((a["image_id"], a["category_id"]) for a in classed if not a.get("iscrowd")),
+        crowds=frozenset(a["id"] for a in annotations if a["id"] in wanted and a.get("iscrowd")),
         repeated={(fault.table, fault.id): fault.message for fault in tables.faults if fault.id is not None},
     )
 
@@ -323,10 +343,22 @@ def annotation_ids_of(ref: Mapping[str, Any], dataset: str) -> tuple[list[int], 
     return found, None
 
 
+def without_crowds(loaded: LoadedDataset, dataset: str, annotation_ids: list[int]) -> tuple[list[int], list[int]]:
+    """The referents among some annotations, and the crowds that gRefCOCO's own API leaves out.
+
+    A phrase that names crowds alone keeps them: the public code cannot open it, so there is no number to agree with.
+    """
+    crowds = [i for i in annotation_ids if i in loaded.crowds] if dataset in GENERALISED_DATASETS else []
+    if len(crowds) == len(annotation_ids):
+        return annotation_ids, []
+    return [i for i in annotation_ids if i not in crowds], crowds
+
+
 @lru_cache(maxsize=32)
 def _read_split(
     root: Path, dataset: str, split: str, phrase_field: str, stamps: tuple[tuple[str, int, int], ...]
-) -> tuple[ReferringRecord, ...]:
+) -> tuple[tuple[ReferringRecord, ...], tuple[str, ...]]:
+    """The records, and the split's notes."""
     loaded = _load_stamped(stamps)
     refs_file, instances_file = refs_path(root, dataset), refs_path(root, dataset).parent / "instances.json"
     image_folder = find_image_folder(root)
@@ -334,6 +366,7 @@ def _read_split(
     records: list[ReferringRecord] = []
     problems: list[str] = []
     usable: dict[int, tuple[InstanceAnnotation | None, int, str | None]] = {}
+    left_out = LeftOut()
     num_phrases = 0
     for ref in loaded.splits[split]:
         num_phrases += len(ref["sentences"])
@@ -348,20 +381,24 @@ def _read_split(
         if problem is not None or image is None:
             problems.append(f"{where}: {problem}")
             continue
-        instances: list[InstanceAnnotation] = []
+        found: dict[int, InstanceAnnotation] = {}
         for annotation_id in annotation_ids:
             if annotation_id not in usable:
                 usable[annotation_id] = _checked_annotation(loaded, annotation_id, instances_file)
             annotation, image_id, fault = usable[annotation_id]
-            if fault is None and image_id != ref["image_id"]:
+            if image_id not in (None, ref["image_id"]):
                 fault = f"ann_id {annotation_id} belongs to image {image_id}, the ref to image {ref['image_id']}"
-            if fault is not None or annotation is None:
+            if annotation is None or (fault is not None and not isinstance(fault, NoPixel)):
                 problems.append(f"{where}: {fault}")
                 break
-            instances.append(annotation)
-        if len(instances) != len(annotation_ids):
+            found[annotation_id] = annotation
+        if len(found) != len(annotation_ids):
             continue
-        category, num_same_class = classes_of(loaded, ref["image_id"], annotation_ids)
+        kept, crowds = without_crowds(loaded, dataset, annotation_ids)
+        drawn = [i for i in kept if usable[i][2] is None]
+        left_out.crowds += [f"ann_id {i} (ref_id {ref['ref_id']})" for i in crowds]
+        left_out.without_pixel += [f"{usable[i][2]} (ref_id {ref['ref_id']})" for i in kept if usable[i][2] is not None]
+        category, num_same_class = classes_of(loaded, ref["image_id"], kept)
         for sentence in ref["sentences"]:
             phrase = sentence.get(phrase_field)
             if "sent_id" not in sentence:
@@ -382,7 +419,8 @@ def _read_split(
                     width=image.width,
                     height=image.height,
                     phrase=phrase.strip(),
-                    instances=tuple(instances),
+                    instances=tuple(found[i] for i in drawn or kept),
+                    crowds=tuple(found[i] for i in crowds if usable[i][2] is None),
                     category=category,
                     num_same_class=num_same_class,
                     ref_id=ref["ref_id"] if isinstance(ref["ref_id"], int) else None,
@@ -392,7 +430,9 @@ def _read_split(
     problems.extend(f"phrase {name} occurs {count} times" for name, count in counts.items() if count > 1)
     if problems:
         raise bad_records_error(f"{refs_file} ({dataset}/{split})", problems, num_records=num_phrases)
-    return tuple(records)
+    if left_out.without_pixel:
+        logger.warning("%s/%s: %s", dataset, split, left_out.notes()[-1])
+    return tuple(records), tuple(left_out.notes())
 
 
 def classes_of(loaded: LoadedDataset, image_id: int, annotation_ids: Sequence[int]) -> tuple[str | None, int | None]:
@@ -406,19 +446,49 @@ def classes_of(loaded: LoadedDataset, image_id: int, annotation_ids: Sequence[in
 
 def _checked_annotation(
     loaded: LoadedDataset, annotation_id: int, instances_file: Path
-) -> tuple[InstanceAnnotation | None, int, str | None]:
-    """The annotation, the id of its image, and what makes it unusable or None."""
+) -> tuple[InstanceAnnotation | None, int | None, str | None]:
+    """The annotation, the id of its image, and what makes it unusable or None; a `NoPixel` leaves an empty mask."""
     if annotation_id not in loaded.annotations:
         unknown = f"ann_id {annotation_id} is not among the annotations of {instances_file}"
-        return None, -1, loaded.repeated.get(("annotations", annotation_id), unknown)
+        return None, None, loaded.repeated.get(("annotations", annotation_id), unknown)
     image_id, segmentation = loaded.annotations[annotation_id]
     if image_id not in loaded.images:
-        return None, image_id, f"ann_id {annotation_id} belongs to image {image_id}, which {instances_file} has not"
+        return None, None, f"ann_id {annotation_id} belongs to image {image_id}, which {instances_file} has not"
     image = loaded.images[image_id]
     segmentation, fault = usable_segmentation(segmentation, image.height, image.width)
+    if isinstance(fault, NoPixel):
+        empty = InstanceAnnotation(annotation_id, empty_rle(image.height, image.width))
+        return empty, image_id, NoPixel(f"ann_id {annotation_id} of {image.file_name}: {fault}")
     if fault:
         return None, image_id, f"ann_id {annotation_id} of {image.file_name}: {fault}"
     return InstanceAnnotation(annotation_id, segmentation), image_id, None
+
+
+@dataclass
+class LeftOut:
+    """Referents of a split that are not in the truth of their phrases; each says where it is."""
+
+    crowds: list[str] = field(default_factory=list)
+    without_pixel: list[str] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """A sentence for each kind that is there."""
+        notes = []
+        if self.crowds:
+            notes.append(
+                f"{len(self.crowds):,} referents are crowds beside others; protocols with crowds: left_out (the default, as gRefCOCO's "
+                f"own API and ReLA) do not count them: {_first_ten(self.crowds)}"
+            )
+        if self.without_pixel:
+            notes.append(
+                f"{len(self.without_pixel):,} referents draw no pixel; their phrases keep the others, or an empty truth where there "
+                f"are none: {_first_ten(self.without_pixel)}"
+            )
+        return notes
+
+
+def _first_ten(names: Sequence[str]) -> str:
+    return "; ".join(names[:10]) + (f"; and {len(names) - 10:,} more" if len(names) > 10 else "")
 
 
 @lru_cache(maxsize=4)

@@ -204,7 +204,7 @@ def compared(
         P predictions.
     """
     referents = decoded_referents(asked)
-    truths = [np.logical_or.reduce(masks, axis=0) for masks in referents]
+    truths = {crowds: merged_truths(asked, crowds) for crowds in {protocol.crowds for protocol in protocols}}
     originals = {
         rule: _answers(output, rule, [(record.height, record.width) for record in asked])
         for rule in dict.fromkeys(protocol.rule for protocol in protocols)
@@ -219,7 +219,7 @@ def compared(
             protocol,
             output,
             originals[protocol.rule],
-            truths,
+            truths[protocol.crowds],
             oracle_queries,
             boxes[protocol.rule],
             keeps_masks=protocol.rule != protocols[0].rule or not protocol.compares_finished_masks,
@@ -252,7 +252,7 @@ def compared(
                 },
                 instance_boxes=boxes[protocols[0].rule][i],
                 other_answers={name: row.other for name, row in found.items() if row.other is not None},
-                truth_px=int(np.count_nonzero(truths[i])),
+                truth_px=int(np.count_nonzero(truths[protocols[0].crowds][i])),
             )
         )
     return predictions
@@ -347,7 +347,16 @@ def control_phrases(records: Sequence[ReferringRecord]) -> dict[str, str]:
 
 def merged_truth(record: ReferringRecord) -> np.ndarray:
     """Union of a phrase's referents, bool (height, width) of the original picture; all False for no target."""
-    return np.logical_or.reduce(decoded_referents([record])[0], axis=0)
+    return merged_truths([record], "left_out")[0]
+
+
+def merged_truths(
+    records: Sequence[ReferringRecord], crowds: typing.Literal["left_out", "in_truth"]
+) -> list[np.ndarray]:
+    """Unions of the phrases' referents, bool (height, width); with what a protocol says of crowds."""
+    if crowds == "in_truth":
+        records = [dataclasses.replace(each, instances=each.instances + each.crowds) for each in records]
+    return [np.logical_or.reduce(masks, axis=0) for masks in decoded_referents(records)]
 
 
 def decoded_referents(records: Sequence[ReferringRecord]) -> list[np.ndarray]:

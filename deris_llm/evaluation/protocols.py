@@ -48,6 +48,9 @@ class Protocol:
     # leaves all numbers, as in some papers, and every number says how many did
     miss: Literal["empty_mask", "dropped"] = "empty_mask"
     presence: PresenceUse = "none"  # what the presence has to say in the selection
+    # crowds (iscrowd=1) that a phrase of gRefCOCO names beside other objects. left_out: they are not in the truth, as in
+    # gRefCOCO's own API and ReLA; in_truth: they are. RefCOCO, RefCOCO+ and RefCOCOg name no crowd
+    crowds: Literal["left_out", "in_truth"] = "left_out"
 
     def size_hw(self, height: int, width: int) -> tuple[int, int]:
         """Size (h, w) in px at which the masks of a picture of this size are compared."""
@@ -92,8 +95,9 @@ class Protocol:
     def fingerprint(self) -> str:
         """Eight hex digits over all fields, the same on every machine."""
         fields = dataclasses.asdict(self)
-        if self.presence == "none":  # younger than published fingerprints, which all mean this
-            del fields["presence"]
+        for name, meant in (("presence", "none"), ("crowds", "left_out")):
+            if fields[name] == meant:  # younger than published fingerprints, which all mean this
+                del fields[name]
         text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -131,13 +135,17 @@ class Protocol:
             "empty_mask": "A miss is an empty mask and counts IoU 0; no phrase is dropped",
             "dropped": "PHRASES WITHOUT AN ANSWER ARE DROPPED from every number (n_dropped)",
         }[self.miss]
+        crowds = {
+            "left_out": "crowds beside other referents are left out of the truth",
+            "in_truth": "crowds are in the truth",
+        }
         binary = "" if self.selection == "given" else ", binary at probability >= 0.5"
         return (
             f"protocol `{self.id}` ({self.fingerprint()}): IoU per phrase (`{self.text_field}` text) {where}{binary}. "
             f"The answer is {answer}. {miss}. mIoU: mean over phrases; oIoU: sum I / sum U; Pr@X: share with IoU >= X; "
-            f"percent. gRefCOCO: a phrase without a target counts IoU 1 if none is answered, else 0; gIoU: mean over "
-            f"phrases; cIoU: sum I / sum U; N-acc, T-acc: share of the phrases without, with a target that are answered so; "
-            f"Pr@X: of the phrases with a target; F1: share whose boxes around the masks all match at generalised IoU >= 0.5."
+            f"percent. gRefCOCO: {crowds[self.crowds]}; a phrase without a target counts IoU 1 if none is answered, else 0; "
+            f"gIoU: mean over phrases; cIoU: sum I / sum U; N-acc, T-acc: share of the phrases without, with a target that are "
+            f"answered so; Pr@X: of the phrases with a target; F1: share whose boxes around the masks all match at generalised IoU >= 0.5."
         )
 
 

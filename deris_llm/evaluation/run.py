@@ -17,7 +17,7 @@ from deris_llm.cognition import CognitionProcessor
 from deris_llm.config import RunConfig
 from deris_llm.data.dataset import some_images
 from deris_llm.data.mix import leakage_notice
-from deris_llm.data.sources import read_split
+from deris_llm.data.sources import read_split, split_notes
 from deris_llm.evaluation.evaluator import control_phrases, evaluate
 from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder
 from deris_llm.evaluation.page import look_inside_model
@@ -100,7 +100,8 @@ def run_evaluation(
         result = evaluated(records, f"{split}{' (step 0)' if step0 else ''}")
         report[section][split] = result.numbers
         if rank == 0:
-            seconds, said = time.monotonic() - started, (notes or {}).get(split, ())
+            seconds = time.monotonic() - started
+            said = [*(notes or {}).get(split, ()), *split_notes(config.data.root, split)]
             folder.add(split, result, records, seconds=seconds, section=section, notes=said)
         if control:
             report["control"][split] = _run_control(records, split, evaluated, folder if rank == 0 else None)

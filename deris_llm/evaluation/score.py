@@ -24,7 +24,7 @@ import numpy as np
 
 from deris_llm.data.dataset import group_by_image
 from deris_llm.data.masks import coco_mask, segmentation_rle
-from deris_llm.data.sources import is_generalised, read_split
+from deris_llm.data.sources import is_generalised, read_split, split_notes
 from deris_llm.evaluation.boxes import boxes_of_masks
 from deris_llm.evaluation.comparison import compare, write_comparison
 from deris_llm.evaluation.gres_metrics import GrecOutcome
@@ -179,7 +179,13 @@ def run_score(
             "phrase_field": phrase_field,
         }
         written = EvaluationFolder(folder, scored.protocols, title=Path(path).stem, about=about)
-        written.add(split, scored.result, records, seconds=time.monotonic() - started, notes=scored.notes)
+        written.add(
+            split,
+            scored.result,
+            records,
+            seconds=time.monotonic() - started,
+            notes=[*scored.notes, *split_notes(data_root, split)],
+        )
         write_names(folder / missing_file(split), scored.missing)
         if pictures:
             written.write_pictures()
@@ -262,34 +268,39 @@ class _Truths:
         self.merged: dict[tuple[int, ...], Rle] = {}
         self.resized: dict[tuple[tuple[int, ...], str], np.ndarray] = {}
 
-    def of(self, record: ReferringRecord) -> Rle:
+    def of(self, record: ReferringRecord, protocol: Protocol) -> Rle:
         """The union of a phrase's referents at the original size."""
-        if self.image != (record.dataset, record.image_id):
-            self.image, self.instances, self.merged, self.resized = (record.dataset, record.image_id), {}, {}, {}
-        key = _referents(record)
+        self._look_at(record)
+        referents = _referents(record, protocol)
+        key = tuple(instance.annotation_id for instance in referents)
         if key not in self.merged:
-            rles = [self.instance(instance, record) for instance in record.instances]
+            rles = [self.instance(instance, record) for instance in referents]
             self.merged[key] = coco_mask.merge(rles) if rles else rle_of(None, record.height, record.width)
         return self.merged[key]
 
     def resized_truth(self, record: ReferringRecord, protocol: Protocol) -> np.ndarray:
         """The same as a protocol resizes it, bool (W, H)."""
-        key = (_referents(record), protocol.id)
-        truth = self.of(record)
+        key = (tuple(instance.annotation_id for instance in _referents(record, protocol)), protocol.id)
+        truth = self.of(record, protocol)
         if key not in self.resized:
             self.resized[key] = protocol.resampled_truth(_transposed(truth))
         return self.resized[key]
 
     def instance(self, instance: InstanceAnnotation, record: ReferringRecord) -> Rle:
         """One referent at the original size."""
+        self._look_at(record)
         if instance.annotation_id not in self.instances:
             rle = segmentation_rle(instance.segmentation, record.height, record.width)
             self.instances[instance.annotation_id] = rle
         return self.instances[instance.annotation_id]
 
+    def _look_at(self, record: ReferringRecord) -> None:
+        if self.image != (record.dataset, record.image_id):
+            self.image, self.instances, self.merged, self.resized = (record.dataset, record.image_id), {}, {}, {}
 
-def _referents(record: ReferringRecord) -> tuple[int, ...]:
-    return tuple(instance.annotation_id for instance in record.instances)
+
+def _referents(record: ReferringRecord, protocol: Protocol) -> tuple[InstanceAnnotation, ...]:
+    return record.instances if protocol.crowds == "left_out" else record.instances + record.crowds
 
 
 def _scored(
@@ -303,7 +314,6 @@ def _scored(
 ) -> PhrasePrediction:
     given = submitted or Submitted("missing", None, says_target=record.is_no_target)
     mask = _checked(given, record.height, record.width)
-    truth = truths.of(record)
     says_target = bool(coco_mask.area(mask)) if given.says_target is None else given.says_target
     true_boxes = None
     if is_generalised and given.boxes is not None:
@@ -317,7 +327,7 @@ def _scored(
     for protocol in protocols:
         size = protocol.size_hw(record.height, record.width)
         other = (given.answers or {}).get(protocol.id) if protocol.id in own else None
-        compared, answered_boxes = mask, given.boxes
+        compared, answered_boxes, truth = mask, given.boxes, truths.of(record, protocol)
         if other is not None:
             compared, answered_boxes = _checked(other, *size), other.boxes
             says = bool(coco_mask.area(compared)) if other.says_target is None else other.says_target
@@ -353,7 +363,7 @@ def _scored(
         boxes=boxes,
         instance_boxes=given.boxes,
         other_answers=others,
-        truth_px=int(coco_mask.area(truth)),
+        truth_px=int(coco_mask.area(truths.of(record, protocols[0]))),
     )
 
 

@@ -19,7 +19,7 @@ from deris_llm.config import RunConfig
 from deris_llm.data.dataset import some_images
 from deris_llm.data.sources import is_generalised, read_split
 from deris_llm.evaluation.calibration import Calibration, choose
-from deris_llm.evaluation.evaluator import answers_of, check_records, decoded_referents
+from deris_llm.evaluation.evaluator import answers_of, check_records, merged_truths
 from deris_llm.evaluation.gres_metrics import GresMetrics, GresOutcome
 from deris_llm.evaluation.metrics import Overlap, RisMetrics, overlap
 from deris_llm.evaluation.protocols import Protocol, protocols_of
@@ -171,10 +171,10 @@ def swept(
     finished = protocol.prediction_resampling == "finished_mask"
     sizes = original_sizes if finished else [protocol.size_hw(*size) for size in original_sizes]
     found = []
-    for record, referents, answers, masks in zip(
-        asked, decoded_referents(asked), selected, upsampled_masks(output, most, sizes), strict=True
+    truths = map(protocol.resampled_truth, merged_truths(asked, protocol.crowds))
+    for record, truth, answers, masks in zip(
+        asked, truths, selected, upsampled_masks(output, most, sizes), strict=True
     ):
-        truth = protocol.resampled_truth(np.logical_or.reduce(referents, axis=0))
         joined = np.concatenate([np.zeros((1, *masks.shape[1:]), dtype=bool), np.logical_or.accumulate(masks, axis=0)])
         overlaps: dict[int, Overlap] = {}
         is_drawn = [bool(mask.any()) for mask in joined]

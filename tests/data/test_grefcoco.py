@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deris_llm.config import DataConfig
@@ -15,7 +16,7 @@ from deris_llm.data.dataset import group_by_image
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.mix import training_mix
-from deris_llm.data.refer import count_refs, read_split, refs_path, split_names
+from deris_llm.data.refer import count_refs, read_split, refs_path, split_names, split_notes
 from deris_llm.data.synthetic.world import write_world
 
 
@@ -82,6 +83,59 @@ def test_referents_of_a_phrase_are_targets_of_their_own(refer_folder: Any, grefs
     targets = referring_targets(group_by_image(records), 64, "antialias")
     assert targets.phrase_index.tolist() == [0, 1, 2, 2, 3, 3]
     assert not (targets.masks[2] & targets.masks[3]).any()
+
+
+def _rle(annotation: dict[str, Any]) -> dict[str, Any]:
+    mask = decode_segmentation(annotation["segmentation"], 30, 40)
+    edges = np.flatnonzero(np.diff(mask.ravel(order="F").astype(np.int8))) + 1
+    return {"size": [30, 40], "counts": np.diff([0, *edges, mask.size]).tolist()}
+
+
+def test_crowds_beside_other_referents_are_left_out(refer_folder: Any, grefs: Any) -> None:
+    """As in gRefCOCO's own API; a phrase that names a crowd alone, which that cannot open, keeps it."""
+    crowd = next(a for a in refer_folder.instances["refcoco"]["annotations"] if a["id"] == 51)
+    crowd.update(iscrowd=1, segmentation=_rle(crowd))
+    root = _written(refer_folder, [*grefs, _ref(90, 5, [51], "val")])
+    records = read_split(root, "grefcoco/val")
+    assert [[i.annotation_id for i in r.instances] for r in records] == [[50], [50], [50], [50], [], [], [51], [51]]
+    assert [[i.annotation_id for i in r.crowds] for r in records] == [[], [], [51], [51], [], [], [], []]
+    assert records[2].num_same_class == records[0].num_same_class
+    (note,) = split_notes(root, "grefcoco/val")
+    assert note.startswith("1 referents are crowds beside others")
+    assert note.endswith("ann_id 51 (ref_id 7)")
+    assert split_notes(root, "grefcoco/train") == ()
+    counts = next(c for c in check_data(root, ["grefcoco"]) if c.name == "grefcoco/val")
+    assert counts.notes == (note,)
+    targets = referring_targets(group_by_image(records), 64, "antialias")
+    assert targets.phrase_index.tolist() == [0, 1, 2, 3, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "says"),
+    [
+        ([[3.2, 3.2, 3.4, 3.2, 3.4, 3.4]], "its polygons cover no pixel"),
+        ([[3, 3, 9, 9]], "none of its polygons has three points"),
+        ([], "it has no polygon"),
+        ({"size": [30, 40], "counts": [1200]}, "its RLE mask is empty"),
+        ([[41, 3, 48, 3, 48, 9]], "its polygons lie outside the image"),
+    ],
+)
+def test_a_referent_without_a_pixel_does_not_stop_a_split(
+    refer_folder: Any, grefs: Any, caplog: pytest.LogCaptureFixture, segmentation: Any, says: str
+) -> None:
+    tables = refer_folder.instances["refcoco"]
+    left = next(a for a in tables["annotations"] if a["id"] == 50)
+    tables["annotations"].append({**left, "id": 59, "segmentation": segmentation})
+    root = _written(refer_folder, [*grefs, _ref(90, 5, [50, 59, 51], "val"), _ref(91, 5, [59], "val")])
+    records = read_split(root, "grefcoco/val")
+    assert [[i.annotation_id for i in r.instances] for r in records[6:]] == [[50, 51], [50, 51], [59], [59]]
+    assert not any(r.is_no_target for r in records[6:])
+    empty = records[9].instances[0]
+    assert not decode_segmentation(empty.segmentation, 30, 40).any()
+    assert "2 referents draw no pixel" in caplog.text
+    assert f"ann_id 59 of COCO_train2014_000000000005.jpg: {says}" in caplog.text
+    assert "(ref_id 90); ann_id 59" in split_notes(root, "grefcoco/val")[0]
+    assert referring_targets(group_by_image(records), 64, "antialias").phrase_index.tolist()[-6:] == [6, 6, 7, 7, 8, 9]
 
 
 def test_the_json_file_is_preferred(refer_folder: Any, grefs: Any) -> None:

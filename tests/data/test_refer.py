@@ -172,16 +172,10 @@ def _spoil(folder: Any, what: str) -> None:
         annotation["image_id"] = 1
     elif what == "phrase":
         ref["sentences"][1]["sent"] = " "
-    elif what == "area":
-        annotation["segmentation"] = [[5, 5, 10, 5, 20, 5]]
-    elif what == "points":
-        annotation["segmentation"] = [[5, 5, 10, 5]]
     elif what == "outside":
         annotation["segmentation"] = [[100, 100, 120, 100, 120, 120]]
     elif what == "rle size":
         annotation["segmentation"] = {"size": [40, 30], "counts": [600, 600]}
-    elif what == "empty rle":
-        annotation["segmentation"] = {"size": [30, 40], "counts": [1200]}
     elif what == "twice":
         ref["sentences"][1]["sent_id"] = ref["sentences"][0]["sent_id"]
 
@@ -193,11 +187,8 @@ def _spoil(folder: Any, what: str) -> None:
         ("image", "ref_id 8: image_id 5 is not among the images"),
         ("other image", "ann_id 50 belongs to image 1, the ref to image 5"),
         ("phrase", "ref_id 8: sent_id 21 has an empty phrase"),
-        ("area", "ann_id 50 of COCO_train2014_000000000005.jpg: its polygons cover no pixel"),
-        ("points", "none of its polygons has three points"),
         ("outside", r"lie outside the image \(40 x 30 px\)"),
         ("rle size", r"\[30, 40\], got \[40, 30\]"),
-        ("empty rle", "its RLE mask is empty"),
         ("twice", "phrase refcoco/val/20 occurs 2 times"),
     ],
 )
@@ -209,6 +200,29 @@ def test_bad_records(refer_folder: Any, what: str, says: str) -> None:
     assert "refs(unc).p (refcoco/val)" in str(caught.value)
     assert "of 5 records cannot be used" in str(caught.value)
     assert read_split(root, "refcoco/testA")
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "says"),
+    [
+        ([[5, 5, 10, 5, 20, 5]], "its polygons cover no pixel"),
+        ([[5, 5, 10, 5]], "none of its polygons has three points"),
+        ({"size": [30, 40], "counts": [1200]}, "its RLE mask is empty"),
+    ],
+)
+def test_an_only_referent_without_a_pixel_is_counted_and_leaves_an_empty_truth(
+    refer_folder: Any, caplog: pytest.LogCaptureFixture, segmentation: Any, says: str
+) -> None:
+    """REFER's own API draws nothing, and LAVT counts IoU 0 for every answer."""
+    annotation = next(a for a in refer_folder.instances["refcoco"]["annotations"] if a["id"] == 50)
+    annotation["segmentation"] = segmentation
+    records = read_split(refer_folder.write(), "refcoco/val")
+    assert len(records) == 5
+    spoilt = [r for r in records if r.instances[0].annotation_id == 50]
+    assert len(spoilt) == 2
+    assert not any(r.is_no_target or decode_segmentation(r.instances[0].segmentation, 30, 40).any() for r in spoilt)
+    assert "refcoco/val: 1 referents draw no pixel; their phrases keep the others, or an empty truth" in caplog.text
+    assert f"ann_id 50 of COCO_train2014_000000000005.jpg: {says}" in caplog.text
 
 
 def test_missing_image_file(refer_folder: Any) -> None:

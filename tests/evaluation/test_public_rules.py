@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +17,14 @@ import pytest
 from PIL import Image
 from pycocotools import mask as _pycocotools_mask
 
-from deris_llm.data.masks import encode_mask
+from deris_llm.data.masks import decode_segmentation, encode_mask
 from deris_llm.data.sources import read_split
 from deris_llm.data.synthetic.scene import mask_box_xyxy
-from deris_llm.data.synthetic.world import write_world
-from deris_llm.evaluation.evaluator import merged_truth
+from deris_llm.data.synthetic.world import rle_counts, write_world
+from deris_llm.evaluation.evaluator import merged_truth, merged_truths
 from deris_llm.evaluation.predictions import EvaluationResult
 from deris_llm.evaluation.protocols import PROTOCOLS, protocols_of_file
-from deris_llm.evaluation.score import score_submission
+from deris_llm.evaluation.score import run_score, score_submission
 from deris_llm.evaluation.submissions import read_submission
 from deris_llm.structures import ReferringRecord
 
@@ -283,3 +284,61 @@ def test_score_counts_as_rela_does(root: Path, tmp_path: Path) -> None:
     assert {metric: numbers[metric] for metric in ("gIoU", "cIoU")} == pytest.approx(
         {metric: drawn[metric] for metric in ("gIoU", "cIoU")}, abs=0.01
     )
+
+
+@pytest.fixture
+def crowded(root: Path, tmp_path: Path) -> Path:
+    """gRefCOCO over the same pictures, where some referents of phrases that name several objects are crowds."""
+    world = tmp_path / "crowded"
+    world.mkdir()
+    (world / "images").symlink_to(root / "images")
+    shutil.copytree(root / "grefcoco", world / "grefcoco")
+    named = [ref["ann_id"] for ref in GRefer(world).refs]
+    path = world / "grefcoco" / "instances.json"
+    instances = json.loads(path.read_text())
+    sizes = {each["id"]: (each["height"], each["width"]) for each in instances["images"]}
+    crowds: set[int] = set()
+    for each in instances["annotations"]:
+        groups = [set(ids) for ids in named if each["id"] in ids]
+        if groups and all(group - crowds - {each["id"]} for group in groups):
+            crowds.add(each["id"])
+            mask = decode_segmentation(each["segmentation"], *sizes[each["image_id"]])
+            each |= {"iscrowd": 1, "segmentation": {"size": list(mask.shape), "counts": rle_counts(mask)}}
+    path.write_text(json.dumps(instances))
+    return world
+
+
+def test_crowds_are_left_out_of_grefcocos_truth_as_its_api_and_rela_do(crowded: Path, tmp_path: Path) -> None:
+    split = "grefcoco/train"
+    api = GRefer(crowded)
+    refs = {f"{split}/{s['sent_id']}": ref for ref in api.refs_of("train") for s in ref["sentences"]}
+    records = list(read_split(crowded, split))
+    num_crowds = sum(
+        bool(api.annotations[i] and api.annotations[i]["iscrowd"]) for r in records for i in refs[r.phrase_id]["ann_id"]
+    )
+    assert num_crowds == sum(len(record.crowds) for record in records) > 10
+    masks = {record.phrase_id: mask for record, mask in _predictions(records)}
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("\n".join(json.dumps({"phrase_id": n, "mask": encode_mask(mask)}) for n, mask in masks.items()))
+    kept = tmp_path / "kept.yaml"
+    kept.write_text("id: kept\nsize: original\ncrowds: in_truth\n")
+    report, _ = run_score(
+        path, data_root=crowded, split=split, out=tmp_path / "out", protocols=["original", str(kept)], pictures=False
+    )
+
+    def expected(truth: Any) -> dict[str, float]:
+        return rela(
+            [Compared(masks[r.phrase_id], truth(r), masks[r.phrase_id].any(), not r.is_no_target) for r in records]
+        )
+
+    left_out = expected(lambda record: api.mask(refs[record.phrase_id]))
+    everything = expected(lambda record: merged_truths([record], "in_truth")[0])
+    found = report["splits"][split]
+    assert {metric: found["original"][metric] for metric in left_out} == pytest.approx(left_out, abs=1e-4)
+    assert {metric: found["kept"][metric] for metric in everything} == pytest.approx(everything, abs=1e-4)
+    assert left_out["cIoU"] > everything["cIoU"] + 1
+    assert found["original"]["n_crowds_left_out"] == num_crowds
+    assert "n_crowds_left_out" not in found["kept"]
+    assert any("referents are crowds beside others" in note for note in report["notes"][split])
+    assert "crowds beside other referents are left out of the truth" in report["versions"]["protocols"]["original"]
+    assert "crowds are in the truth" in report["versions"]["protocols"]["kept"]
