@@ -52,6 +52,13 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="unit of polygons: px (default), or shares of the picture's width and height, from 0 to 1",
     )
     prepare.add_argument(
+        "--crowds",
+        choices=("left_out", "taken"),
+        default="left_out",
+        help="coco: annotations with iscrowd=1, which annotation tools write for every RLE mask, are left out (default) or "
+        "taken as objects",
+    )
+    prepare.add_argument(
         "--skip-bad", action="store_true", help="leave out what cannot be used, counted in the manifest"
     )
     prepare.add_argument(
@@ -170,6 +177,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         val_share=arguments.val_share,
         follow_links=arguments.follow_links,
+        takes_crowds=arguments.crowds == "taken",
     )
     with Progress(*_columns(), console=Console(stderr=True)) as progress:
         tasks = {stage: progress.add_task(stage, total=None) for stage in ("pictures", "phrases")}
@@ -182,10 +190,11 @@ def run_prepare(arguments: argparse.Namespace) -> int:
             f"{name}/{split}: {found['num_phrases']:,} phrases ({found['num_no_target']:,} without a target) of "
             f"{found['num_refs']:,} entries, {found['num_images']:,} pictures"
         )
+        lines += [f"{name}/{split}: {note}" for note in found["notes"]]
     for split, counts in made.manifest["skipped"].items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
         lines.append(f"{name}/{split}: {sum(counts.values()):,} phrases left out ({reasons})")
-    if made.manifest["skipped"]:
+    if (arguments.out / LEFT_OUT_FILE).is_file():
         lines.append(f"{arguments.out / LEFT_OUT_FILE} names all that was left out")
     lines += [f"note: {note}" for note in made.manifest.get("notes", ())]
     if made.was_there:

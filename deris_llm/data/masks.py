@@ -96,8 +96,6 @@ def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[
         if isinstance(segmentation, dict):
             is_empty = coco_mask.area(_checked_rle(segmentation, height, width)) == 0
             return segmentation, NoPixel("its RLE mask is empty") if is_empty else None
-        if segmentation == []:
-            return segmentation, NoPixel("it has no polygon")
         if not isinstance(segmentation, list) or not segmentation:
             return segmentation, f"expected polygons or RLE, got {describe(segmentation)}"
         parts = [polygon for polygon in map(_checked_polygon, segmentation) if len(polygon) >= 6]

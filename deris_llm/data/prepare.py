@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 PHRASES_PER_SHARD = 8192
 
 LEFT_OUT_FILE = "left_out.jsonl"
-"""All that ``skip_bad`` left out, a line each, beside the manifest."""
+"""All that ``skip_bad`` left out, and referents that draw no pixel, a line each, beside the manifest."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+.-]{0,99}")
 _PICTURES_PER_JOB = 32
@@ -79,6 +79,7 @@ class PrepareOptions:
     workers: int = 1
     val_share: float | None = None  # of the pictures of a source with one split: they become val, the others train
     follow_links: bool = False  # links in the folder of the pictures may lead outside it
+    takes_crowds: bool = False  # annotations with iscrowd=1 are objects as others (coco)
     normalised: bool = False  # polygons are given as shares of the picture's sides, from 0 to 1
 
 
@@ -108,6 +109,11 @@ def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], N
         )
     if options.val_share is not None and not 0 < options.val_share < 1:
         raise DataError(f"--val-share {options.val_share}: expected a number between 0 and 1, got another. Use e.g. 0.1")
+    if options.takes_crowds and options.format != "coco":
+        raise DataError(
+            f"--crowds taken: expected --format coco, got {options.format}. Leave it out; gRefCOCO's crowds are kept in the set, and "
+            "a protocol with crowds: taken counts them"
+        )
     work = out.parent / f".{out.name}.preparing"
     reader = open_source(
         options.format,
@@ -119,6 +125,7 @@ def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], N
             options.mapping,
             own_pictures=work / "pictures",
             follow_links=options.follow_links,
+            takes_crowds=options.takes_crowds,
         ),
     )
     source = _described_source(options, reader)
@@ -166,7 +173,7 @@ def _described_source(options: PrepareOptions, reader: SourceReader) -> dict[str
         "mapping": dict(options.mapping),
         "skip_bad": options.skip_bad,
     }
-    for name in ("val_share", "follow_links", "normalised"):  # only where they are used: sets that were made before remain the same
+    for name in ("val_share", "follow_links", "takes_crowds", "normalised"):  # only where they are used: sets that were made before remain the same
         if getattr(options, name):
             described[name] = getattr(options, name)
     return described
@@ -226,6 +233,8 @@ class _Preparation:
         self.on_progress = on_progress
         self.images: dict[str, tuple[int, int, int] | tuple[FaultReason, str]] = {}  # row, height, width; or a fault
         self.faults: list[Fault] = []
+        self.without_pixel: list[Fault] = []  # referents; their phrases are kept
+        self.left_out: dict[str, refer.LeftOut] = {}  # split -> what its notes say
         self.num_bad: dict[str, Counter[str]] = {}
         self.num_total = 0
         self.notes = list(reader.notes)
@@ -242,9 +251,8 @@ class _Preparation:
             del splits[split]
         if not splits:
             raise self._too_bad() if self.faults else self._nothing()
-        if self.faults:
-            self.faults.sort(key=lambda fault: fault.order)
-            lines = (_json_bytes(asdict(fault)) for fault in self.faults)
+        if left_out := sorted([*self.faults, *self.without_pixel], key=lambda fault: fault.order):
+            lines = (_json_bytes(asdict(fault)) for fault in left_out)
             (self.arrow.parent / LEFT_OUT_FILE).write_bytes(b"\n".join([*lines, b""]))
         generalised = any([found.pop("is_generalised") for found in splits.values()])
         for leftover in (
@@ -358,7 +366,7 @@ class _Preparation:
         for split, number, num_phrases, result in _in_order(self._shards(key), 2 * self.options.workers):
             found = results.setdefault(
                 split,
-                {"num_refs": 0, "num_phrases": 0, "num_images": 0, "num_no_target": 0, "shards": []}
+                {"num_refs": 0, "num_phrases": 0, "num_images": 0, "num_no_target": 0, "notes": [], "shards": []}
                 | {"is_generalised": False},
             )
             path = self.arrow / _shard_name(split, number)
@@ -368,6 +376,9 @@ class _Preparation:
             num_lossy_masks += result.num_lossy_masks
             self.num_bad.setdefault(split, Counter()).update(result.num_bad)
             self.faults += result.faults
+            self.left_out.setdefault(split, refer.LeftOut()).crowds += result.crowds
+            self.left_out[split].without_pixel += map(str, result.without_pixel)
+            self.without_pixel += result.without_pixel
             if result.num_phrases:
                 size = path.stat().st_size
                 shard = {
@@ -384,13 +395,15 @@ class _Preparation:
                         "sha256": shard["sha256"],
                         **vars(result),
                         "faults": [asdict(fault) for fault in result.faults],
+                        "without_pixel": [asdict(fault) for fault in result.without_pixel],
                     },
                 )
             done += num_phrases
             self.on_progress("phrases", done, self.num_total)
         if num_lossy_masks:
             self.notes.append(f"{num_lossy_masks:,} masks are JPEG files: pixels of at least half brightness are inside")
-        for found in results.values():
+        for split, found in results.items():
+            found["notes"] = self.left_out[split].notes()
             found["num_images"] = len(_images_of(self.arrow, found["shards"]))
         self.on_progress("phrases", self.num_total, self.num_total)
         return results
@@ -490,6 +503,7 @@ class _Preparation:
             f"--source {self.options.source}: expected phrases"
             + (f" of the splits {', '.join(self.options.splits)}" if self.options.splits else "")
             + f", got {'others only' if self.options.splits else 'none'}. Check the file{' and --splits' * bool(self.options.splits)}"
+            + "".join(f"\n  - {note}" for note in self.notes)
         )
 
 
@@ -555,8 +569,8 @@ def _finished_shard(path: Path, key: str) -> ShardResult | None:
         return None
     if content.pop("key", None) != key or content.pop("sha256", None) != file_sha256(path):
         return None
-    faults = [Fault(**fault) for fault in content.pop("faults")]
-    return ShardResult(**{**content, "num_bad": Counter(content["num_bad"]), "faults": faults})
+    faults = {name: [Fault(**fault) for fault in content.pop(name)] for name in ("faults", "without_pixel")}
+    return ShardResult(**{**content, "num_bad": Counter(content["num_bad"]), **faults})
 
 
 def _in_order(

@@ -29,7 +29,7 @@ from deris_llm.structures import InstanceAnnotation, ReferringRecord
 MANIFEST_FILE = "manifest.json"
 ARROW_FOLDER = "arrow"
 IMAGES_FILE = "images.arrow"
-LAYOUT = 1
+LAYOUT = 2
 """Version of the layout above; another one is refused."""
 
 IMAGE_SCHEMA = pa.schema(
@@ -60,7 +60,7 @@ class Manifest:
 
     @property
     def splits(self) -> Mapping[str, Mapping[str, Any]]:
-        """Split -> num_refs, num_phrases, num_images, num_no_target, shards."""
+        """Split -> num_refs, num_phrases, num_images, num_no_target, notes, shards."""
         return self.content["splits"]
 
     @property
@@ -225,14 +225,18 @@ class PreparedSplit(Sequence[ReferringRecord]):
             width=image["width"],
             height=image["height"],
             phrase=row[self._text],
-            instances=tuple(
-                InstanceAnnotation(each["id"], {"size": size, "counts": each["counts"].decode("ascii")})
-                for each in row["instances"]
-            ),
+            instances=_annotations(row["instances"], size),
+            crowds=_annotations(row["crowds"], size),
             category=row["category"],
             num_same_class=row["num_same_class"],
             ref_id=row["ref_id"],
         )
+
+
+def _annotations(found: Sequence[Mapping[str, Any]], size_hw: list[int]) -> tuple[InstanceAnnotation, ...]:
+    return tuple(
+        InstanceAnnotation(each["id"], {"size": size_hw, "counts": each["counts"].decode("ascii")}) for each in found
+    )
 
 
 def _reopened(root: str | Path, dataset: str, split: str, phrase_field: Literal["sent", "raw"]) -> PreparedSplit:

@@ -9,7 +9,7 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ import pyarrow as pa
 from PIL import Image
 
 from deris_llm.data.errors import describe
-from deris_llm.data.masks import encode_mask, picture_mask, segmentation_rle, two_valued_mask, usable_segmentation
+from deris_llm.data.masks import (
+    NoPixel,
+    empty_rle,
+    encode_mask,
+    picture_mask,
+    segmentation_rle,
+    two_valued_mask,
+    usable_segmentation,
+)
 from deris_llm.data.pictures import BROKEN, MAX_PIXELS, ImageFolder, PictureError, PictureFacts, picture_facts
 from deris_llm.data.readers.base import FaultReason, MaskFile, SourceEntry, SourceInstance, is_int64
 
@@ -32,6 +40,7 @@ PHRASE_SCHEMA = pa.schema(
         "num_same_class": pa.int32(),
         "ref_id": pa.int64(),
         "instances": pa.list_(pa.struct({"id": pa.int64(), "counts": pa.binary()})),  # COCO RLE, the picture's size
+        "crowds": pa.list_(pa.struct({"id": pa.int64(), "counts": pa.binary()})),  # `ReferringRecord.crowds`
     }
 )
 """A row per phrase, in the source's order."""
@@ -77,6 +86,8 @@ class ShardResult:
     num_bad: Counter[str] = field(default_factory=Counter)  # phrases by reason
     faults: list[Fault] = field(default_factory=list)
     num_lossy_masks: int = 0  # stored as JPEG, thresholded at half
+    crowds: list[str] = field(default_factory=list)  # where phrases name crowds beside other referents
+    without_pixel: list[Fault] = field(default_factory=list)  # referents of phrases that are kept
 
 
 @dataclass(eq=False)
@@ -87,6 +98,8 @@ class _Shard:
     image_folder: ImageFolder
     checked: dict[tuple[int, int], dict[str, Any] | str] = field(default_factory=dict)  # by picture and annotation id
     num_lossy_masks: int = 0
+    crowds: list[str] = field(default_factory=list)
+    without_pixel: list[Fault] = field(default_factory=list)
 
 
 def look_at(image_folder: ImageFolder, names: list[str]) -> dict[str, PictureFacts | str]:
@@ -119,6 +132,7 @@ def write_shard(path: Path, split: str, entries: Sequence[LocatedEntry], image_f
         result.num_no_target += len(found) if located.entry.is_no_target else 0
         result.is_generalised |= bool(found) and len(found[0]["instances"]) != 1
     result.num_phrases, result.num_lossy_masks = len(rows), shard.num_lossy_masks
+    result.crowds, result.without_pixel = shard.crowds, shard.without_pixel
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, PHRASE_SCHEMA) as stream:
         for first in range(0, len(rows), ROWS_PER_BATCH):
             stream.write_batch(pa.RecordBatch.from_pylist(rows[first : first + ROWS_PER_BATCH], PHRASE_SCHEMA))
@@ -145,13 +159,25 @@ def _rows(located: LocatedEntry, shard: _Shard) -> tuple[list[dict[str, Any]], l
         ask = "expected a mask, or the word that there is no target (no_target: true), got neither"
         return [], [bad("target", ask, whole)]
     instances: list[dict[str, Any]] = []
+    crowds: list[dict[str, Any]] = []
+    empty: list[tuple[SourceInstance, Fault]] = []
     for number, instance in enumerate(entry.instances):
         found = _instance(instance, located, shard)
-        if isinstance(found, str):
-            of = f"object {number + 1} of {len(entry.instances)}: " if len(entry.instances) > 1 else ""
+        of = f"object {number + 1} of {len(entry.instances)}: " if len(entry.instances) > 1 else ""
+        if isinstance(found, NoPixel):
+            empty.append((instance, bad("mask", f"{of}{_named(instance)}{found}", whole)))
+        elif isinstance(found, str):
             return [], [bad("mask", of + found, whole)]
-        instances.append(found)
-    if len({each["id"] for each in instances}) < len(instances):
+        else:
+            (crowds if instance.is_crowd else instances).append(found)
+    if empty and not instances:
+        if not entry.may_be_empty:
+            return [], [empty[0][1]]
+        counts = segmentation_rle(empty_rle(*size_hw), *size_hw)["counts"]
+        instances = [{"id": instance.id, "counts": counts} for instance, _ in empty if not instance.is_crowd]
+    shard.crowds += [f"{entry.where}: annotation {each['id']}" for each in crowds]
+    shard.without_pixel += [replace(fault, num_phrases=0) for _, fault in empty]
+    if len({each["id"] for each in (*instances, *crowds)}) < len(instances) + len(crowds):
         return [], [bad("target", "expected each object once, got one twice (same id or same mask)", whole)]
     rows: list[dict[str, Any]] = []
     faults: list[Fault] = []
@@ -173,9 +199,14 @@ def _rows(located: LocatedEntry, shard: _Shard) -> tuple[list[dict[str, Any]], l
                     "num_same_class": entry.num_same_class,
                     "ref_id": entry.ref_id,
                     "instances": instances,
+                    "crowds": crowds,
                 }
             )
     return rows, faults
+
+
+def _named(instance: SourceInstance) -> str:
+    return "" if instance.id is None else f"annotation {instance.id}: "
 
 
 def is_text(value: object) -> bool:
@@ -205,7 +236,7 @@ def _drawn(instance: SourceInstance, located: LocatedEntry, shard: _Shard) -> di
     try:
         counts = _counts(instance.mask, (located.height, located.width), shard)
     except ValueError as error:
-        return str(error)
+        return error.args[0]  # a text, or `NoPixel`
     named = instance.id
     if named is None:  # the same mask is the same object, whichever line names it
         named = int.from_bytes(hashlib.sha256(counts).digest()[:8], "little") >> 1
@@ -223,7 +254,7 @@ def _counts(mask: Any, size_hw: tuple[int, int], shard: _Shard) -> bytes:
     if (array := _array(mask, size_hw)) is not None:
         inside = two_valued_mask(array)
         if not inside.any():
-            raise ValueError("expected some pixels above 0 in the array, got none")
+            raise ValueError(NoPixel("expected some pixels above 0 in the array, got none"))
         return encode_mask(inside)["counts"].encode()
     segmentation, fault = usable_segmentation(mask, *size_hw)
     if fault is not None:
@@ -263,6 +294,6 @@ def _read_mask(mask: MaskFile | bytes, size_hw: tuple[int, int], shard: _Shard) 
     except ValueError as error:
         raise ValueError(f"mask {name}: {error}") from error
     if not inside.any():
-        raise ValueError(f"mask {name}: expected some pixels above {'half' if is_lossy else 0}, got none")
+        raise ValueError(NoPixel(f"mask {name}: expected some pixels above {'half' if is_lossy else 0}, got none"))
     shard.num_lossy_masks += is_lossy
     return inside

@@ -350,11 +350,9 @@ def merged_truth(record: ReferringRecord) -> np.ndarray:
     return merged_truths([record], "left_out")[0]
 
 
-def merged_truths(
-    records: Sequence[ReferringRecord], crowds: typing.Literal["left_out", "in_truth"]
-) -> list[np.ndarray]:
+def merged_truths(records: Sequence[ReferringRecord], crowds: typing.Literal["left_out", "taken"]) -> list[np.ndarray]:
     """Unions of the phrases' referents, bool (height, width); with what a protocol says of crowds."""
-    if crowds == "in_truth":
+    if crowds == "taken":
         records = [dataclasses.replace(each, instances=each.instances + each.crowds) for each in records]
     return [np.logical_or.reduce(masks, axis=0) for masks in decoded_referents(records)]
 

@@ -49,8 +49,8 @@ class Protocol:
     miss: Literal["empty_mask", "dropped"] = "empty_mask"
     presence: PresenceUse = "none"  # what the presence has to say in the selection
     # crowds (iscrowd=1) that a phrase of gRefCOCO names beside other objects. left_out: they are not in the truth, as in
-    # gRefCOCO's own API and ReLA; in_truth: they are. RefCOCO, RefCOCO+ and RefCOCOg name no crowd
-    crowds: Literal["left_out", "in_truth"] = "left_out"
+    # gRefCOCO's own API and ReLA; taken: they are. RefCOCO, RefCOCO+ and RefCOCOg name no crowd
+    crowds: Literal["left_out", "taken"] = "left_out"
 
     def size_hw(self, height: int, width: int) -> tuple[int, int]:
         """Size (h, w) in px at which the masks of a picture of this size are compared."""
@@ -137,7 +137,7 @@ class Protocol:
         }[self.miss]
         crowds = {
             "left_out": "crowds beside other referents are left out of the truth",
-            "in_truth": "crowds are in the truth",
+            "taken": "crowds are in the truth",
         }
         binary = "" if self.selection == "given" else ", binary at probability >= 0.5"
         return (

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from deris_llm.config import DataConfig
+from deris_llm.data import sources
 from deris_llm.data.check import KNOWN_PHRASES, check_data
 from deris_llm.data.collate import referring_targets
 from deris_llm.data.dataset import group_by_image
@@ -115,7 +116,6 @@ def test_crowds_beside_other_referents_are_left_out(refer_folder: Any, grefs: An
     [
         ([[3.2, 3.2, 3.4, 3.2, 3.4, 3.4]], "its polygons cover no pixel"),
         ([[3, 3, 9, 9]], "none of its polygons has three points"),
-        ([], "it has no polygon"),
         ({"size": [30, 40], "counts": [1200]}, "its RLE mask is empty"),
         ([[41, 3, 48, 3, 48, 9]], "its polygons lie outside the image"),
     ],
@@ -136,6 +136,38 @@ def test_a_referent_without_a_pixel_does_not_stop_a_split(
     assert f"ann_id 59 of COCO_train2014_000000000005.jpg: {says}" in caplog.text
     assert "(ref_id 90); ann_id 59" in split_notes(root, "grefcoco/val")[0]
     assert referring_targets(group_by_image(records), 64, "antialias").phrase_index.tolist()[-6:] == [6, 6, 7, 7, 8, 9]
+
+
+def test_prepared_crowds_and_referents_without_a_pixel_are_those_of_the_files(
+    refer_folder: Any, grefs: Any, world: Any
+) -> None:
+    tables = refer_folder.instances["refcoco"]
+    left, right = (next(a for a in tables["annotations"] if a["id"] == number) for number in (50, 51))
+    right.update(iscrowd=1, segmentation=_rle(right))
+    tables["annotations"].append({**left, "id": 59, "segmentation": [[3.2, 3.2, 3.4, 3.2, 3.4, 3.4]]})
+    more = [_ref(90 + k, 5, ids, "val") for k, ids in enumerate(([50, 59, 51], [59], [51], [59, 51]))]
+    root = _written(refer_folder, [*grefs, *more])
+    made = world.prepare(root, "grefcoco", format="refer").manifest
+    assert not made["skipped"]
+    assert (made["splits"]["val"]["num_phrases"], made["splits"]["val"]["num_no_target"]) == (14, 2)
+    for direct, prepared in zip(
+        read_split(root, "grefcoco/val"), sources.read_split(world.root, "grefcoco/val"), strict=True
+    ):
+        assert direct.num_same_class == prepared.num_same_class
+        for ours, theirs in ((direct.instances, prepared.instances), (direct.crowds, prepared.crowds)):
+            assert [i.annotation_id for i in ours] == [i.annotation_id for i in theirs]
+            masks = [[decode_segmentation(i.segmentation, 30, 40) for i in side] for side in (ours, theirs)]
+            assert np.array_equal(*masks)
+    notes = sources.split_notes(world.root, "grefcoco/val")
+    assert [note.split(";")[0] for note in notes] == [
+        "3 referents are crowds beside others",
+        "3 referents draw no pixel",
+    ]
+    assert "ref_id 90: object 2 of 3: annotation 59: its polygons cover no pixel" in notes[1]
+    lines = (world.root / "grefcoco" / "left_out.jsonl").read_text().splitlines()
+    assert [(json.loads(line)["where"], json.loads(line)["num_phrases"]) for line in lines] == [
+        ("ref_id 90", 0), ("ref_id 91", 0), ("ref_id 93", 0),
+    ]  # fmt: skip
 
 
 def test_the_json_file_is_preferred(refer_folder: Any, grefs: Any) -> None:

@@ -325,9 +325,9 @@ def test_pictures_may_move_with_the_root(world: Any) -> None:
         (lambda folder: (folder / "arrow/images.arrow").write_bytes(b"1234"), "as the manifest says, got 4 bytes"),
         (
             lambda folder: (folder / "manifest.json").write_text(
-                (folder / "manifest.json").read_text().replace('"layout": 1', '"layout": 9')
+                (folder / "manifest.json").read_text().replace('"layout": 2', '"layout": 9')
             ),
-            "expected layout 1, got 9",
+            "expected layout 2, got 9",
         ),
         (
             lambda folder: (folder / "manifest.json").write_text(
@@ -443,3 +443,19 @@ def test_jpeg_masks_are_said(world: Any) -> None:
     assert made.manifest["notes"] == ["1 masks are JPEG files: pixels of at least half brightness are inside"]
     record = read_split(world.root, "mine/train")[0]
     assert np.array_equal(decode_segmentation(record.instances[0].segmentation, 30, 40), mask)
+
+
+def test_one_of_several_objects_without_a_pixel_is_left_out_and_named(world: Any) -> None:
+    """The phrase keeps the others; one that has no other cannot be used."""
+    world.pictures("a.png")
+    empty = {"size": [30, 40], "counts": [1200]}
+    both = {"image": "a.png", "phrase": "both", "masks": [[*map(list, world.square)], empty]}
+    made = world.prepare(world.lines(both)).manifest
+    (record,) = read_split(world.root, "mine/train")
+    assert len(record.instances) == 1
+    assert not made["skipped"]
+    (note,) = made["splits"]["train"]["notes"]
+    assert note.startswith("1 referents draw no pixel; their phrases keep the others")
+    assert "line 1: object 2 of 2: its RLE mask is empty" in note
+    with pytest.raises(DataError, match="line 1: its RLE mask is empty"):
+        world.prepare(world.lines({**both, "masks": [empty]}), "alone")

@@ -58,7 +58,7 @@ def test_every_field_changes_the_fingerprint() -> None:
     other = {
         "id": "x", "size": "original", "fixed_px": 481, "truth_resampling": "none", "prediction_resampling": "nearest",
         "text_field": "raw", "score_threshold": 0.9, "selection": "best", "miss": "dropped",
-        "presence": "gate", "crowds": "in_truth",
+        "presence": "gate", "crowds": "taken",
     }  # fmt: skip
     assert other.keys() == {f.name for f in dataclasses.fields(base)}
     prints = {dataclasses.replace(base, **{name: value}).fingerprint() for name, value in other.items()}

@@ -321,7 +321,7 @@ def test_crowds_are_left_out_of_grefcocos_truth_as_its_api_and_rela_do(crowded: 
     path = tmp_path / "predictions.jsonl"
     path.write_text("\n".join(json.dumps({"phrase_id": n, "mask": encode_mask(mask)}) for n, mask in masks.items()))
     kept = tmp_path / "kept.yaml"
-    kept.write_text("id: kept\nsize: original\ncrowds: in_truth\n")
+    kept.write_text("id: kept\nsize: original\ncrowds: taken\n")
     report, _ = run_score(
         path, data_root=crowded, split=split, out=tmp_path / "out", protocols=["original", str(kept)], pictures=False
     )
@@ -332,7 +332,7 @@ def test_crowds_are_left_out_of_grefcocos_truth_as_its_api_and_rela_do(crowded: 
         )
 
     left_out = expected(lambda record: api.mask(refs[record.phrase_id]))
-    everything = expected(lambda record: merged_truths([record], "in_truth")[0])
+    everything = expected(lambda record: merged_truths([record], "taken")[0])
     found = report["splits"][split]
     assert {metric: found["original"][metric] for metric in left_out} == pytest.approx(left_out, abs=1e-4)
     assert {metric: found["kept"][metric] for metric in everything} == pytest.approx(everything, abs=1e-4)

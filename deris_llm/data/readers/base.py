@@ -41,6 +41,7 @@ class SourceInstance:
 
     mask: Any  # COCO polygons or RLE, a `MaskFile`, or the bytes of such a file
     id: Any = None  # annotation id; None: the mask's content is its identity
+    is_crowd: bool = False  # beside other referents: kept apart, for protocols that take crowds
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,7 @@ class SourceEntry:
     phrases: tuple[SourcePhrase, ...]
     instances: tuple[SourceInstance, ...]
     is_no_target: bool = False  # said by the source: nothing is meant; without it an entry needs an instance
+    may_be_empty: bool = False  # if no referent draws a pixel, the truth is empty, as in REFER's own API; else it is a fault
     size_hw: Any = None  # px, for which the masks were annotated; None: the masks say it themselves, or the picture
     image_id: Any = None  # only if the source's ids are shared with other datasets
     category: str | None = None
@@ -82,6 +84,7 @@ class SourceOptions:
     mapping: Mapping[str, str] = field(default_factory=dict)  # format-specific: which field is what
     own_pictures: Path = Path("pictures")  # where a reader writes pictures that are no files in the source
     follow_links: bool = False  # links in the folder of the pictures may lead outside it
+    takes_crowds: bool = False  # annotations with iscrowd=1 are objects as others (coco)
 
 
 class SourceReader(Protocol):

@@ -10,7 +10,8 @@
 panoptic segments are not read. Pictures: each is looked for in `images/`, in the JSON's folder and in those that COCO has
 (`train2017/` beside `annotations/`), or in the same way below --images; LVIS names them in `coco_url`. An annotation with a
 text of its own (`caption`, or the field that `--mapping caption=FIELD` names) is asked by that text, alone. Categories of
-the same name are one. Crowds are left out.
+the same name are one. Crowds (`iscrowd`: 1) are left out, counted and named; annotation tools write that for every RLE mask:
+`--crowds taken` takes them as objects.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class CocoReader:
     def __init__(self, options: SourceOptions) -> None:
         source = existing_source(options, "COCO's instances as JSON, or a folder of such files")
         self.files, passed_over = _instance_files(source)
+        self._takes_crowds = options.takes_crowds
         self._caption = checked_mapping(options, {"caption": "caption"})["caption"]
         images = existing_image_folder(options.images, why="--images") if options.images else None
         self._contents: dict[str, CocoTables] = {}
@@ -70,6 +72,7 @@ class CocoReader:
                     wanted[split, image["id"]] = _of_url(image["coco_url"], file, images)
             notes += [f"{file}: read as split {split}"] if split != file.stem.removeprefix("instances_") else []
             notes += _namesakes(split, tables)
+            notes += _crowds(split, tables, are_taken=options.takes_crowds)
         self._pictures = find_pictures(wanted, follow_links=options.follow_links)
         self.image_folder = self._pictures.folder or images or self.files[0].parent
         self.notes = (*notes, *self._pictures.notes)
@@ -94,7 +97,7 @@ class CocoReader:
         by_image: dict[int, list[dict[str, Any]]] = {}
         for annotation in tables.annotations.values():
             where = f"{split} annotation {annotation['id']}"
-            if annotation.get("iscrowd"):
+            if _is_crowd(annotation) and not self._takes_crowds:
                 continue
             if annotation["image_id"] not in tables.images:
                 message = f"expected image_id among `images`, got {annotation['image_id']}"
@@ -170,6 +173,23 @@ def _of_url(url: str, file: Path, images: Path | None) -> tuple[str, list[Path]]
     if images is not None:
         return name, [images / folder, images]
     return name, [beside / folder for beside in (file.parent, file.parent / "images", file.parent.parent)]
+
+
+def _is_crowd(annotation: dict[str, Any]) -> bool:
+    return annotation.get("iscrowd") in (1, "1")
+
+
+def _crowds(split: str, tables: CocoTables, *, are_taken: bool) -> list[str]:
+    ids = [number for number, annotation in tables.annotations.items() if _is_crowd(annotation)]
+    if not ids:
+        return []
+    what = (
+        "are taken as objects (--crowds taken)"
+        if are_taken
+        else "are left out; annotation tools write that for every RLE mask: if they are single objects, take them with --crowds taken"
+    )
+    named = ", ".join(map(str, ids[:10])) + (f" and {len(ids) - 10:,} more" if len(ids) > 10 else "")
+    return [f"{split}: {len(ids):,} of {len(tables.annotations):,} annotations are crowds (iscrowd: 1) and {what}: {named}"]
 
 
 def _namesakes(split: str, tables: CocoTables) -> list[str]:

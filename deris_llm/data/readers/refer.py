@@ -63,14 +63,16 @@ class ReferReader:
                 return fault(
                     f"expected an annotation of image {ref['image_id']}, got ann_id {annotation_id} of image {found[0]}"
                 )
-        category, num_same_class = refer.classes_of(loaded, ref["image_id"], ids)
+        kept, crowds = refer.without_crowds(loaded, self._dataset, ids)
+        category, num_same_class = refer.classes_of(loaded, ref["image_id"], kept)
         return SourceEntry(
             where=where,
             split=split,
             image=image.file_name,
             phrases=tuple(SourcePhrase(s.get("sent_id"), s.get("sent"), s.get("raw")) for s in ref["sentences"]),
-            instances=tuple(SourceInstance(loaded.annotations[i][1], i) for i in ids),
+            instances=tuple(SourceInstance(loaded.annotations[i][1], i, is_crowd=i in crowds) for i in (*kept, *crowds)),
             is_no_target=not ids,
+            may_be_empty=True,
             size_hw=(image.height, image.width),
             category=category,
             num_same_class=num_same_class,

@@ -54,6 +54,23 @@ def test_categories_are_phrases(world: Any, coco: Any) -> None:
     assert Path(cat.image_path) == world.folder / "images/a.png"
 
 
+def test_crowds_are_counted_named_and_taken_on_request(world: Any, coco: Any) -> None:
+    """Annotation tools write iscrowd=1 for every RLE mask."""
+    source = _write(world, coco)
+    (note,) = (note for note in world.prepare(source, format="coco").manifest["notes"] if "crowds" in note)
+    assert note.startswith("train: 1 of 4 annotations are crowds (iscrowd: 1) and are left out; annotation tools")
+    assert note.endswith("take them with --crowds taken: 4")
+    made = world.prepare(source, "all", format="coco", takes_crowds=True)
+    assert "train: 1 of 4 annotations are crowds (iscrowd: 1) and are taken as objects" in made.manifest["notes"][-1]
+    assert [(r.phrase, len(r.instances), r.crowds) for r in read_split(world.root, "all/train")][-1] == ("cat", 1, ())
+    assert len(read_split(world.root, "all/train")) == len(read_split(world.root, "mine/train")) + 1
+    coco["annotations"] = coco["annotations"][3:]
+    with pytest.raises(DataError, match=r"expected phrases, got none(.|\n)*1 of 1 annotations are crowds .* --crowds taken: 4"):
+        world.prepare(_write(world, coco), "none", format="coco")
+    with pytest.raises(DataError, match="--crowds taken: expected --format coco, got jsonl"):
+        world.prepare(source, "none", format="jsonl", takes_crowds=True)
+
+
 def test_captions_are_phrases_of_one_object(world: Any, coco: Any) -> None:
     coco["annotations"][0]["caption"] = "the left dog"
     world.prepare(_write(world, coco), format="coco")
@@ -141,7 +158,7 @@ def test_categories_of_one_name_are_one(world: Any, coco: Any) -> None:
     made = world.prepare(_write(world, coco), format="coco")
     (dogs,) = read_split(world.root, "mine/train")
     assert (dogs.phrase_id, [i.annotation_id for i in dogs.instances]) == ("mine/train/0-3", [1, 2])
-    assert made.manifest["notes"] == ["train: categories 3, 4 have one name, 'dog', and are taken as one"]
+    assert made.manifest["notes"][0] == ("train: categories 3, 4 have one name, 'dog', and are taken as one")
 
 
 def test_a_caption_of_null_is_none(world: Any, coco: Any) -> None:
@@ -167,6 +184,11 @@ def _first(key: str, **changes: Any) -> Callable[[Any], Any]:
     return lambda content: content[key][0].update(changes)
 
 
+def _cat(**values: Any) -> Callable[[dict[str, Any]], None]:
+    """Spoils the only object of its category: its phrase has no other."""
+    return lambda content: content["annotations"][2].update(values)
+
+
 RECORDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "another picture's": (_first("annotations", image_id=9), "expected image_id among `images`, got 9"),
     "no category": (_first("annotations", category_id=9), "expected category_id among `categories`, got 9"),
@@ -174,8 +196,8 @@ RECORDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "a list as category": (_first("annotations", category_id=[3]), "expected category_id among `categories`, got [3]"),
     "no polygons": (_first("annotations", segmentation=[]), "expected polygons or RLE, got list '[]'"),
     "NaN": (_first("annotations", segmentation=[[1, 2, float("nan"), 4, 5, 6]]), "expected polygons [x0, y0"),
-    "two points": (_first("annotations", segmentation=[[1, 2, 3, 4]]), "none of its polygons has three points"),
-    "outside": (_first("annotations", segmentation=[[50, 50, 60, 50, 60, 60]]), "lie outside the image (40 x 30 px)"),
+    "two points": (_cat(segmentation=[[1, 2, 3, 4]]), "none of its polygons has three points"),
+    "outside": (_cat(segmentation=[[50, 50, 60, 50, 60, 60]]), "lie outside the image (40 x 30 px)"),
     "bad RLE": (
         _first("annotations", segmentation={"size": [30, 40], "counts": [5]}),
         "expected RLE counts that sum to",
