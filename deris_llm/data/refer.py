@@ -365,7 +365,7 @@ def _read_split(
     present = _listing(str(image_folder.resolve()), image_folder.stat().st_mtime_ns)
     records: list[ReferringRecord] = []
     problems: list[str] = []
-    usable: dict[int, tuple[InstanceAnnotation | None, int, str | None]] = {}
+    usable: dict[int, tuple[InstanceAnnotation | None, int | None, str | None]] = {}
     left_out = LeftOut()
     num_phrases = 0
     for ref in loaded.splits[split]:

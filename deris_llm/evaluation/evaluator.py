@@ -204,7 +204,9 @@ def compared(
         P predictions.
     """
     referents = decoded_referents(asked)
-    truths = {crowds: merged_truths(asked, crowds) for crowds in {protocol.crowds for protocol in protocols}}
+    truths = {"left_out": [np.logical_or.reduce(masks, axis=0) for masks in referents]}
+    if any(protocol.crowds == "taken" for protocol in protocols):
+        truths["taken"] = merged_truths(asked, "taken")
     originals = {
         rule: _answers(output, rule, [(record.height, record.width) for record in asked])
         for rule in dict.fromkeys(protocol.rule for protocol in protocols)

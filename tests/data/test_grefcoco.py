@@ -89,7 +89,7 @@ def test_referents_of_a_phrase_are_targets_of_their_own(refer_folder: Any, grefs
 def _rle(annotation: dict[str, Any]) -> dict[str, Any]:
     mask = decode_segmentation(annotation["segmentation"], 30, 40)
     edges = np.flatnonzero(np.diff(mask.ravel(order="F").astype(np.int8))) + 1
-    return {"size": [30, 40], "counts": np.diff([0, *edges, mask.size]).tolist()}
+    return {"size": [30, 40], "counts": np.diff(np.array([0, *edges.tolist(), mask.size])).tolist()}
 
 
 def test_crowds_beside_other_referents_are_left_out(refer_folder: Any, grefs: Any) -> None:
@@ -157,7 +157,7 @@ def test_prepared_crowds_and_referents_without_a_pixel_are_those_of_the_files(
         for ours, theirs in ((direct.instances, prepared.instances), (direct.crowds, prepared.crowds)):
             assert [i.annotation_id for i in ours] == [i.annotation_id for i in theirs]
             masks = [[decode_segmentation(i.segmentation, 30, 40) for i in side] for side in (ours, theirs)]
-            assert np.array_equal(*masks)
+            assert np.array_equal(masks[0], masks[1])
     notes = sources.split_notes(world.root, "grefcoco/val")
     assert [note.split(";")[0] for note in notes] == [
         "3 referents are crowds beside others",

@@ -328,7 +328,10 @@ def test_crowds_are_left_out_of_grefcocos_truth_as_its_api_and_rela_do(crowded: 
 
     def expected(truth: Any) -> dict[str, float]:
         return rela(
-            [Compared(masks[r.phrase_id], truth(r), masks[r.phrase_id].any(), not r.is_no_target) for r in records]
+            [
+                Compared(masks[r.phrase_id], truth(r), bool(masks[r.phrase_id].any()), not r.is_no_target)
+                for r in records
+            ]
         )
 
     left_out = expected(lambda record: api.mask(refs[record.phrase_id]))
