@@ -51,6 +51,7 @@ from deris_llm.data.readers.base import (
     SourceReader,
     is_int64,
 )
+from deris_llm.data.readers.objects import split_named
 from deris_llm.data.readers.registry import open_source
 from deris_llm.data.validation import Fault, LocatedEntry, ShardResult, is_text, look_at, write_shard
 
@@ -254,6 +255,11 @@ class _Preparation:
         if left_out := sorted([*self.faults, *self.without_pixel], key=lambda fault: fault.order):
             lines = (_json_bytes(asdict(fault)) for fault in left_out)
             (self.arrow.parent / LEFT_OUT_FILE).write_bytes(b"\n".join([*lines, b""]))
+        if not any(split in refer.KNOWN_SPLITS or split_named(split) for split in splits):
+            self.notes.append(
+                f"no split is named train, which training reads, or val or test: {', '.join(splits)}. --val-share 0.1 divides one "
+                "split into train and val"
+            )
         generalised = any([found.pop("is_generalised") for found in splits.values()])
         for leftover in (
             set(self.arrow.iterdir())

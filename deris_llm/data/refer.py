@@ -60,7 +60,10 @@ IMAGE_FOLDERS = (
     "coco/train2014",
     "mscoco/train2014",
 )
-"""Where COCO's train2014 lies below a data root, in the trees that public code asks for; the first that is there."""
+"""Where COCO's train2014 lies below a data root, in the trees that public code asks for; the first that holds something."""
+
+KNOWN_SPLITS = ("train", "val", "testA", "testB", "test")
+"""Names of the published sets' splits."""
 
 NO_TARGET_ID = -1
 """gRefCOCO's annotation id of nothing."""
@@ -131,8 +134,7 @@ def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:
 
 def in_known_order(splits: Iterable[str]) -> tuple[str, ...]:
     """Names of splits, train first, then those of the published sets, then others by name."""
-    known_order = ("train", "val", "testA", "testB", "test")
-    return tuple(sorted(splits, key=lambda split: (known_order.index(split) if split in known_order else 99, split)))
+    return tuple(sorted(splits, key=lambda split: (KNOWN_SPLITS.index(split) if split in KNOWN_SPLITS else 99, split)))
 
 
 def count_refs(root: str | Path, name: str) -> int:
@@ -166,9 +168,9 @@ def find_image_folder(root: str | Path) -> Path:
         DataError: none of the known places exists.
     """
     root = Path(root)
-    for folder in IMAGE_FOLDERS:
-        if (root / folder).is_dir():
-            return root / folder
+    there = [root / folder for folder in IMAGE_FOLDERS if (root / folder).is_dir()]
+    if there:  # one that was made and is still empty is taken if there is no other
+        return next((folder for folder in there if any(folder.iterdir())), there[0])
     places = ", ".join(IMAGE_FOLDERS)
     raise missing_path_error(
         root / IMAGE_FOLDERS[0], f"pictures in {root} (one of {places})", hint=_layout_hint(Path(root))

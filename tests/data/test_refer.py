@@ -138,6 +138,15 @@ def test_missing_file(refer_root: Path, file: str) -> None:
     assert str(refer_root / "refcoco" / file) in str(caught.value)
 
 
+def test_an_empty_folder_of_pictures_is_passed_over(refer_root: Path) -> None:
+    (refer_root / "images").rename(refer_root / "moved")
+    (refer_root / "images/train2014").mkdir(parents=True)
+    (refer_root / "coco2014").mkdir()
+    (refer_root / "moved/train2014").rename(refer_root / "coco2014/train2014")
+    record = read_split(refer_root, "refcoco/val")[0]
+    assert Path(record.image_path).parent == refer_root / "coco2014/train2014"
+
+
 def test_missing_pictures(refer_root: Path) -> None:
     shutil.rmtree(refer_root / "images")
     with pytest.raises(DataError, match="mscoco") as caught:

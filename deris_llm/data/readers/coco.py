@@ -113,7 +113,12 @@ class CocoReader:
             else:
                 by_image.setdefault(annotation["image_id"], []).append(annotation)
         for image in tables.images.values():
-            objects = [self._object(split, each, names) for each in by_image.get(image["id"], [])]
+            annotations = by_image.get(image["id"], [])
+            for category in _not_exhaustive(image) & {_category(each) for each in annotations}:
+                message = f"expected all objects of {names.get(category)!r}, but LVIS says that some are not annotated here"
+                yield SourceFault(f"{split} image {image['id']}", split, "target", message)
+                annotations = [each for each in annotations if _category(each) != category]
+            objects = [self._object(split, each, names) for each in annotations]
             size_hw = (image["height"], image["width"])
             yield from entries_of_picture(str(image["id"]), split, self._pictures.names[split, image["id"]], size_hw, objects)
 
@@ -133,6 +138,12 @@ class CocoReader:
 def _category(annotation: dict[str, Any]) -> int | None:
     found = annotation.get("category_id")
     return found if isinstance(found, int) else None
+
+
+def _not_exhaustive(image: dict[str, Any]) -> set[Any]:
+    """Categories of which LVIS annotated only some objects in a picture: their name asks for more than it gives."""
+    found = image.get("not_exhaustive_category_ids")
+    return {each for each in found if isinstance(each, int)} if isinstance(found, list) else set()
 
 
 def _instance_files(source: Path) -> tuple[tuple[Path, ...], list[Path]]:

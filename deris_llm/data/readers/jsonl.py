@@ -9,7 +9,7 @@ Referents, one of: `polygons`, the parts of one object, [[x0, y0, x1, y1, ...], 
 Where a line has several phrases and several masks, `--mapping pairs=...` says which means which
 (`deris_llm.data.readers.pairs`). `no_target: true` says that nothing is meant; a line that has no mask without saying so is an error.
 
-Optional: `id` (of the phrase; default: the line's number), `split` (default: the file's name), `width` and `height` (of
+Optional: `id` (of the phrase; default: the line's number), `split` (default: the file's name, of parts without -00000-of-00002), `width` and `height` (of
 the picture as annotated), `raw` (text as typed), `category`, `image_id` (only if other datasets use the same ids for the
 same pictures). Unknown fields are ignored. `image` and `png` are relative to the folder of the file, or --images.
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from deris_llm.data.readers.base import (
     SourceInstance,
     SourceOptions,
     SourcePhrase,
+    check_is_unpacked,
     checked_mapping,
     existing_image_folder,
     existing_source,
@@ -79,22 +81,23 @@ class JsonlReader:
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
         for file in self._files:
             unit, records = _records(file)
+            stem = _split_of(file)
             for number, line, fault in records:
                 where = f"{file.name} {unit} {number}"
                 if fault is not None:
-                    yield SourceFault(where, file.stem, "structure", fault)
+                    yield SourceFault(where, stem, "structure", fault)
                 elif line is not None:
-                    yield from self._entries_of(line, where, number, file.stem)
+                    yield from self._entries_of(line, where, number, file)
 
     def _entries_of(
-        self, line: Mapping[str, Any], where: str, number: int, file_stem: str
+        self, line: Mapping[str, Any], where: str, number: int, file: Path
     ) -> Iterator[SourceEntry | SourceFault]:
         found = {name: line[key] for name, key in self._mapping.items() if key in line}
         if self._pairing.phrases:  # other fields may be members of the pairs too
             members = {name: member(line, key) for name, key in self._mapping.items() if "." in key}
             found |= {name: value for name, value in members.items() if value is not None}
-        found.setdefault("split", file_stem)
-        found.setdefault("id", f"{file_stem}-{number}" if str(found["split"]) in self._shared_splits else number)
+        found.setdefault("split", _split_of(file))
+        found.setdefault("id", f"{file.stem}-{number}" if str(found["split"]) in self._shared_splits else number)
         if not self._pairing.phrases:
             yield self._entry(line, found, where)
             return
@@ -157,7 +160,7 @@ class JsonlReader:
         paths = [path for path in (self._mapping["png"], self._mapping["masks"], self._pairing.masks) if path]
         for file in self._files:
             for _, line, _ in _records(file)[1]:
-                files_of.setdefault(str((line or {}).get(self._mapping["split"], file.stem)), set()).add(file)
+                files_of.setdefault(str((line or {}).get(self._mapping["split"], _split_of(file))), set()).add(file)
                 for value in [line.get(path, member(line, path)) for path in paths] if line else ():
                     for mask in _texts_in(value):
                         path = folder.file(mask)[0]
@@ -187,6 +190,7 @@ def _records(file: Path) -> tuple[str, _Records]:
     with file.open("rb") as stream:
         first = next((line for line in stream if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
     start = first.lstrip(b"\xef\xbb\xbf \t\r\n")
+    check_is_unpacked(file, start[:4])
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{file}: expected UTF-8, got UTF-16, as some programs of Windows write. Save the file as UTF-8")
     if start.startswith(b"["):
@@ -200,6 +204,11 @@ def _records(file: Path) -> tuple[str, _Records]:
             f"{other_format(file, than='jsonl')} Write each record on a line of its own"
         )
     return "line", _lines(file)
+
+
+def _split_of(file: Path) -> str:
+    """The file's name; `train-00000-of-00002.jsonl` is a part of `train`."""
+    return re.sub(r"[-_.]\d+-of-\d+$", "", file.stem)
 
 
 def _not_an_object(value: object) -> str:

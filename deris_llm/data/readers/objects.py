@@ -106,31 +106,30 @@ def find_pictures(wanted: Mapping[Any, tuple[Any, Sequence[Path]]], *, follow_li
         (name.rpartition("/")[2], folders)
         for name, folders in {(portable_name(n), tuple(f)) for n, f in wanted.values() if isinstance(n, str)}
     )
-    names: dict[Any, tuple[Any, Path]] = {}
+    places: dict[Any, tuple[str, Path]] = {}  # without names that are to be refused
     by_end: list[str] = []
     for key, (given, folders) in wanted.items():
         there = [folder for folder in folders if is_dir(folder)]
-        name = portable_name(given) if isinstance(given, str) else given
-        if not there:
+        if not there or safe_path(there[0], given, follow_links=True)[0] is None:
             continue
+        name = portable_name(given)
         found = next((folder for folder in there if _holds(folder, name, follow_links)), None)
-        if found is None and isinstance(name, str) and safe_path(there[0], name, follow_links=True)[0] is not None:
-            end = name.rpartition("/")[2]
-            if ends[end, tuple(folders)] == 1:
-                found = next((folder for folder in there if _holds(folder, end, follow_links)), None)
+        end = name.rpartition("/")[2]
+        if found is None and ends[end, tuple(folders)] == 1:
+            found = next((folder for folder in there if _holds(folder, end, follow_links)), None)
             by_end += [f"{name} as {end}"] if found is not None else []
             name = name if found is None else end
-        names[key] = (name, found or there[0])
-    if not names:
-        return FoundPictures(None, {key: name for key, (name, _) in wanted.items()}, ())
-    root = Path(os.path.commonpath({str(folder.absolute()) for _, folder in names.values()}))
+        places[key] = (name, found or there[0])
+    names = {key: name for key, (name, _) in wanted.items()}
+    if not places:
+        return FoundPictures(None, names, ())
+    root = Path(os.path.commonpath({str(folder.absolute()) for _, folder in places.values()}))
     prefix = cache(lambda folder: os.path.relpath(folder.absolute(), root))
-    below = {
-        key: f"{prefix(folder)}/{name}" if isinstance(name, str) and prefix(folder) != "." else name
-        for key, (name, folder) in names.items()
+    names |= {
+        key: name if prefix(folder) == "." else f"{prefix(folder)}/{name}" for key, (name, folder) in places.items()
     }
     said = (f"{len(by_end):,} pictures were found by the last part of their names, e.g. {by_end[0]}",) if by_end else ()
-    return FoundPictures(root, {key: below.get(key, name) for key, (name, _) in wanted.items()}, said)
+    return FoundPictures(root, names, said)
 
 
 def _holds(folder: Path, name: Any, follow_links: bool) -> bool:

@@ -132,6 +132,32 @@ def test_lvis_names_pictures_in_addresses(world: Any, coco: Any, given: str | No
     assert Path(read_split(world.root, "mine/train")[0].image_path) == world.folder / "images/train2017/a.png"
 
 
+def test_categories_that_lvis_annotated_in_part(world: Any, coco: Any) -> None:
+    coco["images"][0]["not_exhaustive_category_ids"] = [3, 9]
+    source = _write(world, coco)
+    with pytest.raises(DataError, match="train image 0: expected all objects of 'dog', but LVIS says that some are not"):
+        world.prepare(source, format="coco")
+    made = world.prepare(source, format="coco", skip_bad=True)
+    assert [r.phrase for r in read_split(world.root, "mine/train")] == ["cat"]
+    assert made.manifest["skipped"] == {"train": {"target": 1}}
+
+
+def test_names_that_utf8_cannot_hold(world: Any, coco: Any) -> None:
+    for key, field in (("images", "file_name"), ("categories", "name")):
+        spoilt = json.loads(json.dumps(coco))
+        spoilt[key][0][field] = "\udce9\ud800"
+        source = _write(world, spoilt)
+        with pytest.raises(DataError, match=r"\\udce9\\ud800") as caught:
+            world.prepare(source, format="coco")
+        str(caught.value).encode()
+        if key == "categories":
+            world.prepare(source, format="coco", skip_bad=True)
+            assert [r.phrase for r in read_split(world.root, "mine/train")] == ["cat"]
+    source = _write(world, coco, "instances_\udce9.json")
+    with pytest.raises(DataError, match=r"expected the name of a split, letters and digits, got '\\udce9'"):
+        world.prepare(source, "named", format="coco")
+
+
 @pytest.mark.parametrize("name", ["images\\a.png", "images/a.png", "a.png"])
 def test_names_as_label_studio_writes_them(world: Any, coco: Any, name: str) -> None:
     coco["images"][0]["file_name"] = name

@@ -68,6 +68,21 @@ def test_parts_of_one_split(world: Any) -> None:
     assert [r.phrase_id for r in read_split(world.root, "mine/val")] == ["mine/val/1"]
 
 
+def test_parts_that_are_numbered(world: Any) -> None:
+    world.pictures("a.png")
+    for part in (0, 1):
+        line = {"image": "a.png", "phrase": f"part {part}", "polygons": SQUARE}
+        world.lines(line, file=f"train-0000{part}-of-00002.jsonl")
+    made = world.prepare(world.folder)
+    assert [(r.phrase_id, r.phrase) for r in read_split(world.root, "mine/train")] == [
+        ("mine/train/train-00000-of-00002-1", "part 0"),
+        ("mine/train/train-00001-of-00002-1", "part 1"),
+    ]
+    assert made.manifest["notes"] == []
+    made = world.prepare(world.lines(line, file="photos.jsonl"), "photos")
+    assert "no split is named train, which training reads, or val or test: photos. --val-share" in made.manifest["notes"][0]
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 def test_an_array_is_read_as_lines_are(world: Any, indent: int | None) -> None:
     world.pictures("a.png")
@@ -88,6 +103,7 @@ def test_an_array_is_read_as_lines_are(world: Any, indent: int | None) -> None:
         (b'{\n"image": "a.png",\n"phrase": "x"\n}', "got one object over several lines. Write each record on a line"),
         (b'{\n"text": ["x"],\n"shapes": []\n}', "several lines. mine.json looks like --format labelme."),
         ('{"image": "a.png"}'.encode("utf-16"), "expected UTF-8, got UTF-16"),
+        (b"\x1f\x8b\x08\n", "got a zip or gzip archive. Unpack it"),
     ],
 )
 def test_files_that_are_no_lines(world: Any, content: bytes, message: str) -> None:
