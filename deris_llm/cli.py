@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deris_llm import __version__
+from deris_llm.arguments import Parser, at_least, path
 from deris_llm.data.cli import add_data_commands
 from deris_llm.interop.cli import add_convert_commands
 from deris_llm.terminal import flush_output, is_reader_gone, print_anything
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands with their options; imports nothing heavy."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="deris-llm",
         description="Referring image segmentation with a multimodal LLM: fine-tune and evaluate DeRIS.",
         epilog=EXAMPLES,
@@ -91,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = _command(commands, "train", "fine-tune a run config under DeepSpeed, then evaluate it", run_train)
     _add_config_options(train)
-    train.add_argument("--output", type=Path, help="folder of the run (default runs/NAME of the config)")
+    train.add_argument("--output", type=path, help="folder of the run (default runs/NAME of the config)")
     train.add_argument("--gpus", type=int, help="processes, one per GPU (default: every GPU; without one, 2 CPU ranks)")
     train.add_argument("--deepspeed", metavar="FILE", help="a DeepSpeed JSON (default ds_configs/zero2.json)")
     train.add_argument(
@@ -105,16 +106,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = _command(commands, "eval", "evaluate a checkpoint on splits, by named protocols", run_eval)
     what = evaluate.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=Path, metavar="DIR", help="`best` or `checkpoint-STEP` of a run")
+    what.add_argument("--checkpoint", type=path, metavar="DIR", help="`best` or `checkpoint-STEP` of a run")
     what.add_argument("--config", metavar="NAME|FILE", help="a run config's model before fine-tuning (step 0)")
     evaluate.add_argument(
         "--splits", nargs="+", metavar="SPLIT", help="e.g. refcoco/val (default: data.eval of the config)"
     )
     evaluate.add_argument(
-        "--output", type=Path, metavar="DIR", help="report, predictions, pictures (default runs/eval/NAME)"
+        "--output", type=path, metavar="DIR", help="report, predictions, pictures (default runs/eval/NAME)"
     )
     evaluate.add_argument(
-        "--max-images", type=int, default=0, metavar="N", help="images of each split (default 0 = all)"
+        "--max-images", type=at_least(0), default=0, metavar="N", help="images of each split (default 0 = all)"
     )
     evaluate.add_argument(
         "--protocol",
@@ -138,24 +139,24 @@ def build_parser() -> argparse.ArgumentParser:
     predict = _command(commands, "predict", "masks of what phrases mean in pictures, as files", run_predict)
     predict.add_argument(
         "--checkpoint",
-        type=Path,
+        type=path,
         required=True,
         metavar="DIR",
         help="a run, `best` or `checkpoint-STEP` of one, or a full one",
     )
     predict.add_argument(
-        "--image", type=Path, nargs="+", action="extend", default=[], metavar="FILE|DIR",
+        "--image", type=path, nargs="+", action="extend", default=[], metavar="FILE|DIR",
         help="pictures; of a folder its own, those of folders in it not",
     )  # fmt: skip
     predict.add_argument(
         "--phrase", action="append", default=[], metavar="TEXT", help="asked of every picture; repeatable"
     )
     predict.add_argument(
-        "--jsonl", type=Path, metavar="FILE",
+        "--jsonl", type=path, metavar="FILE",
         help='instead: lines {"image": ..., "phrase": ...} or {"image": ..., "phrases": [...]}, pictures relative to its folder',
     )  # fmt: skip
     predict.add_argument(
-        "--out", type=Path, metavar="DIR", help="new folder, or that of an earlier call, which is gone on with "
+        "--out", type=path, metavar="DIR", help="new folder, or that of an earlier call, which is gone on with "
         "(default runs/predict/NAME-FINGERPRINT-threshold-T)",
     )  # fmt: skip
     predict.add_argument(
@@ -170,31 +171,31 @@ def build_parser() -> argparse.ArgumentParser:
     report = _command(commands, "report", "one self-contained HTML page of an evaluation or a run", run_report)
     report.add_argument(
         "folder",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="of an evaluation (report.json), or of a run that was or was not evaluated",
     )
     report.add_argument(
         "--checkpoint",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="the evaluated one: looks into it at some phrases (masks by query and by round)",
     )
     report.add_argument(
         "--against",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="another evaluation of the same splits, set beside it phrase by phrase",
     )
     report.add_argument(
-        "--data", type=Path, metavar="ROOT", help="folder of the data (default: where it was evaluated)"
+        "--data", type=path, metavar="ROOT", help="folder of the data (default: where it was evaluated)"
     )
-    report.add_argument("--out", type=Path, metavar="FILE", help="default DIR/report.html")
-    report.add_argument("--seed", type=int, default=0, help="of the cases that are shown (default 0)")
+    report.add_argument("--out", type=path, metavar="FILE", help="default DIR/report.html")
+    report.add_argument("--seed", type=at_least(0), default=0, help="of the cases that are shown (default 0)")
 
     score = _command(commands, "score", "score anybody's predictions, with the metrics and files of eval", run_score)
-    score.add_argument("predictions", type=Path, metavar="PRED.jsonl|FOLDER", help="lines of JSON, or PNG masks")
-    score.add_argument("--data", type=Path, required=True, metavar="ROOT", help="folder of images and datasets")
+    score.add_argument("predictions", type=path, metavar="PRED.jsonl|FOLDER", help="lines of JSON, or PNG masks")
+    score.add_argument("--data", type=path, required=True, metavar="ROOT", help="folder of images and datasets")
     score.add_argument("--split", required=True, metavar="SPLIT", help="e.g. refcoco/val")
     score.add_argument(
         "--protocol",
@@ -204,9 +205,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="original (default), deris, rela480 or YAML",
     )
     score.add_argument("--phrase-field", choices=("sent", "raw"), default="sent", help="which text was asked")
-    score.add_argument("--against", type=Path, metavar="OTHER", help="other predictions: difference, paired test, wins")
-    score.add_argument("--output", type=Path, metavar="DIR", help="report and pictures (default runs/score/NAME-SPLIT)")
-    score.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core, at most 8)")
+    score.add_argument("--against", type=path, metavar="OTHER", help="other predictions: difference, paired test, wins")
+    score.add_argument("--output", type=path, metavar="DIR", help="report and pictures (default runs/score/NAME-SPLIT)")
+    score.add_argument("--workers", type=at_least(1), metavar="N", help="processes (default: one per core, at most 8)")
 
     data = _command(commands, "data", "make, check and look at data")
     add_data_commands(data.add_subparsers(metavar="WHAT", required=True))
@@ -218,7 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = _command(commands, "plan", "parameters, memory per GPU, steps and tokens of a run, before it runs", run_plan)
     _add_config_options(plan)
-    plan.add_argument("--gpus", type=int, default=1, help="GPUs the run would have (default 1)")
+    plan.add_argument("--gpus", type=at_least(1), default=1, help="GPUs the run would have (default 1)")
     plan.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="only this ZeRO stage (default: all, and offload)")
     plan.add_argument(
         "--measure", action="store_true", help="also time a phrase at test on this machine, where the model fits"
@@ -240,14 +241,16 @@ def build_parser() -> argparse.ArgumentParser:
 def run_train(arguments: argparse.Namespace) -> int:
     """Starts a training run."""
     from deris_llm.config import load_config
-    from deris_llm.data.sources import check_split
-    from deris_llm.evaluation.protocols import protocols_of
-    from deris_llm.training.launch import launch
 
     config = load_config(arguments.config, arguments.set)  # what is wrong is said once, not by every rank
+    from deris_llm.data.sources import check_split
+    from deris_llm.evaluation.protocols import protocols_of
+
     for name in (*(f"{dataset}/train" for dataset in config.data.train), *config.data.eval, config.training.eval_split):
         check_split(config.data.root, name)
     protocols_of(config)
+    from deris_llm.training.launch import launch  # brings torch, for which no check waits
+
     return launch(
         arguments.config,
         overrides=arguments.set,
@@ -263,22 +266,18 @@ def run_train(arguments: argparse.Namespace) -> int:
 def run_eval(arguments: argparse.Namespace) -> int:
     """Evaluates; with several ranks this process becomes torchrun, which runs this command again on each."""
     from deris_llm.config import load_config
-    from deris_llm.data.sources import check_split
-    from deris_llm.evaluation.protocols import protocols_of
-    from deris_llm.evaluation.sweep import check_sweep
-    from deris_llm.training.launch import num_ranks
+    from deris_llm.training.checkpoint_folders import CONFIG_FILE, find_checkpoint
 
+    if arguments.checkpoint:
+        arguments.checkpoint = find_checkpoint(arguments.checkpoint)
     if arguments.protocol:
         arguments.set = [*arguments.set, f"evaluation.protocols={json.dumps(arguments.protocol)}"]
     if "RANK" in os.environ:
         return _evaluate_on_this_rank(arguments)
-    source = arguments.config or arguments.checkpoint / "config.yaml"
-    if arguments.checkpoint and not source.is_file():
-        raise ValueError(
-            f"--checkpoint {arguments.checkpoint}: expected the folder `best` or `checkpoint-STEP` of a run, got one without "
-            "config.yaml; see the run's output folder"
-        )
-    config = load_config(source, arguments.set)
+    config = load_config(arguments.config or arguments.checkpoint / CONFIG_FILE, arguments.set)
+    from deris_llm.data.sources import check_split
+    from deris_llm.evaluation.protocols import protocols_of
+
     protocols_of(config)
     if arguments.sweep:
         without = [name for name in ("config", "splits", "control", "output") if getattr(arguments, name)]
@@ -290,9 +289,13 @@ def run_eval(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--sweep: expected a checkpoint that can be written to, got {arguments.checkpoint}: copy it"
             )
+        from deris_llm.evaluation.sweep import check_sweep
+
         check_sweep(config, arguments.sweep)
     for name in [arguments.sweep] if arguments.sweep else arguments.splits or config.data.eval:
         check_split(config.data.root, name)
+    from deris_llm.training.launch import num_ranks
+
     ranks = num_ranks(arguments.gpus)
     if ranks > 1:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -402,6 +405,15 @@ def _trusts_backend(arguments: argparse.Namespace) -> bool:
 
 def run_score(arguments: argparse.Namespace) -> int:
     """Scores a file of predictions."""
+    for given in filter(None, (arguments.predictions, arguments.against)):
+        if not given.exists():
+            raise ValueError(f"{given}: expected a file or folder of predictions, got none at {given.absolute()}")
+    from deris_llm.data.sources import check_split
+    from deris_llm.evaluation.protocols import protocols_of_file
+
+    check_split(arguments.data, arguments.split)
+    protocols_of_file(arguments.protocol, text_field=arguments.phrase_field)
+
     from rich.console import Console
 
     from deris_llm.evaluation.comparison import comparison_table
@@ -430,6 +442,9 @@ def run_score(arguments: argparse.Namespace) -> int:
 
 def run_predict(arguments: argparse.Namespace) -> int:
     """Answers phrases about pictures."""
+    from deris_llm.training.checkpoint_folders import find_checkpoint
+
+    arguments.checkpoint = find_checkpoint(arguments.checkpoint)
     from deris_llm.predict import run, show_predictions
     from deris_llm.terminal import console
 
@@ -450,6 +465,16 @@ def run_predict(arguments: argparse.Namespace) -> int:
 
 def run_report(arguments: argparse.Namespace) -> int:
     """Writes the page of an evaluation or a run."""
+    from deris_llm.training.checkpoint_folders import find_checkpoint
+
+    for folder in filter(None, (arguments.folder, arguments.against, arguments.data)):
+        if not folder.is_dir():
+            raise ValueError(
+                f"report: expected a folder, got {'a file' if folder.exists() else 'none'} at {folder.absolute()}"
+            )
+    if arguments.checkpoint is not None:
+        arguments.checkpoint = find_checkpoint(arguments.checkpoint)
+
     from deris_llm.evaluation.page import PAGE_FILE, look_inside, write_page
     from deris_llm.evaluation.page_data import open_evaluation
 

@@ -423,7 +423,9 @@ def apply_overrides(tree: dict[str, Any], overrides: typing.Sequence[str], probl
         key, separator, value = text.partition("=")
         name, value = key.strip(), value.strip()
         if not separator or not name:
-            problems.append(f"override {text!r}: expected section.field=value, e.g. training.learning_rate=1e-4")
+            problems.append(
+                f"override {text!r}: expected section.field=value, e.g. training.learning_rate=1e-4; quote a value with spaces"
+            )
             continue
         node: Any = value
         if kinds.get(name) is not str or value[:1] in ("'", '"'):
@@ -730,11 +732,9 @@ def _read_tree(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if key in seen:
         raise ConfigError(name_or_path, [f"`base:` goes round in a circle: {' -> '.join((*seen, key))}"])
     try:
-        tree = parse_yaml(read_text(path) if is_file else _shipped_text(name_or_path))
+        tree = parse_yaml(read_text(path) if path.exists() and is_file else _shipped_text(name_or_path))
     except ValueError as error:
-        near = difflib.get_close_matches(path.stem, config_names(), n=1) if not path.exists() else ()
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(name_or_path, [f"{error}{hint}"]) from error
+        raise ConfigError(name_or_path, [str(error)]) from error
     if not isinstance(tree, dict) or not tree:
         got = "a file without any" if not tree else f"{type(tree).__name__} {str(tree)[:60]!r}"
         raise ConfigError(name_or_path, [f"expected fields, such as `base: tiny-refcoco`, got {got}"])
@@ -761,7 +761,11 @@ def _shipped_text(name: str) -> str:
         raise ValueError(f"expected a run config, got a folder; did you mean {inside[0]}?")
     if Path(name).is_file():
         raise ValueError("expected a file that ends in .yaml, got another one; rename it if it is a run config")
-    raise ValueError(f"no such run config; shipped: {', '.join(config_names())}; or give a .yaml path")
+    is_path = Path(name).suffix.lower() in _YAML_SUFFIXES
+    near = difflib.get_close_matches(Path(name).stem if is_path else name, config_names(), n=1)
+    what = f"file (looked for {Path(name).expanduser().absolute()})" if is_path else "run config"
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"no such {what}; {hint}shipped: {', '.join(config_names())}; or give a .yaml path")
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from deris_llm.config import RunConfig, load_config, save_config
 from deris_llm.evaluation.calibration import CALIBRATION_FILE, calibrated_config, threshold_source
 from deris_llm.evaluation.protocols import protocols_of
 from deris_llm.evaluation.report import read_report
-from deris_llm.folders import written_aside
-from deris_llm.interop.conversion import check_new_folder
+from deris_llm.folders import check_new_folder, written_aside
 from deris_llm.merge import QUANTIZED, Merge, merge_checkpoint
 from deris_llm.training.checkpoint_folders import (
     BASE_WEIGHTS_FILE,

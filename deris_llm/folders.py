@@ -161,3 +161,16 @@ def _wait_for_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_new_folder(out: Path) -> None:
+    """Refuses to write where something is.
+
+    Raises:
+        ValueError: a file of that name, or a folder that is not empty.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(
+            f"--out {out}: expected a new folder, got {'one that is not empty' if out.is_dir() else 'a file'}; "
+            "choose another name, or remove it."
+        )

@@ -17,7 +17,7 @@ from torch import nn
 from deris_llm.cognition import build_processor
 from deris_llm.config import RunConfig, config_from_dict, config_to_dict, load_config
 from deris_llm.data.transforms import perception_pixels
-from deris_llm.interop.conversion import check_new_folder
+from deris_llm.folders import check_new_folder
 from deris_llm.structures import DerisOutput, ReferringBatch
 from deris_llm.training.checkpoint_folders import CONFIG_FILE, find_checkpoint
 from deris_llm.training.checkpoints import files_beside_weights, load_checkpoint, names_backend, save_full_checkpoint

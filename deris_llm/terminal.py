@@ -6,22 +6,24 @@ import io
 import os
 import select
 import sys
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _WIDTH = 160  # columns where the output is no terminal and COLUMNS does not say
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Drops what is printed from now on instead of ending the process: the work goes on."""
-        self.quiet = True
-        _drop(self.file)
-
-
 def console(*, stderr: bool = False) -> Console:
     """A console that prints names as they are: square brackets are no markup, digits get no colour."""
+    from rich.console import Console  # noqa: PLC0415 - half of the start-up time of help and of an error
+
+    class _Console(Console):
+        def on_broken_pipe(self) -> None:
+            """Drops what is printed from now on instead of ending the process: the work goes on."""
+            self.quiet = True
+            _drop(self.file)
+
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDTH
     return _Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)

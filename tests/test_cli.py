@@ -31,6 +31,108 @@ def test_help_imports_nothing_heavy():
     assert out.splitlines()[-1] == "IMPORTED []"
 
 
+MISTAKES = {  # command -> part of what is said; {} is an empty folder, beside it a data root without datasets
+    "train --config tiny-refcocoo": "did you mean 'tiny-refcoco'",
+    "train --config tiny-refcoco --set training.epoch=1": "did you mean training.epochs",
+    "train --config tiny-refcoco --set data.root=nowhere": "data root 'nowhere': expected the folder",
+    "train --config tiny-refcoco --set data.root={}/root": "dataset 'refcoco': expected",
+    "plan --config tiny-refcocoo": "did you mean 'tiny-refcoco'",
+    "plan --config tiny-refcoco --set training.epoch=1": "did you mean training.epochs",
+    "config show --config {}": "no such run config",
+    "eval --config tiny-refcocoo": "did you mean 'tiny-refcoco'",
+    "eval --config tiny-refcoco --set data.root=nowhere": "data root 'nowhere': expected the folder",
+    "eval --config tiny-refcoco --protocol orignal": "did you mean original?",
+    "eval --checkpoint nowhere/best": "nowhere/best: expected a checkpoint folder",
+    "eval --checkpoint {}": "the folder is empty",
+    "predict --checkpoint nowhere --image a.jpg --phrase x": "nowhere: expected a checkpoint folder",
+    "score nowhere.jsonl --data {}/root --split refcoco/val": "nowhere.jsonl: expected a file or folder of predictions",
+    "score {} --data nowhere --split refcoco/val": "data root 'nowhere': expected the folder",
+    "score {} --data {}/root --split mine/val": "dataset 'mine': expected one of refcoco",
+    "report nowhere": "report: expected a folder, got none at",
+    "report {} --checkpoint nowhere/best": "nowhere/best: expected a checkpoint folder",
+    "convert merge nowhere --out {}/new": "nowhere: expected a checkpoint folder",
+    "convert export {} --out {}/new": "the folder is empty",
+    "convert export {} --out {}/new --dtype bf16": "cannot take effect without --merge",
+    "convert merge {} --out {}/root": "expected a new folder, got one that is not empty",
+    "convert deris nowhere.pth --out {}/new": "nowhere.pth: expected a weight file",
+    "convert beit3 {} --out {}/new": "got a folder; give the file in it",
+    "convert mask2former nowhere.pkl --out {}/new": "nowhere.pkl: expected a weight file",
+    "data check --root nowhere": "data root 'nowhere': expected the folder",
+    "data show refcoco/val --root nowhere": "data root 'nowhere': expected the folder",
+    "data prepare --format jsonl --source nowhere --out {}/set": "--source nowhere",
+    "data features --config tiny-refcocoo": "did you mean 'tiny-refcoco'",
+}
+
+
+def test_mistakes_are_said_before_torch_is_imported(tmp_path):
+    (tmp_path / "a" / "root" / "images" / "train2014").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    script = (
+        "import contextlib, io, json, sys\n"
+        "from deris_llm.cli import main\n"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    said = io.StringIO()\n"
+        "    with contextlib.redirect_stderr(said):\n"
+        "        status = main(command.split())\n"
+        "    heavy = [name for name in ('torch', 'transformers', 'peft') if name in sys.modules]\n"
+        "    print(json.dumps([status, said.getvalue(), heavy]))\n"
+    )
+    commands = [
+        each.replace("{}/root", str(tmp_path / "a" / "root")).replace("{}", str(tmp_path / "empty"))
+        for each in MISTAKES
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(commands)], capture_output=True, text=True, cwd=tmp_path
+    )
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == len(MISTAKES), done.stderr
+    for command, said, (status, error, heavy) in zip(commands, MISTAKES.values(), answers, strict=True):
+        assert (status, heavy) == (2, []), f"{command}: {error}"
+        assert said in error, command
+        assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("module", ["config", "data.sources", "evaluation.protocols", "training.checkpoint_folders"])
+def test_what_checks_need_imports_no_torch(module):
+    script = (
+        f"import sys, deris_llm.{module}\nprint([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("predict --checkpoint c --image a.jpg --phrase the red cup", 'quoted: --phrase "the red cup"'),
+        ("predict --phrase the red cup --checkpoint c --image a.jpg", 'quoted: --phrase "the red cup"'),
+        ("score my pred.jsonl --data d --split s", 'quoted: "my pred.jsonl"'),
+        ("data show refcoco/val --out my page.html", 'quoted: --out "my page.html"'),
+        ("convert merge runs/my run --out x", 'quoted: "runs/my run"'),
+        ("predict --checkpont c --image a.jpg", "did you mean --checkpoint instead of --checkpont?"),
+        ("train --config tiny-refcoco --ouput x", "did you mean --output instead of --ouput?"),
+        ("train --config tiny-refcoco --debug", "--debug stands before the command"),
+        ("plan --config tiny-refcoco --gpus 0", "argument --gpus: expected a whole number of 1 or more, got '0'"),
+        ("eval --config tiny-refcoco --max-images -1", "argument --max-images: expected a whole number of 0 or more"),
+        ("eval --config tiny-refcoco --output=", "argument --output: expected a path, got an empty text"),
+        ("data synth --out x --num-train 0", "argument --num-train: expected a whole number of 1 or more, got '0'"),
+        ("data show a/b --count ten", "argument --count: expected a whole number of 1 or more, got 'ten'"),
+    ],
+)
+def test_hints_at_quotes_and_spelling(command, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith(f"usage: deris-llm {command.split()[0]}")  # of the command, not of all
+
+
+def test_a_home_folder_behind_an_equals_sign(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    arguments = build_parser().parse_args(["data", "check", "--root=~/my data"])
+    assert arguments.root == tmp_path / "my data"
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -88,8 +190,11 @@ def test_wrong_input_is_a_message_and_status_2(arguments, said, capsys):
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path, capsys):
-    assert main(["eval", "--checkpoint", str(tmp_path)]) == 2
-    assert f"--checkpoint {tmp_path}: expected the folder `best`" in capsys.readouterr().err
+    for command in (["eval"], ["predict", "--image", "a.jpg", "--phrase", "x"], ["report", str(tmp_path)]):
+        assert main([*command, "--checkpoint", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path}: expected a checkpoint folder with config.yaml" in error
+        assert "give the folder `best` or `checkpoint-STEP` of a run" in error
 
 
 def test_debug_shows_where():

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deris_llm.arguments import at_least, path
+
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
@@ -18,17 +20,17 @@ FORMAT_NAMES = ("refer", "seqtr", "hf", "coco", "labelme", "cvat", "jsonl")
 def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Adds the commands; each parser's ``run`` default takes the parsed arguments and returns an exit status."""
     synth = subparsers.add_parser("synth", help="write a synthetic world in REFER's own format")
-    synth.add_argument("--out", type=Path, required=True, metavar="DIR", help="data root to write")
-    synth.add_argument("--seed", type=int, default=0, help="the same seed writes the same files")
+    synth.add_argument("--out", type=path, required=True, metavar="DIR", help="data root to write")
+    synth.add_argument("--seed", type=at_least(0), default=0, help="the same seed writes the same files")
     synth.add_argument(
-        "--num-train", type=int, default=2400, metavar="N", help="pictures of refcoco/train (default 2400)"
+        "--num-train", type=at_least(1), default=2400, metavar="N", help="pictures of refcoco/train (default 2400)"
     )
-    synth.add_argument("--num-val", type=int, default=120, metavar="N", help="pictures of each val (default 120)")
+    synth.add_argument("--num-val", type=at_least(1), default=120, metavar="N", help="pictures of each val (default 120)")
     synth.add_argument(
-        "--num-test", type=int, default=120, metavar="N", help="pictures of each test split (default 120)"
+        "--num-test", type=at_least(1), default=120, metavar="N", help="pictures of each test split (default 120)"
     )
     synth.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes (default 1); the files are the same"
+        "--workers", type=at_least(1), default=1, metavar="N", help="processes (default 1); the files are the same"
     )
     synth.set_defaults(run=run_synth)
 
@@ -39,9 +41,9 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--format", required=True, choices=FORMAT_NAMES, help="of the source; docs/data.md has examples"
     )
     prepare.add_argument("--source", required=True, metavar="PATH", help="file or folder (hf: a name too)")
-    prepare.add_argument("--out", type=Path, required=True, metavar="ROOT/NAME", help="a run names it NAME/split")
+    prepare.add_argument("--out", type=path, required=True, metavar="ROOT/NAME", help="a run names it NAME/split")
     prepare.add_argument(
-        "--images", type=Path, metavar="DIR", help="the pictures' folder; default: where the format has it"
+        "--images", type=path, metavar="DIR", help="the pictures' folder; default: where the format has it"
     )
     prepare.add_argument("--splits", nargs="+", default=(), metavar="SPLIT", help="default: all")
     prepare.add_argument("--mapping", nargs="+", default=(), metavar="K=V", help="which field of the source is what")
@@ -74,22 +76,22 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="follow links that leave the pictures' folder, as those of Hugging Face's cache do",
     )
     prepare.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes (default 1); the set is the same"
+        "--workers", type=at_least(1), default=1, metavar="N", help="processes (default 1); the set is the same"
     )
     prepare.set_defaults(run=run_prepare)
 
     check = subparsers.add_parser("check", help="read and check every split; counts beside the published ones")
-    check.add_argument("--root", type=Path, default=Path("data"), metavar="DIR", help="data root (default data)")
+    check.add_argument("--root", type=path, default=Path("data"), metavar="DIR", help="data root (default data)")
     check.add_argument("--datasets", nargs="+", metavar="NAME", help="default: all that are there")
     check.set_defaults(run=run_check)
 
     show = subparsers.add_parser("show", help="a page or a sheet of pictures with phrases and masks")
     show.add_argument("split", metavar="SPLIT", help="dataset/split, e.g. refcoco/val")
-    show.add_argument("--root", type=Path, default=Path("data"), metavar="DIR", help="data root (default data)")
+    show.add_argument("--root", type=path, default=Path("data"), metavar="DIR", help="data root (default data)")
     show.add_argument(
-        "--out", type=Path, default=Path("sheet.png"), metavar="FILE", help="page.html or sheet.png (default)"
+        "--out", type=path, default=Path("sheet.png"), metavar="FILE", help="page.html or sheet.png (default)"
     )
-    show.add_argument("--count", type=int, default=24, help="phrases shown, spread over the split (default 24)")
+    show.add_argument("--count", type=at_least(1), default=24, help="phrases shown, spread over the split (default 24)")
     show.add_argument("--phrase-field", choices=("sent", "raw"), default="sent", help="which text of a sentence")
     show.set_defaults(run=run_show)
 
@@ -114,9 +116,13 @@ def run_features(arguments: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from deris_llm.config import load_config
-    from deris_llm.training.features import compute_features
+    from deris_llm.data.sources import check_split
 
     config = load_config(arguments.config, arguments.set)
+    for dataset in config.data.train:
+        check_split(config.data.root, f"{dataset}/train")
+    from deris_llm.training.features import compute_features  # brings torch, for which no check waits
+
     with Progress(*_columns(), console=Console(stderr=True)) as progress:
         task = progress.add_task("pictures", total=None)
         made = compute_features(
@@ -254,13 +260,15 @@ def run_check(arguments: argparse.Namespace) -> int:
 def run_show(arguments: argparse.Namespace) -> int:
     """Writes the page or the contact sheet."""
     from deris_llm.data.errors import DataError
-    from deris_llm.data.show import contact_sheet, write_page
-    from deris_llm.data.sources import read_split
+    from deris_llm.data.sources import check_split, read_split
 
     if arguments.out.suffix not in (".html", ".png"):
         raise DataError(
             f"--out {arguments.out}: expected a file .html or .png, got {arguments.out.suffix!r}. Name it so"
         )
+    check_split(arguments.root, arguments.split)
+    from deris_llm.data.show import contact_sheet, write_page  # brings torch, for which no check waits
+
     records = read_split(arguments.root, arguments.split, phrase_field=arguments.phrase_field)
     count = max(1, min(arguments.count, len(records)))
     chosen = [records[i * len(records) // count] for i in range(count)]

@@ -7,6 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from deris_llm.arguments import at_least, path
+from deris_llm.folders import check_new_folder
+from deris_llm.training.checkpoint_folders import find_checkpoint
+
 MASK2FORMER_EXAMPLE = """\
 example: the Swin-S that DeRIS-B starts from (COCO instance segmentation, Mask2Former's model zoo)
   deris-llm convert mask2former model_final_1e7f22.pkl --out weights/mask2former-swin-s
@@ -41,10 +45,10 @@ def add_convert_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     mask2former.set_defaults(run=run_mask2former)
 
     beit3 = _command(subparsers, "beit3", "a published BEiT-3, base or large", BEIT3_EXAMPLE)
-    beit3.add_argument("--tokenizer", type=Path, metavar="SPM", help="beit3.spm, copied beside the weights (needed)")
+    beit3.add_argument("--tokenizer", type=path, metavar="SPM", help="beit3.spm, copied beside the weights (needed)")
     beit3.add_argument(
         "--image-size",
-        type=int,
+        type=at_least(1),
         metavar="PX",
         help="resize the position table for pictures of this side (default: as is)",
     )
@@ -54,7 +58,7 @@ def add_convert_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     deris.add_argument(
         "--config", metavar="NAME|FILE", help="the run config whose model it is (default: by the sizes in the file)"
     )
-    deris.add_argument("--tokenizer", type=Path, metavar="SPM", help="beit3.spm, copied into the checkpoint")
+    deris.add_argument("--tokenizer", type=path, metavar="SPM", help="beit3.spm, copied into the checkpoint")
     deris.set_defaults(run=run_deris)
 
     merge = subparsers.add_parser(
@@ -86,12 +90,13 @@ def add_convert_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of merged weights (default fp32)")
     export.add_argument("--repo-name", metavar="OWNER/NAME", help="what it will be called, for the card")
-    export.add_argument("--report", type=Path, metavar="DIR", help="of `deris-llm eval` on it: numbers for the card")
+    export.add_argument("--report", type=path, metavar="DIR", help="of `deris-llm eval` on it: numbers for the card")
     export.set_defaults(run=run_export)
 
 
 def run_mask2former(arguments: argparse.Namespace) -> int:
     """Converts, and prints the account."""
+    _check_paths(arguments)
     from deris_llm.interop.mask2former import convert
 
     done = convert(arguments.file, arguments.out, allow_half=arguments.allow_half)
@@ -101,6 +106,7 @@ def run_mask2former(arguments: argparse.Namespace) -> int:
 
 def run_beit3(arguments: argparse.Namespace) -> int:
     """Converts, and prints the account."""
+    _check_paths(arguments)
     from deris_llm.interop.beit3 import convert
 
     done = convert(
@@ -116,10 +122,14 @@ def run_beit3(arguments: argparse.Namespace) -> int:
 
 def run_deris(arguments: argparse.Namespace) -> int:
     """Converts, and prints the account."""
-    from deris_llm.interop.conversion import by_reason, check_new_folder
+    _check_paths(arguments)
+    if arguments.config is not None:
+        from deris_llm.config import load_config
+
+        load_config(arguments.config)
+    from deris_llm.interop.conversion import by_reason
     from deris_llm.interop.deris import convert
 
-    check_new_folder(arguments.out)
     done = convert(
         arguments.file,
         arguments.out,
@@ -134,6 +144,8 @@ def run_deris(arguments: argparse.Namespace) -> int:
 
 def run_merge(arguments: argparse.Namespace) -> int:
     """Merges, and prints what it changed."""
+    check_new_folder(arguments.out)
+    arguments.checkpoint = find_checkpoint(arguments.checkpoint)
     from rich.console import Console
 
     from deris_llm.merge import QUANTIZED, merge_checkpoint
@@ -154,12 +166,14 @@ def run_merge(arguments: argparse.Namespace) -> int:
 
 def run_export(arguments: argparse.Namespace) -> int:
     """Exports, and says what is left to do."""
+    if arguments.dtype != "fp32" and not arguments.merge:
+        raise ValueError(f"--dtype {arguments.dtype} cannot take effect without --merge: remove it, or give --merge.")
+    check_new_folder(arguments.out)
+    arguments.checkpoint = find_checkpoint(arguments.checkpoint)
     from rich.console import Console
 
     from deris_llm.export import CARD_FILE, export_checkpoint
 
-    if arguments.dtype != "fp32" and not arguments.merge:
-        raise ValueError(f"--dtype {arguments.dtype} cannot take effect without --merge: remove it, or give --merge.")
     done = export_checkpoint(
         arguments.checkpoint,
         arguments.out,
@@ -182,6 +196,15 @@ def run_export(arguments: argparse.Namespace) -> int:
         )
     console.print(f"read {CARD_FILE} and choose a license, then: hf upload OWNER/NAME {arguments.out}")
     return 0
+
+
+def _check_paths(arguments: argparse.Namespace) -> None:
+    """What needs no torch to be wrong."""
+    file = arguments.file
+    if not file.is_file():
+        got = "a folder; give the file in it" if file.is_dir() else f"nothing at {file.absolute()}; correct the path"
+        raise ValueError(f"{file}: expected a weight file (.pth, .pkl, .zip or .safetensors), got {got}.")
+    check_new_folder(arguments.out)
 
 
 def show_account(
@@ -226,11 +249,11 @@ def show_account(
 def _add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
-        type=Path,
+        type=path,
         metavar="CHECKPOINT",
         help="a run (its `best`), `best` or `checkpoint-STEP` of one, or a full one",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="new folder")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE",
         help="override fields of its config, e.g. cognition.weights=FOLDER where the base weights lie elsewhere now",
@@ -252,8 +275,8 @@ def _command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "file", type=Path, metavar="FILE", help=".pth, .pkl, .zip or .safetensors, as it was downloaded"
+        "file", type=path, metavar="FILE", help=".pth, .pkl, .zip or .safetensors, as it was downloaded"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--out", type=path, required=True, metavar="DIR", help="new folder")
     parser.add_argument("--allow-half", action="store_true", help="take fp16 and bf16 weights, as float32")
     return parser

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from deris_llm import __version__
-from deris_llm.folders import FolderError, written_aside
+from deris_llm.folders import FolderError, check_new_folder, written_aside
 from deris_llm.interop.weight_files import WeightFileError
 
 ACCOUNT_FILE = "conversion.json"
@@ -35,19 +35,6 @@ class Conversion:
         """Writes it beside the weights."""
         content = {"deris_llm": __version__, **dataclasses.asdict(self)}
         (folder / ACCOUNT_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def check_new_folder(out: Path) -> None:
-    """Refuses to write where something is.
-
-    Raises:
-        ValueError: a file of that name, or a folder that is not empty.
-    """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(
-            f"--out {out}: expected a new folder, got {'one that is not empty' if out.is_dir() else 'a file'}; "
-            "choose another name, or remove it."
-        )
 
 
 @contextlib.contextmanager

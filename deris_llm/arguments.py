@@ -1,0 +1,68 @@
+"""What the commands' parsers share: hints where argparse only says what it did not understand, and types of values."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Says of stray words that a value with spaces is quoted, and of an unknown option which one was probably meant."""
+
+    _given: tuple[str, ...] = ()
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
+        """As argparse's, but what is not understood is this parser's error, with its own usage."""
+        self._given = tuple(sys.argv[1:] if args is None else args)
+        found, extras = super().parse_known_args(self._given, namespace)
+        if extras:
+            self.error(f"unrecognized arguments: {' '.join(extras)}{self._quoting_hint(extras)}")
+        return found, extras
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with status 2, the usage and the message."""
+        super().error(message + self._spelling_hint())
+
+    def _spelling_hint(self) -> str:
+        known = list(self._option_string_actions)
+        for word in self._given:
+            name = word.partition("=")[0]
+            if not re.match(r"--[a-z]", name) or any(option.startswith(name) for option in known):
+                continue
+            if name == "--debug":
+                return "; --debug stands before the command: deris-llm --debug ..."
+            if near := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
+                return f"; did you mean {near[0]} instead of {name}?"
+        return ""
+
+    def _quoting_hint(self, extras: Sequence[str]) -> str:
+        words = [word for word in extras if not word.startswith("-")]
+        if not words or words != list(extras):
+            return ""
+        last = len(self._given) - self._given[::-1].index(words[-1])
+        first = max((i for i, word in enumerate(self._given[:last]) if word.startswith("--")), default=-1) + 1
+        option = f"{self._given[first - 1]} " if first else ""
+        return f'; a value with spaces is quoted: {option}"{" ".join(self._given[first:last])}"'
+
+
+def path(text: str) -> Path:
+    """A path from the command line; `~` is the home folder after `=` too, where a shell does not replace it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a path, got an empty text; leave the option out for its default")
+    return Path(text).expanduser()
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """The type of a whole number that is not below ``lowest``."""
+
+    def number(text: str) -> int:
+        if not re.fullmatch(r"[-+]?[0-9]{1,12}", text) or int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"expected a whole number of {lowest} or more, got {text!r}")
+        return int(text)
+
+    return number
