@@ -47,14 +47,37 @@ def check_is_split(name: str, splits: Sequence[str]) -> None:
 def bad_records_error(
     where: str, problems: Sequence[str], *, num_records: int, num_bad: int | None = None
 ) -> DataError:
-    """One error for all bad records of a file, the first ten listed; ``num_bad``: how many records they spoil, if known."""
-    listed = "\n".join(f"  - {problem}" for problem in problems[:10])
+    """One error for all bad records of a file, by cause; ``num_bad``: how many records they spoil, if known."""
     num_bad = len(problems) if num_bad is None else num_bad
-    more = f"\n  - and {num_bad - 10:,} more" if len(problems) >= 10 and num_bad > 10 else ""
     return DataError(
-        f"{where}: {num_bad:,} of {num_records:,} records cannot be used\n{listed}{more}\n"
+        f"{where}: {num_bad:,} of {num_records:,} records cannot be used\n{listed_by_cause(problems)}\n"
         "Repair or remove these records (nothing is dropped silently), or download the files again"
     )
+
+
+def listed_by_cause(problems: Sequence[str], *, num_shown: int = 10) -> str:
+    """Lines of a message: the first problem of each cause, how often it occurs and the first places.
+
+    Args:
+        problems: ``place: message``; messages that differ in names and numbers alone have one cause.
+        num_shown: causes that are listed.
+    """
+    causes: dict[str, list[str]] = {}
+    for problem in problems:
+        causes.setdefault(_cause(problem.partition(": ")[2]), []).append(problem)
+    lines: list[str] = []
+    for of_cause in list(causes.values())[:num_shown]:
+        others = list(dict.fromkeys(problem.partition(": ")[0] for problem in of_cause))[1:]
+        also = ": also " + ", ".join(others[:3] + ["..."] * (len(others) > 3)) if others else ""
+        lines.append(f"  - {of_cause[0]}" + (f" ({len(of_cause):,} times{also})" if len(of_cause) > 1 else ""))
+    num_more = len(causes) - num_shown
+    return "\n".join(lines + ([f"  - and {num_more:,} other cause{'s' * (num_more > 1)}"] if num_more > 0 else []))
+
+
+def _cause(message: str) -> str:
+    """The message without quoted words, names of files and numbers."""
+    plain = re.sub(r"(?<!\w)('[^']*'|\"[^\"]*\")|\S*[\d/\\]\S*|\S+\.[a-z]{2,5}\b", "#", message)
+    return re.sub(r"#(\W*#)+", "#", plain)
 
 
 def missing_path_error(path: Path, purpose: str, *, hint: str = "") -> DataError:

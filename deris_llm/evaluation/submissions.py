@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
-from deris_llm.data.errors import DataError
+from deris_llm.data.errors import DataError, listed_by_cause
 from deris_llm.data.masks import coco_mask, picture_mask, segmentation_rle
 from deris_llm.evaluation.metrics import Overlap
 from deris_llm.evaluation.predictions import Box
@@ -78,10 +78,9 @@ class SubmissionError(DataError):
 
     def __init__(self, path: Path, problems: Sequence[str], num_answers: int) -> None:
         self.problems = list(problems)
-        listed = "\n".join(f"  - {problem}" for problem in problems[:_PROBLEMS_SHOWN])
-        more = f"\n  - and {len(problems) - _PROBLEMS_SHOWN:,} more" if len(problems) > _PROBLEMS_SHOWN else ""
+        listed = listed_by_cause(problems, num_shown=_PROBLEMS_SHOWN)
         super().__init__(
-            f"{path}: {len(problems):,} problem{'s' if len(problems) > 1 else ''} in {num_answers:,} predictions\n{listed}{more}\n"
+            f"{path}: {len(problems):,} problem{'s' if len(problems) > 1 else ''} in {num_answers:,} predictions\n{listed}\n"
             "Correct them: a phrase without a prediction counts as a miss, but what is there must be right"
         )
 

@@ -174,11 +174,32 @@ def test_bad_records_stop_everything(world: Any) -> None:
     source.write_text("\n".join([*lines, *[bad] * 12]))
     with pytest.raises(DataError, match="12 of 24 records cannot be used") as caught:
         world.prepare(source)
-    assert str(caught.value).count("\n  - train.jsonl line") == 10
+    assert str(caught.value).count("\n  - ") == 1  # one cause, one line
     assert "train.jsonl line 13: expected a phrase 13 of some words, got str ' '" in str(caught.value)
-    assert "and 2 more" in str(caught.value)
+    places = "train.jsonl line 14, train.jsonl line 15, train.jsonl line 16, ..."
+    assert f"(12 times: also {places})" in str(caught.value)
     assert "--skip-bad" in str(caught.value)
     assert world.is_untouched()
+
+
+def test_one_line_per_cause(world: Any) -> None:
+    """Names, numbers and values do not make another cause."""
+    lines = [
+        *({"image": f"no {i}.png", "phrase": "x", "polygons": world.square} for i in range(5)),
+        *({"image": "a.png", "phrase": "x", "polygons": [[1, 2, 3, 4, 5 + i, None]]} for i in range(4)),
+        *({"image": "a.png", "phrase": "x", "rle": {"size": [30, 40], "counts": [600.5 + i, 1]}} for i in range(3)),
+        {"image": "a.png", "phrase": "x", "no_target": "yes", "polygons": world.square},
+    ]
+    world.pictures("a.png")
+    with pytest.raises(DataError, match="13 of 13 records cannot be used") as caught:
+        world.prepare(world.lines(*lines))
+    listed = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    assert [line.rpartition("(")[2] if "times" in line else "once" for line in listed] == [
+        "5 times: also train.jsonl line 2, train.jsonl line 3, train.jsonl line 4, ...)",
+        "4 times: also train.jsonl line 7, train.jsonl line 8, train.jsonl line 9)",
+        "3 times: also train.jsonl line 11, train.jsonl line 12)",
+        "once",
+    ]
 
 
 def test_skipping_counts_by_reason(world: Any) -> None:

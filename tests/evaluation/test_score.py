@@ -274,7 +274,8 @@ def test_all_problems_are_said_at_once(root: Path, records: list[ReferringRecord
         read_submission(path, records)
     assert len(error.value.problems) == 12
     assert f"12 problems in {len(records) + 12:,} predictions" in str(error.value)
-    assert "and 2 more" in str(error.value)
+    assert "(9 times: also line " in str(error.value)  # one cause, one line
+    assert str(error.value).count("\n  - ") == 4
     assert "expected UTF-8" in str(error.value)
 
 

@@ -269,7 +269,7 @@ def test_broken_records(world: Any, coco: Any, case: str) -> None:
         world.prepare(source, format="coco")
     message = str(caught.value)
     assert message.startswith(f"{source}: ")
-    assert "\n  - train annotation" in message
+    assert "\n  - train " in message
     assert expected in message, message
     assert "Repair or remove these records" in message
     assert world.is_untouched()
