@@ -311,6 +311,11 @@ class _Preparation:
                 said += [size_hw] if size_hw is not None and size_hw not in said else []
                 named = ids.setdefault(entry.image, [])
                 named += [entry.image_id] if entry.image_id is not None and entry.image_id not in named else []
+        if self.options.val_share is not None and len(splits) != 1:
+            raise DataError(
+                f"--val-share {self.options.val_share}: expected a source with one split, got {', '.join(splits) or 'none'}. "
+                "Leave it out, or name one of them with --splits"
+            )
         rows: list[dict[str, Any]] = []
         of_id: dict[str, tuple[str, int, int]] = {}
         facts = self._facts(list(sizes))
@@ -330,26 +335,21 @@ class _Preparation:
             else:
                 self.images[name] = row
         if self.options.val_share is not None:
-            self._choose_val(self.options.val_share, rows, list(splits))
+            self._choose_val(self.options.val_share, rows, *splits)
         path = self.arrow / IMAGES_FILE
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, IMAGE_SCHEMA) as stream:
             stream.write_batch(pa.RecordBatch.from_pylist(rows, IMAGE_SCHEMA))
         return {"file": IMAGES_FILE, "count": len(rows), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
-    def _choose_val(self, share: float, rows: Sequence[dict[str, Any]], splits: Sequence[str]) -> None:
+    def _choose_val(self, share: float, rows: Sequence[dict[str, Any]], split: str) -> None:
         """Takes pictures out of the only split, those of the lowest content hashes: the same for any order and machine."""
-        if len(splits) != 1:
-            raise DataError(
-                f"--val-share {share}: expected a source with one split, got {', '.join(splits) or 'none'}. Leave --val-share out, "
-                "or name one of them with --splits"
-            )
         contents = sorted({row["sha256"] for row in rows})
         if len(contents) < 2:
             raise DataError(f"--val-share {share}: expected at least 2 pictures, got {len(contents)}. Leave it out")
         chosen = set(contents[: min(max(1, round(share * len(contents))), len(contents) - 1)])
         self.val_images = frozenset(row["file"] for row in rows if row["sha256"] in chosen)
         self.notes.append(
-            f"the only split, {splits[0]}, was divided by picture: {len(self.val_images):,} of {len(rows):,} pictures are val "
+            f"the only split, {split}, was divided by picture: {len(self.val_images):,} of {len(rows):,} pictures are val "
             f"(--val-share {share}), the others train"
         )
 

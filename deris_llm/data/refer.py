@@ -32,6 +32,7 @@ from typing import Any, Literal
 from deris_llm.data.coco_tables import CocoTables, coco_tables
 from deris_llm.data.errors import DataError, bad_records_error, check_is_split, describe, missing_path_error
 from deris_llm.data.masks import NoPixel, empty_rle, usable_segmentation
+from deris_llm.data.validation import is_text
 from deris_llm.interop.unpickle import load_plain_pickle
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
@@ -406,10 +407,9 @@ def _read_split(
             if "sent_id" not in sentence:
                 problems.append(f"{where}: a sentence without sent_id ({phrase!r})")
                 continue
-            if not isinstance(phrase, str) or not phrase.strip():
-                problems.append(
-                    f"{where}: sent_id {sentence.get('sent_id')} has an empty phrase ({phrase_field}={phrase!r})"
-                )
+            if not isinstance(phrase, str) or not is_text(phrase):
+                fault = "a phrase that UTF-8 cannot hold" if isinstance(phrase, str) and phrase.strip() else "an empty phrase"
+                problems.append(f"{where}: sent_id {sentence.get('sent_id')} has {fault} ({phrase_field}={phrase!r})")
                 continue
             records.append(
                 ReferringRecord(

@@ -181,6 +181,8 @@ def _spoil(folder: Any, what: str) -> None:
         annotation["image_id"] = 1
     elif what == "phrase":
         ref["sentences"][1]["sent"] = " "
+    elif what == "surrogate":
+        ref["sentences"][1]["sent"] = "caf\udce9"
     elif what == "outside":
         annotation["segmentation"] = [[100, 100, 120, 100, 120, 120]]
     elif what == "rle size":
@@ -196,6 +198,7 @@ def _spoil(folder: Any, what: str) -> None:
         ("image", "ref_id 8: image_id 5 is not among the images"),
         ("other image", "ann_id 50 belongs to image 1, the ref to image 5"),
         ("phrase", "ref_id 8: sent_id 21 has an empty phrase"),
+        ("surrogate", r"ref_id 8: sent_id 21 has a phrase that UTF-8 cannot hold \(sent='caf\\udce9'\)"),
         ("outside", r"lie outside the image \(40 x 30 px\)"),
         ("rle size", r"\[30, 40\], got \[40, 30\]"),
         ("twice", "phrase refcoco/val/20 occurs 2 times"),

@@ -100,6 +100,9 @@ def find_pictures(wanted: Mapping[Any, tuple[Any, Sequence[Path]]], *, follow_li
     Args:
         wanted: key -> a name and the folders where it may be, likeliest first; those that do not exist are passed over.
         follow_links: as of `ImageFolder`.
+
+    Raises:
+        DataError: not one of them is there.
     """
     is_dir = cache(Path.is_dir)
     ends = Counter(
@@ -123,6 +126,12 @@ def find_pictures(wanted: Mapping[Any, tuple[Any, Sequence[Path]]], *, follow_li
     names = {key: name for key, (name, _) in wanted.items()}
     if not places:
         return FoundPictures(None, names, ())
+    if not any(os.path.lexists(folder / name) for name, folder in places.values()):
+        folders = dict.fromkeys(folder for _, folders in wanted.values() for folder in folders if is_dir(folder))
+        raise DataError(
+            f"pictures: expected {len(places):,} in one of {', '.join(map(str, folders))}, got none of them, not even "
+            f"{next(iter(places.values()))[0]}. Name their folder with --images"
+        )
     root = Path(os.path.commonpath({str(folder.absolute()) for _, folder in places.values()}))
     prefix = cache(lambda folder: os.path.relpath(folder.absolute(), root))
     names |= {

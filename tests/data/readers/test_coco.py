@@ -174,7 +174,7 @@ def test_pictures_in_a_folder_of_another_name(world: Any, coco: Any) -> None:
     said = "2 pictures were found by the last part of their names, e.g. images/a.png as a.png"
     assert made.manifest["notes"][-1] == said
     coco["images"][1]["file_name"] = "more/a.png"  # which of both a.png is, nothing says
-    with pytest.raises(DataError, match=r"picture .*imgs/images/a\.png: expected a picture, got no file"):
+    with pytest.raises(DataError, match=r"pictures: expected 2 in one of .*imgs, got none of them, not even images/a\.png\. Name"):
         world.prepare(_write(world, coco), "two", format="coco", images=world.folder / "imgs")
 
 

@@ -124,6 +124,7 @@ FILES = {
 @pytest.mark.parametrize("case", FILES)
 def test_files_that_are_no_good(world: Any, case: str) -> None:
     content, expected = FILES[case]
+    world.pictures("a.png")
     source = _write(world)
     source.write_bytes(content.encode("utf-16" if case == "in UTF-16" else "utf-8"))
     with pytest.raises(DataError) as caught:
