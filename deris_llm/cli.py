@@ -243,14 +243,22 @@ def run_train(arguments: argparse.Namespace) -> int:
     from deris_llm.config import load_config
 
     config = load_config(arguments.config, arguments.set)  # what is wrong is said once, not by every rank
-    from deris_llm.data.sources import check_split
+    from deris_llm.data.sources import check_data_names
     from deris_llm.evaluation.protocols import protocols_of
 
-    for name in (*(f"{dataset}/train" for dataset in config.data.train), *config.data.eval, config.training.eval_split):
-        check_split(config.data.root, name)
+    check_data_names(config)
     protocols_of(config)
-    from deris_llm.training.launch import launch  # brings torch, for which no check waits
+    from deris_llm.training.launch import launch, num_ranks, source_root  # bring torch, for which no check waits
+    from deris_llm.training.run import check_start
 
+    check_start(
+        config,
+        output=arguments.output or Path("runs") / config.name,
+        deepspeed=Path(arguments.deepspeed or source_root() / "ds_configs" / "zero2.json"),
+        resume=arguments.resume or "auto",
+        fast_dev_run=arguments.fast_dev_run,
+        num_ranks=num_ranks(arguments.gpus),
+    )
     return launch(
         arguments.config,
         overrides=arguments.set,

@@ -323,7 +323,9 @@ class TrainingConfig:
     max_grad_norm: float = option(1.0, "gradients are clipped to this L2 norm", "(0, inf)")
     precision: Literal["bf16", "fp32"] = option("bf16", "bf16 needs a GPU with it; fp32 is what CPU runs use")
     eval_every: int = option(1000, "steps between evaluations on `eval_split`; 0 = only at the end", "[0, inf)")
-    eval_split: str = option("refcoco/val", "split whose mIoU (gRefCOCO: cIoU) selects the best checkpoint")
+    eval_split: str = option(
+        "", "split whose mIoU (gRefCOCO: cIoU) selects the best checkpoint; empty = the first of `data.eval`"
+    )
     eval_max_images: int = option(0, "evenly spaced images of `eval_split` used at intervals; 0 = all", "[0, inf)")
     save_every: int = option(1000, "steps between checkpoints", "(0, inf)")
     keep_checkpoints: int = option(2, "newest checkpoints kept, the best one besides", "(0, inf)")
@@ -377,6 +379,11 @@ class RunConfig:
     criterion: CriterionConfig = section(CriterionConfig)
     training: TrainingConfig = section(TrainingConfig)
     evaluation: EvaluationConfig = section(EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if not self.training.eval_split and self.data.eval:  # kept resolved: a saved config says which split it was
+            training = dataclasses.replace(self.training, eval_split=self.data.eval[0])
+            object.__setattr__(self, "training", training)
 
 
 class ConfigError(ValueError):

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
+from deris_llm.config import RunConfig
 from deris_llm.data import refer
 from deris_llm.data.errors import DataError, check_is_split
 from deris_llm.data.prepared import Manifest, PreparedSplit, find_manifest, prepared_sets, read_images
@@ -80,6 +81,22 @@ def check_root(root: str | Path) -> None:
             f"data root {str(root)!r}: expected the folder of images and datasets, got {'a file' if Path(root).exists() else 'none'} "
             f"at {Path(root).absolute()}. Correct --data or --root, in a run config data.root (--set data.root=DIR)"
         )
+
+
+def check_data_names(config: RunConfig) -> None:
+    """Checks that every dataset and split that the config names is there.
+
+    Raises:
+        DataError: names the field.
+    """
+    named = [("data.train", f"{dataset}/train") for dataset in config.data.train]
+    named += [("data.eval", name) for name in config.data.eval]
+    named.append(("training.eval_split", config.training.eval_split))
+    for field, name in named:
+        try:
+            check_split(config.data.root, name)
+        except DataError as error:
+            raise DataError(f"{field}: {error}") from error
 
 
 def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ from deris_llm.evaluation.protocols import Protocol, Rule, protocols_of
 from deris_llm.postprocess import PhraseAnswer, answer_masks, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringRecord
 from deris_llm.terminal import console
+from deris_llm.training.ranks import OtherRankError
 
 logger = logging.getLogger(__name__)
 
@@ -425,7 +426,7 @@ def _gather(predictions: list[Answer], failure: Exception | None, world_size: in
         raise failure
     failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(parts) if text is not None]
     if failed:
-        raise RuntimeError(
+        raise OtherRankError(
             f"evaluation: expected predictions of {world_size} ranks, but {'; '.join(failed)}: see that rank's message"
         )
     return [prediction for part, _ in parts for prediction in part]

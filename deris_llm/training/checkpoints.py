@@ -119,6 +119,7 @@ _KEPT_FILES = (BASE_WEIGHTS_FILE, METRICS_FILE, DATA_FILE, PROTOCOL_FILE, "calib
 _PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
 _NOT_OF_PROCESSOR = ("*.index.json", "metrics.json")  # lists of weight files, numbers of shipped weights
 
+_LENGTH = frozenset({"training.max_steps", "training.epochs"})
 _NAMES_OF_FILES = frozenset({"cognition.weights", "cognition.tokenizer", "perception.weights"})
 
 
@@ -305,16 +306,19 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
     """
     saved = _flat(config_to_dict(load_config(folder / CONFIG_FILE)))
     now = _flat(config_to_dict(config))
-    differ = [
-        f"  - {name}: {saved.get(name)!r} there, {now.get(name)!r} now"
-        for name in now
-        if saved.get(name) != now[name] and name not in MAY_DIFFER
-    ]
+    names = [name for name in now if saved.get(name) != now[name] and name not in MAY_DIFFER]
+    differ = [f"  - {name}: {saved.get(name)!r} there, {now.get(name)!r} now" for name in names]
     if differ:
+        longer = (
+            f". To train on from what this run has learned, start a new run: another --output, and "
+            f"--set training.start_from={folder} (its schedule was made for its own length)"
+            if _LENGTH & set(names)
+            else ""
+        )
         listed = "\n".join(differ[:10] + ([f"  ... and {len(differ) - 10} more"] if len(differ) > 10 else []))
         raise CheckpointError(
             f"{folder}: expected a checkpoint of this run config, got one of another; {len(differ)} fields differ\n{listed}\n"
-            f"Give these fields their saved values to go on, or another --output to start a new run"
+            f"Give these fields their saved values to go on, or another --output to start a new run{longer}"
         )
 
 

@@ -6,21 +6,51 @@ file for each rank in its environment and ends with what it finds there; `launch
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
 from pathlib import Path
 
+from deris_llm.training.checkpoint_folders import newest_checkpoint
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable of torchrun: JSON of a `message` and a `timestamp` (seconds)."""
 
 
-def leave_last_words(message: str) -> None:
-    """Keeps why this rank stops for its launcher, where there is one; of ranks with the same file the first one counts."""
-    if name := os.environ.get(ERROR_FILE):
-        with contextlib.suppress(OSError), open(name, "x", encoding="utf-8") as file:
+def leave_last_words(message: str) -> bool:
+    """Keeps why this rank stops for its launcher, where there is one; of ranks with the same file the first one counts.
+
+    Returns:
+        whether this rank is to print it: it is the first one, or nobody collects.
+    """
+    name = os.environ.get(ERROR_FILE)
+    if not name:
+        return True
+    try:
+        with open(name, "x", encoding="utf-8") as file:
             json.dump({"message": message, "timestamp": int(time.time())}, file)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def interrupted_message(output: Path, step: int | None = None) -> str:
+    """What to say after Ctrl-C: where the run is, what is kept, and how it goes on.
+
+    Args:
+        output: folder of the run.
+        step: the last step that was done, where that is known.
+    """
+    newest = newest_checkpoint(output)
+    at = "interrupted" if step is None else f"interrupted after step {step}"
+    if newest is None:
+        return f"{at}: no checkpoint was saved yet (training.save_every, in steps); the same command starts again"
+    return f"{at}: the last checkpoint is {newest}; the same command goes on from there"
 
 
 def last_words(file: Path) -> str:

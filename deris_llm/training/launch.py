@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,13 +19,13 @@ import torch
 
 from deris_llm.config import load_config
 from deris_llm.out_of_memory import killed_message
-from deris_llm.training.last_words import ERROR_FILE, last_words
+from deris_llm.training.last_words import ERROR_FILE, INTERRUPTED, interrupted_message, last_words
 
 logger = logging.getLogger(__name__)
 
 CPU_RANKS = 2
 _KILLED = 256 - signal.SIGKILL  # exit status of DeepSpeed's launcher when a rank was
-_FORWARDED = (signal.SIGINT, signal.SIGTERM)
+_SECONDS_TO_END = 10.0  # of interrupted ranks
 
 
 def launch(
@@ -50,7 +52,7 @@ def launch(
         gpus: number of ranks; None = every GPU, and without a GPU `CPU_RANKS`.
 
     Returns:
-        its exit status; SIGINT and SIGTERM are passed on to it. Why a rank stopped is the last that is printed.
+        its exit status, `INTERRUPTED` after SIGINT or SIGTERM. Why a rank stopped is the last that is printed.
 
     Raises:
         ValueError: more GPUs are asked for than there are.
@@ -73,8 +75,10 @@ def launch(
     with tempfile.TemporaryDirectory() as folder:
         error_file = Path(folder, "error.json")
         environment[ERROR_FILE] = str(error_file)
-        status = _run([sys.executable, "-m", "deepspeed.launcher.runner", *command], environment)
+        status = _run([sys.executable, "-m", "deepspeed.launcher.runner", *command], environment, error_file)
         said = last_words(error_file)
+    if status == INTERRUPTED and not said:
+        said = interrupted_message(output or Path("runs") / load_config(config, overrides).name)
     if status == _KILLED and not said:
         said = killed_message(load_config(config, overrides), ranks=num_ranks(gpus))
     if status and said:
@@ -82,16 +86,31 @@ def launch(
     return status
 
 
-def _run(command: Sequence[str], environment: dict[str, str]) -> int:
-    """Runs a program, hands SIGINT and SIGTERM on to it, and waits."""
-    process = subprocess.Popen(command, env=environment)
+def _run(command: Sequence[str], environment: dict[str, str], error_file: Path) -> int:
+    """Runs the launcher and waits; SIGINT and SIGTERM end it and every process that it started.
 
-    def forward(number: int, _: object) -> None:
-        process.send_signal(number)
+    It gets a process group of its own: it hands no signal on, and a terminal's Ctrl-C would print a traceback per process.
+    """
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    is_interrupted = False
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    def end(*_: object) -> None:
+        nonlocal is_interrupted
+        is_interrupted = True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return process.wait()
+        status = process.wait()
+        if not is_interrupted:
+            return status
+        deadline = time.monotonic() + _SECONDS_TO_END
+        while time.monotonic() < deadline and not error_file.is_file():  # what the first rank says
+            time.sleep(0.1)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return INTERRUPTED
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -129,14 +148,19 @@ def training_command(
 
 
 def num_ranks(gpus: int | None = None) -> int:
-    """How many ranks this machine gets: ``gpus`` if given, else one per GPU, else `CPU_RANKS`."""
+    """How many ranks this machine gets: ``gpus`` if given, else one per GPU, else `CPU_RANKS`, which is the most without one."""
     found = torch.cuda.device_count()
+    most = found or CPU_RANKS
     if gpus is None:
-        return found or CPU_RANKS
-    if gpus < 1 or (found and gpus > found):
+        return most
+    if not found and gpus > most:
+        built = "without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda}"
         raise ValueError(
-            f"--gpus: expected 1 to {found or 'any number of CPU ranks'}, got {gpus}; leave it out to use all"
+            f"--gpus: expected {gpus} GPUs, found none (torch {torch.__version__} is built {built}; nvidia-smi says whether the "
+            f"driver sees them). Mend that, or leave --gpus out to run on the CPU, with {CPU_RANKS} ranks"
         )
+    if not 1 <= gpus <= most:
+        raise ValueError(f"--gpus: expected 1 to {most}, got {gpus}; leave it out to use all")
     return gpus
 
 

@@ -12,6 +12,10 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+class OtherRankError(RuntimeError):
+    """Another rank failed, and says why; this one stops because of it."""
+
+
 def world_size() -> int:
     """Number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1

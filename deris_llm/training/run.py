@@ -8,7 +8,9 @@ import dataclasses
 import logging
 import os
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +21,13 @@ import torch.distributed as dist
 
 from deris_llm.config import RunConfig, load_config, save_config
 from deris_llm.data.errors import plain_message
-from deris_llm.folders import finish_replacements
+from deris_llm.data.sources import check_data_names
+from deris_llm.folders import check_writable, finish_replacements
 from deris_llm.out_of_memory import explains_out_of_memory
 from deris_llm.training import checkpoint_folders, checkpoints
 from deris_llm.training.deepspeed_config import read_deepspeed_config
-from deris_llm.training.last_words import leave_last_words
-from deris_llm.training.ranks import barrier, on_first_rank, rank, world_size
+from deris_llm.training.last_words import ERROR_FILE, INTERRUPTED, interrupted_message, leave_last_words
+from deris_llm.training.ranks import OtherRankError, barrier, on_first_rank, rank, world_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FAST_DEV_RUN = "fast-dev-run"
+_SECONDS_TO_SPEAK = 3.0  # for a rank that failed, before the others end
 _SILENT_TRAPS = {"ACCELERATE_USE_CPU": "accelerate then drops DeepSpeed without a word"}
 
 
@@ -79,7 +83,8 @@ def train(
     deepspeed_content = (
         None if deepspeed is None else read_deepspeed_config(deepspeed, config, num_ranks=_announced_ranks())
     )
-    _check_environment(config, deepspeed)
+    _check_environment(config)
+    _check_launcher(config, deepspeed)
     join_ranks(uses_deepspeed=deepspeed is not None)
     if fast_dev_run:
         on_first_rank(lambda: shutil.rmtree(output, ignore_errors=True))
@@ -157,6 +162,8 @@ def train(
     try:
         with explains_out_of_memory(config):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(interrupted_message(output, trainer.state.global_step)) from error
     finally:
         progress.stop()
     newest = checkpoint_folders.newest_checkpoint(output) or checkpoint
@@ -214,6 +221,8 @@ def _names_what_is_saved(config: RunConfig, output: Path) -> Iterator[None]:
     except Exception as error:
         newest = checkpoint_folders.newest_checkpoint(output)
         saved = f"{newest} has all training up to here: no step is lost"
+        if isinstance(error, OtherRankError):
+            raise
         if not isinstance(error, (ValueError, OSError)):  # a defect, or memory: shown as what it is
             logger.error("the evaluation on %s failed; %s", config.training.eval_split, saved)
             raise
@@ -236,31 +245,33 @@ def _announced_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _check_environment(config: RunConfig, deepspeed: Path | None) -> None:
-    for name, reason in _SILENT_TRAPS.items():
-        if os.environ.get(name):
-            raise ValueError(f"environment: expected {name} unset, got {os.environ[name]!r} ({reason}); unset it")
+def _check_launcher(config: RunConfig, deepspeed: Path | None) -> None:
     if deepspeed is not None and "RANK" not in os.environ:
         raise ValueError(
             f"--deepspeed {deepspeed}: expected to be started by a launcher (RANK is not set); use `deris-llm train`, or "
             "`deepspeed --num_gpus 1 scripts/train.py ...` for a single process"
         )
+    if config.training.precision == "bf16" and deepspeed is None:
+        raise ValueError(
+            "training.precision=bf16 needs DeepSpeed, which keeps float32 master weights; give --deepspeed ds_configs/zero2.json "
+            "or set training.precision=fp32"
+        )
+
+
+def _check_environment(config: RunConfig) -> None:
+    for name, reason in _SILENT_TRAPS.items():
+        if os.environ.get(name):
+            raise ValueError(f"environment: expected {name} unset, got {os.environ[name]!r} ({reason}); unset it")
     if config.cognition.quantization != "none" and not torch.cuda.is_available():
         raise ValueError(
             f"cognition.quantization={config.cognition.quantization}: expected a CUDA GPU to train on, found none (on a CPU "
             "bitsandbytes repacks its weights at the first evaluation, after which they give no gradient); set it to none, or train "
             "where there is a GPU"
         )
-    if config.training.precision == "bf16":
-        if deepspeed is None:
-            raise ValueError(
-                "training.precision=bf16 needs DeepSpeed, which keeps float32 master weights; give --deepspeed ds_configs/zero2.json "
-                "or set training.precision=fp32"
-            )
-        if torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-            raise ValueError(
-                f"training.precision=bf16: {torch.cuda.get_device_name()} cannot compute in bf16; set training.precision=fp32"
-            )
+    if config.training.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ValueError(
+            f"training.precision=bf16: {torch.cuda.get_device_name()} cannot compute in bf16; set training.precision=fp32"
+        )
 
 
 def join_ranks(*, uses_deepspeed: bool) -> None:
@@ -281,10 +292,36 @@ def join_ranks(*, uses_deepspeed: bool) -> None:
         dist.init_process_group(backend)
 
 
+def check_start(
+    config: RunConfig,
+    *,
+    output: Path,
+    deepspeed: Path,
+    resume: str = "auto",
+    fast_dev_run: bool = False,
+    num_ranks: int = 1,
+) -> None:
+    """Finds what is wrong with a start before ranks are launched, so that it is said once; arguments as of `train`.
+
+    Raises:
+        ValueError: as `train` does for config, DeepSpeed JSON, names of data, output folder and checkpoints.
+    """
+    from deris_llm.evaluation.protocols import protocols_of  # noqa: PLC0415
+
+    check_data_names(config)
+    protocols_of(config)
+    read_deepspeed_config(deepspeed, config, num_ranks=num_ranks)
+    _check_environment(config)
+    if fast_dev_run:
+        check_writable(output / FAST_DEV_RUN, "--output")
+    else:
+        _resume_from(config, output, resume)
+
+
 def _resume_from(config: RunConfig, output: Path, resume: str) -> Path | None:
     """The checkpoint to go on from, checked, or None for a new run; `training.start_from` is checked in both cases."""
     checkpoints.first_weights_folder(config)
-    output.mkdir(parents=True, exist_ok=True)
+    check_writable(output, "--output")
     finish_replacements(output)
     newest = checkpoint_folders.newest_checkpoint(output)
     if resume == "never" and newest is not None:
@@ -455,6 +492,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream=sys.stderr,
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         config = load_config(arguments.config, arguments.set)
         result = train(
@@ -467,16 +505,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except (ValueError, OSError) as error:
         message = f"rank {this_rank}: error: {plain_message(error)}"
-        sys.stderr.write(f"{message}\n")
-        leave_last_words(message)
+        if leave_last_words(message):
+            sys.stderr.write(f"{message}\n")
         logger.debug("where", exc_info=True)
         return 1
+    except OtherRankError as error:
+        logger.debug("%s", error)
+        time.sleep(_SECONDS_TO_SPEAK)  # a launcher ends the others as soon as one rank is gone
+        return 1
+    except KeyboardInterrupt as error:
+        if this_rank == "0" and str(error):
+            leave_last_words(str(error))
+            if ERROR_FILE not in os.environ:  # else the launcher says it
+                sys.stderr.write(f"\n{error}\n")
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # the other ranks may be gone: nobody is waited for
     finally:
         leave_ranks()
     if this_rank == "0":
         said = ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
         sys.stderr.write(f"done after {result.steps} steps: {result.checkpoint}, best {result.best}; {said}\n")
     return 0
+
+
+def _interrupt(*_: object) -> None:
+    """What a launcher ends ranks with is handled as Ctrl-C, once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def leave_ranks() -> None:

@@ -1,11 +1,26 @@
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from deris_llm.training.launch import CPU_RANKS, launch, num_ranks, training_command
+import deris_llm.training.launch
+from deris_llm.cli import main
+from deris_llm.config import load_config, save_config
+from deris_llm.training.last_words import (
+    ERROR_FILE,
+    INTERRUPTED,
+    interrupted_message,
+    last_words,
+    leave_last_words,
+)
+from deris_llm.training.launch import CPU_RANKS, _run, launch, num_ranks, training_command
 from deris_llm.training.run import build_parser
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -39,7 +54,15 @@ def test_zero2_is_the_default():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_two_ranks_without_a_gpu():
     assert num_ranks() == CPU_RANKS == 2
-    assert num_ranks(3) == 3
+    assert num_ranks(1) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_gpus_that_are_not_there_are_not_replaced_silently():
+    with pytest.raises(
+        ValueError, match=r"--gpus: expected 8 GPUs, found none \(torch .*leave --gpus out to run on the CPU"
+    ):
+        num_ranks(8)
 
 
 def test_no_ranks_are_refused():
@@ -130,3 +153,94 @@ def test_launchers_pass_everything_on(tmp_path, name, arguments, environment, ex
     positions = [words.index(word) for word in expected]
     assert positions == sorted(positions)
     assert str(SCRIPTS / "train.py") in words
+
+
+def test_of_several_ranks_the_first_one_speaks(tmp_path, monkeypatch):
+    monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
+    assert leave_last_words("rank 1: error: no such picture")
+    assert not leave_last_words("rank 0: error: no such picture")
+    assert last_words(tmp_path / "error.json") == "rank 1: error: no such picture"
+    monkeypatch.delenv(ERROR_FILE)
+    assert leave_last_words("rank 0: error: nobody collects")
+
+
+def test_an_interruption_says_where_the_run_is(tmp_path):
+    assert interrupted_message(tmp_path, 3) == (
+        "interrupted after step 3: no checkpoint was saved yet (training.save_every, in steps); the same command starts again"
+    )
+    (tmp_path / "checkpoint-20").mkdir()
+    assert interrupted_message(tmp_path, 37) == (
+        f"interrupted after step 37: the last checkpoint is {tmp_path / 'checkpoint-20'}; the same command goes on from there"
+    )
+
+
+RANKS = """
+import os, subprocess, sys, time
+if len(sys.argv) > 1:  # a rank
+    try:
+        from deris_llm.training.run import _interrupt
+        import signal
+        signal.signal(signal.SIGTERM, _interrupt)
+        open(sys.argv[1], "w").write(str(os.getpid()))
+        time.sleep(60)
+    except KeyboardInterrupt:
+        from deris_llm.training.last_words import leave_last_words
+        leave_last_words("interrupted after step 5")
+else:  # a launcher that hands no signal on, as DeepSpeed's runner
+    subprocess.run([sys.executable, __file__, os.environ["RANK_IS_UP"]])
+"""
+
+
+def test_ctrl_c_ends_every_rank_and_keeps_what_the_first_one_says(tmp_path, monkeypatch):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    up, error_file = tmp_path / "up", tmp_path / "error.json"
+    environment = {**os.environ, "RANK_IS_UP": str(up), ERROR_FILE: str(error_file)}
+
+    def interrupt() -> None:
+        while not up.is_file() or not up.read_text():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert _run([sys.executable, str(tmp_path / "ranks.py")], environment, error_file) == INTERRUPTED == 130
+    assert last_words(error_file) == "interrupted after step 5"
+    deadline = time.monotonic() + 10
+    while (status := Path("/proc", up.read_text(), "stat")).is_file() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the rank goes on"
+        time.sleep(0.1)
+
+
+def test_names_of_data_are_checked_by_field_before_anything_is_started(run_overrides, tmp_path, capsys):
+    for change, said in (
+        ("data.train=[refcocoo]", "error: data.train: "),
+        ("data.eval=[refcoco/vall]", "error: data.eval: split 'refcoco/vall'"),
+        ("training.eval_split=refcoco/vall", "error: training.eval_split: split 'refcoco/vall'"),
+    ):
+        arguments = ["train", "--config", "tiny-refcoco", "--output", str(tmp_path / "run"), "--set"]
+        assert main([*arguments, *run_overrides, change]) == 2
+        assert capsys.readouterr().err.startswith(said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_with_a_start_is_found_before_ranks_are_launched(run_overrides, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(deris_llm.training.launch, "launch", lambda *_, **__: pytest.fail("ranks were launched"))
+    (tmp_path / "file").write_text("")
+    full = tmp_path / "run" / "checkpoint-4"
+    full.mkdir(parents=True)
+    config = load_config("tiny-refcoco", [*run_overrides, "training.max_steps=2"])
+    for name in ("optimizer.safetensors", "state.pt", "trainer_state.json"):
+        (full / name).write_text("{}")
+    save_config(config, full / "config.yaml")
+    start_from = "training.start_from=nowhere"
+    for options, changes, said in (
+        (["--output", str(tmp_path / "file" / "run")], [], "--output "),
+        (["--deepspeed", "nowhere.json"], [], "--deepspeed nowhere.json: expected a JSON file"),
+        (["--resume", str(tmp_path)], [], "--resume "),
+        ([], [start_from], "training.start_from=nowhere: expected a checkpoint folder"),
+        (["--gpus", "9999"], [], "--gpus: expected"),
+        (["--output", str(tmp_path / "run")], [], f"new run: another --output, and --set training.start_from={full}"),
+    ):
+        output = [] if "--output" in options else ["--output", str(tmp_path / "new")]
+        arguments = ["train", "--config", "tiny-refcoco", *options, *output, "--set", *run_overrides, *changes]
+        assert main(arguments) == 2
+        assert said in capsys.readouterr().err
