@@ -92,6 +92,11 @@ class DataConfig:
         "memory of a micro-batch; 0 = no limit (qwen2_ov, qwen_vl)",
         "[0, inf)",
     )
+    check_images: Literal["first-run", "always", "never"] = option(
+        "first-run",
+        "when training decodes every picture that it will read before it starts, so that a broken one does not end it later "
+        "(20,000 pictures of COCO: 3 minutes on one core): first-run, where the run has no checkpoint yet; always; never",
+    )
     num_workers: int = option(4, "loader processes per rank; 0 loads in the training process", "[0, inf)")
     feature_cache: str = option(
         "",

@@ -199,19 +199,20 @@ def plain_token_counts(phrases: Sequence[str], tokenizer: PreTrainedTokenizerBas
     """Tokens of each phrase by itself; 0 where it is empty, has a special token or cannot be read: `encode` must look at it."""
     marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = marked | set(tokenizer.all_special_ids)
+    backend: Any = getattr(tokenizer, "backend_tokenizer")  # noqa: B009 - of fast tokenizers; twice as fast as calling them
     distinct = list(dict.fromkeys(phrases))
     counts = dict.fromkeys(distinct, 0)
     for first in range(0, len(distinct), _BATCH):
         batch = distinct[first : first + _BATCH]
         try:
-            tokens = tokenizer(batch, add_special_tokens=False)["input_ids"]
+            encoded = backend.encode_batch_fast(batch, add_special_tokens=False)
         except (TypeError, ValueError):  # half of a surrogate pair in one of them
             continue
         counts.update(
             {
-                phrase: len(ids)
-                for phrase, ids in zip(batch, tokens, strict=True)
-                if phrase.strip() and special.isdisjoint(ids)
+                phrase: len(encoding.ids)
+                for phrase, encoding in zip(batch, encoded, strict=True)
+                if phrase.strip() and special.isdisjoint(encoding.ids)
             }
         )
     return counts
@@ -223,7 +224,7 @@ def raised_messages(numbers: Iterable[int], action: Callable[[int], object]) -> 
     for number in numbers:
         try:
             action(number)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # TypeError: half of a surrogate pair
             messages[number] = str(error)
     return messages
 

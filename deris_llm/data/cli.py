@@ -83,6 +83,11 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     check = subparsers.add_parser("check", help="read and check every split; counts beside the published ones")
     check.add_argument("--root", type=path, default=Path("data"), metavar="DIR", help="data root (default data)")
     check.add_argument("--datasets", nargs="+", metavar="NAME", help="default: all that are there")
+    check.add_argument(
+        "--images", action="store_true",
+        help="also decode every picture, and name each that is missing, cut off, of another size or no picture",
+    )  # fmt: skip
+    check.add_argument("--workers", type=int, metavar="N", help="threads of --images (default: one per core)")
     check.set_defaults(run=run_check)
 
     show = subparsers.add_parser("show", help="a page or a sheet of pictures with phrases and masks")
@@ -155,7 +160,7 @@ def run_synth(arguments: argparse.Namespace) -> int:
             workers=arguments.workers,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    return run_check(argparse.Namespace(root=arguments.out, datasets=None))
+    return run_check(argparse.Namespace(root=arguments.out, datasets=None, images=False))
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:
@@ -254,7 +259,30 @@ def run_check(arguments: argparse.Namespace) -> int:
     is_synthetic = (arguments.root / "world.json").is_file()  # of `data synth`: nobody takes it for the published one
     for difference in () if is_synthetic else differences(counts):
         console.print(difference, markup=False, highlight=False)
-    return 1 if any(split.problem for split in counts) else 0
+    are_whole = not arguments.images or _pictures_are_whole(
+        arguments.root, [split.name for split in counts if not split.problem], workers=arguments.workers
+    )
+    return 0 if are_whole and not any(split.problem for split in counts) else 1
+
+
+def _pictures_are_whole(root: Path, splits: Sequence[str], *, workers: int | None) -> bool:
+    """Decodes the pictures of splits, each once, with a bar; prints what is wrong."""
+    from rich.progress import Progress
+
+    from deris_llm.data.input_checks import first_of_each_picture, undecodable_pictures
+    from deris_llm.data.sources import read_split
+    from deris_llm.terminal import console
+
+    pictures = [first for name in splits for first in first_of_each_picture(read_split(root, name))[0]]
+    number = len({record.image_path for record in pictures})
+    with Progress(*_columns(), console=console(stderr=True)) as progress:
+        task = progress.add_task("pictures", total=number)
+        problems = undecodable_pictures(
+            pictures, workers=workers, on_progress=lambda done, _: progress.update(task, completed=done)
+        )
+    said = f"{len(problems):,} of {number:,} pictures cannot be used" if problems else f"{number:,} pictures are whole"
+    console().print("\n".join([said, *(f"  - {problem}" for problem in problems)]))
+    return not problems
 
 
 def run_show(arguments: argparse.Namespace) -> int:

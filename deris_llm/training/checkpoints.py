@@ -94,6 +94,7 @@ MAY_DIFFER = frozenset(
     {
         "name",
         "data.root",
+        "data.check_images",
         "data.num_workers",
         "data.feature_cache",
         "training.images_per_device",

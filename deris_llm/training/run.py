@@ -16,23 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from deris_llm.config import RunConfig, load_config, save_config
 from deris_llm.data.errors import plain_message
-from deris_llm.data.sources import check_data_names
 from deris_llm.folders import check_writable, finish_replacements
 from deris_llm.out_of_memory import explains_out_of_memory
 from deris_llm.training import checkpoint_folders, checkpoints
 from deris_llm.training.deepspeed_config import read_deepspeed_config
 from deris_llm.training.last_words import ERROR_FILE, INTERRUPTED, interrupted_message, leave_last_words
-from deris_llm.training.ranks import OtherRankError, barrier, on_first_rank, rank, world_size
+from deris_llm.training.ranks import OtherRankError, barrier, gathered, on_first_rank, rank, world_size
 
 if TYPE_CHECKING:
     from torch import nn
 
     from deris_llm.cognition import CognitionProcessor
+    from deris_llm.data.mix import TrainingMix
     from deris_llm.structures import ReferringRecord
     from deris_llm.training.trainer import DerisTrainer
 
@@ -123,6 +124,8 @@ def train(
         checkpoints.base_checkpoint(config) if checkpoint is None else checkpoints.recorded_base_checkpoint(checkpoint)
     )
     used = config if base is None else checkpoints.with_files_of(base, config)
+    processor = build_processor(used)
+    _check_inputs(config, processor, mix, records, is_new=checkpoint is None)
     with explains_out_of_memory(config, loading=True):
         model = build_model(used, weights=base is None)
         if checkpoint is None:
@@ -132,7 +135,6 @@ def train(
             if base is not None:
                 checkpoints.restore_full_weights(model, base)
     on_first_rank(lambda: checkpoints.fingerprints_of_run(config))  # now: its folders may be gone at the first save
-    processor = build_processor(used)
     groups = group_by_image(mix.records)
     features = training_features(config, model, processor, groups)
     loader = train_loader(config, groups, processor, rank=rank(), world_size=world_size(), features=features)
@@ -234,10 +236,11 @@ def _names_what_is_saved(config: RunConfig, output: Path) -> Iterator[None]:
 
 
 def _dev_config(config: RunConfig) -> RunConfig:
+    data = dataclasses.replace(config.data, check_images="never")
     short = dataclasses.replace(
         config.training, max_steps=2, save_every=2, log_every=1, eval_every=0, eval_max_images=4, wandb=False
     )
-    return dataclasses.replace(config, training=short)
+    return dataclasses.replace(config, training=short, data=data)
 
 
 def _announced_ranks() -> int:
@@ -304,11 +307,10 @@ def check_start(
     """Finds what is wrong with a start before ranks are launched, so that it is said once; arguments as of `train`.
 
     Raises:
-        ValueError: as `train` does for config, DeepSpeed JSON, names of data, output folder and checkpoints.
+        ValueError: as `train` does for config, DeepSpeed JSON, output folder and checkpoints.
     """
     from deris_llm.evaluation.protocols import protocols_of  # noqa: PLC0415
 
-    check_data_names(config)
     protocols_of(config)
     read_deepspeed_config(deepspeed, config, num_ranks=num_ranks)
     _check_environment(config)
@@ -352,6 +354,48 @@ def _evaluation_records(config: RunConfig) -> list[ReferringRecord]:
 
     records = read_split(Path(config.data.root), config.training.eval_split, phrase_field=config.data.phrase_field)
     return some_images(records, config.training.eval_max_images)
+
+
+def _check_inputs(
+    config: RunConfig,
+    processor: CognitionProcessor,
+    mix: TrainingMix,
+    records: Sequence[ReferringRecord],
+    *,
+    is_new: bool,
+) -> None:
+    """Checks phrases, and pictures where `data.check_images` says so, before the first step; each rank looks at its share.
+
+    Raises:
+        DataError: all that cannot be used, on every rank.
+    """
+    from deris_llm.cognition.base import InputChecker  # noqa: PLC0415
+    from deris_llm.data import input_checks  # noqa: PLC0415
+
+    wanted = config.data.check_images
+    with_pictures = wanted == "always" or (wanted == "first-run" and is_new)
+    names = (", ".join(f"{dataset}/train" for dataset in config.data.train), config.training.eval_split)
+    for name, asked in zip(names, (mix.records, records), strict=True):
+        share = np.arange(rank(), len(asked), world_size())
+        if isinstance(processor, InputChecker):
+            problems = gathered(input_checks.refused_inputs(processor, asked, share))
+            if any(problems):
+                raise input_checks.unusable_inputs_error(f"phrases of {name}", sum(problems, []), number=len(asked))
+        # Training that reads cached features reads no pictures.
+        if with_pictures and (asked is records or not config.data.feature_cache):
+            pictures = input_checks.first_of_each_picture(asked)[0]
+            logger.info("decoding %s pictures of %s (data.check_images=%s)", f"{len(pictures):,}", name, wanted)
+            cores = max(1, input_checks.available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            mine = pictures[rank() :: world_size()]
+            problems = gathered(
+                input_checks.undecodable_pictures(
+                    mine, workers=cores, on_progress=input_checks.log_progress("pictures")
+                )
+            )
+            if any(problems):
+                raise input_checks.unusable_inputs_error(
+                    f"pictures of {name} (data.check_images={wanted})", sum(problems, []), number=len(pictures)
+                )
 
 
 def _evaluated(

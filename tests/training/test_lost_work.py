@@ -1,6 +1,7 @@
 """What a run has trained is not lost: by an evaluation that fails, a damaged checkpoint, or other data."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def pictures_of(root: Path, split: str) -> list[Path]:
 
 def test_an_evaluation_that_fails_costs_no_step(world, tmp_path):
     root, overrides = world
-    config = load_config("tiny-refcoco", overrides)
+    config = load_config("tiny-refcoco", [*overrides, "data.check_images=never"])
     spoiled = pictures_of(root, "refcoco/val")[-1]
     whole = spoiled.read_bytes()
     spoiled.write_bytes(whole[: len(whole) // 2])
@@ -174,3 +175,31 @@ def test_other_data_is_refused_by_name_count_and_hash_and_can_be_allowed(trained
     recorded = json.loads((result.checkpoint / "data.json").read_text())
     assert recorded["resumed_on_other_data"] == [{"checkpoint": "checkpoint-2", "trained_on": {"refcoco": before}}]
     assert recorded["datasets"]["refcoco"]["sha256"] != before["sha256"]
+
+
+# -- inputs that cannot be used --------------------------------------------------------------------------------------
+
+
+def test_broken_pictures_and_refused_phrases_are_named_before_the_first_step(world, tmp_path):
+    root, overrides = world
+    output = tmp_path / "run"
+    spoiled = pictures_of(root, "refcoco/train")[0]
+    content = spoiled.read_bytes()
+    spoiled.write_bytes(content[: len(content) // 2])
+    with pytest.raises(
+        ValueError, match=r"pictures of refcoco/train \(data.check_images=first-run\): 1 of 8 cannot"
+    ) as caught:
+        train(load_config("tiny-refcoco", overrides), output=output)
+    assert "  - refcoco/train/" in str(caught.value)
+    assert f"({spoiled}): expected a whole picture" in str(caught.value)
+
+    refs = root / "refcoco" / "refs(unc).p"
+    entries = pickle.loads(refs.read_bytes())
+    sentence = next(entry for entry in entries if entry["split"] == "val")["sentences"][0]
+    sentence["sent"] = "the <image> ring"
+    refs.write_bytes(pickle.dumps(entries, protocol=2))
+    with pytest.raises(ValueError, match=r"phrases of refcoco/val: 1 of \d+ cannot be used") as caught:
+        train(load_config("tiny-refcoco", [*overrides, "data.check_images=never"]), output=output)
+    assert f"  - refcoco/val/{sentence['sent_id']} (" in str(caught.value)
+    assert "the model's special token '<image>'" in str(caught.value)
+    assert not list(output.glob("checkpoint-*"))
