@@ -309,9 +309,6 @@ def check_start(
     Raises:
         ValueError: as `train` does for config, DeepSpeed JSON, output folder and checkpoints.
     """
-    from deris_llm.evaluation.protocols import protocols_of  # noqa: PLC0415
-
-    protocols_of(config)
     read_deepspeed_config(deepspeed, config, num_ranks=num_ranks)
     _check_environment(config)
     if fast_dev_run:

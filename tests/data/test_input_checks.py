@@ -61,6 +61,7 @@ def test_a_refused_phrase_has_its_id_and_file(world, tmp_path):
     records = list(read_split(world, "refcoco/train"))
     records[2] = dataclasses.replace(records[2], phrase="the <image> cup")
     processor = build_processor(tiny_config(*tiny_weights(tmp_path)))
+    assert isinstance(processor, InputChecker)
     assert refused_inputs(processor, records, np.array([0, 1])) == []
     assert refused_inputs(processor, records, np.array([0, 2])) == [
         f"{records[2].phrase_id} ({records[2].image_path}): phrase 'the <image> cup': expected some words, got the model's special "
