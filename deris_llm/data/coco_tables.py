@@ -22,6 +22,7 @@ class TableFault:
     table: str  # images, annotations or categories
     id: int | None  # None: the record has no usable id
     message: str  # names the records by their number in the file
+    records: tuple[dict[str, Any], ...] = ()  # those that the message names
     is_repeated: bool = False  # good records, but different ones of one id
 
     @property
@@ -66,13 +67,14 @@ def coco_tables(content: object) -> CocoTables | str:
 def _by_id(table: str, records: Sequence[Any], faults: list[TableFault]) -> dict[int, dict[str, Any]]:
     numbers: dict[int, int] = {}  # id -> its first record
     found: dict[int, dict[str, Any]] = {}
-    different: dict[int, str] = {}
+    different: dict[int, tuple[str, list[dict[str, Any]]]] = {}
     num_equal = 0
     for number, given in enumerate(records):
         record = _whole_record(table, given)
         if isinstance(record, str):
-            known = _whole(given.get("id")) if isinstance(given, dict) else None
-            faults.append(TableFault(table, known, f"number {number} of {table}: {record}"))
+            known = whole_number(given.get("id")) if isinstance(given, dict) else None
+            records_of_fault = (given,) if isinstance(given, dict) else ()
+            faults.append(TableFault(table, known, f"number {number} of {table}: {record}", records_of_fault))
             continue
         first = numbers.setdefault(record["id"], number)
         if first == number:
@@ -80,11 +82,12 @@ def _by_id(table: str, records: Sequence[Any], faults: list[TableFault]) -> dict
         elif record == found[record["id"]]:
             num_equal += 1
         else:
-            different.setdefault(record["id"], _difference(table, first, found[record["id"]], number, record))
+            one = found[record["id"]]
+            different.setdefault(record["id"], (_difference(table, first, one, number, record), [one]))[1].append(record)
     if num_equal:
         logger.info("%d of %d %s repeat an earlier record word by word; each is one", num_equal, len(records), table)
-    for record_id, message in different.items():
-        faults.append(TableFault(table, record_id, message, is_repeated=True))
+    for record_id, (message, of_id) in different.items():
+        faults.append(TableFault(table, record_id, message, tuple(of_id), is_repeated=True))
         del found[record_id]
     return found
 
@@ -95,17 +98,17 @@ def _whole_record(table: str, record: Any) -> dict[str, Any] | str:
         return f"expected an object, got {describe(record)}"
     numbers: dict[str, int] = {}
     for key in _NUMBERS[table]:
-        if (whole := _whole(record.get(key))) is None:
+        if (whole := whole_number(record.get(key))) is None:
             return f"expected a whole number as {key}, got {_said(record, key)}"
         numbers[key] = whole
     key = _TEXTS.get(table)
     if key is not None and (key in record or table == "categories") and not isinstance(record.get(key), str):
         return f"expected a text as {key}, got {_said(record, key)}"
-    category = _whole(record.get("category_id"))
+    category = whole_number(record.get("category_id"))
     return {**record, **numbers, **({} if category is None else {"category_id": category})}
 
 
-def _whole(value: object) -> int | None:
+def whole_number(value: object) -> int | None:
     """An integer, also one that a table program wrote as 1.0."""
     if isinstance(value, float) and value.is_integer():
         return int(value)

@@ -23,7 +23,6 @@ _MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 
 coco_mask: Any = _pycocotools_mask  # its type stubs know neither lists of polygons nor plain dictionaries
 
-_HEAD = "COCO segmentation: "
 _ASK = (
     "expected polygons [[x0, y0, x1, y1, x2, y2, ...], ...] in px or an RLE {'size': [h, w], 'counts': list or string}"
 )
@@ -72,10 +71,10 @@ def segmentation_rle(segmentation: object, height: int, width: int) -> dict[str,
     if isinstance(segmentation, dict):
         return _checked_rle(segmentation, height, width)
     if not isinstance(segmentation, (list, tuple)):
-        raise ValueError(f"{_HEAD}{_ASK}, got {_short(segmentation)}: correct the annotation file")
+        raise ValueError(f"{_ASK}, got {_short(segmentation)}: correct the annotation file")
     polygons = [_checked_polygon(polygon) for polygon in segmentation]
     if not polygons:
-        raise ValueError(f"{_HEAD}{_ASK}, got an empty list: give the annotation a mask or remove it")
+        raise ValueError(f"{_ASK}, got an empty list: give the annotation a mask or remove it")
     for polygon in polygons:
         _check_even(polygon)
     _reaches_out(polygons, height, width)
@@ -109,7 +108,7 @@ def usable_segmentation(segmentation: object, height: int, width: int) -> tuple[
             return parts, None
         is_empty = coco_mask.area(segmentation_rle(parts, height, width)) == 0
     except ValueError as error:
-        return segmentation, str(error).removeprefix(_HEAD)
+        return segmentation, str(error)
     where = f"lie outside the image ({width} x {height} px)" if reaches_out else f"cover no pixel (area {area:.3g} px)"
     return parts, NoPixel(f"its polygons {where}") if is_empty else None
 
@@ -123,7 +122,7 @@ def polygons_in_px(polygons: list[Any], height: int, width: int) -> list[list[fl
     checked = [_checked_polygon(polygon) for polygon in polygons]
     if wrong := [v for polygon in checked for v in polygon if not -_SLACK <= v <= 1 + _SLACK]:
         raise ValueError(
-            f"{_HEAD}expected normalised coordinates, from 0 to 1, got {wrong[0]:g}: for px leave out --coordinates"
+            f"expected normalised coordinates, from 0 to 1, got {wrong[0]:g}: for px leave out --coordinates"
         )
     return [[v * (height if i % 2 else width) for i, v in enumerate(polygon)] for polygon in checked]
 
@@ -187,16 +186,20 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 
 def _checked_polygon(polygon: object) -> list[float]:
     if not isinstance(polygon, (list, tuple)):
-        raise ValueError(f"{_HEAD}{_ASK}, got the polygon {_short(polygon)}: correct the annotation file")
+        raise ValueError(f"{_ASK}, got the polygon {_short(polygon)}: correct the annotation file")
     wrong = next((i for i, value in enumerate(polygon) if not _is_coordinate(value)), None)
     if wrong is not None:
         value = polygon[wrong]
         is_nested = isinstance(value, (list, tuple, dict))
         what = f"finite coordinates of at most {_FARTHEST_PX:,} px" if _is_number(value) else "numbers"
         raise ValueError(
-            f"{_HEAD}expected polygons [x0, y0, x1, y1, ...] of {what}, got {_short(value)} as coordinate {wrong} of the polygon "
+            f"expected polygons [x0, y0, x1, y1, ...] of {what}, got {_short(value)} as coordinate {wrong} of the polygon "
             f"{_short(polygon)}: "
-            + ("several objects are named as `masks`" if is_nested else "correct the annotation file")
+            + (
+                "a polygon is one list of numbers, several objects are named as `masks`"
+                if is_nested
+                else "correct the annotation file"
+            )
         )
     return [float(v) for v in polygon]
 
@@ -204,7 +207,7 @@ def _checked_polygon(polygon: object) -> list[float]:
 def _check_even(polygon: Sequence[float]) -> None:
     if len(polygon) < 6 or len(polygon) % 2:
         raise ValueError(
-            f"{_HEAD}expected at least 3 points as an even count of numbers in a polygon, got {len(polygon)} numbers "
+            f"expected at least 3 points as an even count of numbers in a polygon, got {len(polygon)} numbers "
             f"{_short(polygon)}: correct the annotation file"
         )
 
@@ -231,14 +234,14 @@ def _reaches_out(polygons: Sequence[Sequence[float]], height: int, width: int) -
         highest = max(max(polygon[axis::2]) for polygon in polygons)
         if max(-lowest, highest - side) > max(_SLACK * side, _SLACK_PX):
             raise ValueError(
-                f"{_HEAD}expected polygons of this picture, got {name} from {lowest:g} to {highest:g}, so that they lie outside the "
+                f"expected polygons of this picture, got {name} from {lowest:g} to {highest:g}, so that they lie outside the "
                 f"image ({width} x {height} px): the annotation belongs to another picture, or to this one at another size"
             )
         reaches_out |= lowest < 0 or highest > side
-        in_first_pixel &= lowest >= 0 and highest <= 1
+        in_first_pixel &= lowest >= -0.1 and highest <= 1.1
     if in_first_pixel:
         raise ValueError(
-            f"{_HEAD}expected coordinates in px of a picture of {width} x {height} px, got all from 0 to 1: coordinates look "
+            f"expected coordinates in px of a picture of {width} x {height} px, got all about 0 to 1: coordinates look "
             "normalised; give --coordinates normalised"
         )
     return reaches_out
@@ -255,23 +258,23 @@ def _checked_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]
     counts = rle.get("counts")
     size = rle.get("size")
     if not isinstance(size, (list, tuple)) or not isinstance(counts, (list, str, bytes)):
-        raise ValueError(f"{_HEAD}{_ASK}, got {_short(rle)}: correct the annotation file")
+        raise ValueError(f"{_ASK}, got {_short(rle)}: correct the annotation file")
     if list(size) != [height, width]:
         why = "the annotation belongs to another picture or the picture was resized"
         why = "height and width look exchanged" if list(size) == [width, height] else why
         raise ValueError(
-            f"{_HEAD}expected an RLE of the picture's size [h, w] = [{height}, {width}], got {list(size)}: {why}"
+            f"expected an RLE of the picture's size [h, w] = [{height}, {width}], got {list(size)}: {why}"
         )
     if isinstance(counts, list):
         wrong = next((i for i, c in enumerate(counts) if not isinstance(c, int) or isinstance(c, bool) or c < 0), None)
         if wrong is not None:
             raise ValueError(
-                f"{_HEAD}expected whole numbers from 0 as RLE counts, got {describe(counts[wrong])} as number {wrong} of "
+                f"expected whole numbers from 0 as RLE counts, got {describe(counts[wrong])} as number {wrong} of "
                 f"{len(counts)}: correct the annotation file"
             )
         if sum(counts) != height * width:
             raise ValueError(
-                f"{_HEAD}expected RLE counts that sum to {height} x {width} = {height * width} pixels, got {_short(counts)}, which "
+                f"expected RLE counts that sum to {height} x {width} = {height * width} pixels, got {_short(counts)}, which "
                 f"sum to {sum(counts)}: correct the annotation file"
             )
         return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
@@ -279,7 +282,7 @@ def _checked_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]
     covered = _covered_pixels(counts)
     if covered != height * width:
         raise ValueError(
-            f"{_HEAD}expected a compressed RLE of {height} x {width} = {height * width} pixels, got one of "
+            f"expected a compressed RLE of {height} x {width} = {height * width} pixels, got one of "
             f"{'no valid form' if covered is None else f'{covered} pixels'}: {_short(counts)}: correct the annotations"
         )
     return {"size": [height, width], "counts": counts}

@@ -156,7 +156,7 @@ def rle_of(mask: object, height: int, width: int) -> dict[str, Any]:
     try:
         return segmentation_rle(mask, height, width)
     except ValueError as error:
-        raise ValueError(str(error).removeprefix("COCO segmentation: ").rpartition(": ")[0]) from error
+        raise ValueError(str(error).rpartition(": ")[0]) from error
 
 
 class _Phrases:

@@ -101,7 +101,7 @@ def test_far_outside_is_another_picture(polygon: list[float], is_of_the_picture:
             decode_segmentation([[20, 20, 30, 20, 30, 30], polygon], 480, 640)
 
 
-@pytest.mark.parametrize("polygon", [[0.1, 0.125, 0.4, 0.125, 0.4, 0.5], [0.0, 0, 1, 0, 1, 1, 0, 1]])
+@pytest.mark.parametrize("polygon", [[0.1, 0.125, 0.4, 0.125, 0.4, 0.5], [0.0, 0, 1, 0, 1, 1, 0, 1], [-0.01, 0, 1.02, 0, 1, 1]])
 def test_normalised_coordinates_are_refused_or_scaled(polygon: list[float]) -> None:
     for check in (usable_segmentation, decode_segmentation):
         try:

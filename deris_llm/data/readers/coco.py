@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from deris_llm.data.coco_tables import CocoTables, coco_tables
+from deris_llm.data.coco_tables import CocoTables, coco_tables, whole_number
 from deris_llm.data.errors import DataError, describe
 from deris_llm.data.readers.base import (
     SourceEntry,
@@ -92,8 +92,13 @@ class CocoReader:
 
     def _of_file(self, split: str, tables: CocoTables) -> Iterator[SourceEntry | SourceFault]:
         names: dict[int | None, str] = {number: category["name"] for number, category in tables.categories.items()}
+        incomplete: dict[tuple[int | None, str | None], str] = {}  # (image, class) -> what is wrong with an object of it
         for fault in tables.faults:
             yield SourceFault(f"{split} {fault.where}", split, "structure", fault.message)
+            if fault.table == "annotations":
+                for each in fault.records:
+                    class_name = names.get(whole_number(each.get("category_id")))
+                    incomplete[whole_number(each.get("image_id")), class_name] = fault.message
         by_image: dict[int, list[dict[str, Any]]] = {}
         for annotation in tables.annotations.values():
             where = f"{split} annotation {annotation['id']}"
@@ -110,6 +115,7 @@ class CocoReader:
             elif "segmentation" not in annotation:
                 message = f"expected a segmentation, got none ({describe(annotation)}); a box is no mask"
                 yield SourceFault(where, split, "mask", message)
+                incomplete[annotation["image_id"], names.get(_category(annotation))] = message
             else:
                 by_image.setdefault(annotation["image_id"], []).append(annotation)
         for image in tables.images.values():
@@ -119,6 +125,10 @@ class CocoReader:
                 yield SourceFault(f"{split} image {image['id']}", split, "target", message)
                 annotations = [each for each in annotations if _category(each) != category]
             objects = [self._object(split, each, names) for each in annotations]
+            for label in dict.fromkeys(each.label for each in objects if (image["id"], each.label) in incomplete):
+                message = incomplete[image["id"], label]  # a phrase for the others would not mean all of its class
+                yield SourceFault(f"{split} image {image['id']}", split, "target", message)
+                objects = [each for each in objects if each.label != label]
             size_hw = (image["height"], image["width"])
             yield from entries_of_picture(str(image["id"]), split, self._pictures.names[split, image["id"]], size_hw, objects)
 

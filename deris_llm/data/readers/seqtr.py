@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from deris_llm.data import refer
-from deris_llm.data.coco_tables import CocoTables, coco_tables
+from deris_llm.data.coco_tables import CocoTables, coco_tables, whole_number
 from deris_llm.data.errors import DataError, describe
 from deris_llm.data.readers.base import (
     SourceEntry,
@@ -43,6 +43,9 @@ from deris_llm.data.readers.base import (
 _PATTERNS = (
     "instances*.json", "instance*.json", "*.json", "seqtr_type/annotations/*/instance*.json", "annotations/*/instance*.json",
 )  # fmt: skip
+
+_ID_KEYS = ("annotation_id", "ann_id", "mask_id")
+"""Names under which an entry has the id, or ids, of its annotations."""
 
 _TREE = """Expected one of
   FILE.json                                         {"train": [...], "val": [...]}
@@ -145,10 +148,10 @@ class SeqtrReader:
                 return "expected an annotation, or one of id -1 for no target, got an empty list"
             masks = [(i, each.get("segmentation", each.get("mask"))) for i, each in meant]
         elif "mask" in entry:
-            given = entry.get("annotation_id", entry.get("ann_id"))
-            masks = [(given if isinstance(given, int) else None, entry["mask"])]
+            given = next((whole_number(entry[key]) for key in _ID_KEYS if key in entry), None)
+            masks = [(given if given is not None and given >= 0 else None, entry["mask"])]
         else:
-            given = next((entry[key] for key in ("annotation_id", "ann_id", "mask_id") if key in entry), None)
+            given = next((entry[key] for key in _ID_KEYS if key in entry), None)
             ids = given if isinstance(given, list) else [given]
             if ids in ([-1], [[]]) or given == []:
                 return []

@@ -290,10 +290,13 @@ def test_repeated_records_are_one_and_whole_floats_are_numbers(world: Any, coco:
 def test_one_bad_record_does_not_stop_a_file(world: Any, coco: Any) -> None:
     del coco["annotations"][0]["segmentation"]
     coco["annotations"].append({**coco["annotations"][2], "id": None})
+    coco["annotations"].append({**coco["annotations"][2], "id": "x", "image_id": [1]})
     coco["images"].append({"id": 7, "file_name": "b.png"})
+    coco["annotations"].append({**coco["annotations"][2], "id": 9, "image_id": 1})
     made = world.prepare(_write(world, coco), format="coco", skip_bad=True)
-    assert made.manifest["skipped"]["train"] == {"structure": 2, "mask": 1}
-    assert [[i.annotation_id for i in r.instances] for r in read_split(world.root, "mine/train")] == [[2], [3]]
+    # The other dog and cat of the picture alone would not be what "dog" and "cat" mean there.
+    assert made.manifest["skipped"]["train"] == {"structure": 3, "mask": 1, "target": 2}
+    assert [[i.annotation_id for i in r.instances] for r in read_split(world.root, "mine/train")] == [[9]]
 
 
 FILES: dict[str, tuple[Any, str]] = {

@@ -153,6 +153,11 @@ def test_one_annotation_id_is_one_object(world: Any, tree: Path) -> None:
     first = {**ENTRY, "annotation_id": 9}
     world.prepare(_write(tree, {"train": [first, {**first, "expressions": ["again"]}, {**ENTRY, "mask": OTHER}]}), format="seqtr")
     assert [r.instances[0].annotation_id for r in read_split(world.root, "mine/train")[:3]] == [9, 9, 9]
+    unknown = [{**ENTRY, "annotation_id": -1, "mask": mask} for mask in (SQUARE, OTHER)]
+    world.prepare(_write(tree, {"train": unknown}), "unknown", format="seqtr")
+    ids = [r.instances[0].annotation_id for r in read_split(world.root, "unknown/train")]
+    assert ids[0] == ids[1] != ids[2] == ids[3]  # by content
+    first["annotation_id"] = 9.0  # a table program's integer
     for other, got in (({"mask": OTHER}, "another mask"), ({"image_id": 6}, "image COCO_train2014_000000000005.jpg")):
         source = _write(tree, {"train": [first, {**first, **other}]})
         ask = rf"train\[1\]: expected annotation id 9 to be one object, got {got} under it in train\[0\]"
