@@ -164,6 +164,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--instances", action="store_true", help="also each object's mask by itself")
     predict.add_argument(
+        "--exif",
+        choices=("displayed", "stored"),
+        default="displayed",
+        help="which way up pictures, and so their masks, are taken: turned as EXIF says, as viewers do (default), or as their "
+        "pixels are stored",
+    )
+    predict.add_argument(
         "--skip-bad", action="store_true", help="leave out and count pictures and lines that cannot be used"
     )
     _add_override_option(predict)
@@ -466,6 +473,7 @@ def run_predict(arguments: argparse.Namespace) -> int:
         overlays=arguments.overlay,
         instances=arguments.instances,
         skip_bad=arguments.skip_bad,
+        exif=arguments.exif,
     )
     show_predictions(result, console())
     return 0

@@ -32,7 +32,7 @@ from deris_llm.evaluation.calibration import calibrated_config, threshold_source
 from deris_llm.inference import for_cpu_inference
 from deris_llm.out_of_memory import explains_out_of_memory
 from deris_llm.postprocess import PhraseAnswer, PresenceUse, Selection, answer_masks
-from deris_llm.structures import DerisOutput, ReferringBatch
+from deris_llm.structures import DerisOutput, Exif, ReferringBatch
 from deris_llm.training.checkpoint_folders import find_checkpoint
 from deris_llm.training.checkpoints import checkpoint_config, checkpoint_fingerprint, load_checkpoint, with_files_of
 
@@ -248,14 +248,18 @@ class _Part(NamedTuple):
     asked: _Asked
 
 
-def as_picture(image: Picture) -> Image.Image:
+def as_picture(image: Picture, *, exif: Exif = "displayed") -> Image.Image:
     """A picture in RGB, whatever it comes as.
+
+    Args:
+        image: a path; or pixels, which are taken as they are.
+        exif: which way up a file is taken.
 
     Raises:
         ValueError: it cannot be read, or an array is not uint8 (h, w, 3).
     """
     if isinstance(image, (str, Path)):
-        return load_image(image)
+        return load_image(image, exif=exif)
     if isinstance(image, Image.Image):
         return rgb_picture(image)
     if not isinstance(image, np.ndarray):

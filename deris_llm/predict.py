@@ -40,6 +40,7 @@ from deris_llm.evaluation.submissions import PREDICTIONS_FILE
 from deris_llm.out_of_memory import DoesNotFitError
 from deris_llm.pipeline import DerisPipeline, as_picture
 from deris_llm.postprocess import PhraseAnswer
+from deris_llm.structures import Exif
 from deris_llm.terminal import console as plain_console
 from deris_llm.training.checkpoint_folders import find_checkpoint
 from deris_llm.training.checkpoints import names_backend
@@ -204,6 +205,7 @@ def predict(
     instances: bool = False,
     skip_bad: bool = False,
     progress: bool = True,
+    exif: Exif = "displayed",
     bad: Sequence[str] = (),
     others: Sequence[str] = (),
 ) -> Predictions:
@@ -217,13 +219,14 @@ def predict(
         instances: also writes each selected query's mask by itself.
         skip_bad: goes on after a picture or phrase that cannot be answered; otherwise that is an error.
         progress: shows a bar.
+        exif: which way up pictures are taken, as EXIF displays them or as their pixels are stored; so are the masks.
         bad: lines that were left out before, for `left_out.txt`.
         others: files that were left out before because they are no pictures, for the same.
 
     Raises:
         ValueError: the folder holds something else or cannot be written to, or (without `skip_bad`) a picture or phrase is bad.
     """
-    done = _prepared(out, _settings(pipeline, instances=instances))
+    done = _prepared(out, _settings(pipeline, instances=instances) | {"exif": exif})
     result = Predictions(out, pipeline.threshold_source, bad=list(bad), others=list(others))
     by_picture: dict[Path, list[Question]] = {}
     for question in dict.fromkeys(questions):
@@ -246,9 +249,10 @@ def predict(
         ):
             task = bar.add_task("predict", total=sum(map(len, groups)))
             for batch in batches:
-                for question, picture, answer in _answered(pipeline, batch, result.bad, skip_bad=skip_bad):
+                for question, picture, answer in _answered(pipeline, batch, result.bad, exif, skip_bad=skip_bad):
                     _write_files(question, picture, answer, out, overlays=overlays, instances=instances)
                     line = _line(question, answer, instances=instances) | _settings(pipeline)
+                    line |= {"exif": exif} if exif == "stored" else {}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     small = {name: value for name, value in line.items() if name not in ("mask", "instances")}
                     result.lines.append(small | {"area": float(answer.mask.mean()), "number": len(answer.query_index)})
@@ -264,17 +268,17 @@ def predict(
 
 
 def _answered(
-    pipeline: DerisPipeline, batch: Sequence[Sequence[Question]], bad: list[str], *, skip_bad: bool
+    pipeline: DerisPipeline, batch: Sequence[Sequence[Question]], bad: list[str], exif: Exif, *, skip_bad: bool
 ) -> Iterable[tuple[Question, Image.Image, PhraseAnswer]]:
     """Answers a batch; where something in it is bad, one question after the other, so that the bad one is known."""
     try:
-        pictures = [as_picture(asked[0].path) for asked in batch]
+        pictures = [as_picture(asked[0].path, exif=exif) for asked in batch]
         pairs = [(picture, [q.phrase for q in asked]) for picture, asked in zip(pictures, batch, strict=True)]
         answers = list(pipeline.answer_all(pairs))
     except DoesNotFitError:
         raise
     except ValueError:
-        yield from _one_by_one(pipeline, batch, bad, skip_bad=skip_bad)
+        yield from _one_by_one(pipeline, batch, bad, exif, skip_bad=skip_bad)
         return
     for asked, picture, found in zip(batch, pictures, answers, strict=True):
         for question, answer in zip(asked, found, strict=True):
@@ -282,12 +286,12 @@ def _answered(
 
 
 def _one_by_one(
-    pipeline: DerisPipeline, batch: Sequence[Sequence[Question]], bad: list[str], *, skip_bad: bool
+    pipeline: DerisPipeline, batch: Sequence[Sequence[Question]], bad: list[str], exif: Exif, *, skip_bad: bool
 ) -> Iterable[tuple[Question, Image.Image, PhraseAnswer]]:
     for asked in batch:
         for question in asked:
             try:
-                picture = as_picture(question.path)
+                picture = as_picture(question.path, exif=exif)
                 (answer,) = pipeline(picture, [question.phrase])
             except DoesNotFitError:
                 raise
@@ -364,7 +368,8 @@ def _prepared(out: Path, settings: dict[str, Any]) -> set[tuple[str, str, str]]:
     for number, text in enumerate(whole.splitlines(), start=1):
         try:
             line = json.loads(text)
-            there = {name: line[name] for name in settings if name != "instances"} | {"instances": "instances" in line}
+            there = {name: line[name] for name in settings if name not in ("instances", "exif")}
+            there |= {"instances": "instances" in line, "exif": line.get("exif", "displayed")}
             done.add((line["image"], line["phrase"], line.get("phrase_id", "")))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
@@ -548,6 +553,7 @@ def run(
     overlays: bool,
     instances: bool,
     skip_bad: bool,
+    exif: Exif,
 ) -> Predictions:
     """`deris-llm predict`, without the printing."""
     questions, bad, others = questions_of_command(images, phrases, jsonl, skip_bad=skip_bad)
@@ -562,6 +568,7 @@ def run(
         overlays=overlays,
         instances=instances,
         skip_bad=skip_bad,
+        exif=exif,
         bad=bad,
         others=others,
     )

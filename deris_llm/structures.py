@@ -21,6 +21,11 @@ MaskUpsampling = Literal["direct", "x4_align_corners"]
 were trained with, after bilinear upsampling x4 with align_corners=True (`postprocess.readable_logits`)."""
 
 
+Exif = Literal["displayed", "stored"]
+"""Which way up a picture was annotated: turned as its EXIF note says, as viewers show it, or as its pixels are stored. The
+annotation's size decides where it can; this says it for pictures that are as large either way."""
+
+
 class _TensorFields:
     """Moves every tensor of a dataclass, nested ones and tuples too, to a device, casting floating-point ones if asked."""
 
@@ -161,6 +166,7 @@ class ReferringRecord:
     phrase: str  # the referring expression, as the protocol's text field has it
     instances: tuple[InstanceAnnotation, ...]  # the referents; empty = no target
     crowds: tuple[InstanceAnnotation, ...] = ()  # further referents that gRefCOCO's own API leaves out (iscrowd=1)
+    exif: Exif = "stored"  # of the picture, where its size does not say it; COCO's annotations are for stored pixels
     # What only breakdowns and files of predictions ask for; None where the source does not say.
     category: str | None = field(default=None, compare=False)  # the referents' class; None too if they have several
     num_same_class: int | None = field(default=None, compare=False)  # other objects of their classes in the picture

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from deris_llm.cli import main
 from deris_llm.data.masks import decode_segmentation
@@ -147,6 +147,27 @@ def test_a_second_call_goes_on(pictures, pipeline, tmp_path):
     third = predict(pipeline, asked_of(pictures, "ring", "star"), out, progress=False)
     assert (len(third.lines), third.num_there) == (3, 3)
     assert path.read_bytes().startswith(written)
+
+
+def test_pictures_are_taken_as_displayed_or_as_stored(checkpoint, pipeline, tmp_path):
+    """What is answered about a mirrored file is what is answered about its displayed, or its stored, pixels."""
+    stored = synthetic_images(1)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 2
+    stored.save(tmp_path / "mirrored.png", exif=exif)
+    seen = {"displayed": ImageOps.mirror(stored), "stored": stored}
+    for name, picture in seen.items():
+        out = tmp_path / name
+        options = ["--phrase", "ring", "--out", str(out), *(("--exif", name) if name == "stored" else ())]
+        assert (
+            main(["predict", "--checkpoint", str(checkpoint), "--image", str(tmp_path / "mirrored.png"), *options]) == 0
+        )
+        (answer,) = pipeline(picture, ["ring"])
+        (line,) = lines_of(out)
+        np.testing.assert_array_equal(decode_segmentation(line["mask"], 60, 80), answer.mask)
+    assert "exif" not in lines_of(tmp_path / "displayed")[0]
+    with pytest.raises(ValueError, match=r"exif stored there, displayed now"):
+        predict(pipeline, asked_of(tmp_path / "mirrored.png", "star"), tmp_path / "stored", progress=False)
 
 
 def test_answers_of_another_kind_are_not_mixed(checkpoint, pictures, pipeline, tmp_path):

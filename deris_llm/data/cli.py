@@ -54,6 +54,13 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="unit of polygons: px (default), or shares of the picture's width and height, from 0 to 1",
     )
     prepare.add_argument(
+        "--exif",
+        choices=("displayed", "stored"),
+        help="which way up pictures were annotated where their size does not say it (EXIF turns them by 180 degrees, mirrors "
+        "them, or turns square ones): as viewers and most tools display them (default), or as their pixels are stored "
+        "(default of refer and seqtr, as COCO)",
+    )
+    prepare.add_argument(
         "--crowds",
         choices=("left_out", "taken"),
         default="left_out",
@@ -188,6 +195,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         val_share=arguments.val_share,
         follow_links=arguments.follow_links,
+        exif=arguments.exif,
         takes_crowds=arguments.crowds == "taken",
     )
     with Progress(*_columns(), console=Console(stderr=True)) as progress:

@@ -94,11 +94,11 @@ class ReferringCollator:
 def _picture(group: ImageGroup) -> Picture:
     first = group.records[0]
     asked_by = tuple(record.phrase_id for record in group.records)
-    return Picture(first.image_path, (first.height, first.width), asked_by)
+    return Picture(first.image_path, (first.height, first.width), asked_by, first.exif)
 
 
 def _decoded(picture: Picture) -> Image.Image:
-    return load_image(picture.path, size_hw=picture.size_hw, asked_by=picture.asked_by)
+    return load_image(picture.path, size_hw=picture.size_hw, exif=picture.exif, asked_by=picture.asked_by)
 
 
 def referring_targets(groups: Sequence[ImageGroup], image_size: int, resize: Resize) -> ReferringTargets:

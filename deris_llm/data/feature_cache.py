@@ -26,6 +26,7 @@ from torch import Tensor
 
 from deris_llm.data.errors import DataError
 from deris_llm.data.prepared import file_sha256
+from deris_llm.structures import Exif
 
 ABOUT_FILE = "about.json"
 PYRAMID = tuple(f"pyramid.{level}" for level in range(4))  # strides 4, 8, 16, 32
@@ -44,6 +45,7 @@ class Picture:
     path: str
     size_hw: tuple[int, int]  # px
     asked_by: tuple[str, ...]  # ids of phrases that need it, for messages
+    exif: Exif = "stored"  # which way up it is read where its size does not say it
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class FeatureCache:
                 f"{_named(picture)}: expected a picture, got {error.strerror}. Restore this file from its source, or remove "
                 "what refers to it"
             ) from error
-        return self.folder / digest[:2] / f"{digest}{SUFFIX}"
+        way_up = "" if picture.exif == "stored" else "-displayed"
+        return self.folder / digest[:2] / f"{digest}{way_up}{SUFFIX}"
 
     def write(self, path: Path, tensors: Mapping[str, Tensor], size_hw: tuple[int, int]) -> int:
         """Writes a picture's file, aside first: a file with a final name is whole.

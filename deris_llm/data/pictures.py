@@ -4,7 +4,8 @@ What a picture is, however it is stored: RGB, 8 bit a channel. Gray, palette and
 the range of the values (8, 10, 12, 14 or 16 bit);
 what is transparent lies on white, as a browser shows it; of an animation the first frame counts. EXIF: cameras store a
 rotated picture and a note to turn it. Which of both an annotation was made for, its size says: the stored one (COCO's own
-annotations ignore the note), or the turned one. A picture that nobody annotated is turned, as every viewer does.
+annotations ignore the note), or the displayed one. Turned by 180 degrees, mirrored or square, both are as large: then
+whoever knows the annotations says it (`Exif`). A picture that nobody annotated is taken as displayed, as every viewer does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from deris_llm.structures import Exif
 
 MAX_PIXELS = 80_000_000
 """A picture of more is refused before it is decoded: 80 megapixels are 240 MB as RGB."""
@@ -53,12 +56,27 @@ class PictureFacts:
 
     height: int  # px, as stored
     width: int
-    is_sideways: bool  # EXIF says that it is to be turned by 90 degrees
+    orientation: int  # EXIF's, 1 to 8; 1 = displayed as stored
     sha256: str  # of the file
+
+    @property
+    def is_sideways(self) -> bool:
+        """EXIF says that it is to be turned by 90 degrees."""
+        return self.orientation in _SIDEWAYS
+
+    @property
+    def is_undecided(self) -> bool:
+        """It is displayed otherwise than stored, and as large: no size says which of both was annotated."""
+        return self.orientation != 1 and (not self.is_sideways or self.height == self.width)
+
+    def size_hw(self, exif: Exif) -> tuple[int, int]:
+        """Height and width, px, displayed or as stored."""
+        is_turned = exif == "displayed" and self.is_sideways
+        return (self.width, self.height) if is_turned else (self.height, self.width)
 
     def fits(self, size_hw: tuple[int, int]) -> bool:
         """An annotation of this size was made for this picture, as stored or turned."""
-        return size_hw == (self.height, self.width) or (self.is_sideways and size_hw == (self.width, self.height))
+        return size_hw in (self.size_hw("stored"), self.size_hw("displayed"))
 
 
 @dataclass(frozen=True)
@@ -154,34 +172,46 @@ def picture_facts(path: Path) -> PictureFacts:
         _load(file, path)
         if file.mode.startswith(("I", "F")):
             rgb_picture(file)  # what training and prediction would refuse
-        is_sideways = file.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS  # after: Pillow decodes a PNG to answer
+        orientation = _orientation(file)
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
             digest.update(block)
-    return PictureFacts(height, width, is_sideways, digest.hexdigest())
+    return PictureFacts(height, width, orientation, digest.hexdigest())
 
 
-def read_picture(path: str | Path, *, size_hw: tuple[int, int] | None = None) -> Image.Image:
-    """Decodes a picture to RGB, in the orientation that an annotation of ``size_hw`` was made for.
+def read_picture(
+    path: str | Path, *, size_hw: tuple[int, int] | None = None, exif: Exif = "displayed"
+) -> Image.Image:
+    """Decodes a picture to RGB, the way up that an annotation of ``size_hw`` was made for.
 
     Args:
         path: of any format that Pillow reads.
-        size_hw: px; None: nobody annotated it, EXIF's orientation is applied.
+        size_hw: px; None: nobody annotated it.
+        exif: which way up where the size does not say it.
 
     Returns:
-        RGB; of another size than ``size_hw`` where neither orientation has it.
+        RGB; of another size than ``size_hw`` where neither way up has it.
 
     Raises:
         PictureError: the file is missing, cut off, too large or no picture.
     """
     with _opened(Path(path)) as file:
         _load(file, Path(path))
-        orientation = file.getexif().get(_EXIF_ORIENTATION, 1)  # after: Pillow decodes a PNG to answer
-        turned_hw = (file.width, file.height) if orientation in _SIDEWAYS else (file.height, file.width)
-        is_stored = size_hw == (file.height, file.width) or (size_hw is not None and size_hw != turned_hw)
-        image = file if orientation == 1 or is_stored else ImageOps.exif_transpose(file)
-        return rgb_picture(image)
+        orientation = _orientation(file)
+        stored_hw = (file.height, file.width)
+        displayed_hw = stored_hw[::-1] if orientation in _SIDEWAYS else stored_hw
+        if size_hw is None or stored_hw == displayed_hw:
+            is_stored = exif == "stored"
+        else:
+            is_stored = size_hw != displayed_hw
+        return rgb_picture(file if orientation == 1 or is_stored else ImageOps.exif_transpose(file))
+
+
+def _orientation(file: Image.Image) -> int:
+    """EXIF's, 1 where it is none of 1 to 8; asked after decoding, since Pillow decodes a PNG to answer."""
+    found = file.getexif().get(_EXIF_ORIENTATION)
+    return found if isinstance(found, int) and found in range(1, 9) else 1
 
 
 def _opened(path: Path) -> Image.Image:

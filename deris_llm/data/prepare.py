@@ -8,6 +8,7 @@ are taken over if source, options and pictures are still the same.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import multiprocessing
@@ -26,12 +27,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from deris_llm import __version__
 from deris_llm.data import refer
 from deris_llm.data.errors import DataError, bad_records_error, printable
 from deris_llm.data.masks import polygons_in_px
-from deris_llm.data.pictures import ImageFolder, PictureFacts, portable_name
+from deris_llm.data.pictures import BROKEN, ImageFolder, PictureError, PictureFacts, picture_facts, portable_name
 from deris_llm.data.prepared import (
     ARROW_FOLDER,
     COCO_STEM,
@@ -44,6 +46,7 @@ from deris_llm.data.prepared import (
 )
 from deris_llm.data.readers.base import (
     FaultReason,
+    MaskFile,
     SourceEntry,
     SourceFault,
     SourceInstance,
@@ -54,6 +57,7 @@ from deris_llm.data.readers.base import (
 from deris_llm.data.readers.objects import split_named
 from deris_llm.data.readers.registry import open_source
 from deris_llm.data.validation import Fault, LocatedEntry, ShardResult, is_text, look_at, write_shard
+from deris_llm.structures import Exif
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +84,13 @@ class PrepareOptions:
     workers: int = 1
     val_share: float | None = None  # of the pictures of a source with one split: they become val, the others train
     follow_links: bool = False  # links in the folder of the pictures may lead outside it
+    exif: Exif | None = None  # which way up pictures were annotated where their size does not say; None: the format's habit
     takes_crowds: bool = False  # annotations with iscrowd=1 are objects as others (coco)
     normalised: bool = False  # polygons are given as shares of the picture's sides, from 0 to 1
+
+
+_ANNOTATED_AS_STORED = frozenset({"refer", "seqtr"})
+"""Formats of datasets over COCO, whose masks were drawn on stored pixels; other tools draw on what viewers show."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +183,7 @@ def _described_source(options: PrepareOptions, reader: SourceReader) -> dict[str
         "mapping": dict(options.mapping),
         "skip_bad": options.skip_bad,
     }
-    for name in ("val_share", "follow_links", "takes_crowds", "normalised"):  # only where they are used: sets that were made before remain the same
+    for name in ("val_share", "follow_links", "exif", "takes_crowds", "normalised"):  # only where they are used: sets that were made before remain the same
         if getattr(options, name):
             described[name] = getattr(options, name)
     return described
@@ -239,6 +248,7 @@ class _Preparation:
         self.num_bad: dict[str, Counter[str]] = {}
         self.num_total = 0
         self.notes = list(reader.notes)
+        self.exif: Exif = options.exif or ("stored" if options.format in _ANNOTATED_AS_STORED else "displayed")
         self.val_images: frozenset[str] | None = None  # names of pictures; None: the source's own splits
         self.objects: dict[tuple[str, int], tuple[str, SourceInstance, str]] = {}  # (split, id) -> image, first, where
 
@@ -278,6 +288,7 @@ class _Preparation:
             "is_generalised": generalised if self.reader.is_generalised is None else self.reader.is_generalised,
             "image_folder": os.path.relpath(folder, root) if folder.is_relative_to(root) else str(folder),
             "images": image_file,
+            "exif": self.exif,
             "splits": {split: splits[split] for split in refer.in_known_order(splits)},
             "skipped": {split: dict(counts) for split, counts in self.num_bad.items() if counts},
             "notes": self.notes,
@@ -303,12 +314,14 @@ class _Preparation:
         sizes: dict[str, list[Any]] = {}  # file -> the different sizes that its entries say, in their order
         ids: dict[str, list[Any]] = {}
         splits: dict[str, None] = {}
+        masks: dict[str, str] = {}  # file -> that of a mask, where no entry says a size
         for entry in self._entries():
             splits[str(entry.split)] = None
             self.num_total += entry.num_phrases if isinstance(entry, SourceFault) else max(1, len(entry.phrases))
             if isinstance(entry, SourceEntry) and is_text(entry.image):
                 size_hw, said = _declared_size(entry), sizes.setdefault(entry.image, [])
                 said += [size_hw] if size_hw is not None and size_hw not in said else []
+                masks |= {entry.image: each.mask.name for each in entry.instances if isinstance(each.mask, MaskFile)}
                 named = ids.setdefault(entry.image, [])
                 named += [entry.image_id] if entry.image_id is not None and entry.image_id not in named else []
         if self.options.val_share is not None and len(splits) != 1:
@@ -318,10 +331,16 @@ class _Preparation:
             )
         rows: list[dict[str, Any]] = []
         of_id: dict[str, tuple[str, int, int]] = {}
+        undecided: list[str] = []
         facts = self._facts(list(sizes))
         for name, said in sizes.items():
             found = facts[name]
-            row = _image_row(name, found, said, ids[name]) if isinstance(found, PictureFacts) else ("image", found)
+            if isinstance(found, PictureFacts):
+                said += self._size_of_mask(masks.get(name)) if found.is_sideways and not said else []
+                row = _image_row(name, found, said, ids[name], self.options.exif)
+                undecided += [name] if isinstance(row, dict) and found.is_undecided else []
+            else:
+                row = ("image", found)
             if isinstance(row, dict):
                 one = (row["sha256"], row["height"], row["width"])
                 if of_id.setdefault(row["image_id"], one) != one:
@@ -334,12 +353,36 @@ class _Preparation:
                 rows.append(row)
             else:
                 self.images[name] = row
+        if undecided:
+            self._say_undecided(undecided)
         if self.options.val_share is not None:
             self._choose_val(self.options.val_share, rows, *splits)
         path = self.arrow / IMAGES_FILE
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, IMAGE_SCHEMA) as stream:
             stream.write_batch(pa.RecordBatch.from_pylist(rows, IMAGE_SCHEMA))
         return {"file": IMAGES_FILE, "count": len(rows), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+    def _size_of_mask(self, name: str | None) -> list[tuple[int, int]]:
+        """Height and width of a mask that is a file; nothing if it is none, which is said when masks are read."""
+        path = self.image_folder.file(name)[0] if name is not None else None
+        try:
+            facts = picture_facts(path) if path is not None else None
+        except PictureError:
+            facts = None
+        return [] if facts is None else [(facts.height, facts.width)]
+
+    def _say_undecided(self, names: Sequence[str]) -> None:
+        """Notes pictures of which both ways up are as large; warns if nobody said which one was annotated."""
+        other = "stored" if self.exif == "displayed" else "displayed"
+        said = (
+            f"{len(names):,} pictures are turned by 180 degrees, mirrored or square and turned by EXIF, so that their size does not say "
+            f"which way up they were annotated; their masks are taken as drawn on the picture as it is {self.exif}: "
+            f"{', '.join(names[:10])}{f' and {len(names) - 10:,} more' if len(names) > 10 else ''}"
+        )
+        if self.options.exif is None:
+            said += f". If they were drawn on the picture as it is {other}: --exif {other}"
+            logger.warning("EXIF: which way up %d pictures were annotated is not known; see the note", len(names))
+        self.notes.append(said)
 
     def _choose_val(self, share: float, rows: Sequence[dict[str, Any]], split: str) -> None:
         """Takes pictures out of the only split, those of the lowest content hashes: the same for any order and machine."""
@@ -525,7 +568,7 @@ def _in_px(entry: SourceEntry, *, height: int, width: int) -> SourceEntry:
 
 
 def _image_row(
-    name: str, facts: PictureFacts, sizes_hw: Sequence[Any], given_ids: Sequence[Any]
+    name: str, facts: PictureFacts, sizes_hw: Sequence[Any], given_ids: Sequence[Any], exif: Exif | None
 ) -> dict[str, Any] | tuple[FaultReason, str]:
     """A row of the pictures' table, or what is wrong; sizes and ids are those that the picture's entries say."""
     if len(given_ids) > 1:
@@ -535,10 +578,10 @@ def _image_row(
         isinstance(given_id, bool) or not isinstance(given_id, (int, str)) or not is_text(str(given_id))
     ):
         return "structure", f"expected image_id to be a text or number, got {given_id!r}"
-    size = next((size_hw for size_hw in sizes_hw if facts.fits(size_hw)), (facts.height, facts.width))
-    if not sizes_hw and facts.is_sideways and facts.height != facts.width:
+    size = next((size_hw for size_hw in sizes_hw if facts.fits(size_hw)), facts.size_hw(exif or "stored"))
+    if not sizes_hw and exif is None and facts.is_sideways and facts.height != facts.width:
         return "size", (
-            f"picture {name}: expected width and height, for EXIF turns it by 90 degrees and nothing says for which orientation "
+            f"picture {name}: expected width and height, or --exif displayed or stored for all, for EXIF turns it by 90 degrees and nothing says for which orientation "
             f"the masks were drawn: {facts.width} x {facts.height} px as stored, {facts.height} x {facts.width} px as shown; "
             "got neither"
         )
@@ -557,6 +600,12 @@ def _declared_size(entry: SourceEntry) -> Any:
         size = instance.mask.get("size") if isinstance(instance.mask, dict) else None
         if isinstance(size, (list, tuple)) and len(size) == 2:
             return tuple(size)
+        if isinstance(instance.mask, bytes):
+            try:
+                with Image.open(io.BytesIO(instance.mask)) as file:
+                    return (file.height, file.width)
+            except BROKEN:
+                return None
     return None
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from deris_llm.data.errors import DataError
-from deris_llm.structures import InstanceAnnotation, ReferringRecord
+from deris_llm.structures import Exif, InstanceAnnotation, ReferringRecord
 
 MANIFEST_FILE = "manifest.json"
 ARROW_FOLDER = "arrow"
@@ -96,7 +96,7 @@ def _read_manifest(path: Path, _modified_ns: int) -> Manifest:
                 raise KeyError(f"only {', '.join(split)} of a split")
             if outside := [shard["file"] for shard in split["shards"] if Path(shard["file"]).name != shard["file"]]:
                 raise ValueError(f"a shard that is no file of {ARROW_FOLDER}/: {outside[0]}")
-        if not {"is_generalised", "image_folder", "images", "source"} <= content.keys():
+        if not {"is_generalised", "image_folder", "images", "exif", "source"} <= content.keys():
             raise KeyError(f"only {', '.join(content)}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -131,6 +131,7 @@ class PreparedSplit(Sequence[ReferringRecord]):
         self._root = root
         self._images = read_images(manifest)
         self._image_folder = manifest.image_folder
+        self._exif: Exif = manifest.content["exif"]
         if not self._image_folder.is_dir():
             raise DataError(
                 f"{dataset}/{split}: expected its pictures in {self._image_folder}, got no such folder. Put them there, or "
@@ -227,6 +228,7 @@ class PreparedSplit(Sequence[ReferringRecord]):
             phrase=row[self._text],
             instances=_annotations(row["instances"], size),
             crowds=_annotations(row["crowds"], size),
+            exif=self._exif,
             category=row["category"],
             num_same_class=row["num_same_class"],
             ref_id=row["ref_id"],

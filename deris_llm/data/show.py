@@ -65,7 +65,7 @@ def write_page(records: Sequence[ReferringRecord], path: Path, *, split: str, nu
 
 
 def _card(record: ReferringRecord) -> str:
-    image = load_image(record.image_path, size_hw=(record.height, record.width))
+    image = load_image(record.image_path, size_hw=(record.height, record.width), exif=record.exif)
     image.thumbnail((_PAGE_PX, _PAGE_PX))
     overlay = _overlay(record, image.size) if record.instances else None
     mask = f'<img class="mask" alt="mask" src="{_data_uri(overlay, "PNG")}">' if overlay is not None else ""
@@ -106,7 +106,7 @@ def contact_sheet(records: Sequence[ReferringRecord], *, columns: int = 4, tile_
     font = ImageFont.load_default(12)
     for i, record in enumerate(records):
         left, top = (i % columns) * tile_px, (i // columns) * (tile_px + caption_px)
-        picture = load_image(record.image_path, size_hw=(record.height, record.width))
+        picture = load_image(record.image_path, size_hw=(record.height, record.width), exif=record.exif)
         scale = (tile_px - 8) / max(picture.size)
         picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
         overlay = _overlay(record, picture.size)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deris_llm.data.errors import DataError
 from deris_llm.data.pictures import PictureError, read_picture
+from deris_llm.structures import Exif
 
 IMAGENET_MEAN_RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD_RGB = (0.229, 0.224, 0.225)
@@ -24,14 +25,19 @@ Resize = Literal["antialias", "opencv"]
 
 
 def load_image(
-    path: str | Path, *, size_hw: tuple[int, int] | None = None, asked_by: Sequence[str] = ()
+    path: str | Path,
+    *,
+    size_hw: tuple[int, int] | None = None,
+    exif: Exif = "displayed",
+    asked_by: Sequence[str] = (),
 ) -> Image.Image:
     """Decodes a picture of any kind to RGB (`deris_llm.data.pictures`).
 
     Args:
         path: a file that PIL reads.
-        size_hw: height and width in px that the annotations were made for, in the stored orientation or the one that
-            EXIF notes; anything else is an error. None: EXIF's orientation is applied.
+        size_hw: height and width in px that the annotations were made for, as stored or as EXIF displays it; anything else
+            is an error. None: nobody annotated it.
+        exif: which way up where the size does not say it (`ReferringRecord.exif`).
         asked_by: ids of the phrases that need the picture, for the message.
 
     Raises:
@@ -39,7 +45,7 @@ def load_image(
     """
     needed = f" (needed by {', '.join(asked_by[:5])}{' …' if len(asked_by) > 5 else ''})" if asked_by else ""
     try:
-        image = read_picture(path, size_hw=size_hw)
+        image = read_picture(path, size_hw=size_hw, exif=exif)
     except PictureError as error:
         ask = f"Restore this file ({Path(path).stem}) from its source"
         raise DataError(f"{path}{needed}: {error}. {ask}, or remove what refers to it") from error

@@ -48,7 +48,8 @@ class Case:
     @cached_property
     def overlay(self) -> Image.Image:
         """The drawn picture, RGB."""
-        image = load_image(self.record.image_path, size_hw=(self.record.height, self.record.width))
+        record = self.record
+        image = load_image(record.image_path, size_hw=(record.height, record.width), exif=record.exif)
         predicted = decode_segmentation(self.prediction.mask, self.record.height, self.record.width)
         return draw_overlay(image, predicted, merged_truth(self.record))
 

@@ -19,7 +19,7 @@ from deris_llm.evaluation.overlays import draw_overlay, pick
 from deris_llm.evaluation.page_data import Evaluation, StoredAnswer
 from deris_llm.evaluation.page_html import Node, element, phrase, picture
 from deris_llm.evaluation.views import PhraseView, QueryView
-from deris_llm.structures import ReferringRecord
+from deris_llm.structures import Exif, ReferringRecord
 
 NUM_CASES = 96
 """Pictures of cases on a page, over all splits: with the limits of one picture they bound the page's size."""
@@ -176,7 +176,7 @@ def mask_picture(
 ) -> Element:
     """The picture with a mask, bool (h, w), or none, and the truth or not."""
     truth = merged_truth(record) if with_truth else None
-    image = _image(record.image_path, record.height, record.width)
+    image = _image(record.image_path, record.height, record.width, record.exif)
     return picture(draw_overlay(image, mask, truth, width_px=width), alt, max_bytes=max_bytes)
 
 
@@ -231,5 +231,5 @@ def _tile(query: QueryView, size: tuple[int, int], record: ReferringRecord, titl
 
 
 @lru_cache(maxsize=16)
-def _image(path: str, height: int, width: int) -> Image.Image:
-    return load_image(path, size_hw=(height, width))
+def _image(path: str, height: int, width: int, exif: Exif) -> Image.Image:
+    return load_image(path, size_hw=(height, width), exif=exif)

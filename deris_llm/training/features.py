@@ -133,7 +133,7 @@ def training_pictures(groups: Sequence[ImageGroup]) -> Iterator[Picture]:
     dataset = GroupDataset(groups)
     for number in range(len(groups)):
         record = dataset[GroupSelection(number, (0,))].records[0]
-        yield Picture(record.image_path, (record.height, record.width), (record.phrase_id,))
+        yield Picture(record.image_path, (record.height, record.width), (record.phrase_id,), record.exif)
 
 
 def compute_features(config: RunConfig, *, on_progress: Callable[[int, int], None] | None = None) -> FeaturesMade:

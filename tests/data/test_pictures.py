@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from deris_llm.data import pictures
+from deris_llm.data import collate, pictures
+from deris_llm.data.dataset import ImageGroup
 from deris_llm.data.errors import DataError
+from deris_llm.data.masks import decode_segmentation, encode_mask
 from deris_llm.data.pictures import PictureError, picture_facts, read_picture, safe_path
 from deris_llm.data.sources import read_split
 from deris_llm.data.transforms import load_image
 from deris_llm.pipeline import as_picture
+from deris_llm.structures import ReferringRecord
 
 HEIGHT, WIDTH = 30, 40
 
@@ -130,7 +133,7 @@ def test_of_an_animation_the_first_frame(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif(colours: np.ndarray, tmp_path: Path, orientation: int) -> None:
-    """The annotation's size decides; where it cannot, the stored orientation; without an annotation, EXIF's."""
+    """The annotation's size decides; where it cannot, what the caller says; without an annotation, EXIF's."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = _saved(Image.fromarray(colours), tmp_path / "a.png", exif=exif)
@@ -145,15 +148,93 @@ def test_exif(colours: np.ndarray, tmp_path: Path, orientation: int) -> None:
         8: np.rot90(colours),
     }
     assert np.array_equal(read_picture(path), turned[orientation])
-    assert np.array_equal(read_picture(path, size_hw=(HEIGHT, WIDTH)), colours)
+    assert np.array_equal(np.asarray(read_picture(path, exif="stored")), colours)
+    assert np.array_equal(np.asarray(read_picture(path, size_hw=(HEIGHT, WIDTH), exif="stored")), colours)
+    displayed = np.asarray(read_picture(path, size_hw=(HEIGHT, WIDTH), exif="displayed"))
+    assert np.array_equal(displayed, colours if orientation > 4 else turned[orientation])
     facts = picture_facts(path)
+    assert (facts.orientation, facts.is_undecided) == (orientation, orientation in (2, 3, 4))
     assert (facts.height, facts.width, facts.is_sideways) == (HEIGHT, WIDTH, orientation > 4)
     assert facts.fits((WIDTH, HEIGHT)) == (orientation > 4)
     if orientation > 4:
-        assert np.array_equal(load_image(path, size_hw=(WIDTH, HEIGHT)), turned[orientation])
+        for exif_ in ("displayed", "stored"):
+            assert np.array_equal(load_image(path, size_hw=(WIDTH, HEIGHT), exif=exif_), turned[orientation])
     else:
         with pytest.raises(DataError, match=r"expected 30 x 40 px, .* got 40 x 30 px"):
             load_image(path, size_hw=(WIDTH, HEIGHT))
+
+
+def _trained_on(record: ReferringRecord) -> Image.Image:
+    """The picture as the training loader decodes it."""
+    return collate._decoded(collate._picture(ImageGroup((record,))))
+
+
+def _turned(colours: np.ndarray, path: Path, orientation: int, *, square: bool) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(colours[:, :HEIGHT] if square else colours)
+    image.save(path, exif=exif, quality=95, comment=path.name.encode())
+
+
+@pytest.mark.parametrize(
+    ("orientation", "square"), [(2, False), (3, False), (4, False), *((n, True) for n in range(2, 9))]
+)
+def test_pictures_as_large_either_way_up(
+    colours: np.ndarray, world: Any, caplog: pytest.LogCaptureFixture, orientation: int, square: bool
+) -> None:
+    """No size says which way up was annotated: by default what viewers display, counted; --exif says it."""
+    world.folder.mkdir(exist_ok=True)
+    path = world.folder / "a.jpg"
+    _turned(colours, path, orientation, square=square)
+    size = (HEIGHT, HEIGHT if square else WIDTH)
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    assert shown.shape[:2] == size
+    masks = {"displayed": shown[..., 0] > 150, "stored": np.asarray(Image.open(path))[..., 0] > 150}  # the red quarter
+    assert not np.array_equal(masks["displayed"], masks["stored"])
+    for exif, mask in masks.items():
+        line = {"image": "a.jpg", "phrase": "red", "rle": encode_mask(mask), "width": size[1], "height": size[0]}
+        for given in (exif, None) if exif == "displayed" else (exif,):
+            caplog.clear()
+            made = world.prepare(world.lines(line), f"{exif}-{given}", exif=given)
+            (record,) = read_split(world.root, f"{exif}-{given}/train")
+            drawn = decode_segmentation(record.instances[0].segmentation, *size)
+            seen = np.asarray(_trained_on(record))
+            assert (seen[drawn].mean(axis=0) > (150, -1, -1)).all()
+            assert (seen[drawn].mean(axis=0) < (255, 60, 60)).all()
+            if exif == "displayed":
+                assert np.array_equal(seen, np.asarray(as_picture(path)))  # what `predict` sees
+            else:
+                assert np.array_equal(seen, np.asarray(as_picture(path, exif="stored")))
+            (note,) = made.manifest["notes"]
+            assert note.startswith("1 pictures are turned by 180 degrees, mirrored or square and turned by EXIF")
+            assert f"their masks are taken as drawn on the picture as it is {exif}: a.jpg" in note
+            assert ("1 pictures were annotated is not known" in caplog.text) == ("--exif stored" in note) == (given is None)
+
+
+def test_refers_pictures_are_annotated_as_stored(colours: np.ndarray, refer_folder: Any, world: Any) -> None:
+    """COCO's annotations ignore EXIF; read directly or prepared."""
+    root = refer_folder.write()
+    path = refer_folder.image_path(5)
+    _turned(colours, path, 3, square=False)
+    made = world.prepare(root, "refcoco", format="refer").manifest
+    assert made["exif"] == "stored"
+    assert "--exif displayed" in made["notes"][0]
+    for data in (root, world.root):
+        assert np.asarray(_trained_on(read_split(data, "refcoco/val")[0]))[3, 3].argmax() == 0
+
+
+def test_the_size_of_a_mask_file_says_which_way_up(colours: np.ndarray, world: Any) -> None:
+    world.folder.mkdir(exist_ok=True)
+    for name, mask in (("stored", np.zeros((30, 40), bool)), ("shown", np.zeros((40, 30), bool))):
+        _turned(colours, world.folder / f"{name}.jpg", 6, square=False)
+        mask[2:12, 2:12] = True
+        Image.fromarray(mask).save(world.folder / f"{name}.png")
+    lines = [{"image": f"{name}.jpg", "phrase": "x", "png": f"{name}.png"} for name in ("stored", "shown")]
+    world.prepare(world.lines(*lines))
+    stored, shown = read_split(world.root, "mine/train")
+    assert (stored.height, stored.width, shown.height, shown.width) == (30, 40, 40, 30)
+    assert np.asarray(_trained_on(stored))[6, 6].argmax() == 0
+    assert np.asarray(_trained_on(shown))[6, 6].argmax() == 2
 
 
 def test_masks_of_a_turned_picture(colours: np.ndarray, world: Any) -> None:
@@ -174,9 +255,16 @@ def test_masks_of_a_turned_picture(colours: np.ndarray, world: Any) -> None:
     assert np.asarray(load_image(stored.image_path, size_hw=(30, 40)))[6, 6].argmax() == 0
     assert np.asarray(load_image(shown.image_path, size_hw=(40, 30)))[6, 6].argmax() == 2
     with pytest.raises(
-        DataError, match="expected width and height, for EXIF turns it by 90 degrees .* 40 x 30 px as stored, 30 x 40"
+        DataError,
+        match="expected width and height, or --exif .*, for EXIF turns it by 90 degrees .* 40 x 30 px as stored, 30 x 40",
     ):
         world.prepare(world.lines({"image": "unknown.jpg", "phrase": "x", "polygons": polygons}), "unknown")
+    alone = world.lines({"image": "unknown.jpg", "phrase": "blue", "polygons": polygons})
+    for name, size, colour in (("displayed", (40, 30), 2), ("stored", (30, 40), 0)):
+        world.prepare(alone, name, exif=name)
+        (record,) = read_split(world.root, f"{name}/train")
+        assert (record.height, record.width) == size
+        assert np.asarray(_trained_on(record))[6, 6].argmax() == colour
     mixed = world.lines(*lines, {**lines[1], "image": "stored.jpg"})
     with pytest.raises(DataError, match="line 3: expected masks drawn for stored.jpg, 40 x 30 px, got 30 x 40 px"):
         world.prepare(mixed, "mixed")
