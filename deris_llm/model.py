@@ -24,7 +24,7 @@ from deris_llm.cognition import CognitionBackend, resolve_backend
 from deris_llm.cognition.base import say_once
 from deris_llm.config import RunConfig
 from deris_llm.loopback import Loopback
-from deris_llm.perception import Perception, build_perception
+from deris_llm.perception import Perception, build_perception, check_perception
 from deris_llm.structures import DerisOutput, ReferringBatch
 
 
@@ -115,6 +115,9 @@ def build_model(
     on_device = contextlib.nullcontext() if device is None or weights else torch.device(device)
     with on_device:
         backend = resolve_backend(config.cognition.backend, allow_module=allow_module)
+        if weights:  # of both parts, before gigabytes of the first are read
+            backend.check_weights(config.cognition)
+            check_perception(config.perception, rounds=config.loopback.rounds, num_queries=config.loopback.num_queries)
         cognition = backend.build(config.cognition, weights=weights, dtype=dtype)
         perception, query_decoder = build_perception(
             config.perception,

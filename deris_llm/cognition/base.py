@@ -122,6 +122,16 @@ class CognitionBackend(nn.Module, abc.ABC):
         """Builds the model; `weights=False` gives the architecture alone, without network and on any device."""
 
     @classmethod
+    def check_weights(cls, config: CognitionConfig) -> None:
+        """Checks config and names of the weights, reading headers only (`deris_llm.weights.check_names`).
+
+        It runs before the weights of any part are read or downloaded. Here it does nothing.
+
+        Raises:
+            ValueError: they do not fit the backend.
+        """
+
+    @classmethod
     @abc.abstractmethod
     def build_processor(cls, config: CognitionConfig) -> CognitionProcessor:
         """Builds the processor that goes with the model."""

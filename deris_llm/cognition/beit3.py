@@ -22,7 +22,6 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.hub import cached_file
 
 from deris_llm.cognition.base import CognitionBackend, PlannedInputs
 from deris_llm.cognition.lora import add_lora
@@ -30,11 +29,12 @@ from deris_llm.cognition.prompts import raised_messages
 from deris_llm.config import CognitionConfig
 from deris_llm.data.transforms import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, normalised, warp_picture
 from deris_llm.structures import CognitionFeatures, CognitionInputs
-from deris_llm.weights import architecture_of, load_pretrained, resolve_weights
+from deris_llm.weights import architecture_of, check_names, load_pretrained, weights_folder
 
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "beit3.spm"
+_LEFT_IN_FILE = ("*vision_embed.mask_token",)
 BOS, PAD, EOS, UNKNOWN = 0, 1, 2, 3  # ids of XLM-R (fairseq), which the published text embeddings follow
 PIECE_OFFSET = 1  # every other id is the sentencepiece model's plus one
 RESERVED_POSITIONS = 2  # rows of the position tables that are never read
@@ -452,7 +452,7 @@ class Beit3(CognitionBackend):
             architecture,
             weights=weights,
             dtype=dtype,
-            left_in_file=("*vision_embed.mask_token",),
+            left_in_file=_LEFT_IN_FILE,
         )
         return cls(
             model,
@@ -462,6 +462,11 @@ class Beit3(CognitionBackend):
             lora_dropout=config.lora.dropout,
             lora_targets=config.lora.targets,
         )
+
+    @classmethod
+    def check_weights(cls, config: CognitionConfig) -> None:
+        """See `CognitionBackend`."""
+        check_names(Beit3Model, config.weights, _architecture(config, weights=True), left_in_file=_LEFT_IN_FILE)
 
     @classmethod
     def build_processor(cls, config: CognitionConfig) -> Beit3Processor:
@@ -569,10 +574,7 @@ def _tokenizer_path(config: CognitionConfig) -> Path:
         path, where = Path(config.tokenizer).expanduser(), f"cognition.tokenizer={config.tokenizer}"
     else:
         where = f"cognition.weights={config.weights}"
-        try:
-            path = Path(str(cached_file(resolve_weights(config.weights), TOKENIZER_FILE)))
-        except OSError:  # not there, neither in the folder nor on the hub
-            path = Path(config.weights) / TOKENIZER_FILE
+        path = weights_folder(config.weights) / TOKENIZER_FILE
     if not path.is_file():
         raise ValueError(
             f"{where}: expected BEiT-3's tokenizer at {path}, got no such file; download {TOKENIZER_FILE} (published "

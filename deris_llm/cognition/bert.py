@@ -28,7 +28,13 @@ from deris_llm.cognition.prompts import (
 )
 from deris_llm.config import CognitionConfig
 from deris_llm.structures import CognitionFeatures, CognitionInputs
-from deris_llm.weights import architecture_of, load_pretrained
+from deris_llm.weights import architecture_of, check_names, load_pretrained
+
+_LEFT_IN_FILE = (
+    "pooler.dense.*",
+    "cls.predictions.*",
+    "cls.seq_relationship.*",
+)  # pooler and heads of its pre-training
 
 
 class BertProcessor:
@@ -99,7 +105,7 @@ class Bert(CognitionBackend):
             _architecture(config, weights=weights),
             weights=weights,
             dtype=dtype,
-            left_in_file=("*pooler.*", "*cls.*", "*position_ids"),
+            left_in_file=_LEFT_IN_FILE,
         )
         return cls(
             model,
@@ -109,6 +115,12 @@ class Bert(CognitionBackend):
             lora_dropout=config.lora.dropout,
             lora_targets=config.lora.targets,
         )
+
+    @classmethod
+    def check_weights(cls, config: CognitionConfig) -> None:
+        """See `CognitionBackend`."""
+        architecture = _architecture(config, weights=True)
+        check_names(_BertWithoutPooler, config.weights, architecture, left_in_file=_LEFT_IN_FILE)
 
     @classmethod
     def build_processor(cls, config: CognitionConfig) -> BertProcessor:

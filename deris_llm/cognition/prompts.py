@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from deris_llm.cognition.base import TokenCount
 from deris_llm.config import CognitionConfig
-from deris_llm.weights import resolve_weights
+from deris_llm.weights import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class PromptTokenizer:
         self.num_positions = num_positions
         self.is_image_first = image_token in self.before
         self.image_token_id = tokenizer.get_vocab()[image_token]
+        self.special_ids = special_ids(tokenizer) | {self.image_token_id}
         self.pad_token_id: Any = tokenizer.pad_token_id
         self.num_cut = 0
 
@@ -75,6 +76,8 @@ class PromptTokenizer:
         """
         _check_words(phrase, self.tokenizer)
         ids, is_phrase = self._tokenise(phrase)
+        own = [token for token, is_own in zip(ids, is_phrase, strict=True) if is_own]
+        _check_tokens(phrase, own, self.special_ids, self.tokenizer)
         if sum(is_phrase) > self.max_phrase_tokens:
             self.num_cut += 1
             _say_it_is_cut(phrase, sum(is_phrase), self.max_phrase_tokens, self.num_cut)
@@ -165,6 +168,7 @@ class PhraseTokenizer:
         """
         self.tokenizer = tokenizer
         self.max_phrase_tokens = max_phrase_tokens
+        self.special_ids = special_ids(tokenizer)
         self.pad_token_id: Any = tokenizer.pad_token_id
         self.num_cut = 0
 
@@ -176,6 +180,7 @@ class PhraseTokenizer:
         """
         _check_words(phrase, self.tokenizer)
         ids = self.tokenizer(phrase, add_special_tokens=False)["input_ids"]
+        _check_tokens(phrase, ids, self.special_ids, self.tokenizer)
         if not ids:
             raise ValueError(
                 f"phrase {phrase!r}: expected some words, got only characters that the model's tokenizer drops; correct or "
@@ -241,7 +246,7 @@ def load_phrase_tokenizer(config: CognitionConfig, *, vocab_size: int, num_posit
         ValueError: the tokenizer does not fit the model, or phrases may become longer than its positions.
     """
     check_max_phrase_tokens(config, num_positions)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_weights(config.weights))
+    tokenizer = load_tokenizer(config.weights)
     needed = {"cls": tokenizer.cls_token_id, "sep": tokenizer.sep_token_id, "pad": tokenizer.pad_token_id}
     lacking = [name for name, number in needed.items() if number is None]
     if lacking or len(tokenizer) > vocab_size:
@@ -320,6 +325,21 @@ def _check_words(phrase: str, tokenizer: PreTrainedTokenizerBase) -> None:
             f"phrase {phrase!r}: expected some words, got "
             + (f"the model's special token {special[0]!r} in it" if special else "an empty text")
             + "; correct or drop this phrase."
+        )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that no phrase may have: those that tokenizer.json marks as special, too; not that of unknown words."""
+    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(marked | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+
+
+def _check_tokens(phrase: str, ids: Sequence[int], special: frozenset[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    found = [tokenizer.convert_ids_to_tokens(number) for number in ids if number in special]
+    if found:
+        raise ValueError(
+            f"phrase {phrase!r}: expected some words, got the model's special token {found[0]!r} in it; correct or drop "
+            "this phrase."
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, LlavaOnevisionModel, PreTrainedTokenizerBase
+from transformers import LlavaOnevisionModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from deris_llm.cognition.base import CognitionBackend, PlannedInputs, TokenCount, VisionTower, say_once
@@ -26,9 +26,10 @@ from deris_llm.cognition.prompts import LeftAlignment, PromptTokenizer, padded
 from deris_llm.cognition.shared_prefix import PackedPrompts, check_prefix, pack_prompts, run_packed
 from deris_llm.config import CognitionConfig
 from deris_llm.structures import CognitionFeatures, CognitionInputs
-from deris_llm.weights import architecture_of, load_pretrained, resolve_weights
+from deris_llm.weights import architecture_of, check_names, load_pretrained, load_tokenizer
 
 IMAGE_TOKEN = "<image>"
+_LEFT_IN_FILE = ("lm_head.weight", "language_model.lm_head.weight")  # as transformers 5 and 4 write it
 PLANNED_TEXT_TOKENS = 30  # of prompt and phrase, besides the image's, where no tokenizer is at hand
 
 
@@ -161,7 +162,7 @@ class Qwen2OneVision(CognitionBackend):
             architecture,
             weights=weights,
             dtype=dtype,
-            left_in_file=("*lm_head.weight",),
+            left_in_file=_LEFT_IN_FILE,
             attention=attention_kernels(dtype, prompt_order=config.prompt_order),
             in_4_bits_except=("vision_tower", "multi_modal_projector") if config.quantization == "nf4" else None,
         )
@@ -176,10 +177,16 @@ class Qwen2OneVision(CognitionBackend):
         )
 
     @classmethod
+    def check_weights(cls, config: CognitionConfig) -> None:
+        """See `CognitionBackend`."""
+        architecture = _architecture(config.weights, weights=True)
+        check_names(LlavaOnevisionModel, config.weights, architecture, left_in_file=_LEFT_IN_FILE)
+
+    @classmethod
     def build_processor(cls, config: CognitionConfig) -> Qwen2OneVisionProcessor:
         """See `CognitionBackend`."""
         architecture = _architecture(config.weights, weights=True)
-        tokenizer = AutoTokenizer.from_pretrained(resolve_weights(config.weights))
+        tokenizer = load_tokenizer(config.weights)
         image_token_id = tokenizer.get_vocab().get(IMAGE_TOKEN)
         if image_token_id != architecture.image_token_index or not tokenizer.is_fast:
             raise ValueError(

@@ -25,7 +25,6 @@ from qwen_vl_utils import process_vision_info, smart_resize
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2_5_VLModel,
@@ -42,7 +41,7 @@ from deris_llm.cognition.qwen2_ov import IMAGE_TOKEN, PLANNED_TEXT_TOKENS, atten
 from deris_llm.cognition.shared_prefix import check_prefix, first_phrases, pack_prompts
 from deris_llm.config import CognitionConfig
 from deris_llm.structures import CognitionFeatures, CognitionInputs
-from deris_llm.weights import architecture_of, load_pretrained, resolve_weights
+from deris_llm.weights import architecture_of, check_names, load_image_processor, load_pretrained, load_tokenizer
 
 MODELS: dict[str, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLModel,
@@ -216,7 +215,7 @@ class QwenVL(CognitionBackend):
             architecture,
             weights=weights,
             dtype=dtype,
-            left_in_file=("*lm_head.weight",),
+            left_in_file=("lm_head.weight",),
             attention=attention_kernels(dtype, prompt_order=config.prompt_order),
             in_4_bits_except=("visual",) if config.quantization == "nf4" else None,
         )
@@ -232,11 +231,16 @@ class QwenVL(CognitionBackend):
         )
 
     @classmethod
+    def check_weights(cls, config: CognitionConfig) -> None:
+        """See `CognitionBackend`."""
+        architecture = _architecture(config.weights, weights=True)
+        check_names(MODELS[architecture.model_type], config.weights, architecture, left_in_file=("lm_head.weight",))
+
+    @classmethod
     def build_processor(cls, config: CognitionConfig) -> QwenVLProcessor:
         """See `CognitionBackend`."""
         architecture = _architecture(config.weights, weights=True)
-        folder = resolve_weights(config.weights)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(config.weights)
         found = {token: tokenizer.get_vocab().get(token) for token in (VISION_START, VISION_PATCH, VISION_END)}
         expected = {
             VISION_START: architecture.vision_start_token_id,
@@ -249,7 +253,7 @@ class QwenVL(CognitionBackend):
                 f"model's config, got {found} from a {type(tokenizer).__name__}; take tokenizer and model from the same "
                 "folder."
             )
-        image_processor = Qwen2VLImageProcessor.from_pretrained(folder)
+        image_processor = load_image_processor(Qwen2VLImageProcessor, config.weights)
         vision = architecture.vision_config
         cut = (image_processor.patch_size, image_processor.merge_size, image_processor.temporal_patch_size)
         if cut != (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size):

@@ -38,10 +38,14 @@ from deris_llm.cognition.prompts import (
 )
 from deris_llm.config import CognitionConfig
 from deris_llm.structures import CognitionFeatures, CognitionInputs
-from deris_llm.weights import architecture_of, load_pretrained, resolve_weights
+from deris_llm.weights import architecture_of, check_names, load_image_processor, load_pretrained
 
 LONGEST_ASPECT = 1333 / 800  # the image processor reduces a picture whose longer side would be longer than this
 PLANNED_ASPECT = 640 / 480  # a usual picture of COCO
+_LEFT_IN_FILE = (  # globs: the pooler and the heads of the published ViLTs
+    "pooler.dense.*", "mlm_score.*", "classifier.*", "rank_output.*",
+    "embeddings.text_embeddings.token_type_ids",  # a constant
+)  # fmt: skip
 
 
 class ViltProcessor:
@@ -152,10 +156,8 @@ class Vilt(CognitionBackend):
             _architecture(config, weights=weights),
             weights=weights,
             dtype=dtype,
-            left_in_file=(
-                "*pooler.*", "*mlm_score.*", "*classifier.*", "*rank_output.*", "*position_ids", "*token_type_ids",
-            ),
-        )  # fmt: skip
+            left_in_file=_LEFT_IN_FILE,
+        )
         return cls(
             model,
             grid=config.grid,
@@ -167,13 +169,19 @@ class Vilt(CognitionBackend):
         )
 
     @classmethod
+    def check_weights(cls, config: CognitionConfig) -> None:
+        """See `CognitionBackend`."""
+        architecture = _architecture(config, weights=True)
+        check_names(OrderedVilt, config.weights, architecture, left_in_file=_LEFT_IN_FILE)
+
+    @classmethod
     def build_processor(cls, config: CognitionConfig) -> ViltProcessor:
         """See `CognitionBackend`."""
         architecture = _architecture(config, weights=True)
         phrases = load_phrase_tokenizer(
             config, vocab_size=architecture.vocab_size, num_positions=architecture.max_position_embeddings
         )
-        image_processor = ViltImageProcessor.from_pretrained(resolve_weights(config.weights))
+        image_processor = load_image_processor(ViltImageProcessor, config.weights)
         patch_size = _side(architecture.patch_size)
         if not image_processor.size_divisor or image_processor.size_divisor % patch_size:
             raise ValueError(

@@ -80,13 +80,10 @@ def read_weight_file(path: str | Path, *, allow_half: bool = False) -> WeightFil
     """
     path = Path(path)
     data = _mapped(path)  # lives as long as a tensor that views it
-    kind = _kind(path, data)
-    if kind == "zip":
-        content, make = _zip_content(path, data)
-    elif kind == "pickle":
-        content, make = _pickle_content(path, data)
-    else:
+    if _kind(path, data) == "safetensors":
         content, make = _safetensors_content(path)
+    else:
+        content, make = _torch_content(path, data)
     found, ignored = _state_dict(path, content)
     _check_total(path, found, len(data))
     tensors: dict[str, Tensor] = {}
@@ -113,6 +110,33 @@ def read_weight_file(path: str | Path, *, allow_half: bool = False) -> WeightFil
         )
     tensors.update({name: tensors[name].float() for name in half})
     return WeightFile(tensors, ignored, len(half))
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a weight file in Hugging Face form (tensors by name, nothing around them); reads no values.
+
+    Raises:
+        WeightFileError: see `read_weight_file`.
+        UnsafePickleError: its pickle asks for anything but tensors and plain values.
+    """
+    data = _mapped(path)
+    if _kind(path, data) == "safetensors":
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (safetensors.SafetensorError, OSError) as error:
+            _raise_damaged(path, error)
+    content = _torch_content(path, data).value
+    if not isinstance(content, dict) or not all(isinstance(value, TensorSpec) for value in content.values()):
+        raise WeightFileError(
+            f"{path}: expected tensors by name, as save_pretrained writes them, got {_described(content)} with other entries; "
+            "give the file that was published with the config."
+        )
+    return {name: tuple(spec.size) for name, spec in content.items()}
+
+
+def _torch_content(path: Path, data: mmap.mmap) -> _Content:
+    return _zip_content(path, data) if _kind(path, data) == "zip" else _pickle_content(path, data)
 
 
 # -- what kind of file ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from deris_llm.perception.deformable_attention import DeformableAttention, exact
 from deris_llm.perception.masked_attention import MaskedAttention, VisibleCells
 from deris_llm.perception.timm_backbone import TimmBackbone, timm_channels
 from deris_llm.structures import PerceptionFeatures
-from deris_llm.weights import architecture_of, load_pretrained
+from deris_llm.weights import architecture_of, check_names, load_pretrained
 
 TIMM_PREFIX = "timm:"
 _HEADS_IN_FILE = (
@@ -236,43 +236,13 @@ def build_perception(
     Raises:
         ValueError: the weights are of another model, or lack what is asked for.
     """
-    source = architecture_of(config.weights, weights=weights)
-    _check_architecture(config.weights, source, num_queries)
-    assert isinstance(source, Mask2FormerConfig)
-    architecture = copy.deepcopy(source)
-    architecture.decoder_layers = rounds + 1  # transformers counts the prediction from the initial queries as a layer
-    may_be_fresh = [f"transformer_module.decoder.layers.{i}.*" for i in range(source.decoder_layers - 1, rounds)]
-
+    plan = _loading_plan(config, rounds=rounds, num_queries=num_queries, weights=weights)
+    parts: Any = load_pretrained(**plan, weights=weights, dtype=dtype)
     if config.backbone == "mask2former":
-        parts = load_pretrained(
-            _Mask2FormerParts,
-            config.weights,
-            architecture,
-            weights=weights,
-            dtype=dtype,
-            may_be_fresh=tuple(may_be_fresh),
-            left_in_file=(*_HEADS_IN_FILE, *_SWIN_IN_FILE),
-        )
         backbone: nn.Module = parts.pixel_level_module.encoder
-    elif config.backbone.startswith(TIMM_PREFIX):
-        name = config.backbone.removeprefix(TIMM_PREFIX)
-        architecture.backbone_channels = timm_channels(name, image_size=config.image_size)
-        may_be_fresh += ["pixel_level_module.decoder.input_projections.*", "pixel_level_module.decoder.adapter_*"]
-        parts = load_pretrained(
-            _Mask2FormerDecoders,
-            config.weights,
-            architecture,
-            weights=weights,
-            dtype=dtype,
-            may_be_fresh=tuple(may_be_fresh),
-            left_in_file=(*_HEADS_IN_FILE, "pixel_level_module.encoder.*"),
-        )
-        backbone = TimmBackbone(name, image_size=config.image_size, pretrained=weights).to(dtype)
     else:
-        raise ValueError(
-            f"perception.backbone: expected `mask2former` or `timm:NAME`, got {config.backbone!r}; "
-            "write timm:swin_small_patch4_window7_224 for timm's Swin-S."
-        )
+        name = config.backbone.removeprefix(TIMM_PREFIX)
+        backbone = TimmBackbone(name, image_size=config.image_size, pretrained=weights).to(dtype)
     pixel_decoder = parts.pixel_level_module.decoder
     pixel_decoder.encoder.get_reference_points = exact_reference_points
     for layer in pixel_decoder.encoder.layers:
@@ -287,6 +257,38 @@ def build_perception(
         checkpointing=config.activation_checkpointing,
     )
     return perception, QueryDecoder(parts.transformer_module, num_queries=num_queries)
+
+
+def check_perception(config: PerceptionConfig, *, rounds: int, num_queries: int) -> None:
+    """Checks config and names of the weights, reading headers only; arguments and errors are those of `build_perception`."""
+    check_names(**_loading_plan(config, rounds=rounds, num_queries=num_queries, weights=True))
+
+
+def _loading_plan(config: PerceptionConfig, *, rounds: int, num_queries: int, weights: bool) -> dict[str, Any]:
+    """What `load_pretrained` and `check_names` are told of the model and its file."""
+    source = architecture_of(config.weights, weights=weights)
+    _check_architecture(config.weights, source, num_queries)
+    assert isinstance(source, Mask2FormerConfig)
+    architecture = copy.deepcopy(source)
+    architecture.decoder_layers = rounds + 1  # transformers counts the prediction from the initial queries as a layer
+    plan = {"cls": _Mask2FormerParts, "name": config.weights, "config": architecture}
+    may_be_fresh = tuple(f"transformer_module.decoder.layers.{i}.*" for i in range(source.decoder_layers - 1, rounds))
+    if config.backbone == "mask2former":
+        return {**plan, "may_be_fresh": may_be_fresh, "left_in_file": (*_HEADS_IN_FILE, *_SWIN_IN_FILE)}
+    if not config.backbone.startswith(TIMM_PREFIX):
+        raise ValueError(
+            f"perception.backbone: expected `mask2former` or `timm:NAME`, got {config.backbone!r}; "
+            "write timm:swin_small_patch4_window7_224 for timm's Swin-S."
+        )
+    name = config.backbone.removeprefix(TIMM_PREFIX)
+    architecture.backbone_channels = timm_channels(name, image_size=config.image_size)
+    of_channels = ("pixel_level_module.decoder.input_projections.*", "pixel_level_module.decoder.adapter_*")
+    return {
+        **plan,
+        "cls": _Mask2FormerDecoders,
+        "may_be_fresh": (*may_be_fresh, *of_channels),
+        "left_in_file": (*_HEADS_IN_FILE, "pixel_level_module.encoder.*"),
+    }
 
 
 def _first_rows(table: nn.Embedding, num_rows: int) -> nn.Embedding:

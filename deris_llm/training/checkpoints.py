@@ -56,6 +56,7 @@ from torch import Tensor, nn
 
 from deris_llm.config import RunConfig, config_to_dict, load_config, save_config
 from deris_llm.folders import link_or_copy, written_aside
+from deris_llm.hub import SMALL_FILES, commit_of
 from deris_llm.out_of_memory import explains_out_of_memory
 from deris_llm.training.checkpoint_folders import (
     BASE_CHECKPOINT,
@@ -79,7 +80,7 @@ from deris_llm.training.checkpoint_folders import (
     write_checksums,
 )
 from deris_llm.training.ranks import gathered, on_first_rank, rank, reduced, world_size
-from deris_llm.weights import resolve_weights
+from deris_llm.weights import weights_folder
 
 if TYPE_CHECKING:
     from deris_llm.model import Deris
@@ -117,7 +118,6 @@ MAY_DIFFER = frozenset(
 
 # What a checkpoint made of another one takes over; the last: deris_llm.evaluation.calibration.
 _KEPT_FILES = (BASE_WEIGHTS_FILE, METRICS_FILE, DATA_FILE, PROTOCOL_FILE, "calibration.json")
-_PROCESSOR_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
 _NOT_OF_PROCESSOR = ("*.index.json", "metrics.json")  # lists of weight files, numbers of shipped weights
 
 _LENGTH = frozenset({"training.max_steps", "training.epochs"})
@@ -337,6 +337,7 @@ def check_base_weights(folder: Path, config: RunConfig) -> None:
     other = [
         f"{part}: {entry['weights']} has fingerprint {weights_fingerprint(entry['files'])}, it was trained on "
         + (f"{then['weights']} with {weights_fingerprint(then['files'])}" if then else "none")
+        + (f" (commit {then['commit']} of the hub)" if "commit" in then else "")
         for part, entry in now.items()
         if (then := saved.get(part, {})).get("files") != entry["files"]
     ]
@@ -744,8 +745,8 @@ def files_beside_weights(folder: Path, config: RunConfig) -> dict[str, Path]:
 def _processor_files(config: RunConfig) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for part, name in (("cognition", config.cognition.weights), ("perception", config.perception.weights)):
-        folder = _local_folder(name, _PROCESSOR_FILES)
-        found = [path for pattern in _PROCESSOR_FILES for path in folder.glob(pattern)]
+        folder = weights_folder(name)
+        found = [path for pattern in SMALL_FILES for path in folder.glob(pattern)]
         kept = [path for path in found if not any(path.match(pattern) for pattern in _NOT_OF_PROCESSOR)]
         if part == "perception":
             kept = [folder / "config.json"]
@@ -870,7 +871,7 @@ def _recorded_base(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _parts_fingerprints(config: RunConfig) -> dict[str, dict[str, Any]]:
     parts = {"cognition": config.cognition.weights, "perception": config.perception.weights}
-    found = {part: {"weights": name, "files": _file_digests(name)} for part, name in parts.items()}
+    found = {part: _fingerprint(name) for part, name in parts.items()}
     if config.perception.backbone.startswith("timm:"):
         found["backbone"] = {"weights": config.perception.backbone, "files": {}}
     return found
@@ -897,20 +898,12 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _file_digests(name: str) -> dict[str, str]:
-    folder = _local_folder(name, ("*.safetensors", "*.bin"))
+def _fingerprint(name: str) -> dict[str, Any]:
+    folder = weights_folder(name)
     files: Iterable[Path] = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    return {path.name: file_digest(path) for path in files}
-
-
-def _local_folder(name: str, patterns: Sequence[str]) -> Path:
-    """Where weights lie on this machine, those of the hub in its cache."""
-    folder = Path(resolve_weights(name))
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-
-    return Path(snapshot_download(name, allow_patterns=list(patterns), local_files_only=True))
+    entry = {"weights": name, "files": {path.name: file_digest(path) for path in files}}
+    commit = commit_of(folder)
+    return entry if commit is None else {**entry, "commit": commit}
 
 
 def plain_state(state: Any) -> dict[str, Any]:

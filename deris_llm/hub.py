@@ -1,0 +1,90 @@
+"""Weights on the Hugging Face hub, kept in its cache: first small files, then headers of tensors, last the tensors."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, SafetensorsParsingError
+
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
+"""Globs: configs, tokenizers, processors, lists of weight files."""
+
+_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^\s@]+))?")
+
+
+class HubName(NamedTuple):
+    """`owner/name` or `owner/name@revision`, as a run config writes it."""
+
+    repo: str
+    revision: str | None  # branch, tag or commit; None = the default branch
+
+    @classmethod
+    def parsed(cls, name: str) -> HubName | None:
+        """Reads a name; None: it has another form."""
+        match = None if name.startswith(".") else _NAME.fullmatch(name)
+        return None if match is None else cls(match[1], match[2])
+
+
+def small_files(hub: HubName) -> Path:
+    """Downloads everything but weights; later calls of this process return the same commit.
+
+    Returns:
+        folder of the commit in the hub's cache; without network it has what was downloaded before.
+
+    Raises:
+        OSError: the repository or the revision does not exist, or can not be reached and was never downloaded.
+    """
+    return _small_files(hub, constants.HF_HUB_CACHE)
+
+
+@functools.cache
+def _small_files(hub: HubName, cache: str) -> Path:  # by cache: a process that changes it means another folder
+    try:
+        return Path(
+            snapshot_download(hub.repo, revision=hub.revision, allow_patterns=list(SMALL_FILES), cache_dir=cache)
+        )
+    except LocalEntryNotFoundError:  # no network; what else is lacking is named where it is needed
+        config = try_to_load_from_cache(hub.repo, "config.json", revision=hub.revision, cache_dir=cache)
+        if not isinstance(config, str):
+            raise
+        return Path(config).parent
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache holds; None for other folders."""
+    return folder.name if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--") else None
+
+
+def has_file(hub: HubName, folder: Path, file: str) -> bool:
+    """Whether the commit whose folder this is has a file on the hub."""
+    return HfApi().file_exists(hub.repo, file, revision=commit_of(folder))
+
+
+def header_of(hub: HubName, folder: Path, file: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a .safetensors on the hub, without its tensors.
+
+    Args:
+        hub: the repository.
+        folder: of the commit, see `small_files`.
+        file: its name.
+
+    Raises:
+        OSError: the repository has no such file, or no header can be read in it.
+    """
+    try:
+        header = HfApi().parse_safetensors_file_metadata(hub.repo, file, revision=commit_of(folder))
+    except (EntryNotFoundError, SafetensorsParsingError) as error:
+        raise OSError(f"{file} of {hub.repo}: {error}") from error
+    return {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
+
+
+def download(hub: HubName, folder: Path, files: Sequence[str]) -> None:
+    """Downloads files of the commit whose folder this is; those that are there are kept."""
+    lacking = [file for file in files if not (folder / file).exists()]
+    if lacking:
+        snapshot_download(hub.repo, revision=commit_of(folder), allow_patterns=lacking, cache_dir=folder.parents[2])
