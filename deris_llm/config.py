@@ -110,7 +110,8 @@ class DataConfig:
 class PerceptionConfig:
     weights: str = option(
         "facebook/mask2former-swin-base-coco-instance",
-        "Hugging Face id or folder of a Mask2Former: backbone, pixel decoder, first decoder layers are taken; "
+        "Hugging Face id (`owner/name`, or `owner/name@revision` to pin one) or folder of a Mask2Former: backbone, pixel decoder, "
+        "first decoder layers are taken; "
         "`builtin:tiny-mask2former` is shipped",
     )
     backbone: str = option(
@@ -159,7 +160,8 @@ class CognitionConfig:
     )
     weights: str = option(
         "llava-hf/llava-onevision-qwen2-7b-ov-hf",
-        "Hugging Face id or folder of the image-text model; `builtin:tiny-llava-onevision` is shipped",
+        "Hugging Face id (`owner/name`, or `owner/name@revision` to pin one) or folder of the image-text model; "
+        "`builtin:tiny-llava-onevision` is shipped",
     )
     prompt: str = option(
         "<|im_start|>user\n<image>\nWhere is {phrase}?<|im_end|>\n<|im_start|>assistant\n",

@@ -136,11 +136,13 @@ class DerisPipeline:
             settings.append("loopback.prior_attention=self")
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        used = with_files_of(folder, checkpoint_config(folder, settings))
+        processor = build_processor(used, allow_module=allow_module)  # small files, before gigabytes of weights
         config, model = load_checkpoint(folder, device, overrides=settings, allow_module=allow_module)
         return cls(
             calibrated_config(folder, config, settings),
             for_cpu_inference(model),
-            build_processor(with_files_of(folder, config), allow_module=allow_module),
+            processor,
             fingerprint=checkpoint_fingerprint(folder),
             threshold_source=threshold_source(folder, config, settings),
         )

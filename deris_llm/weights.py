@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -141,10 +141,15 @@ def _explains_hub(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HFValidationError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if isinstance(error, RevisionNotFoundError):
+            reason = "a repository without this revision"
+        elif isinstance(error, RepositoryNotFoundError):
+            reason = "no such repository, or one that this account may not read"
+        else:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise ValueError(
-            f"weights {name!r}: expected a Hugging Face id (and revision) that can be reached or was downloaded before, got: "
-            f"{reason} Check the name, the network (or `hf auth login`), or download the folder and give its path."
+            f"weights {name!r}: expected a Hugging Face id (and revision) that can be reached or was downloaded before, got "
+            f"{reason}; check the name, the network (or `hf auth login`), or download the folder and give its path."
         ) from error
 
 
@@ -213,7 +218,7 @@ def _cure(name: str, folder: Path, file: str) -> str:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError):
         kind = None
-    repo = _PUBLISHED.get(kind, "OWNER/NAME")
+    repo = _PUBLISHED.get(str(kind), "OWNER/NAME")
     return (
         "copy it from where the folder came from, or, if these are the published weights, "
         f"`hf download {repo} {file} --local-dir {folder}`."
@@ -349,10 +354,10 @@ def check_names(
     shapes = _shapes(name)
     if shapes is None:
         return set()
-    with _without_load_report(), _without_zero3(), torch.random.fork_rng(devices=[]):
+    with _without_load_report(progress=False), _without_zero3(), torch.random.fork_rng(devices=[]):
         # Renaming from published names is transformers' own; on `meta` it needs no values and makes none.
         tensors = {tensor: torch.empty(shape, device="meta") for tensor, shape in shapes.items()}
-        _, info = cls.from_pretrained(
+        loaded: Any = cls.from_pretrained(
             None,
             config=config,
             state_dict=tensors,
@@ -361,6 +366,7 @@ def check_names(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+    info = loaded[1]
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     fresh = _matching({*info["missing_keys"], *mismatched}, may_be_fresh)
     prefix = f"{cls.base_model_prefix}."
@@ -462,14 +468,18 @@ def _nf4(plain_parts: tuple[str, ...], dtype: torch.dtype) -> BitsAndBytesConfig
 
 
 @contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
+def _without_load_report(*, progress: bool = True) -> Iterator[None]:
     """Silences transformers' table of missing and unknown parameters: we check them and say what matters."""
-    level = transformers.logging.get_verbosity()
+    level, shows_progress = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    if not progress:
+        transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(level)
+        if shows_progress:
+            transformers.logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 PHRASE_SLOT = "{phrase}"
 _BATCH = 10_000  # phrases that a fast tokenizer gets at a time
 _JOINTS = 4  # tokens by which a phrase in its prompt may differ from prompt and phrase apart
+_MAX_UNUSED_TOKENS = 64  # tables of embeddings are rounded up
 
 
 class PromptTokenizer:
@@ -256,6 +257,11 @@ def load_phrase_tokenizer(config: CognitionConfig, *, vocab_size: int, num_posit
             + (f" without {', '.join(lacking)}" if lacking else "")
             + "; take tokenizer and model from the same folder."
         )
+    if len(tokenizer) < vocab_size - _MAX_UNUSED_TOKENS:
+        logger.warning(
+            "the tokenizer of %s has %d tokens, the model has embeddings for %d: its vocabulary may be cut off or of another model",
+            config.weights, len(tokenizer), vocab_size,
+        )  # fmt: skip
     return PhraseTokenizer(tokenizer, max_phrase_tokens=config.max_phrase_tokens)
 
 
@@ -331,7 +337,8 @@ def _check_words(phrase: str, tokenizer: PreTrainedTokenizerBase) -> None:
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that no phrase may have: those that tokenizer.json marks as special, too; not that of unknown words."""
     marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(marked | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+    unknown_word: Any = tokenizer.unk_token_id
+    return frozenset(marked | set(tokenizer.all_special_ids)) - {unknown_word}
 
 
 def _check_tokens(phrase: str, ids: Sequence[int], special: frozenset[int], tokenizer: PreTrainedTokenizerBase) -> None:

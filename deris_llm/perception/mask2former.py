@@ -39,7 +39,6 @@ from deris_llm.weights import architecture_of, check_names, load_pretrained
 
 TIMM_PREFIX = "timm:"
 _HEADS_IN_FILE = (
-    "transformer_module.decoder.layers.*",  # beyond the rounds of the loopback
     "class_predictor.weight",
     "class_predictor.bias",
     "criterion.empty_weight",  # a buffer of the loss
@@ -272,9 +271,11 @@ def _loading_plan(config: PerceptionConfig, *, rounds: int, num_queries: int, we
     architecture = copy.deepcopy(source)
     architecture.decoder_layers = rounds + 1  # transformers counts the prediction from the initial queries as a layer
     plan = {"cls": _Mask2FormerParts, "name": config.weights, "config": architecture}
-    may_be_fresh = tuple(f"transformer_module.decoder.layers.{i}.*" for i in range(source.decoder_layers - 1, rounds))
+    in_file = source.decoder_layers - 1
+    may_be_fresh = tuple(f"transformer_module.decoder.layers.{i}.*" for i in range(in_file, rounds))
+    beyond = tuple(f"transformer_module.decoder.layers.{i}.*" for i in range(rounds, in_file))
     if config.backbone == "mask2former":
-        return {**plan, "may_be_fresh": may_be_fresh, "left_in_file": (*_HEADS_IN_FILE, *_SWIN_IN_FILE)}
+        return {**plan, "may_be_fresh": may_be_fresh, "left_in_file": (*beyond, *_HEADS_IN_FILE, *_SWIN_IN_FILE)}
     if not config.backbone.startswith(TIMM_PREFIX):
         raise ValueError(
             f"perception.backbone: expected `mask2former` or `timm:NAME`, got {config.backbone!r}; "
@@ -287,7 +288,7 @@ def _loading_plan(config: PerceptionConfig, *, rounds: int, num_queries: int, we
         **plan,
         "cls": _Mask2FormerDecoders,
         "may_be_fresh": (*may_be_fresh, *of_channels),
-        "left_in_file": (*_HEADS_IN_FILE, "pixel_level_module.encoder.*"),
+        "left_in_file": (*beyond, *_HEADS_IN_FILE, "pixel_level_module.encoder.*"),
     }
 
 
