@@ -127,7 +127,7 @@ class PromptTokenizer:
             num_image_tokens: of the phrase's picture, P numbers.
         """
         frame = len(self.tokenizer(self.before + self.after, add_special_tokens=False)["input_ids"]) + _JOINTS
-        counts = plain_token_counts(phrases, self.tokenizer)
+        counts = plain_token_counts(phrases, self.tokenizer, frozenset({self.image_token_id}))
         suspects = [
             i
             for i, (phrase, num) in enumerate(zip(phrases, num_image_tokens, strict=True))
@@ -201,10 +201,14 @@ class PhraseTokenizer:
         return raised_messages(suspects, lambda i: self.encode(phrases[i]))
 
 
-def plain_token_counts(phrases: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Tokens of each phrase by itself; 0 where it is empty, has a special token or cannot be read: `encode` must look at it."""
-    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = marked | set(tokenizer.all_special_ids)
+def plain_token_counts(
+    phrases: Sequence[str], tokenizer: PreTrainedTokenizerBase, more: frozenset[int] = frozenset()
+) -> dict[str, int]:
+    """Tokens of each phrase by itself; 0 where it is empty, has a special token (or one of `more`) or cannot be read.
+
+    `encode` must look at the latter.
+    """
+    special = special_ids(tokenizer) | set(tokenizer.all_special_ids) | more
     backend: Any = getattr(tokenizer, "backend_tokenizer")  # noqa: B009 - of fast tokenizers; twice as fast as calling them
     distinct = list(dict.fromkeys(phrases))
     counts = dict.fromkeys(distinct, 0)
