@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 def path(text: str) -> Path:
     """A path from the command line; `~` is the home folder after `=` too, where a shell does not replace it."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("expected a path, got an empty text; leave the option out for its default")
+        raise argparse.ArgumentTypeError("expected a path, got an empty text; name a file or folder")
     return Path(text).expanduser()
 
 

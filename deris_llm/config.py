@@ -400,7 +400,7 @@ class ConfigError(ValueError):
         self.problems = problems
         listed = "\n".join(f"  - {problem}" for problem in problems)
         super().__init__(
-            f"{where}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the run config\n{listed}"
+            f"{where or '--config'}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the run config\n{listed}"
         )
 
 
@@ -773,6 +773,12 @@ def _shipped_text(name: str) -> str:
     inside = [path for path in (Path(name, "config.yaml"), Path(name, "best", "config.yaml")) if path.is_file()]
     if inside:
         raise ValueError(f"expected a run config, got a folder; did you mean {inside[0]}?")
+    if not name.strip():
+        raise ValueError(
+            f"expected the name of a run config or a .yaml file, got none; shipped: {', '.join(config_names())}"
+        )
+    if Path(name).is_dir():
+        raise ValueError("expected a run config, got a folder without config.yaml; name one, or a .yaml file")
     if Path(name).is_file():
         raise ValueError("expected a file that ends in .yaml, got another one; rename it if it is a run config")
     is_path = Path(name).suffix.lower() in _YAML_SUFFIXES
@@ -844,7 +850,7 @@ def _checked(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         value = float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         problems.append(f"{name}: expected {_TYPES[hint]}, got {_said(value)}{_how_to_write(hint, value)}")
-    elif isinstance(value, str) and value.startswith("~/"):
+    elif isinstance(value, str) and (value == "~" or value.startswith("~/")):
         value = str(Path(value).expanduser())
     return value
 

@@ -243,7 +243,8 @@ def test_names_that_are_nearly_a_run_config(tmp_path, monkeypatch):
         ("utf16.yaml", "expected text in UTF-8, got byte 0xff at 0; save it as UTF-8"),
         ("notes.txt", r"expected a file that ends in \.yaml"),
         ("compat/deris-2025", "no such run config"),
-        ("", "no such run config"),
+        ("", "expected the name of a run config or a .yaml file, got none"),
+        (".", "got a folder without config.yaml"),
     ):
         with pytest.raises(ConfigError, match=said):
             load_config(name)

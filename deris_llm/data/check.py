@@ -93,7 +93,7 @@ def check_data(root: str | Path, datasets: Sequence[str] | None = None) -> list[
     there = dict.fromkeys(
         [*(name for name in refer.DATASETS if refer.refs_path(root, name).is_file()), *prepared_sets(root)]
     )
-    names = list(datasets) if datasets else list(there)
+    names = list(dict.fromkeys(datasets)) if datasets else list(there)
     if not names or any(find_manifest(root, name) is None for name in names):
         refer.find_image_folder(root)
     if not names:
@@ -105,10 +105,11 @@ def check_data(root: str | Path, datasets: Sequence[str] | None = None) -> list[
         )
     counts: list[SplitCounts] = []
     for dataset in names:
+        splits = split_names(root, dataset)
         manifest = find_manifest(root, dataset)
         source = _described_files([refer.refs_path(root, dataset)]) if manifest is None else _described_source(manifest)
         train_images: set[str] = set()
-        for split in split_names(root, dataset):
+        for split in splits:
             name = f"{dataset}/{split}"
             try:
                 num_phrases, num_no_target = _checked(root, dataset, split, manifest)
