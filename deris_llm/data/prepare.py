@@ -375,13 +375,13 @@ class _Preparation:
         """Notes pictures of which both ways up are as large; warns if nobody said which one was annotated."""
         other = "stored" if self.exif == "displayed" else "displayed"
         said = (
-            f"{len(names):,} pictures are turned by 180 degrees, mirrored or square and turned by EXIF, so that their size does not say "
-            f"which way up they were annotated; their masks are taken as drawn on the picture as it is {self.exif}: "
+            f"pictures that EXIF turns by 180 degrees, mirrors, or turns and that are square: {len(names):,}; their size does not say "
+            f"which way up they were annotated, and their masks are taken as drawn on the picture as it is {self.exif}: "
             f"{', '.join(names[:10])}{f' and {len(names) - 10:,} more' if len(names) > 10 else ''}"
         )
         if self.options.exif is None:
             said += f". If they were drawn on the picture as it is {other}: --exif {other}"
-            logger.warning("EXIF: which way up %d pictures were annotated is not known; see the note", len(names))
+            logger.warning("EXIF: pictures whose size does not say which way up they were annotated: %d", len(names))
         self.notes.append(said)
 
     def _choose_val(self, share: float, rows: Sequence[dict[str, Any]], split: str) -> None:

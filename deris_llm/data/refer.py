@@ -101,7 +101,9 @@ def read_split(root: str | Path, name: str, *, phrase_field: Literal["sent", "ra
     return list(_read_split(Path(root), dataset, split, phrase_field, _stamps(Path(root), dataset))[0])
 
 
-def split_notes(root: str | Path, name: str) -> tuple[str, ...]:
+def split_notes(
+    root: str | Path, name: str, *, phrase_field: Literal["sent", "raw"] = "sent"
+) -> tuple[str, ...]:
     """What must be read with a split's numbers: how many of its referents are crowds or draw no pixel, and which.
 
     Raises:
@@ -109,7 +111,7 @@ def split_notes(root: str | Path, name: str) -> tuple[str, ...]:
     """
     check_split(root, name)
     dataset, _, split = name.partition("/")
-    return _read_split(Path(root), dataset, split, "sent", _stamps(Path(root), dataset))[1]
+    return _read_split(Path(root), dataset, split, phrase_field, _stamps(Path(root), dataset))[1]
 
 
 def check_split(root: str | Path, name: str) -> None:
@@ -399,7 +401,6 @@ def _read_split(
             continue
         kept, crowds = without_crowds(loaded, dataset, annotation_ids)
         drawn = [i for i in kept if usable[i][2] is None]
-        left_out.crowds += [f"ann_id {i} (ref_id {ref['ref_id']})" for i in crowds]
         left_out.without_pixel += [f"{usable[i][2]} (ref_id {ref['ref_id']})" for i in kept if usable[i][2] is not None]
         category, num_same_class = classes_of(loaded, ref["image_id"], kept)
         for sentence in ref["sentences"]:
@@ -411,6 +412,8 @@ def _read_split(
                 fault = "a phrase that UTF-8 cannot hold" if isinstance(phrase, str) and phrase.strip() else "an empty phrase"
                 problems.append(f"{where}: sent_id {sentence.get('sent_id')} has {fault} ({phrase_field}={phrase!r})")
                 continue
+            if crowds:
+                left_out.crowds.append(f"sent_id {sentence['sent_id']} (ann_id {', '.join(map(str, crowds))})")
             records.append(
                 ReferringRecord(
                     phrase_id=f"{dataset}/{split}/{sentence['sent_id']}",
@@ -468,23 +471,23 @@ def _checked_annotation(
 
 @dataclass
 class LeftOut:
-    """Referents of a split that are not in the truth of their phrases; each says where it is."""
+    """What is named in a split and not in the truth of its phrases."""
 
-    crowds: list[str] = field(default_factory=list)
-    without_pixel: list[str] = field(default_factory=list)
+    crowds: list[str] = field(default_factory=list)  # phrases that name some
+    without_pixel: list[str] = field(default_factory=list)  # referents, with where they are named
 
     def notes(self) -> list[str]:
         """A sentence for each kind that is there."""
         notes = []
         if self.crowds:
             notes.append(
-                f"{len(self.crowds):,} referents are crowds beside others; protocols with crowds: left_out (the default, as gRefCOCO's "
-                f"own API and ReLA) do not count them: {_first_ten(self.crowds)}"
+                f"phrases that name crowds beside other referents: {len(self.crowds):,}; the crowds are not in the truth under "
+                f"protocols with crowds: left_out (the default, as gRefCOCO's own API and ReLA): {_first_ten(self.crowds)}"
             )
         if self.without_pixel:
             notes.append(
-                f"{len(self.without_pixel):,} referents draw no pixel; their phrases keep the others, or an empty truth where there "
-                f"are none: {_first_ten(self.without_pixel)}"
+                f"referents that draw no pixel: {len(self.without_pixel):,}; their phrases keep the others, or have an empty truth "
+                f"where there are none: {_first_ten(self.without_pixel)}"
             )
         return notes
 

@@ -49,12 +49,14 @@ def read_split(
     return refer.read_split(root, name, phrase_field=phrase_field)
 
 
-def split_notes(root: str | Path, name: str) -> tuple[str, ...]:
+def split_notes(
+    root: str | Path, name: str, *, phrase_field: Literal["sent", "raw"] = "sent"
+) -> tuple[str, ...]:
     """What must be read with the numbers of ``dataset/split``: referents that are crowds or draw no pixel, counted, named."""
     dataset, _, split = name.partition("/")
     if (manifest := _prepared(root, dataset)) is not None:
         return tuple(manifest.splits.get(split, {}).get("notes", ()))
-    return refer.split_notes(root, name)
+    return refer.split_notes(root, name, phrase_field=phrase_field)
 
 
 def check_split(root: str | Path, name: str) -> None:

@@ -86,7 +86,7 @@ class ShardResult:
     num_bad: Counter[str] = field(default_factory=Counter)  # phrases by reason
     faults: list[Fault] = field(default_factory=list)
     num_lossy_masks: int = 0  # stored as JPEG, thresholded at half
-    crowds: list[str] = field(default_factory=list)  # where phrases name crowds beside other referents
+    crowds: list[str] = field(default_factory=list)  # phrases that name crowds beside other referents
     without_pixel: list[Fault] = field(default_factory=list)  # referents of phrases that are kept
 
 
@@ -175,7 +175,6 @@ def _rows(located: LocatedEntry, shard: _Shard) -> tuple[list[dict[str, Any]], l
             return [], [empty[0][1]]
         counts = segmentation_rle(empty_rle(*size_hw), *size_hw)["counts"]
         instances = [{"id": instance.id, "counts": counts} for instance, _ in empty if not instance.is_crowd]
-    shard.crowds += [f"{entry.where}: annotation {each['id']}" for each in crowds]
     shard.without_pixel += [replace(fault, num_phrases=0) for _, fault in empty]
     if len({each["id"] for each in (*instances, *crowds)}) < len(instances) + len(crowds):
         return [], [bad("target", "expected each object once, got one twice (same id or same mask)", whole)]
@@ -202,6 +201,8 @@ def _rows(located: LocatedEntry, shard: _Shard) -> tuple[list[dict[str, Any]], l
                     "crowds": crowds,
                 }
             )
+    named = ", ".join(str(each["id"]) for each in crowds)
+    shard.crowds += [f"sent_id {row['id']} (ann_id {named})" for row in rows if crowds]
     return rows, faults
 
 

@@ -81,7 +81,7 @@ class EvaluationFolder:
             The numbers as they stand in the report.
         """
         by_id = {record.phrase_id: record for record in records}
-        num_crowds = sum(len(record.crowds) for record in by_id.values())
+        num_crowds = sum(bool(record.crowds) for record in by_id.values())
         numbers = {
             protocol.id: result.numbers[protocol.id]
             | ({"n_crowds_left_out": num_crowds} if num_crowds and protocol.crowds == "left_out" else {})

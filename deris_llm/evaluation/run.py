@@ -101,7 +101,10 @@ def run_evaluation(
         report[section][split] = result.numbers
         if rank == 0:
             seconds = time.monotonic() - started
-            said = [*(notes or {}).get(split, ()), *split_notes(config.data.root, split)]
+            said = [
+                *(notes or {}).get(split, ()),
+                *split_notes(config.data.root, split, phrase_field=config.data.phrase_field),
+            ]
             folder.add(split, result, records, seconds=seconds, section=section, notes=said)
         if control:
             report["control"][split] = _run_control(records, split, evaluated, folder if rank == 0 else None)

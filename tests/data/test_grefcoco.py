@@ -102,8 +102,8 @@ def test_crowds_beside_other_referents_are_left_out(refer_folder: Any, grefs: An
     assert [[i.annotation_id for i in r.crowds] for r in records] == [[], [], [51], [51], [], [], [], []]
     assert records[2].num_same_class == records[0].num_same_class
     (note,) = split_notes(root, "grefcoco/val")
-    assert note.startswith("1 referents are crowds beside others")
-    assert note.endswith("ann_id 51 (ref_id 7)")
+    assert note.startswith("phrases that name crowds beside other referents: 2; the crowds are not in the truth")
+    assert note.endswith("sent_id 14 (ann_id 51); sent_id 15 (ann_id 51)")
     assert split_notes(root, "grefcoco/train") == ()
     counts = next(c for c in check_data(root, ["grefcoco"]) if c.name == "grefcoco/val")
     assert counts.notes == (note,)
@@ -132,7 +132,7 @@ def test_a_referent_without_a_pixel_does_not_stop_a_split(
     assert not any(r.is_no_target for r in records[6:])
     empty = records[9].instances[0]
     assert not decode_segmentation(empty.segmentation, 30, 40).any()
-    assert "2 referents draw no pixel" in caplog.text
+    assert "referents that draw no pixel: 2; " in caplog.text
     assert f"ann_id 59 of COCO_train2014_000000000005.jpg: {says}" in caplog.text
     assert "(ref_id 90); ann_id 59" in split_notes(root, "grefcoco/val")[0]
     assert referring_targets(group_by_image(records), 64, "antialias").phrase_index.tolist()[-6:] == [6, 6, 7, 7, 8, 9]
@@ -159,10 +159,9 @@ def test_prepared_crowds_and_referents_without_a_pixel_are_those_of_the_files(
             masks = [[decode_segmentation(i.segmentation, 30, 40) for i in side] for side in (ours, theirs)]
             assert np.array_equal(masks[0], masks[1])
     notes = sources.split_notes(world.root, "grefcoco/val")
-    assert [note.split(";")[0] for note in notes] == [
-        "3 referents are crowds beside others",
-        "3 referents draw no pixel",
-    ]
+    assert notes[0] == sources.split_notes(root, "grefcoco/val")[0]
+    assert notes[0].startswith("phrases that name crowds beside other referents: 6; ")
+    assert notes[1].startswith("referents that draw no pixel: 3; ")
     assert "ref_id 90: object 2 of 3: annotation 59: its polygons cover no pixel" in notes[1]
     lines = (world.root / "grefcoco" / "left_out.jsonl").read_text().splitlines()
     assert [(json.loads(line)["where"], json.loads(line)["num_phrases"]) for line in lines] == [

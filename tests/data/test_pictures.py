@@ -206,9 +206,9 @@ def test_pictures_as_large_either_way_up(
             else:
                 assert np.array_equal(seen, np.asarray(as_picture(path, exif="stored")))
             (note,) = made.manifest["notes"]
-            assert note.startswith("1 pictures are turned by 180 degrees, mirrored or square and turned by EXIF")
+            assert note.startswith("pictures that EXIF turns by 180 degrees, mirrors, or turns and that are square: 1; ")
             assert f"their masks are taken as drawn on the picture as it is {exif}: a.jpg" in note
-            assert ("1 pictures were annotated is not known" in caplog.text) == ("--exif stored" in note) == (given is None)
+            assert ("which way up they were annotated: 1" in caplog.text) == ("--exif stored" in note) == (given is None)
 
 
 def test_refers_pictures_are_annotated_as_stored(colours: np.ndarray, refer_folder: Any, world: Any) -> None:

@@ -476,7 +476,7 @@ def test_one_of_several_objects_without_a_pixel_is_left_out_and_named(world: Any
     assert len(record.instances) == 1
     assert not made["skipped"]
     (note,) = made["splits"]["train"]["notes"]
-    assert note.startswith("1 referents draw no pixel; their phrases keep the others")
+    assert note.startswith("referents that draw no pixel: 1; their phrases keep the others")
     assert "line 1: object 2 of 2: its RLE mask is empty" in note
     with pytest.raises(DataError, match="line 1: its RLE mask is empty"):
         world.prepare(world.lines({**both, "masks": [empty]}), "alone")

@@ -233,7 +233,7 @@ def test_an_only_referent_without_a_pixel_is_counted_and_leaves_an_empty_truth(
     spoilt = [r for r in records if r.instances[0].annotation_id == 50]
     assert len(spoilt) == 2
     assert not any(r.is_no_target or decode_segmentation(r.instances[0].segmentation, 30, 40).any() for r in spoilt)
-    assert "refcoco/val: 1 referents draw no pixel; their phrases keep the others, or an empty truth" in caplog.text
+    assert "refcoco/val: referents that draw no pixel: 1; their phrases keep the others, or have an empty truth" in caplog.text
     assert f"ann_id 50 of COCO_train2014_000000000005.jpg: {says}" in caplog.text
 
 
