@@ -209,7 +209,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
             f"{name}/{split}: {found['num_phrases']:,} phrases ({found['num_no_target']:,} without a target) of "
             f"{found['num_refs']:,} entries, {found['num_images']:,} pictures"
         )
-        lines += [f"{name}/{split}: {note}" for note in found["notes"]]
+        lines += [f"{name}/{split}: {note}" for note in found.get("notes", ())]
     for split, counts in made.manifest["skipped"].items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
         lines.append(f"{name}/{split}: {sum(counts.values()):,} phrases left out ({reasons})")

@@ -96,6 +96,18 @@ def portable_name(name: str) -> str:
     return name.replace("\\", "/")
 
 
+def fault_of_name(folder: Path, name: object) -> str | None:
+    """What keeps a name from meaning a file in a folder, links apart; None if nothing does."""
+    if not isinstance(name, str) or not name.strip():
+        return f"expected the name of a file, got {name!r}"
+    if "\0" in name or re.match(r"[A-Za-z]:", name):
+        return f"expected a name relative to {folder}, with / between folders, got {name!r}"
+    name = portable_name(name)
+    if name.startswith(("/", "~")) or ".." in name.split("/"):
+        return f"expected a name relative to {folder} that stays inside it, got {name!r}"
+    return None
+
+
 def safe_path(folder: Path, name: object, *, follow_links: bool = False) -> tuple[Path | None, str | None]:
     """The file that a name of somebody else's data means, never one outside the folder unless its owner linked it.
 
@@ -107,13 +119,9 @@ def safe_path(folder: Path, name: object, *, follow_links: bool = False) -> tupl
     Returns:
         The path, and None; or None, and what is wrong with the name.
     """
-    if not isinstance(name, str) or not name.strip():
-        return None, f"expected the name of a file, got {name!r}"
-    if "\0" in name or re.match(r"[A-Za-z]:", name):
-        return None, f"expected a name relative to {folder}, with / between folders, got {name!r}"
+    if (fault := fault_of_name(folder, name)) is not None or not isinstance(name, str):
+        return None, fault
     name = portable_name(name)
-    if name.startswith(("/", "~")) or ".." in name.split("/"):
-        return None, f"expected a name relative to {folder} that stays inside it, got {name!r}"
     path = folder / name
     try:
         if not path.resolve().is_relative_to(folder.resolve()) and not follow_links:

@@ -56,6 +56,7 @@ from deris_llm.data.readers.objects import (
     takes_boxes,
 )
 
+_BOXES = ("rectangle", "oriented_rectangle", "rotation")  # two corners, or four
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".JPG", ".JPEG", ".PNG")
 
 
@@ -174,10 +175,10 @@ class LabelmeReader:
         if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
             raise ValueError(f"expected points [[x, y], ...], got {describe(points)}")
         flat = [value for point in points for value in point]
-        if kind == "polygon" or (kind in ("rectangle", "oriented_rectangle") and len(points) == 4 and self._takes_boxes):
-            return [flat]
-        if kind in ("rectangle", "oriented_rectangle") and not self._takes_boxes:
+        if kind in _BOXES and not self._takes_boxes:
             raise ValueError(NO_MASK)
+        if kind == "polygon" or (kind in _BOXES and len(points) == 4):
+            return [flat]
         if kind not in ("rectangle", "circle", "mask"):
             raise ValueError(f"expected a polygon, circle or mask, got shape_type {kind!r}, which has no area")
         if len(points) != 2 or not all(isinstance(value, (int, float)) for value in flat):

@@ -21,7 +21,7 @@ import numpy as np
 
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation, encode_mask
-from deris_llm.data.pictures import ImageFolder, portable_name, safe_path
+from deris_llm.data.pictures import ImageFolder, fault_of_name, portable_name
 from deris_llm.data.readers.base import SourceEntry, SourceInstance, SourcePhrase
 
 _SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -113,7 +113,7 @@ def find_pictures(wanted: Mapping[Any, tuple[Any, Sequence[Path]]], *, follow_li
     by_end: list[str] = []
     for key, (given, folders) in wanted.items():
         there = [folder for folder in folders if is_dir(folder)]
-        if not there or safe_path(there[0], given, follow_links=True)[0] is None:
+        if not there or fault_of_name(there[0], given) is not None:
             continue
         name = portable_name(given)
         found = next((folder for folder in there if _holds(folder, name, follow_links)), None)
@@ -142,11 +142,8 @@ def find_pictures(wanted: Mapping[Any, tuple[Any, Sequence[Path]]], *, follow_li
 
 
 def _holds(folder: Path, name: Any, follow_links: bool) -> bool:
-    path, _ = ImageFolder(folder, follow_links).file(name)
-    try:
-        return path is not None and path.is_file()
-    except OSError:  # a name longer than a file system takes
-        return False
+    # Most folders do not have it: the slow question, where links lead, comes second.
+    return os.path.isfile(folder / name) and ImageFolder(folder, follow_links).file(name)[0] is not None
 
 
 def rectangle(x0: float, y0: float, x1: float, y1: float, *, degrees: float = 0.0) -> list[float]:

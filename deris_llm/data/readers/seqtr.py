@@ -37,6 +37,7 @@ from deris_llm.data.readers.base import (
     checked_mapping,
     existing_image_folder,
     existing_source,
+    files_in,
     read_json_file,
 )
 
@@ -196,7 +197,7 @@ def _find_files(source: Path) -> tuple[Path, ...]:
     if source.is_file():
         return (source,)
     for pattern in _PATTERNS:
-        found = tuple(sorted(source.glob(pattern)))
+        found = files_in(source, pattern)
         if len(found) == 1 or (found and pattern == "*.json"):
             return found
         if found:
