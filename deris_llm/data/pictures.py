@@ -124,7 +124,7 @@ def safe_path(folder: Path, name: object, *, follow_links: bool = False) -> tupl
     name = portable_name(name)
     path = folder / name
     try:
-        if "/" not in name and not path.is_symlink():
+        if "/" not in name and not os.path.islink(path):
             return path, None  # the usual case, without asking where each of the folders leads
         if not path.resolve().is_relative_to(folder.resolve()) and not follow_links:
             return None, (
