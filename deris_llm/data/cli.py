@@ -46,7 +46,7 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--images", type=path, metavar="DIR", help="the pictures' folder; default: where the format has it"
     )
     prepare.add_argument("--splits", nargs="+", default=(), metavar="SPLIT", help="default: all")
-    prepare.add_argument("--mapping", nargs="+", default=(), metavar="K=V", help="which field of the source is what")
+    prepare.add_argument("--mapping", nargs="+", default=(), metavar="K=V", help="which field of the source is what; pairs=PHRASES:MASKS: which phrase means which mask")
     prepare.add_argument(
         "--coordinates",
         choices=("px", "normalised"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from deris_llm.data.errors import describe
@@ -43,8 +44,11 @@ class CocoTables:
 
     def fault_of(self, table: str, record_id: object) -> str | None:
         """Why the file has no usable record of this id, although it names one; None if it does not name one."""
-        found = (each.message for each in self.faults if each.table == table and each.id == record_id)
-        return next(found, None) if record_id is not None else None
+        return None if record_id is None else self._messages.get((table, record_id))
+
+    @cached_property
+    def _messages(self) -> dict[tuple[str, object], str]:
+        return {(fault.table, fault.id): fault.message for fault in self.faults}
 
 
 def coco_tables(content: object) -> CocoTables | str:

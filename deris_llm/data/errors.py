@@ -76,7 +76,7 @@ def listed_by_cause(problems: Sequence[str], *, num_shown: int = 10) -> str:
 
 def _cause(message: str) -> str:
     """The message without quoted words, names of files and numbers."""
-    plain = re.sub(r"(?<!\w)('[^']*'|\"[^\"]*\")|\S*[\d/\\]\S*|\S+\.[a-z]{2,5}\b", "#", message)
+    plain = re.sub(r"(?<!\w)('[^']*'|\"[^\"]*\")|\S*[\d/\\]\S*|\S+\.[a-z]{2,5}\b", "#", message[:400])
     return re.sub(r"#(\W*#)+", "#", plain)
 
 

@@ -72,7 +72,7 @@ def segmentation_rle(segmentation: object, height: int, width: int) -> dict[str,
         return _checked_rle(segmentation, height, width)
     if not isinstance(segmentation, (list, tuple)):
         raise ValueError(f"{_ASK}, got {_short(segmentation)}: correct the annotation file")
-    polygons = [_checked_polygon(polygon) for polygon in segmentation]
+    polygons = [[float(v) for v in _checked_polygon(polygon)] for polygon in segmentation]
     if not polygons:
         raise ValueError(f"{_ASK}, got an empty list: give the annotation a mask or remove it")
     for polygon in polygons:
@@ -201,7 +201,7 @@ def _checked_polygon(polygon: object) -> list[float]:
                 else "correct the annotation file"
             )
         )
-    return [float(v) for v in polygon]
+    return polygon if isinstance(polygon, list) else list(polygon)
 
 
 def _check_even(polygon: Sequence[float]) -> None:
@@ -242,7 +242,7 @@ def _reaches_out(polygons: Sequence[Sequence[float]], height: int, width: int) -
     if in_first_pixel:
         raise ValueError(
             f"expected coordinates in px of a picture of {width} x {height} px, got all about 0 to 1: coordinates look "
-            "normalised; give --coordinates normalised"
+            "normalised; give --coordinates normalised to `deris-llm data prepare`"
         )
     return reaches_out
 
