@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, SafetensorsParsingError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    SafetensorsParsingError,
+)
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
 """Globs: configs, tokenizers, processors, lists of weight files."""
@@ -48,7 +53,7 @@ def _small_files(hub: HubName, cache: str) -> Path:  # by cache: a process that 
         return Path(
             snapshot_download(hub.repo, revision=hub.revision, allow_patterns=list(SMALL_FILES), cache_dir=cache)
         )
-    except LocalEntryNotFoundError:  # no network; what else is lacking is named where it is needed
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):  # what else is lacking is named where it is needed
         config = try_to_load_from_cache(hub.repo, "config.json", revision=hub.revision, cache_dir=cache)
         if not isinstance(config, str):
             raise

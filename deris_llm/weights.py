@@ -187,7 +187,7 @@ def _read_small_files(cls: Any, name: str, needed: tuple[tuple[str, ...], ...]) 
     if not any(all((folder / file).is_file() for file in files) for files in needed):
         wanted = " or ".join(" with ".join(files) for files in needed)
         raise ValueError(
-            f"weights {name!r}: expected {wanted} in {folder}, got a folder without; {_cure(name, folder, needed[0][0])}"
+            f"weights {name!r}: expected {wanted} in {folder}, got a folder without; {_cure(name, folder, _asked(needed))}"
         )
     for path in sorted(path for pattern in hub.SMALL_FILES for path in folder.glob(pattern)):
         with path.open("rb") as file:
@@ -204,12 +204,17 @@ def _read_small_files(cls: Any, name: str, needed: tuple[tuple[str, ...], ...]) 
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"weights {name!r}: expected readable {' or '.join(file for files in needed for file in files)} in {folder}, got "
-            f"{type(error).__name__}: {reason}; {_cure(name, folder, needed[0][0])}"
+            f"{type(error).__name__}: {reason}; {_cure(name, folder, _asked(needed))}"
         ) from error
 
 
+def _asked(needed: tuple[tuple[str, ...], ...]) -> str:
+    """What `hf download` is asked for, whichever of the sets of files the repository has."""
+    return needed[0][0] if needed is not _TOKENIZER_FILES else '--include "*token*" "vocab*" "merges.txt"'
+
+
 def _cure(name: str, folder: Path, file: str) -> str:
-    """Says where a file that is lacking or damaged is to be got."""
+    """Says where a file that is lacking or damaged is to be got; `file` is its name, or options of `hf download`."""
     named = None if name.startswith(BUILTIN_PREFIX) or Path(name).expanduser().is_dir() else HubName.parsed(name)
     if named is not None:
         pin = f" --revision {named.revision}" if named.revision else ""
