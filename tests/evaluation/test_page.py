@@ -12,7 +12,7 @@ from PIL import Image
 
 from deris_llm.cli import main
 from deris_llm.evaluation import page_cases
-from deris_llm.evaluation.page import NUM_VIEWS, write_page
+from deris_llm.evaluation.page import NUM_VIEWS, look_inside, write_page
 from deris_llm.evaluation.page_cases import QUADRANTS, choose_groups, many_phrases
 from deris_llm.evaluation.page_charts import Line, Marker, line_chart
 from deris_llm.evaluation.page_compare import NUM_PAIRS, choose_pairs, pairs_of
@@ -362,7 +362,9 @@ def test_command_line(folder: Path, data: Path, tmp_path: Path, capsys: pytest.C
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "report.json").write_text(json.dumps(report))
     assert main(["report", str(tmp_path / "bare"), "--checkpoint", str(tmp_path)]) == 2
-    assert "expected the predictions of" in capsys.readouterr().err
+    assert "expected a checkpoint folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="expected the predictions of"):
+        look_inside(open_evaluation(tmp_path / "bare"), tmp_path)
 
 
 def test_a_picture_is_of_bounded_size() -> None:
