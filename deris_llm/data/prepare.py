@@ -450,7 +450,8 @@ class _Preparation:
             done += num_phrases
             self.on_progress("phrases", done, self.num_total)
         if num_lossy_masks:
-            self.notes.append(f"{num_lossy_masks:,} masks are JPEG files: pixels of at least half brightness are inside")
+            count = f"{num_lossy_masks:,} mask{'s are JPEG files' if num_lossy_masks > 1 else ' is a JPEG file'}"
+            self.notes.append(f"{count}: pixels of at least half brightness are inside")
         for split, found in results.items():
             found["notes"] = self.left_out[split].notes()
             found["num_images"] = len(_images_of(self.arrow, found["shards"]))
@@ -585,9 +586,10 @@ def _image_row(
             f"the masks were drawn: {facts.width} x {facts.height} px as stored, {facts.height} x {facts.width} px as shown; "
             "got neither"
         )
-    stem = Path(name).stem
+    stem = Path(name if given_id is None else str(given_id)).stem  # an image_id may be COCO's file name
+    is_coco = COCO_STEM.fullmatch(stem) is not None
     named = (
-        str(given_id) if given_id is not None else stem if COCO_STEM.fullmatch(stem) else f"sha256-{facts.sha256[:24]}"
+        stem if is_coco else str(given_id) if given_id is not None else f"sha256-{facts.sha256[:24]}"
     )
     return {"image_id": named, "file": name, "height": size[0], "width": size[1], "sha256": facts.sha256}
 

@@ -461,7 +461,7 @@ def test_jpeg_masks_are_said(world: Any) -> None:
     mask = decode_segmentation(world.square, 30, 40)
     Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "m.jpg", quality=75)
     made = world.prepare(world.lines({"image": "a.png", "phrase": "x", "png": "m.jpg"}))
-    assert made.manifest["notes"] == ["1 masks are JPEG files: pixels of at least half brightness are inside"]
+    assert made.manifest["notes"] == ["1 mask is a JPEG file: pixels of at least half brightness are inside"]
     record = read_split(world.root, "mine/train")[0]
     assert np.array_equal(decode_segmentation(record.instances[0].segmentation, 30, 40), mask)
 

@@ -145,7 +145,8 @@ def test_nested_samples(world: Any) -> None:
         {"category": "cat", "sentences": ["left", "the left one"], "mask": encode_mask(MASK)},
         {"category": "dog", "sentences": ["right"], "mask": encode_mask(other)},
     ]
-    source = _save(world, [{"image": _inside(_picture(0)), "samples": samples}])
+    name = "COCO_train2014_000000100001.jpg"
+    source = _save(world, [{"image": _inside(_picture(0)), "file_name": name, "samples": samples}])
     for phrase, says in (
         ("samples.category", "expected to be told which of 2 phrases means which of 2 masks"),
         ("samples.sentences", "got lists of texts"),
@@ -153,15 +154,16 @@ def test_nested_samples(world: Any) -> None:
         for field in ("masks", "mask"):
             with pytest.raises(DataError, match=rf"{says}.* give --mapping pairs={phrase}:samples\.mask"):
                 world.prepare(source, format="hf", mapping={"phrase": phrase, field: "samples.mask"})
-    with pytest.raises(DataError, match="expected a column 'sample', got image, samples"):
+    with pytest.raises(DataError, match="expected a column 'sample', got image, file_name, samples"):
         world.prepare(source, format="hf", mapping={"pairs": "sample.sentences:samples.mask"})
     assert world.is_untouched()
-    mapping = {"pairs": "samples.sentences:samples.mask", "category": "samples.category"}
+    mapping = {"pairs": "samples.sentences:samples.mask", "category": "samples.category", "image_id": "file_name"}
     world.prepare(source, format="hf", mapping=mapping)
     records = read_split(world.root, "mine/train")
     assert [(r.phrase_id.rpartition("/")[2], r.phrase, r.category) for r in records] == [
         ("0-0-0", "left", "cat"), ("0-0-1", "the left one", "cat"), ("0-1", "right", "dog"),
     ]  # fmt: skip
+    assert {r.image_id for r in records} == {"COCO_train2014_000000100001"}  # RefCOCO's picture, for the mix
     masks = [decode_segmentation(r.instances[0].segmentation, 30, 40) for r in records]
     assert all(map(np.array_equal, masks, [MASK, MASK, other]))
 
