@@ -422,7 +422,9 @@ def run_score(arguments: argparse.Namespace) -> int:
     """Scores a file of predictions."""
     for given in filter(None, (arguments.predictions, arguments.against)):
         if not given.exists():
-            raise ValueError(f"{given}: expected a file or folder of predictions, got none at {given.absolute()}")
+            raise ValueError(
+                f"{given}: expected a JSONL file or a folder of predictions, got none at {given.absolute()}"
+            )
     from deris_llm.data.sources import check_split
     from deris_llm.evaluation.protocols import protocols_of_file
 
@@ -486,7 +488,8 @@ def run_report(arguments: argparse.Namespace) -> int:
     for folder in filter(None, (arguments.folder, arguments.against, arguments.data)):
         if not folder.is_dir():
             raise ValueError(
-                f"report: expected a folder, got {'a file' if folder.exists() else 'none'} at {folder.absolute()}"
+                f"report {folder}: expected the folder of an evaluation or a run (--data: of the data), got "
+                f"{'a file' if folder.exists() else 'none'} at {folder.absolute()}"
             )
     if arguments.checkpoint is not None:
         arguments.checkpoint = find_checkpoint(arguments.checkpoint)

@@ -113,5 +113,5 @@ def test_a_json_that_says_something_else_than_it_seems(text, said, tmp_path):
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         read_deepspeed_config(path, load_config("tiny-refcoco"), num_ranks=1)
     assert f"--deepspeed {path}" in str(caught.value)
-    with pytest.raises(ValueError, match="expected a file, got a folder"):
+    with pytest.raises(ValueError, match="expected a JSON file, found none there"):
         read_deepspeed_config(tmp_path, load_config("tiny-refcoco"), num_ranks=1)

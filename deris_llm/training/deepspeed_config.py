@@ -24,7 +24,7 @@ def read_deepspeed_config(path: Path, config: RunConfig, *, num_ranks: int) -> d
     Raises:
         ValueError: no such file, not JSON, or it contradicts the run config; all contradictions at once, naming both.
     """
-    if not path.exists():
+    if not path.is_file():
         shipped = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) if path.parent.is_dir() else ""
         raise ValueError(
             f"--deepspeed {path}: expected a JSON file, found none there{f'; that folder has {shipped}' if shipped else ''}"

@@ -361,6 +361,8 @@ def test_command_line(folder: Path, data: Path, tmp_path: Path, capsys: pytest.C
     report = json.loads((folder / "report.json").read_text())
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "report.json").write_text(json.dumps(report))
+    for name in ("config.yaml", "model.safetensors"):  # what makes a folder a checkpoint; nothing reads them here
+        (tmp_path / name).touch()
     assert main(["report", str(tmp_path / "bare"), "--checkpoint", str(tmp_path)]) == 2
     assert "expected a checkpoint folder" in capsys.readouterr().err
     with pytest.raises(ValueError, match="expected the predictions of"):
