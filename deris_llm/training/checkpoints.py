@@ -74,6 +74,7 @@ from deris_llm.training.checkpoint_folders import (
     TRAINABLE_FILE,
     TRAINER_STATE_FILE,
     CheckpointError,
+    check_files,
     check_is_checkpoint,
     is_full,
     read_json,
@@ -862,6 +863,7 @@ def recorded_base_checkpoint(folder: Path) -> Path | None:
             f"{folder}: expected the full checkpoint it was trained on at {base}, got no {MODEL_FILE} there; put it back, or write "
             f"its new place into {folder / BASE_WEIGHTS_FILE} and remove {CHECKSUMS_FILE} beside it"
         )
+    check_files(base, f"{folder}, which stands on ")
     return base
 
 

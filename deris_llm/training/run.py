@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 import os
+import pickle
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,7 @@ import torch.distributed as dist
 
 from deris_llm.config import RunConfig, load_config, save_config
 from deris_llm.data.errors import plain_message
+from deris_llm.data.prepared import MANIFEST_FILE, file_sha256, find_manifest
 from deris_llm.folders import check_writable, finish_replacements
 from deris_llm.out_of_memory import explains_out_of_memory
 from deris_llm.training import checkpoint_folders, checkpoints
@@ -33,7 +37,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from deris_llm.cognition import CognitionProcessor
-    from deris_llm.data.mix import TrainingMix
     from deris_llm.structures import ReferringRecord
     from deris_llm.training.trainer import DerisTrainer
 
@@ -125,7 +128,10 @@ def train(
     )
     used = config if base is None else checkpoints.with_files_of(base, config)
     processor = build_processor(used)
-    _check_inputs(config, processor, mix, records, is_new=checkpoint is None)
+    trained, evaluated = ", ".join(f"{name}/train" for name in config.data.train), config.training.eval_split
+    _check_phrases(config, processor, {trained: mix.records, evaluated: records}, data)
+    pictures_read = {} if config.data.feature_cache else {trained: mix.records}  # cached features stand for pictures
+    _check_pictures(config, pictures_read | {evaluated: records}, is_new=checkpoint is None)
     with explains_out_of_memory(config, loading=True):
         model = build_model(used, weights=base is None)
         if checkpoint is None:
@@ -353,46 +359,77 @@ def _evaluation_records(config: RunConfig) -> list[ReferringRecord]:
     return some_images(records, config.training.eval_max_images)
 
 
-def _check_inputs(
+def _check_phrases(
     config: RunConfig,
     processor: CognitionProcessor,
-    mix: TrainingMix,
-    records: Sequence[ReferringRecord],
-    *,
-    is_new: bool,
+    inputs: Mapping[str, Sequence[ReferringRecord]],
+    data: Mapping[str, Any],
 ) -> None:
-    """Checks phrases, and pictures where `data.check_images` says so, before the first step; each rank looks at its share.
+    """Asks the processor about all phrases and the sizes of their pictures before the first step; each rank about its share.
+
+    Args:
+        config: of the run.
+        processor: one that is no `InputChecker` is not asked.
+        inputs: what is read, by its name.
+        data: the manifest of it; prepared sets keep which processor was asked about it.
+
+    Raises:
+        DataError: all that is refused, on every rank.
+    """
+    from deris_llm.cognition.base import InputChecker  # noqa: PLC0415
+    from deris_llm.data.input_checks import refused_inputs, unusable_inputs_error  # noqa: PLC0415
+
+    if not isinstance(processor, InputChecker):
+        return
+    mark = on_first_rank(lambda: _mark_of_checked_phrases(config, processor, data))
+    if mark is not None and mark.is_file():
+        return
+    for name, records in inputs.items():
+        problems = gathered(refused_inputs(processor, records, np.arange(rank(), len(records), world_size())))
+        if any(problems):
+            raise unusable_inputs_error(f"phrases of {name}", sum(problems, []), number=len(records))
+    if mark is not None and rank() == 0:
+        with contextlib.suppress(OSError):  # data that nobody may write to is checked again
+            mark.parent.mkdir(exist_ok=True)
+            mark.touch()
+
+
+def _mark_of_checked_phrases(config: RunConfig, processor: CognitionProcessor, data: Mapping[str, Any]) -> Path | None:
+    """The file that says that a processor refuses none of a run's phrases; None: not all of them are in prepared sets."""
+    names = (*config.data.train, config.training.eval_split.partition("/")[0])
+    manifests = [find_manifest(config.data.root, name) for name in names]
+    if None in manifests:
+        return None
+    sets = [file_sha256(manifest.folder / MANIFEST_FILE) for manifest in manifests if manifest is not None]
+    read = [data["datasets"], data["evaluation_splits"], config.training.eval_split, config.training.eval_max_images]
+    asked = json.dumps([sets, read, config.data.phrase_field]).encode()
+    key = hashlib.sha256(pickle.dumps(processor) + asked).hexdigest()[:16]
+    return Path(config.data.root, config.data.train[0], "checked_phrases", key)
+
+
+def _check_pictures(config: RunConfig, inputs: Mapping[str, Sequence[ReferringRecord]], *, is_new: bool) -> None:
+    """Decodes all pictures where `data.check_images` asks for it; each rank its share.
 
     Raises:
         DataError: all that cannot be used, on every rank.
     """
-    from deris_llm.cognition.base import InputChecker  # noqa: PLC0415
     from deris_llm.data import input_checks  # noqa: PLC0415
 
     wanted = config.data.check_images
-    with_pictures = wanted == "always" or (wanted == "first-run" and is_new)
-    names = (", ".join(f"{dataset}/train" for dataset in config.data.train), config.training.eval_split)
-    for name, asked in zip(names, (mix.records, records), strict=True):
-        share = np.arange(rank(), len(asked), world_size())
-        if isinstance(processor, InputChecker):
-            problems = gathered(input_checks.refused_inputs(processor, asked, share))
-            if any(problems):
-                raise input_checks.unusable_inputs_error(f"phrases of {name}", sum(problems, []), number=len(asked))
-        # Training that reads cached features reads no pictures.
-        if with_pictures and (asked is records or not config.data.feature_cache):
-            pictures = input_checks.first_of_each_picture(asked)[0]
-            logger.info("decoding %s pictures of %s (data.check_images=%s)", f"{len(pictures):,}", name, wanted)
-            cores = max(1, input_checks.available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-            mine = pictures[rank() :: world_size()]
-            problems = gathered(
-                input_checks.undecodable_pictures(
-                    mine, workers=cores, on_progress=input_checks.log_progress("pictures")
-                )
+    if wanted == "never" or (wanted == "first-run" and not is_new):
+        return
+    cores = max(1, input_checks.available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    for name, records in inputs.items():
+        pictures = input_checks.first_of_each_picture(records)[0]
+        logger.info("decoding %s pictures of %s (data.check_images=%s)", f"{len(pictures):,}", name, wanted)
+        problems = gathered(
+            input_checks.undecodable_pictures(
+                pictures[rank() :: world_size()], workers=cores, on_progress=input_checks.log_progress("pictures")
             )
-            if any(problems):
-                raise input_checks.unusable_inputs_error(
-                    f"pictures of {name} (data.check_images={wanted})", sum(problems, []), number=len(pictures)
-                )
+        )
+        if any(problems):
+            what = f"pictures of {name} (data.check_images={wanted})"
+            raise input_checks.unusable_inputs_error(what, sum(problems, []), number=len(pictures))
 
 
 def _evaluated(

@@ -247,6 +247,23 @@ def test_a_base_that_is_gone_or_another_one_is_refused(full, started, tmp_path):
         load_checkpoint(checkpoint)
 
 
+def test_a_damaged_base_is_named(full, started, tmp_path):
+    checkpoint = shutil.copytree(
+        started.checkpoint, tmp_path / "checkpoint-2", ignore=shutil.ignore_patterns("checksums.json")
+    )
+    moved = shutil.copytree(full, tmp_path / "moved")
+    recorded = json.loads((checkpoint / "base_weights.json").read_text())
+    recorded["checkpoint"]["weights"] = str(moved)
+    (checkpoint / "base_weights.json").write_text(json.dumps(recorded))
+    with (moved / "model.safetensors").open("r+b") as file:
+        file.seek((moved / "model.safetensors").stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))
+    with pytest.raises(CheckpointError, match=r"which stands on .*moved: .* got model\.safetensors with other bytes"):
+        load_checkpoint(checkpoint)
+
+
 def test_starting_from_a_run_on_hub_weights(config, overrides, tmp_path):
     torch.manual_seed(8)
     first = build_model(config)

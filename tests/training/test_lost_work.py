@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from deris_llm.cli import main
 from deris_llm.config import load_config
+from deris_llm.data.mix import training_mix
 from deris_llm.data.sources import read_split
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.training.checkpoint_folders import (
@@ -18,7 +21,8 @@ from deris_llm.training.checkpoint_folders import (
     newest_undamaged,
 )
 from deris_llm.training.checkpoints import load_checkpoint, read_state
-from deris_llm.training.run import train
+from deris_llm.training.data_manifest import data_manifest
+from deris_llm.training.run import _check_phrases, train
 
 
 @pytest.fixture
@@ -203,3 +207,50 @@ def test_broken_pictures_and_refused_phrases_are_named_before_the_first_step(wor
     assert f"  - refcoco/val/{sentence['sent_id']} (" in str(caught.value)
     assert "the model's special token '<image>'" in str(caught.value)
     assert not list(output.glob("checkpoint-*"))
+
+
+class Checker:
+    """A processor that remembers in a file what it was asked."""
+
+    def __init__(self, file: Path, name: str) -> None:
+        self.file, self.name = file, name
+
+    def __call__(self, *_: object) -> None:
+        raise AssertionError("only asked")
+
+    def refused(self, phrases, sizes):
+        with self.file.open("a") as file:
+            file.write(f"{self.name} {len(phrases)}\n")
+        return {i: "too red" for i, phrase in enumerate(phrases) if "red" in phrase}
+
+
+def test_prepared_sets_keep_which_tokenizer_was_asked(run_overrides, tmp_path):
+    Image.new("RGB", (80, 60)).save(tmp_path / "0.png")
+    Image.new("RGB", (60, 80)).save(tmp_path / "1.png")
+
+    def prepare(name: str, phrase: str) -> None:
+        lines = [
+            {"image": f"{i}.png", "phrase": phrase, "polygons": [[5, 5, 40, 5, 40, 40]], "split": split}
+            for i, split in enumerate(("train", "val"))
+        ]
+        (tmp_path / "source.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        source = ["--format", "jsonl", "--source", str(tmp_path / "source.jsonl"), "--images", str(tmp_path)]
+        assert main(["data", "prepare", *source, "--out", str(tmp_path / "data" / name)]) == 0
+
+    def check(name: str, tokenizer: str) -> None:
+        changes = [f"data.root={tmp_path / 'data'}", f"data.train=[{name}]", f"data.eval=[{name}/val]"]
+        config = load_config("tiny-refcoco", [*run_overrides, *changes])
+        assert config.training.eval_split == f"{name}/val"  # the first of data.eval
+        mix = training_mix(config.data)
+        inputs = {"train": mix.records, "val": read_split(config.data.root, f"{name}/val")}
+        _check_phrases(config, Checker(tmp_path / "asked", tokenizer), inputs, data_manifest(config.data, mix))
+
+    prepare("good", "blue cup")
+    check("good", "A")
+    check("good", "A")  # known
+    check("good", "B")  # another tokenizer
+    assert (tmp_path / "asked").read_text().splitlines() == ["A 1", "A 1", "B 1", "B 1"]
+    prepare("bad", "red cup")
+    for _ in range(2):  # what is refused is not taken for checked
+        with pytest.raises(ValueError, match=r"phrases of train: 1 of 1 cannot be used\n  - bad/train/.*: too red"):
+            check("bad", "A")
