@@ -310,13 +310,13 @@ class TrainingConfig:
     betas: tuple[float, ...] = option((0.9, 0.999), "decay rates of the optimizer's two running means", "[0, 1)")
     eps: float = option(1e-8, "added to the optimizer's denominator", "(0, inf)")
     amsgrad: bool = option(False, "divide by the largest second moment so far, not by the current one")
-    learning_rate: float = option(4e-5, "rate of everything without a rate of its own", "(0, 1]")
-    lora_learning_rate: float = option(4e-5, "rate of the LoRA weights", "[0, 1]")
+    learning_rate: float = option(4e-5, "rate of everything without a rate of its own", "(0, inf)")
+    lora_learning_rate: float = option(4e-5, "rate of the LoRA weights", "[0, inf)")
     cognition_learning_rate: float = option(
-        4e-5, "rate of the image-text model's own weights under cognition.tuning=full", "[0, 1]"
+        4e-5, "rate of the image-text model's own weights under cognition.tuning=full", "[0, inf)"
     )
     pixel_decoder_learning_rate: float = option(
-        4e-5, "rate of the pixel decoder and the carried-over decoder layers", "[0, 1]"
+        4e-5, "rate of the pixel decoder and the carried-over decoder layers", "[0, inf)"
     )
     weight_decay: float = option(0.01, "none on biases, norms and embeddings", "[0, 1]")
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly from 0", "[0, 1)")

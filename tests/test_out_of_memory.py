@@ -124,12 +124,14 @@ def test_a_training_step_that_does_not_fit(
     overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
-    assert train(tmp_path / "run", *overrides, "criterion.num_points=1000000000000") == 1
+    assert (
+        train(tmp_path / "run", *overrides, "criterion.num_points=4000000000", "criterion.oversample_ratio=1000") == 1
+    )
     said = capsys.readouterr().err
     told = said[said.index("rank 0: error: ") :]
     assert told.startswith("rank 0: error: training ran out of memory: expected a batch to fit, got: ")
     assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in told.splitlines()[0]
-    assert "  - criterion.num_points (now 1000000000000): points at which masks are compared\n" in told
+    assert "  - criterion.num_points (now 4000000000): points at which masks are compared\n" in told
     assert told.splitlines()[-1] == "  - `deris-llm plan` says what each choice needs, before it runs"
     assert told == last_words(tmp_path / "error.json") + "\n"  # what `deris-llm train` says at the very end
     assert "Traceback" not in said
@@ -150,7 +152,7 @@ def test_an_evaluation_in_training_that_does_not_fit_leaves_a_whole_checkpoint(
     assert "  - evaluation.max_phrases_per_batch=80 (now 160)\n" in said
     assert "Traceback" not in said
     there = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert there == ["checkpoint-1", "config.yaml", "data.json", "tensorboard"]
+    assert there == ["checkpoint-1", "checkpoint-2", "config.yaml", "data.json", "tensorboard"]  # saved, then evaluated
     lower = tiny_config(*overrides, "evaluation.max_phrases_per_batch=80", "evaluation.images_per_device=8")
     checkpoints.check_same_run(tmp_path / "run" / "checkpoint-1", lower)  # the run may go on with what it was told
     assert checkpoints.load_checkpoint(tmp_path / "run" / "checkpoint-1")[0].evaluation.images_per_device == 16
