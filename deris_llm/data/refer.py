@@ -54,7 +54,8 @@ IMAGE_FOLDERS = (
     "images/train2014",
     "train2014",
     "images/mscoco/images/train2014",  # REFER, LAVT, LISA
-    "images/mscoco/train2014",  # DeRIS, InstanceVG, SimVG
+    "images/mscoco/train2014",  # SimVG
+    "seqtr_type/images/mscoco/train2014",  # DeRIS, InstanceVG
     "images/coco/train2014",
     "coco2014/train2014",  # Sa2VA
     "coco_2014/train2014",  # GLaMM

@@ -81,7 +81,7 @@ def test_classes_and_others_of_the_same(refer_folder: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "images", ["train2014", "images/mscoco/images/train2014", "images/mscoco/train2014", "coco2014/train2014"]
+    "images", ["train2014", "images/mscoco/images/train2014", "images/mscoco/train2014", "seqtr_type/images/mscoco/train2014"]
 )
 def test_other_places_of_the_pictures(refer_folder: Any, images: str) -> None:
     refer_folder.images = images
