@@ -155,7 +155,6 @@ def test_unknown_tables():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_two_steps_evaluation_collection_and_again(tmp_path: Path, capfd: pytest.CaptureFixture):
     """Real runs under the launcher: one training is evaluated twice, another one once."""
     write_world(tmp_path / "world", seed=3, num_train=8, num_val=3, num_test=3)

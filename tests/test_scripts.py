@@ -277,7 +277,6 @@ def test_a_failed_stage_is_no_finished_stage(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_whole_quickstart_on_a_small_world_and_again(tmp_path, capfd):
     """Real commands, two ranks, DeepSpeed; random weights and three steps: the form of all that comes out, not its worth."""
     overrides = [
