@@ -130,7 +130,7 @@ def write_shard(path: Path, split: str, entries: Sequence[LocatedEntry], image_f
         rows += found
         result.num_refs += bool(found)
         result.num_no_target += len(found) if located.entry.is_no_target else 0
-        result.is_generalised |= bool(found) and len(found[0]["instances"]) != 1
+        result.is_generalised |= bool(found) and len(found[0]["instances"]) + len(found[0]["crowds"]) != 1
     result.num_phrases, result.num_lossy_masks = len(rows), shard.num_lossy_masks
     result.crowds, result.without_pixel = shard.crowds, shard.without_pixel
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, PHRASE_SCHEMA) as stream:

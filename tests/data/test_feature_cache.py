@@ -1,5 +1,6 @@
 """A picture's file: what is written is read, what is wrong is said."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,13 @@ def test_what_is_written_is_read(cache: FeatureCache, pictures: list[Picture]) -
     assert found.vision is not None
     assert torch.equal(found.vision, torch.stack([tensors(1)[VISION], tensors(0)[VISION]]))
     assert not list(cache.folder.rglob("*partial*"))
+
+
+def test_a_picture_read_the_other_way_up_has_features_of_its_own(cache: FeatureCache, pictures: list[Picture]) -> None:
+    displayed = dataclasses.replace(pictures[0], exif="displayed")
+    assert cache.file(displayed) != cache.file(pictures[0])
+    with pytest.raises(DataError, match="needed by refcoco/train/0"):
+        cache.read([displayed])
 
 
 @pytest.mark.parametrize("length", [0, 5, 200, -1])

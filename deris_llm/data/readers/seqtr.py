@@ -22,6 +22,7 @@ Phrases have no ids there: theirs are `ENTRY-NUMBER`, counted from 0 in the spli
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ class SeqtrReader:
         """The referents, none for no target; or what is wrong."""
         if entry.get("empty") is True:
             return []
+        crowds: set[int] = set()  # numbers of referents
         if "annotations" in entry:
             annotations = entry["annotations"]
             if not isinstance(annotations, list) or not all(isinstance(each, dict) for each in annotations):
@@ -148,6 +150,7 @@ class SeqtrReader:
             if not annotations:
                 return "expected an annotation, or one of id -1 for no target, got an empty list"
             masks = [(i, each.get("segmentation", each.get("mask"))) for i, each in meant]
+            crowds = {number for number, (_, each) in enumerate(meant) if each.get("iscrowd") == 1}
         elif "mask" in entry:
             given = next((whole_number(entry[key]) for key in _ID_KEYS if key in entry), None)
             masks = [(given if given is not None and given >= 0 else None, entry["mask"])]
@@ -160,7 +163,7 @@ class SeqtrReader:
                 return f"expected `mask`, `annotations` or ids of COCO's annotations, got {describe(dict(entry))}"
             masks = [(i, None) for i in ids]
         found: list[SourceInstance] = []
-        for annotation_id, mask in masks:
+        for number, (annotation_id, mask) in enumerate(masks):
             if mask is None and self._instances is None:
                 return f"expected a mask, got annotation {annotation_id} without; name COCO's file with --mapping instances=PATH"
             if mask is None and self._instances is not None:
@@ -169,8 +172,11 @@ class SeqtrReader:
                     unknown = f"expected an annotation of the file that --mapping instances names, got {annotation_id}"
                     return self._instances.fault_of("annotations", annotation_id) or unknown
                 mask = known.get("segmentation")
+                crowds |= {number} if known.get("iscrowd") == 1 else set()
             found.append(SourceInstance(mask, annotation_id))
-        return found
+        if len(crowds) == len(found):  # a phrase that names crowds alone keeps them, as in REFER's form
+            return found
+        return [replace(each, is_crowd=number in crowds) for number, each in enumerate(found)]
 
 
 def _is_nothing(annotation_id: int | None, annotation: Mapping[str, Any]) -> bool:

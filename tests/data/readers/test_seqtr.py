@@ -50,6 +50,27 @@ def test_a_file_per_split(world: Any, tree: Path) -> None:
     assert split_names(world.root, "mine") == ("train", "testA")
 
 
+def test_crowds_beside_other_referents_are_kept_apart(world: Any, tree: Path) -> None:
+    """As of gRefCOCO in REFER's form; also where COCO's own file says which annotations are crowds."""
+    left, right = {"id": 50, "segmentation": SQUARE}, {"id": 51, "segmentation": OTHER, "iscrowd": 1}
+    entry = {"image_id": 5, "expressions": ["x"]}
+    _write(tree, {"val": [{**entry, "annotations": [left, right]}, {**entry, "annotations": [right]}]})
+    world.prepare(tree, format="seqtr")
+    both, alone = read_split(world.root, "mine/val")
+    assert [[i.annotation_id for i in found] for found in (both.instances, both.crowds)] == [[50], [51]]
+    assert [[i.annotation_id for i in found] for found in (alone.instances, alone.crowds)] == [[51], []]
+    assert is_generalised(world.root, "mine")
+    coco = {
+        "images": [{"id": 5, "file_name": "COCO_train2014_000000000005.jpg", "width": 40, "height": 30}],
+        "annotations": [{**each, "image_id": 5} for each in (left, right)],
+    }
+    mapping = {"instances": str(_write(tree, coco, "coco.json"))}
+    source = _write(tree, {"val": [{**entry, "annotations": [{"id": 50}, {"id": 51}]}]})
+    world.prepare(source, "by_id", format="seqtr", mapping=mapping, images=tree / "images/mscoco/images/train2014")
+    (record,) = read_split(world.root, "by_id/val")
+    assert [[i.annotation_id for i in found] for found in (record.instances, record.crowds)] == [[50], [51]]
+
+
 def test_grefcoco(world: Any, tree: Path) -> None:
     several = {
         "image_id": 5,
