@@ -850,7 +850,7 @@ def _checked(hint: Any, value: Any, name: str, problems: list[str]) -> Any:
         value = float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         problems.append(f"{name}: expected {_TYPES[hint]}, got {_said(value)}{_how_to_write(hint, value)}")
-    elif isinstance(value, str) and (value == "~" or value.startswith("~/")):
+    elif isinstance(value, str) and value.startswith("~/"):
         value = str(Path(value).expanduser())
     return value
 
