@@ -17,7 +17,7 @@ from deris_llm.arguments import Parser, at_least, path
 from deris_llm.data.cli import add_data_commands
 from deris_llm.interop.cli import add_convert_commands
 from deris_llm.terminal import flush_output, is_reader_gone, print_anything
-from deris_llm.training.last_words import leave_last_words
+from deris_llm.training.last_words import QUIET, leave_last_words
 
 if TYPE_CHECKING:
     import torch
@@ -70,11 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        sys.stderr.write(f"error: {kind}{error}\n(`deris-llm --debug ...` shows where)\n")
+        if QUIET not in os.environ:
+            sys.stderr.write(f"error: {kind}{error}\n(`deris-llm --debug ...` shows where)\n")
         leave_last_words(f"error: {kind}{error}")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        if QUIET not in os.environ:
+            sys.stderr.write("interrupted\n")
         return 130
 
 
@@ -106,13 +108,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = _command(commands, "eval", "evaluate a checkpoint on splits, by named protocols", run_eval)
     what = evaluate.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", type=path, metavar="DIR", help="`best` or `checkpoint-STEP` of a run")
+    what.add_argument(
+        "--checkpoint", type=path, metavar="DIR", help="a run, `best` or `checkpoint-STEP` of one, or a full one"
+    )
     what.add_argument("--config", metavar="NAME|FILE", help="a run config's model before fine-tuning (step 0)")
     evaluate.add_argument(
         "--splits", nargs="+", metavar="SPLIT", help="e.g. refcoco/val (default: data.eval of the config)"
     )
     evaluate.add_argument(
-        "--output", type=path, metavar="DIR", help="report, predictions, pictures (default runs/eval/NAME)"
+        "--output",
+        type=path,
+        metavar="DIR",
+        help="report, predictions, pictures (default runs/eval/NAME-FINGERPRINT-threshold-T)",
     )
     evaluate.add_argument(
         "--max-images", type=at_least(0), default=0, metavar="N", help="images of each split (default 0 = all)"
@@ -197,7 +204,9 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--data", type=path, metavar="ROOT", help="folder of the data (default: where it was evaluated)"
     )
-    report.add_argument("--out", type=path, metavar="FILE", help="default DIR/report.html")
+    report.add_argument(
+        "--out", type=path, metavar="FILE", help="default DIR/report.html, with --against DIR/report-against-NAME.html"
+    )
     report.add_argument("--seed", type=at_least(0), default=0, help="of the cases that are shown (default 0)")
 
     score = _command(commands, "score", "score anybody's predictions, with the metrics and files of eval", run_score)
@@ -213,7 +222,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     score.add_argument("--phrase-field", choices=("sent", "raw"), default="sent", help="which text was asked")
     score.add_argument("--against", type=path, metavar="OTHER", help="other predictions: difference, paired test, wins")
-    score.add_argument("--output", type=path, metavar="DIR", help="report and pictures (default runs/score/NAME-SPLIT)")
+    score.add_argument(
+        "--output", type=path, metavar="DIR", help="report and pictures (default runs/score/NAME-HASH-SPLIT)"
+    )
     score.add_argument("--workers", type=at_least(1), metavar="N", help="processes (default: one per core, at most 8)")
 
     data = _command(commands, "data", "make, check and look at data")
@@ -279,7 +290,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
 
 def run_eval(arguments: argparse.Namespace) -> int:
-    """Evaluates; with several ranks this process becomes torchrun, which runs this command again on each."""
+    """Evaluates; with several ranks this process starts them, and each runs this command again."""
     from deris_llm.config import load_config
     from deris_llm.training.checkpoint_folders import CONFIG_FILE, find_checkpoint
 
@@ -311,27 +322,33 @@ def run_eval(arguments: argparse.Namespace) -> int:
         check_split(config.data.root, name)
     from deris_llm.training.launch import num_ranks
 
+    if not arguments.sweep:
+        from deris_llm.evaluation.output import check_writable
+
+        check_writable(arguments.output or Path("runs", "eval"))
     ranks = num_ranks(arguments.gpus)
     if ranks > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command += ["-m", "deris_llm.cli", *arguments.argv]
-        sys.stdout.flush()
-        os.execve(sys.executable, command, {"OMP_NUM_THREADS": "1", **os.environ})  # signals reach the launcher itself
+        from deris_llm.evaluation.launch import run_on_ranks
+
+        return run_on_ranks(arguments.argv, ranks)
     return _evaluate_on_this_rank(arguments)
 
 
 def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     import torch
-    from rich.console import Console
     from torch import distributed
 
     from deris_llm.cognition import build_processor
     from deris_llm.evaluation.calibration import calibrated_config, calibration_notes, threshold_source
+    from deris_llm.evaluation.output import default_folder
     from deris_llm.evaluation.report import report_table, sweep_table
     from deris_llm.evaluation.run import run_evaluation
     from deris_llm.evaluation.sweep import sweep
     from deris_llm.inference import for_cpu_inference
     from deris_llm.out_of_memory import explains_out_of_memory
+    from deris_llm.terminal import console
+    from deris_llm.training.checkpoints import checkpoint_fingerprint
+    from deris_llm.training.ranks import OtherRankError
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.getLogger().setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -344,14 +361,25 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     for_cpu_inference(model)
     if world_size > 1:
         distributed.init_process_group("gloo")  # only Python objects travel
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    shown = console()
     about: dict[str, Any] = {}
     notes: dict[str, list[str]] = {}
     of_checkpoint: Path | None = arguments.checkpoint
-    if of_checkpoint is not None and not arguments.sweep:
+    named = Path("runs", "eval", f"{config.name}-step0")
+    present = config.evaluation.score_threshold
+    if of_checkpoint is not None:
         asked = (of_checkpoint, config, arguments.set)
-        about = {"checkpoint": str(of_checkpoint), "threshold_source": threshold_source(*asked)}
-        config, notes = calibrated_config(*asked), calibration_notes(*asked)
+        calibrated = calibrated_config(*asked)
+        present = calibrated.evaluation.score_threshold
+        if not arguments.sweep:
+            fingerprint = checkpoint_fingerprint(of_checkpoint)
+            about = {
+                "checkpoint": str(of_checkpoint),
+                "fingerprint": fingerprint,
+                "threshold_source": threshold_source(*asked),
+            }
+            config, notes = calibrated, calibration_notes(*asked)
+            named = default_folder("eval", config.name, fingerprint, config.evaluation)
     try:
         if arguments.sweep and of_checkpoint is not None:
             processor = build_processor(config, allow_module=_trusts_backend(arguments))
@@ -361,15 +389,17 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
                     config,
                     processor,
                     arguments.sweep,
+                    present=present,
                     rank=rank,
                     world_size=world_size,
                     max_images=arguments.max_images,
                 )
             if rank == 0:
-                console.print(sweep_table(chosen))
-                console.print(f"written to {chosen.write(of_checkpoint)}", highlight=False)
+                written = chosen.write(of_checkpoint)
+                shown.print(sweep_table(chosen))
+                shown.print(f"written to {written}")
             return 0
-        output = arguments.output or Path("runs") / "eval" / config.name
+        output = arguments.output or named
         with explains_out_of_memory(config):
             report = run_evaluation(
                 config,
@@ -385,13 +415,15 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
                 about=about,
                 notes=notes,
             )
+    except OtherRankError as error:  # it said why, and so does this one
+        raise ValueError(str(error)) from error
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
     if rank == 0:
         if arguments.checkpoint is not None:
-            console.print(report_table(report))
-        console.print(f"written to {output}", highlight=False)
+            shown.print(report_table(report))
+        shown.print(f"written to {output}")
     return 0
 
 
@@ -431,14 +463,15 @@ def run_score(arguments: argparse.Namespace) -> int:
     check_split(arguments.data, arguments.split)
     protocols_of_file(arguments.protocol, text_field=arguments.phrase_field)
 
-    from rich.console import Console
-
     from deris_llm.evaluation.comparison import comparison_table
-    from deris_llm.evaluation.output import file_name
+    from deris_llm.evaluation.output import check_writable
     from deris_llm.evaluation.report import report_table
+    from deris_llm.evaluation.score import default_folder
     from deris_llm.evaluation.score import run_score as score
+    from deris_llm.terminal import console
 
-    output = arguments.output or Path("runs", "score", f"{arguments.predictions.stem}-{file_name(arguments.split)}")
+    output = arguments.output or default_folder(arguments.predictions, arguments.split, arguments.against)
+    check_writable(arguments.output or Path("runs", "score"))
     report, comparison = score(
         arguments.predictions,
         data_root=arguments.data,
@@ -449,11 +482,11 @@ def run_score(arguments: argparse.Namespace) -> int:
         against=arguments.against,
         workers=arguments.workers,
     )
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(report_table(report))
+    shown = console()
+    shown.print(report_table(report))
     if comparison is not None:
-        console.print(comparison_table(comparison))
-    console.print(f"written to {output}", highlight=False)
+        shown.print(comparison_table(comparison))
+    shown.print(f"written to {output}")
     return 0
 
 
@@ -494,14 +527,14 @@ def run_report(arguments: argparse.Namespace) -> int:
     if arguments.checkpoint is not None:
         arguments.checkpoint = find_checkpoint(arguments.checkpoint)
 
-    from deris_llm.evaluation.page import PAGE_FILE, look_inside, write_page
+    from deris_llm.evaluation.page import look_inside, page_file, write_page
     from deris_llm.evaluation.page_data import open_evaluation
 
     evaluation = open_evaluation(arguments.folder, arguments.checkpoint)
     if arguments.checkpoint is not None:
         evaluation = look_inside(evaluation, arguments.checkpoint, data_root=arguments.data, seed=arguments.seed)
     against = open_evaluation(arguments.against) if arguments.against is not None else None
-    out = arguments.out or arguments.folder / PAGE_FILE
+    out = arguments.out or arguments.folder / page_file(against)
     path = write_page(evaluation, out, data_root=arguments.data, against=against, seed=arguments.seed)
     sys.stdout.write(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)\n")
     return 0

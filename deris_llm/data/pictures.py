@@ -11,6 +11,7 @@ whoever knows the annotations says it (`Exif`). A picture that nobody annotated 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 from dataclasses import dataclass
@@ -258,9 +259,7 @@ def _is_heif(path: Path) -> bool:
 
 def _opened_heif(path: Path) -> Image.Image:
     try:
-        import pillow_heif  # noqa: PLC0415 # pyright: ignore[reportMissingImports] - optional
-
-        pillow_heif.register_heif_opener()
+        importlib.import_module("pillow_heif").register_heif_opener()
         return Image.open(path)
     except ImportError as error:
         raise NoPictureError(

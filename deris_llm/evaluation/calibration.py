@@ -153,8 +153,10 @@ def _set_by_user(name: str, folder: str | Path, config: RunConfig, overrides: Se
     return saved.is_file() and getattr(load_config(saved).evaluation, name) != getattr(config.evaluation, name)
 
 
-def choose(curve: Sequence[Mapping[str, Any]], metric: str) -> float:
-    """The threshold of the best value; of several equal ones the middle one, which is farthest from a drop."""
+def choose(curve: Sequence[Mapping[str, Any]], metric: str, present: float | None = None) -> float:
+    """The threshold of the best value; of several equal ones the present one, else the middle one, farthest from a drop."""
     best = max(point[metric] for point in curve)
     tied = [point["threshold"] for point in curve if point[metric] == best]
+    if present is not None and present in tied:
+        return present
     return tied[(len(tied) - 1) // 2]

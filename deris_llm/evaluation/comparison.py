@@ -71,7 +71,7 @@ def write_comparison(comparison: Mapping[str, Any], folder: str | Path) -> Path:
     """Writes it as JSON, aside and then renamed."""
     path = Path(folder) / COMPARISON_FILE
     aside = path.with_name(f"{path.name}.part")
-    aside.write_text(json.dumps(comparison, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(comparison, indent=1, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
     os.replace(aside, path)
     return path
 

@@ -86,7 +86,7 @@ def evaluate(
 
     Raises:
         ValueError: there is no record, or two have the same phrase id.
-        RuntimeError: another rank failed.
+        OtherRankError: another rank failed.
     """
     if phrase_override is not None:
         records = [
@@ -154,7 +154,7 @@ def answers_of(
         One answer per record, in their order, on every rank.
 
     Raises:
-        RuntimeError: another rank failed.
+        OtherRankError: another rank failed.
     """
     device = torch.device(device)
     loader = evaluation_loader(config, records, processor, rank=rank, world_size=world_size, with_targets=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,7 @@ class EvaluationFolder:
         about: where the numbers come from: name, checkpoint, data_root, date, threshold_source, ...; stored as it is.
 
     Raises:
-        ValueError: the folder's ``report.json`` is something else; found before the work, not after.
+        ValueError: the folder's ``report.json`` is something else, or of another checkpoint; found before the work, not after.
     """
 
     def __init__(
@@ -53,7 +54,15 @@ class EvaluationFolder:
         self.title = title
         self.about = about
         self._cases: dict[str, list[Case]] = {}
-        read_report(self.folder / REPORT_FILE)
+        self._check_same_checkpoint(read_report(self.folder / REPORT_FILE))
+
+    def _check_same_checkpoint(self, report: Mapping[str, Any]) -> None:
+        there, ours = ((found or {}).get("fingerprint") for found in (report.get("about"), self.about))
+        if there and ours and there != ours:
+            raise ValueError(
+                f"{self.folder}: expected a new folder or results of checkpoint {ours}, got results of checkpoint {there} "
+                f"({report['about'].get('checkpoint', 'not noted where')}); nothing was changed. Choose another output folder"
+            )
 
     def add(
         self,
@@ -111,20 +120,23 @@ class EvaluationFolder:
         Args:
             look_inside: adds to the page what only the model that answered can show.
         """
+        if not self._cases:
+            return
+        for what, write in (
+            ("overlays", self._write_overlays),
+            (PAGE_FILE, functools.partial(self._write_page, look_inside)),
+        ):
+            try:
+                write()
+            except (ValueError, OSError) as error:  # the numbers are written, and `deris-llm report` makes a page again
+                logger.warning("%s was not written: %s", self.folder / what, error)
+
+    def _write_overlays(self) -> None:
         first = self.protocols[0].id
         for split, cases in self._cases.items():
-            write_contact_sheet(
-                cases,
-                self.folder / "overlays" / f"{file_name(split)}.png",
-                title=f"{self.title}: {split} ({first})",
-                protocol=first,
-            )
-        if self._cases:
-            write_overlays(self._cases, self.folder / "overlays.html", title=self.title, protocol=first)
-            try:
-                self._write_page(look_inside)
-            except (ValueError, OSError) as error:  # everything else is written: a page can be made again
-                logger.warning("%s was not written: %s", self.folder / PAGE_FILE, error)
+            path = self.folder / "overlays" / f"{file_name(split)}.png"
+            write_contact_sheet(cases, path, title=f"{self.title}: {split} ({first})", protocol=first)
+        write_overlays(self._cases, self.folder / "overlays.html", title=self.title, protocol=first)
 
     def _write_page(self, look_inside: Callable[[Evaluation], Evaluation] | None) -> None:
         (self.folder / VIEWS_FILE).unlink(missing_ok=True)  # of answers that are no more
@@ -186,16 +198,16 @@ def default_folder(kind: str, name: str, fingerprint: str, evaluation: Evaluatio
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder, so that one that cannot be written to is found before the work.
+    """Refuses a folder that cannot be made or written to, before the work; leaves nothing behind.
 
     Raises:
         ValueError: it cannot be.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: expected a folder or a new name, got a file; choose another name")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ValueError(

@@ -181,7 +181,7 @@ def write_page(cases_by_split: Mapping[str, Sequence[Case]], path: str | Path, *
         sections="".join(sections),
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(page, encoding="utf-8")
+    Path(path).write_text(page, "utf-8", "backslashreplace")
 
 
 def _tile(case: Case, protocol: str) -> Image.Image:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,15 @@ _NUM_MANY = 2  # splits of which one picture with many of its phrases is shown
 _SAME_SCORE = 0.05  # a GPU's bf16 and a CPU's float32 differ by less
 
 
+def page_file(against: Evaluation | None = None) -> str:
+    """The name of the page in its folder; beside another evaluation it has that one's name and checkpoint."""
+    if against is None:
+        return PAGE_FILE
+    named = dict.fromkeys((against.name, against.about.get("fingerprint") or against.folder.resolve().name))
+    plain = re.sub(r"[^\w.+-]+", "-", "-".join(named))
+    return f"report-against-{plain[:100]}.html"
+
+
 def write_page(
     evaluation: Evaluation,
     path: str | Path,
@@ -108,7 +118,7 @@ def write_page(
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")
-    aside.write_text(document(f"{evaluation.name}: evaluation", body), encoding="utf-8")
+    aside.write_text(document(f"{evaluation.name}: evaluation", body), "utf-8", "backslashreplace")
     os.replace(aside, path)
     return path
 
@@ -131,6 +141,7 @@ def look_inside(
 
     from deris_llm.cognition import build_processor  # noqa: PLC0415 - only who looks inside waits for transformers
     from deris_llm.inference import for_cpu_inference  # noqa: PLC0415
+    from deris_llm.training.checkpoint_folders import find_checkpoint  # noqa: PLC0415
     from deris_llm.training.checkpoints import load_checkpoint  # noqa: PLC0415
 
     if not evaluation.answers:
@@ -138,6 +149,7 @@ def look_inside(
             f"report {evaluation.folder}: expected the predictions of {checkpoint} in the folder, got none: evaluate it there "
             "first, `deris-llm eval --checkpoint DIR --output FOLDER`, or leave --checkpoint out"
         )
+    checkpoint = find_checkpoint(checkpoint)
     config, model = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     for_cpu_inference(model)
     config = _as_evaluated(calibrated_config(checkpoint, config), evaluation.about)

@@ -107,7 +107,7 @@ def open_evaluation(folder: str | Path, checkpoint: str | Path | None = None) ->
     named = (
         checkpoint or (report.get("about") or {}).get("checkpoint") or (_checkpoint_of_run(folder) if is_run else None)
     )
-    where = Path(named) if named else None
+    where = _checkpoint_of_run(Path(named)) or Path(named) if named else None
     answers = {split: home / PREDICTIONS / f"{split.replace('/', '_')}.jsonl" for split in report["splits"]}
     return Evaluation(
         folder=home,

@@ -10,7 +10,15 @@ from xml.etree.ElementTree import Element
 from deris_llm.evaluation.page_charts import NUM_SERIES, Line, Marker, line_chart, share_bar, value_bar
 from deris_llm.evaluation.page_data import Evaluation, StoredAnswer, logged
 from deris_llm.evaluation.page_html import Node, element, shortened
-from deris_llm.evaluation.report import GRES_NOTE, PUBLISHED, PUBLISHED_GRES, PUBLISHED_NOTE
+from deris_llm.evaluation.report import (
+    GRES_NOTE,
+    NOTE,
+    PUBLISHED,
+    PUBLISHED_GRES,
+    PUBLISHED_GRES_NOTE,
+    PUBLISHED_NOTE,
+    published_on,
+)
 
 _RIS_METRICS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9", "oracle_mIoU")
 _GRES_METRICS = ("gIoU", "cIoU", "N-acc", "T-acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "F1", "oracle_gIoU")
@@ -21,7 +29,6 @@ _PARTS = (
     ("part-mask", "lost by the masks: no query had it"),
 )
 _CURVE_STEPS = 50
-_SHORT_NAMES = "orig., deris: protocols `original` and `deris`. "  # of the table in the terminal; ours has them in full
 
 
 def main_metric(evaluation: Evaluation, split: str) -> str:
@@ -89,13 +96,17 @@ def tables(evaluation: Evaluation) -> list[Node]:
         found += [
             element("h3", "One target a phrase, percent"),
             _table(evaluation, ris, _RIS_METRICS),
-            element("p", with_code(PUBLISHED_NOTE.removeprefix(_SHORT_NAMES)), class_="note"),
+            element("p", f"{NOTE} {PUBLISHED_NOTE}" if published_on(ris, PUBLISHED) else NOTE, class_="note"),
         ]
     if gres:
         found += [
             element("h3", "None, one or several targets a phrase, percent"),
             _table(evaluation, gres, _GRES_METRICS),
-            element("p", with_code(GRES_NOTE), class_="note"),
+            element(
+                "p",
+                f"{GRES_NOTE} {PUBLISHED_GRES_NOTE}" if published_on(gres, PUBLISHED_GRES) else GRES_NOTE,
+                class_="note",
+            ),
         ]
     if any(_of_protocols(evaluation, split, "intervals") for split in splits):
         about = "Small figures under a number: its 95 % interval by bootstrap over the pictures."
@@ -119,7 +130,9 @@ def _table(evaluation: Evaluation, splits: Sequence[str], metrics: Sequence[str]
         for name, label in (("control", "control"), ("step0", "step 0"))
         if any(report[name].get(split) for split in splits)
     ]
-    published = {} if is_gres else PUBLISHED  # of generalised splits three numbers a method: rows, not columns
+    published = (
+        {} if is_gres else published_on(splits, PUBLISHED)
+    )  # of generalised splits three numbers a method: rows, not columns
     spans = [(name, sum(column == name for column, _ in columns)) for name in names]
     over = [element("th", colspan=2)]
     over += [element("th", f"protocol {name}", colspan=span, scope="colgroup") for name, span in spans if span]
@@ -135,7 +148,7 @@ def _table(evaluation: Evaluation, splits: Sequence[str], metrics: Sequence[str]
     for place, (_, label) in enumerate(sections):
         titles.append(element("th", label, scope="col", class_=None if place else "first"))
     for place, method in enumerate(published):
-        titles.append(element("th", method, scope="col", class_="other" if place else "other first"))
+        titles.append(element("th", f"{method}\N{DAGGER}", scope="col", class_="other" if place else "other first"))
     rows = []
     for split in splits:
         found = report["splits"][split]

@@ -137,7 +137,7 @@ class EvaluationResult:
 
     def write_jsonl(self, path: str | Path) -> None:
         """One JSON object a line; masks are COCO RLE at the original size."""
-        with Path(path).open("w", encoding="utf-8") as file:
+        with Path(path).open("w", encoding="utf-8", errors="backslashreplace") as file:
             for prediction in self.predictions:
                 file.write(json.dumps(prediction.to_json(), ensure_ascii=False) + "\n")
 

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -17,7 +17,9 @@ from rich.text import Text
 
 from deris_llm.evaluation.calibration import Calibration
 from deris_llm.evaluation.protocols import Protocol
+from deris_llm.evaluation.tables import Column, StackedTable
 
+Numbers = TypeVar("Numbers")
 Section = Literal["splits", "control", "step0"]
 SplitNumbers = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Split -> protocol id -> metric -> percent or count, None where there is nothing to take a number of; and beside them what
@@ -36,10 +38,12 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
 }
 """Table 1 of the DeRIS paper, percent."""
 
+NOTE = "95 %: bootstrap over pictures. Oracle: each referent's best query."
+
 PUBLISHED_NOTE = (
-    "95 %: bootstrap over pictures. Oracle: each referent's best query. Other data: published numbers on the real COCO pictures, DeRIS "
-    "paper, Table 1. DeRIS-7B: mIoU at 384 px (its appendix: 'For RIS, we use mIoU'); LISA-7B and GLaMM-7B: their "
-    "authors report cIoU (here: oIoU) at the original size."
+    "Other data: published numbers on the real COCO pictures, DeRIS paper, Table 1. \N{DAGGER}: its group of MLLM-based methods, "
+    "whose metric the table does not state: the paper's text calls DeRIS-7B's lead over SAM4MLLM-8B cIoU, its appendix says 'For RIS, "
+    "we use mIoU', and LISA, GSVA, GLaMM and SAM4MLLM report cIoU (here: oIoU) in their own papers."
 )
 
 _GRES_SPLITS = ("grefcoco/val", "grefcoco/testA", "grefcoco/testB")
@@ -60,8 +64,10 @@ PUBLISHED_GRES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
 GRES_NOTE = (
     "Always empty, never empty: what answers without looking get (no target for every phrase; the whole picture for "
     "every phrase). F1: share of phrases whose boxes are all right. Oracle: each referent's best query. 95 %: bootstrap over "
-    "pictures. Other data: published gIoU / cIoU / N-acc on the real COCO pictures, DeRIS paper, Table 2."
+    "pictures."
 )
+
+PUBLISHED_GRES_NOTE = "Other data: published gIoU / cIoU / N-acc on the real COCO pictures, DeRIS paper, Table 2."
 
 _INTERVAL = "95 %"  # a column of the table beside the first metric, not a metric
 
@@ -139,7 +145,7 @@ def update_report(
         report["about"] = dict(about)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")
-    aside.write_text(json.dumps(_rounded(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(_rounded(report), indent=1, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
     os.replace(aside, path)
     return report
 
@@ -213,72 +219,91 @@ def _columns(report: Mapping[str, Any], splits: Sequence[str], metrics: Sequence
     return [(protocols[0], metric) for metric in metrics] + [(name, m) for name in protocols[1:] for m in means]
 
 
-def _ris_table(report: Mapping[str, Any], splits: Sequence[str]) -> Table:
-    has = {name: any(report[name].get(split) for split in splits) for name in ("control", "step0")}
-    table = Table(
-        title="Referring image segmentation, percent",
-        caption=PUBLISHED_NOTE,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-    )
-    table.add_column("\n\nsplit", no_wrap=True)
-    table.add_column("\n\nphrases", justify="right", no_wrap=True)
+def published_on(
+    splits: Sequence[str], published: Mapping[str, Mapping[str, Numbers]]
+) -> Mapping[str, Mapping[str, Numbers]]:
+    """The published numbers, if one of the splits has some: beside others they would compare nothing."""
+    return {method: numbers for method, numbers in published.items() if any(split in numbers for split in splits)}
+
+
+def _ris_table(report: Mapping[str, Any], splits: Sequence[str]) -> StackedTable:
     columns = _columns(report, splits, _TABLE_METRICS)
-    _add_metric_columns(table, columns)
-    for name, heading in (("control", "control"), ("step0", "step 0")):
-        if has[name]:
-            table.add_column(f"\n{heading}\nmIoU", justify="right", style="yellow", no_wrap=True)
-    for method in PUBLISHED:
-        table.add_column(f"other\ndata\n{method}", justify="right", style="dim", no_wrap=True)
-    for split in splits:
-        found = report["splits"][split]
-        row = [split, f"{next(iter(found.values()))['n_phrases']:,}"]
-        row += [_cell(found.get(protocol), metric) for protocol, metric in columns]
-        row += [
-            _cell(report[name].get(split, {}).get(columns[0][0]), "mIoU") for name in ("control", "step0") if has[name]
-        ]
-        row += [f"{numbers[split]:.2f}" if split in numbers else "-" for numbers in PUBLISHED.values()]
-        table.add_row(*row)
-    return table
+    found = [report["splits"][split] for split in splits]
+    published = published_on(splits, PUBLISHED)
+    shown = [Column("\n\nphrases", [f"{next(iter(numbers.values()))['n_phrases']:,}" for numbers in found])]
+    shown += _metric_columns(columns, found)
+    shown += _section_columns(report, splits, columns[0][0], "mIoU")
+    shown += [
+        Column(f"other\ndata\n{method}\N{DAGGER}", [f"{n[s]:.2f}" if s in n else "-" for s in splits], "dim")
+        for method, n in published.items()
+    ]
+    caption = f"{NOTE} {PUBLISHED_NOTE}" if published else NOTE
+    title = "Referring image segmentation, percent"
+    return StackedTable(title, Column("\n\nsplit", splits), shown, caption=caption)
 
 
-def _gres_table(report: Mapping[str, Any], splits: Sequence[str]) -> Table:
-    has = {name: any(report[name].get(split) for split in splits) for name in ("control", "step0")}
-    table = Table(
-        title="Generalised referring segmentation, percent",
-        caption=GRES_NOTE,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-    )
-    table.add_column("\n\nsplit", no_wrap=True)
-    table.add_column("\nphrases\n(no target)", justify="right", no_wrap=True)
+def _gres_table(report: Mapping[str, Any], splits: Sequence[str]) -> StackedTable:
     columns = _columns(report, splits, _GRES_TABLE_METRICS)
-    _add_metric_columns(table, columns)
-    for name, heading in (("control", "control"), ("step0", "step 0")):
-        if has[name]:
-            table.add_column(f"\n{heading}\ngIoU", justify="right", style="yellow", no_wrap=True)
-    for method in PUBLISHED_GRES:
-        table.add_column(f"other\ndata\n{method}", justify="right", style="dim", no_wrap=True)
+    published = published_on(splits, PUBLISHED_GRES)
+    names: list[str] = []
+    styles: list[str] = []
+    rows: list[Mapping[str, Mapping[str, Any]]] = []  # by protocol
+    phrases: list[str] = []
     for split in splits:
         found = report["splits"][split]
         counts = next(iter(found.values()))
-        row = [split, f"{counts['n_phrases']:,} ({counts['n_no_target']:,})"]
-        row += [_cell(found.get(protocol), metric) for protocol, metric in columns]
-        row += [
-            _cell(report[name].get(split, {}).get(columns[0][0]), "gIoU") for name in ("control", "step0") if has[name]
-        ]
-        row += [
-            "/".join(f"{number:.1f}" for number in numbers[split]) if split in numbers else "-"
-            for numbers in PUBLISHED_GRES.values()
-        ]
-        table.add_row(*row)
+        names += [split, "  always empty", "  never empty"]
+        styles += ["", "dim", "dim"]
+        phrases += [f"{counts['n_phrases']:,} ({counts['n_no_target']:,})", "", ""]
+        rows.append(found)
         for baseline, n_acc in (("always empty", 100.0), ("never empty", 0.0)):
-            values = {name: _baseline(numbers, baseline, n_acc) for name, numbers in found.items()}
-            cells = [_cell(values.get(protocol), metric) for protocol, metric in columns]
-            table.add_row(f"  {baseline}", "", *cells, style="dim")
-    return table
+            rows.append({name: _baseline(numbers, baseline, n_acc) for name, numbers in found.items()})
+    shown = [Column("\nphrases\n(no target)", phrases), *_metric_columns(columns, rows)]
+    shown += _spread(_section_columns(report, splits, columns[0][0], "gIoU"))
+    shown += _spread(
+        [
+            Column(
+                f"other\ndata\n{method}",
+                ["/".join(f"{number:.1f}" for number in n[s]) if s in n else "-" for s in splits],
+                "dim",
+            )
+            for method, n in published.items()
+        ]
+    )
+    caption = f"{GRES_NOTE} {PUBLISHED_GRES_NOTE}" if published else GRES_NOTE
+    title = "Generalised referring segmentation, percent"
+    return StackedTable(title, Column("\n\nsplit", names), shown, styles, caption)
+
+
+def _metric_columns(
+    columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Mapping[str, Any]]]
+) -> list[Column]:
+    return [
+        Column(
+            f"\n{_SHORT.get(protocol, protocol)}\n{_SHORT.get(metric, metric)}",
+            [_cell(row.get(protocol), metric) for row in rows],
+            "" if number else "bold",
+        )
+        for number, (protocol, metric) in enumerate(columns)
+    ]
+
+
+def _section_columns(report: Mapping[str, Any], splits: Sequence[str], protocol: str, metric: str) -> list[Column]:
+    """The first metric of the control run and of step 0, where they were run."""
+    return [
+        Column(
+            f"\n{heading}\n{metric}",
+            [_cell(report[name].get(split, {}).get(protocol), metric) for split in splits],
+            "yellow",
+        )
+        for name, heading in (("control", "control"), ("step0", "step 0"))
+        if any(report[name].get(split) for split in splits)
+    ]
+
+
+def _spread(columns: Sequence[Column]) -> list[Column]:
+    """Columns of splits with empty cells for the two rows below each."""
+    return [Column(c.heading, [cell for own in c.cells for cell in (own, "", "")], c.style) for c in columns]
 
 
 def _baseline(numbers: Mapping[str, float | None], name: str, n_acc: float) -> dict[str, float | None]:
@@ -290,16 +315,6 @@ def _baseline(numbers: Mapping[str, float | None], name: str, n_acc: float) -> d
         "N-acc": None if numbers["N-acc"] is None else n_acc,
         "T-acc": None if numbers["T-acc"] is None else 100 - n_acc,
     }
-
-
-def _add_metric_columns(table: Table, columns: Sequence[tuple[str, str]]) -> None:
-    for number, (protocol, metric) in enumerate(columns):
-        table.add_column(
-            f"\n{_SHORT.get(protocol, protocol)}\n{_SHORT.get(metric, metric)}",
-            justify="right",
-            style="" if number else "bold",
-            no_wrap=True,
-        )
 
 
 def _cell(values: Mapping[str, Any] | None, metric: str) -> str:

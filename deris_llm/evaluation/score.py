@@ -9,6 +9,7 @@ A phrase without a prediction is a miss: with a target, no answer; without one, 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import logging
 import multiprocessing
 import os
@@ -39,7 +40,14 @@ from deris_llm.evaluation.predictions import (
 )
 from deris_llm.evaluation.protocols import Protocol, protocols_of_file
 from deris_llm.evaluation.report import read_report
-from deris_llm.evaluation.submissions import Submission, SubmissionError, Submitted, read_submission, rle_of
+from deris_llm.evaluation.submissions import (
+    PREDICTIONS_FILE,
+    Submission,
+    SubmissionError,
+    Submitted,
+    read_submission,
+    rle_of,
+)
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
 logger = logging.getLogger(__name__)
@@ -172,13 +180,13 @@ def run_score(
         submission = read_submission(path, records)
         scored = score_submission(submission, records, asked, is_generalised=generalised, workers=workers)
         about = {
-            "name": Path(path).stem,
+            "name": _name_of(Path(path)),
             "predictions": str(path),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "data_root": str(data_root),
             "phrase_field": phrase_field,
         }
-        written = EvaluationFolder(folder, scored.protocols, title=Path(path).stem, about=about)
+        written = EvaluationFolder(folder, scored.protocols, title=_name_of(Path(path)), about=about)
         written.add(
             split,
             scored.result,
@@ -198,6 +206,30 @@ def run_score(
     comparison["notes"] = [scored.notes for scored in found]
     write_comparison(comparison, Path(out))
     return report, comparison
+
+
+def default_folder(predictions: Path, split: str, against: Path | None = None) -> Path:
+    """Where scores go if nobody says: a folder that other predictions do not have."""
+    names = [f"{_name_of(path)}-{_digest(path)}" for path in (predictions, against) if path is not None]
+    return Path("runs", "score", f"{'-against-'.join(names)}-{file_name(split)}")
+
+
+def _name_of(path: Path) -> str:
+    """What predictions are called: by their file, or by the folder where every file has the same name."""
+    if path.parent.name == "predictions":  # of `eval`: NAME/predictions/SPLIT.jsonl
+        return path.parent.parent.name or path.stem
+    return (path.parent.name if path.name == PREDICTIONS_FILE else path.stem) or path.stem
+
+
+def _digest(path: Path) -> str:
+    """Eight hex digits: of a file's content, or of what a folder lists."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:8]
+    listed = sorted(
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file()
+    )
+    return hashlib.sha256(repr((str(path.resolve()), listed)).encode(errors="surrogatepass")).hexdigest()[:8]
 
 
 def missing_file(split: str) -> str:

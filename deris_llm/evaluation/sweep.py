@@ -83,6 +83,7 @@ def sweep(
     split: str,
     *,
     thresholds: Sequence[float] = THRESHOLDS,
+    present: float | None = None,
     device: torch.device | str | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -96,7 +97,8 @@ def sweep(
         config: the run; its selection and use of presence stay as they are, its first protocol decides.
         processor: the cognition backend's.
         split: a val split.
-        thresholds: ascending, in (0, 1).
+        thresholds: in (0, 1); the present one joins them.
+        present: the threshold in use, which stays where another is not better; None = that of ``config``.
         device: where the model is; None = where its parameters are.
         rank: this process.
         world_size: number of ranks.
@@ -110,6 +112,8 @@ def sweep(
         ValueError: as `check_sweep`.
     """
     protocol = check_sweep(config, split)
+    present = config.evaluation.score_threshold if present is None else present
+    thresholds = sorted({*thresholds, present})
     records = some_images(read_split(config.data.root, split, phrase_field=config.data.phrase_field), max_images)
     check_records(records, config.data.root)
     generalised = is_generalised(config.data.root, records[0].dataset)
@@ -130,7 +134,7 @@ def sweep(
         for t, threshold in enumerate(thresholds)
     )
     metric = _CURVE[generalised][0]
-    chosen = choose(curve, metric)
+    chosen = choose(curve, metric, present)
     return Calibration(
         threshold=chosen,
         selection=protocol.selection,

@@ -19,6 +19,9 @@ INTERRUPTED = 130
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Environment variable of torchrun: JSON of a `message` and a `timestamp` (seconds)."""
 
+QUIET = "DERIS_LLM_LAUNCHER_SAYS_WHY"
+"""Environment variable of a rank whose launcher prints its last words, so that the rank does not print them too."""
+
 
 def leave_last_words(message: str) -> bool:
     """Keeps why this rank stops for its launcher, where there is one; of ranks with the same file the first one counts.

@@ -81,3 +81,11 @@ def test_of_equal_values_the_middle_one_is_chosen() -> None:
     curve = [{"threshold": t, "mIoU": v} for t, v in ((0.1, 50.0), (0.2, 60.0), (0.3, 60.0), (0.4, 60.0), (0.5, 10.0))]
     assert choose(curve, "mIoU") == 0.3
     assert choose(curve[:3], "mIoU") == 0.2
+    assert choose(curve, "mIoU", 0.9) == 0.3  # the present one is not among the best
+
+
+def test_the_present_threshold_stays_where_no_other_is_better() -> None:
+    curve = [{"threshold": t, "mIoU": 50.0 if t > 0.3 else 40.0} for t in (0.1, 0.35, 0.5, 0.72, 0.9)]
+    for present in (0.35, 0.5, 0.72, 0.9):
+        assert choose(curve, "mIoU", present) == present
+    assert choose(curve, "mIoU", 0.1) == 0.5

@@ -1,19 +1,25 @@
 """`deris-llm eval` from the command line: sweep, then numbers with the swept threshold and everything that stands with them."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from deris_llm import cli
 from deris_llm.cli import main
 from deris_llm.config import RunConfig, load_config
 from deris_llm.data.synthetic.world import write_world
+from deris_llm.evaluation import launch
 from deris_llm.evaluation.calibration import Calibration
+from deris_llm.evaluation.launch import run_on_ranks
+from deris_llm.evaluation.page_data import open_evaluation
 from deris_llm.evaluation.protocols import protocols_of
 from deris_llm.model import build_model
 from deris_llm.testing import tiny_config, tiny_weights
-from deris_llm.training.checkpoints import save_full_checkpoint
+from deris_llm.training.checkpoints import checkpoint_fingerprint, save_full_checkpoint
+from deris_llm.training.last_words import QUIET
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +85,80 @@ def test_sweep_then_eval(checkpoint: Path, tmp_path: Path, capsys: pytest.Captur
     assert "refcoco/testA)" in said  # two fingerprints of `original` in one report: each with its splits
 
 
+def test_each_checkpoint_and_threshold_has_a_folder_of_its_own(
+    checkpoint: Path,
+    config: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run [/red]"
+    run.mkdir(parents=True)
+    checkpoint.rename(run / "best")
+    torch.manual_seed(1)
+    save_full_checkpoint(tmp_path / "other", build_model(config).eval(), config)
+    prints = [checkpoint_fingerprint(folder) for folder in (run / "best", tmp_path / "other")]
+    some = ["--splits", "refcoco/testA", "--max-images", "1"]
+    assert main(["eval", "--checkpoint", str(run), *some]) == 0  # a run's folder is taken too
+    assert main(["eval", "--checkpoint", str(run), *some, "--set", "evaluation.score_threshold=0.31"]) == 0
+    assert main(["eval", "--checkpoint", "other", *some]) == 0
+    threshold = config.evaluation.score_threshold
+    answered = ((prints[0], threshold), (prints[0], 0.31), (prints[1], threshold))
+    expected = [f"{config.name}-{which}-threshold-{t:g}" for which, t in answered]
+    assert sorted(path.name for path in (tmp_path / "runs" / "eval").iterdir()) == sorted(expected)
+    report = json.loads((tmp_path / "runs" / "eval" / expected[0] / "report.json").read_text())
+    assert report["about"]["fingerprint"] == prints[0]
+    assert report["about"]["checkpoint"] == str(run / "best")
+    capsys.readouterr()
+
+    before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("report.*")}
+    assert main(["eval", "--checkpoint", "other", *some, "--output", f"runs/eval/{expected[0]}"]) == 2
+    assert f"expected a new folder or results of checkpoint {prints[1]}, got results of checkpoint {prints[0]}" in (
+        capsys.readouterr().err
+    )
+    command = ["report", f"runs/eval/{expected[0]}", "--against", f"runs/eval/{expected[2]}"]
+    assert main(command) == 0
+    opened = open_evaluation(f"runs/eval/{expected[0]}", run)
+    assert opened.checkpoint == run / "best"
+    page = tmp_path / "runs" / "eval" / expected[0] / f"report-against-{config.name}-{prints[1]}.html"
+    assert f"written to {page.relative_to(tmp_path)}" in capsys.readouterr().out
+    assert page.is_file()
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_sweep_without_a_better_threshold_keeps_the_present_one(checkpoint: Path) -> None:
+    """Untrained scores are low: many thresholds answer alike."""
+    for present in (0.72, 0.9):
+        changed = ["--set", f"evaluation.score_threshold={present}", "--max-images", "1"]
+        assert main(["eval", "--checkpoint", str(checkpoint), "--sweep", "refcoco/val", *changed]) == 0
+        found = Calibration.read(checkpoint)
+        assert found is not None
+        at = {point["threshold"]: point["mIoU"] or 0.0 for point in found.curve}
+        assert len(at) == (19 if present == 0.9 else 20)  # the present one joins those that are swept
+        assert len({at[t] for t in at if t >= 0.5}) == 1  # the scores of untrained queries are lower
+        best = max(at.values())
+        assert found.threshold == present if at[present] == best else at[found.threshold] == best
+
+
+def test_ranks_say_once_why_they_stop(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_on_ranks(["config", "show", "--config", "no-such-config"], 2) == 2
+    said = capfd.readouterr().err
+    assert said.count("no-such-config") == 1
+    assert said.startswith("error: ")
+    assert "Traceback" not in said
+    assert QUIET not in os.environ
+    assert run_on_ranks(["config", "list"], 2) == 0
+
+
+def test_a_folder_without_a_checkpoint_is_refused_before_ranks_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "run_on_ranks", lambda *_: pytest.fail("started"))
+    assert main(["eval", "--checkpoint", str(tmp_path)]) == 2
+    assert "expected a checkpoint folder with config.yaml" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -91,7 +171,7 @@ def test_wrong_options_are_refused_before_the_model_is_read(
     checkpoint: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANK")
-    (checkpoint / "checksums.json").unlink()  # as of earlier versions; with it the damage would be found first
-    (checkpoint / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(cli, "_evaluate_on_this_rank", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(launch, "run_on_ranks", lambda *_: pytest.fail("started"))
     assert main(["eval", "--checkpoint", str(checkpoint), *options]) == 2
     assert says in capsys.readouterr().err

@@ -357,7 +357,7 @@ def test_command_line(folder: Path, data: Path, tmp_path: Path, capsys: pytest.C
     assert f"written to {out} (" in capsys.readouterr().out
     assert "points apart" in out.read_text(encoding="utf-8")
     assert main(["report", str(tmp_path / "absent")]) == 2
-    assert "report: expected a folder, got none at" in capsys.readouterr().err
+    assert "expected the folder of an evaluation" in capsys.readouterr().err
     report = json.loads((folder / "report.json").read_text())
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "report.json").write_text(json.dumps(report))

@@ -20,7 +20,7 @@ def _numbers(miou: float) -> dict[str, dict[str, float]]:
 
 def _printed(report: dict) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=200, color_system=None).print(report_table(report))
+    Console(file=stream, width=200, color_system=None, markup=False).print(report_table(report))
     return stream.getvalue()
 
 
@@ -147,3 +147,38 @@ def test_a_number_of_nothing_is_null_with_its_reason(tmp_path: Path) -> None:
 def test_published_gres_numbers_are_complete() -> None:
     assert {len(numbers) for numbers in PUBLISHED_GRES.values()} == {3}
     assert PUBLISHED_GRES["DeRIS-L"]["grefcoco/val"] == (77.67, 72.00, 82.22)
+
+
+@pytest.mark.parametrize("width", [44, 80, 120])
+def test_a_narrow_terminal_loses_no_number(tmp_path: Path, width: int) -> None:
+    numbers = {"refcoco/val": _numbers(71.25), "grefcoco/val": _gres_numbers(66.5)}
+    report = update_report(tmp_path / "report.json", section="splits", numbers=numbers)
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(report_table(report))
+    text = stream.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    for value in ("71.25", "72.25", "55.00", "57.00", "59.00", "60.00", "84.05", "74.90", "79.50", "1,234"):
+        assert value in text
+    for value in ("66.50", "67.50", "61.25", "72.50", "93.75", "55.50", "41.50", "88.50", "77.7/72.0/82.2", "100.00"):
+        assert value in text
+    assert "…" not in text
+
+
+def test_published_numbers_stand_beside_published_splits_alone(tmp_path: Path) -> None:
+    own = {"mine [/red]/val": _numbers(71.5), "mine/gen": _gres_numbers(66.5)}
+    text = _printed(update_report(tmp_path / "own.json", section="splits", numbers=own))
+    assert not any(word in text for word in ("DeRIS", "LISA", "GLaMM", "GSVA", "other", "Table 1", "Table 2"))
+    text = _printed(update_report(tmp_path / "ours.json", section="splits", numbers={"refcoco/val": _numbers(71.5)}))
+    assert all(f"{method}†" in text for method in PUBLISHED)
+    said = " ".join(text.split())
+    assert "whose metric the table does not state" in said
+    assert "LISA, GSVA, GLaMM and SAM4MLLM report cIoU" in said
+
+
+def test_a_table_for_a_terminal_without_a_dagger(tmp_path: Path) -> None:
+    report = update_report(tmp_path / "report.json", section="splits", numbers={"refcoco/val": _numbers(71.5)})
+    stream = io.BytesIO()
+    latin = io.TextIOWrapper(stream, encoding="latin-1")
+    Console(file=latin, width=80, color_system=None).print(report_table(report))
+    latin.flush()
+    assert "DeRIS-7B+" in stream.getvalue().decode("latin-1")

@@ -355,7 +355,7 @@ def test_the_command_refuses_bad_input(
         assert main([*command, split, *more]) == 2
         assert says in capsys.readouterr().err
     assert main(["score", str(tmp_path / "absent.jsonl"), *command[2:], "refcoco/val"]) == 2
-    assert "absent.jsonl: expected a file or folder of predictions" in capsys.readouterr().err
+    assert "absent.jsonl: expected a JSONL file or a folder" in capsys.readouterr().err
     assert not Path(out).exists()
 
 
