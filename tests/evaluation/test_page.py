@@ -364,6 +364,8 @@ def test_command_line(folder: Path, data: Path, tmp_path: Path, capsys: pytest.C
     for name in ("config.yaml", "model.safetensors"):  # what makes a folder a checkpoint; nothing reads them here
         (tmp_path / name).touch()
     assert main(["report", str(tmp_path / "bare"), "--checkpoint", str(tmp_path)]) == 2
+    assert "expected the predictions of" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "bare"), "--checkpoint", str(tmp_path / "bare")]) == 2
     assert "expected a checkpoint folder" in capsys.readouterr().err
     with pytest.raises(ValueError, match="expected the predictions of"):
         look_inside(open_evaluation(tmp_path / "bare"), tmp_path)
