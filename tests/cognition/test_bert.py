@@ -172,9 +172,9 @@ def test_weights_of_another_architecture_are_told(overrides: list[str]):
         build(config)
 
 
-@pytest.mark.parametrize("tokens", [0, 63])
-def test_more_tokens_than_positions_are_told(bert: list[str], tokens: int):
-    with pytest.raises(ValueError, match=f"expected 1 to 62, .* got {tokens}"):
+@pytest.mark.parametrize(("tokens", "told"), [(0, "expected more than 0, got 0"), (63, "expected 1 to 62, .* got 63")])
+def test_a_number_of_tokens_that_positions_do_not_hold_is_told(bert: list[str], tokens: int, told: str):
+    with pytest.raises(ValueError, match=told):
         build(tiny_config(*bert, f"cognition.max_phrase_tokens={tokens}"))
 
 
