@@ -310,13 +310,13 @@ class TrainingConfig:
     betas: tuple[float, ...] = option((0.9, 0.999), "decay rates of the optimizer's two running means", "[0, 1)")
     eps: float = option(1e-8, "added to the optimizer's denominator", "(0, inf)")
     amsgrad: bool = option(False, "divide by the largest second moment so far, not by the current one")
-    learning_rate: float = option(4e-5, "rate of everything without a rate of its own", "(0, inf)")
-    lora_learning_rate: float = option(4e-5, "rate of the LoRA weights", "[0, inf)")
+    learning_rate: float = option(4e-5, "rate of everything without a rate of its own", "(0, 1e18]")
+    lora_learning_rate: float = option(4e-5, "rate of the LoRA weights", "[0, 1e18]")
     cognition_learning_rate: float = option(
-        4e-5, "rate of the image-text model's own weights under cognition.tuning=full", "[0, inf)"
+        4e-5, "rate of the image-text model's own weights under cognition.tuning=full", "[0, 1e18]"
     )
     pixel_decoder_learning_rate: float = option(
-        4e-5, "rate of the pixel decoder and the carried-over decoder layers", "[0, inf)"
+        4e-5, "rate of the pixel decoder and the carried-over decoder layers", "[0, 1e18]"
     )
     weight_decay: float = option(0.01, "none on biases, norms and embeddings", "[0, 1]")
     warmup_ratio: float = option(0.03, "share of the steps in which the rate rises linearly from 0", "[0, 1)")
@@ -331,7 +331,9 @@ class TrainingConfig:
     precision: Literal["bf16", "fp32"] = option("bf16", "bf16 needs a GPU with it; fp32 is what CPU runs use")
     eval_every: int = option(1000, "steps between evaluations on `eval_split`; 0 = only at the end", "[0, inf)")
     eval_split: str = option(
-        "", "split whose mIoU (gRefCOCO: cIoU) selects the best checkpoint; empty = the first of `data.eval`"
+        "",
+        "split whose mIoU (gRefCOCO: cIoU) selects the best checkpoint; empty = the first of `data.eval`, else val of the first of "
+        "`data.train`",
     )
     eval_max_images: int = option(0, "evenly spaced images of `eval_split` used at intervals; 0 = all", "[0, inf)")
     save_every: int = option(1000, "steps between checkpoints", "(0, inf)")
@@ -388,8 +390,9 @@ class RunConfig:
     evaluation: EvaluationConfig = section(EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if not self.training.eval_split and self.data.eval:  # kept resolved: a saved config says which split it was
-            training = dataclasses.replace(self.training, eval_split=self.data.eval[0])
+        found = (*self.data.eval, *(f"{name}/val" for name in self.data.train))
+        if not self.training.eval_split and found:  # kept resolved: a saved config says which split it was
+            training = dataclasses.replace(self.training, eval_split=found[0])
             object.__setattr__(self, "training", training)
 
 

@@ -309,3 +309,17 @@ def test_the_paper_values_of_gres():
     assert config.training == dataclasses.replace(
         load_config("deris-7b-refcoco").training, epochs=6, eval_split="grefcoco/val"
     )
+
+
+def test_the_split_that_selects_follows_the_data():
+    own = ("data.train=[mine]", "data.eval=[mine/dev, mine/test]")
+    for changes, split in (
+        ((), "refcoco/val"),
+        (own, "mine/dev"),
+        (("data.train=[mine]", "data.eval=[]"), "mine/val"),
+        ((*own, "training.eval_split=mine/test"), "mine/test"),
+    ):
+        config = load_config("tiny-refcoco", changes)
+        assert config.training.eval_split == split
+        assert config_from_dict(config_to_dict(config)) == config  # a saved config says which split it was
+    assert load_config("tiny-grefcoco").training.eval_split == "grefcoco/val"
