@@ -54,7 +54,16 @@ def test_score_hands_its_arguments_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    arguments = ["absent.jsonl", "--data", str(tmp_path / "data"), "--split", "refcoco/val", "--output", str(out)]
+    (tmp_path / "given.jsonl").touch()
+    arguments = [
+        str(tmp_path / "given.jsonl"),
+        "--data",
+        str(tmp_path / "data"),
+        "--split",
+        "refcoco/val",
+        "--output",
+        str(out),
+    ]
     monkeypatch.setattr(sys, "argv", ["score.py", *arguments])
     assert _script("score").main() == 2
     assert str(tmp_path / "data") in capsys.readouterr().err
