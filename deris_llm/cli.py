@@ -397,7 +397,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
             if rank == 0:
                 written = chosen.write(of_checkpoint)
                 shown.print(sweep_table(chosen))
-                shown.print(f"written to {written}")
+                shown.print(f"written to {written}", soft_wrap=True)
             return 0
         output = arguments.output or named
         with explains_out_of_memory(config):
@@ -423,7 +423,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     if rank == 0:
         if arguments.checkpoint is not None:
             shown.print(report_table(report))
-        shown.print(f"written to {output}")
+        shown.print(f"written to {output}", soft_wrap=True)
     return 0
 
 
@@ -486,7 +486,7 @@ def run_score(arguments: argparse.Namespace) -> int:
     shown.print(report_table(report))
     if comparison is not None:
         shown.print(comparison_table(comparison))
-    shown.print(f"written to {output}")
+    shown.print(f"written to {output}", soft_wrap=True)
     return 0
 
 

@@ -455,15 +455,19 @@ def show_predictions(result: Predictions, console: Console) -> None:
     if shown:
         console.print(table)
     if len(result.lines) > _ROWS_SHOWN:
-        console.print(f"... and {len(result.lines) - _ROWS_SHOWN:,} more in {result.out / PREDICTIONS_FILE}")
+        console.print(
+            f"... and {len(result.lines) - _ROWS_SHOWN:,} more in {result.out / PREDICTIONS_FILE}", soft_wrap=True
+        )
     console.print(_counts(result))
     left_out = [*result.bad, *result.others]
     for problem in left_out[:_BAD_SHOWN]:
-        console.print(f"  left out: {problem}")
+        console.print(f"  left out: {problem}", soft_wrap=True)
     if len(left_out) > _BAD_SHOWN:
-        console.print(f"  ... and {len(left_out) - _BAD_SHOWN:,} more, all in {result.out / LEFT_OUT_FILE}")
+        console.print(
+            f"  ... and {len(left_out) - _BAD_SHOWN:,} more, all in {result.out / LEFT_OUT_FILE}", soft_wrap=True
+        )
     console.print(result.threshold_source)
-    console.print(f"written to {result.out}")
+    console.print(f"written to {result.out}", soft_wrap=True)
 
 
 def _counts(result: Predictions) -> str:
