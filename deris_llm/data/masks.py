@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 from pycocotools import mask as _pycocotools_mask
 
 from deris_llm.data.errors import describe
@@ -19,6 +19,7 @@ _SLACK = 0.5  # of a side: a drawing tool, an augmentation or an amodal outline 
 _SLACK_PX = 32  # at least
 
 _LOSSY = ("JPEG", "MPO", "JPEG2000")  # formats that may store other values than were written
+_FLAT_GREY = (24, 231)  # compression takes flat black and white no farther than this
 _MASK_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 
 coco_mask: Any = _pycocotools_mask  # its type stubs know neither lists of polygons nor plain dictionaries
@@ -136,23 +137,40 @@ def picture_mask(file: Image.Image) -> tuple[np.ndarray, bool]:
     Raises:
         ValueError: more than one channel, or more values than those of inside and outside.
     """
-    if file.mode not in _MASK_MODES:
+    is_lossy = file.format in _LOSSY
+    if file.mode not in (("L",) if is_lossy else _MASK_MODES):
         raise ValueError(f"expected one channel, above 0 = inside, got mode {file.mode}")
     values = np.asarray(file)
-    if file.format not in _LOSSY:
+    if not is_lossy:
+        if file.mode == "P":
+            _check_palette(file, values)
         return two_valued_mask(values), False
-    grey = (values >= 64) & (values < 192)
-    flat = grey[1:-1, 1:-1].copy()  # grey with all neighbours: no edge between black and white, whatever the compression
-    for y in range(3):
-        for x in range(3):
-            flat &= grey[y : y + flat.shape[0], x : x + flat.shape[1]]
+    # A label's area is flat, an edge between black and white never, whatever the compression does to it.
+    lowest, highest = (np.asarray(file.filter(kind(3))) for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
+    flat = (lowest >= _FLAT_GREY[0]) & (highest <= _FLAT_GREY[1]) & (highest - lowest <= 10)
     if flat.any():
-        y, x = np.argwhere(flat)[0] + 1
+        y, x = np.argwhere(flat)[0]
         raise ValueError(
             f"expected black and white in a lossy {file.format} file, got grey areas (value {values[y, x]} around x {x}, y {y}) "
             "as of a label map: give each object a mask of its own, as PNG"
         )
     return values >= 128, True
+
+
+def _check_palette(file: Image.Image, values: np.ndarray) -> None:
+    """Numbers of a palette mean what their colours show: programs that reduce colours may make the background 1.
+
+    Raises:
+        ValueError: by number another pixel is inside than by colour.
+    """
+    is_seen = np.asarray(file.convert("RGB")).any(axis=-1)
+    if (wrong := (values != 0) != is_seen).any():
+        y, x = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"expected a palette whose first colour alone is black, got number {values[y, x]} shown "
+            f"{'in colour' if is_seen[y, x] else 'black'} at x {x}, y {y}: which is inside is not clear; save the mask without a "
+            "palette"
+        )
 
 
 def two_valued_mask(values: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import os
 import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -230,7 +231,7 @@ def _opened(path: Path) -> Image.Image:
         if path.is_dir():
             raise NoPictureError("expected a picture, got a folder")
         if not path.is_file():
-            raise NoPictureError("expected a picture, got no file")
+            raise NoPictureError(f"expected a picture, got no file{_other_unicode_form(path)}")
         if os.path.getsize(path) == 0:
             raise NoPictureError("expected a picture, got a file of 0 bytes")
     except OSError as error:  # a name longer than a file system takes, a folder that may not be read
@@ -248,6 +249,14 @@ def _opened(path: Path) -> Image.Image:
         file.close()
         raise PictureError(f"expected a picture of at most {MAX_PIXELS:,} pixels, got {size}")
     return file
+
+
+def _other_unicode_form(path: Path) -> str:
+    """A hint at a file whose name looks the same: macOS writes letters and their accents apart, others as one."""
+    for form in ("NFC", "NFD"):
+        if path.with_name(unicodedata.normalize(form, path.name)).is_file():
+            return f" of these letters, but one named in Unicode's form {form}: rename the file, or correct its name in the annotations"
+    return ""
 
 
 def _is_heif(path: Path) -> bool:

@@ -54,7 +54,7 @@ from deris_llm.data.readers.base import (
     SourceReader,
     is_int64,
 )
-from deris_llm.data.readers.objects import split_named
+from deris_llm.data.readers.objects import class_key, split_named
 from deris_llm.data.readers.registry import open_source
 from deris_llm.data.validation import Fault, LocatedEntry, ShardResult, is_text, look_at, write_shard
 from deris_llm.structures import Exif
@@ -250,6 +250,7 @@ class _Preparation:
         self.notes = list(reader.notes)
         self.exif: Exif = options.exif or ("stored" if options.format in _ANNOTATED_AS_STORED else "displayed")
         self.val_images: frozenset[str] | None = None  # names of pictures; None: the source's own splits
+        self.classes: Counter[int] = Counter()  # hash of split, picture and class -> entries that ask for all of the class
         self.objects: dict[tuple[str, int], tuple[str, SourceInstance, str]] = {}  # (split, id) -> image, first, where
 
     def run(self) -> dict[str, Any]:
@@ -319,6 +320,7 @@ class _Preparation:
             splits[str(entry.split)] = None
             self.num_total += entry.num_phrases if isinstance(entry, SourceFault) else max(1, len(entry.phrases))
             if isinstance(entry, SourceEntry) and is_text(entry.image):
+                self.classes.update([self._class_asked(entry)] if entry.asks_class else [])
                 size_hw, said = _declared_size(entry), sizes.setdefault(entry.image, [])
                 said += [size_hw] if size_hw is not None and size_hw not in said else []
                 masks |= {entry.image: each.mask.name for each in entry.instances if isinstance(each.mask, MaskFile)}
@@ -509,6 +511,10 @@ class _Preparation:
             except ValueError as error:
                 self._fault(Fault(order, entry.where, entry.split, "mask", str(error), whole, named))
                 return None
+        if entry.asks_class and self.classes[self._class_asked(entry)] > 1:
+            message = f"expected one record of picture {entry.image} with all of its objects {entry.phrases[0].text!r}, got several"
+            self._fault(Fault(order, entry.where, entry.split, "target", f"{message}: join them", whole, named))
+            return None
         if (message := self._other_object(entry)) is not None:
             self._fault(Fault(order, entry.where, entry.split, "duplicate id", message, whole))
             return None
@@ -524,6 +530,10 @@ class _Preparation:
         if len(kept) < len(entry.phrases):
             entry = replace(entry, phrases=tuple(kept))
         return LocatedEntry(order, entry, *found) if kept else None
+
+    def _class_asked(self, entry: SourceEntry) -> int:
+        split = "" if self.options.val_share is not None else str(entry.split)
+        return hash((split, os.path.normpath(entry.image), class_key(entry.phrases[0].text)))
 
     def _other_object(self, entry: SourceEntry) -> str | None:
         """Whether an annotation id of the entry was given to another object of the split before, and to which."""

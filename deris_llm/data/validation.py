@@ -250,6 +250,8 @@ def _counts(mask: Any, size_hw: tuple[int, int], shard: _Shard) -> bytes:
     Raises:
         ValueError: it is none of this picture.
     """
+    if isinstance(mask, ValueError):
+        raise mask
     if isinstance(mask, (MaskFile, bytes)):
         return encode_mask(_read_mask(mask, size_hw, shard))["counts"].encode()
     if (array := _array(mask, size_hw)) is not None:

@@ -33,6 +33,7 @@ from deris_llm.data.errors import DataError, listed_by_cause
 from deris_llm.data.masks import coco_mask, picture_mask, segmentation_rle
 from deris_llm.evaluation.metrics import Overlap
 from deris_llm.evaluation.predictions import Box
+from deris_llm.strict_files import unique_keys
 from deris_llm.structures import ReferringRecord
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -309,7 +310,7 @@ def _plain(phrase: str) -> str:
 
 def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        tree = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        tree = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
     except UnicodeDecodeError:
         raise ValueError("expected UTF-8, got other bytes") from None
     except json.JSONDecodeError as error:

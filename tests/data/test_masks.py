@@ -133,6 +133,41 @@ def test_a_jpeg_mask_is_thresholded_at_half() -> None:
         picture_mask(_stored(labels, format="JPEG", quality=75))
 
 
+@pytest.mark.parametrize("grey", [30, 60, 120, 200, 220])
+def test_labels_beside_white_are_seen_in_a_jpeg(grey: int) -> None:
+    labels = np.zeros((60, 80), np.uint8)
+    labels[3:23, 5:25], labels[30:50, 40:70] = grey, 255
+    with pytest.raises(ValueError, match=r"got grey areas \(value \d+ around x \d+, y \d+\) as of a label map"):
+        picture_mask(_stored(labels, format="JPEG", quality=75))
+
+
+def test_thin_lines_survive_jpeg() -> None:
+    mask = np.zeros((60, 80), np.uint8)
+    mask[10:12, 5:70] = mask[15:50, 33] = 255
+    for quality in (20, 50, 75, 95):
+        found, _ = picture_mask(_stored(mask, format="JPEG", quality=quality))
+        assert (found != (mask > 0)).mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("palette", "is_clear"),
+    [([0, 0, 0, 128, 0, 0], True), ([255, 255, 255, 0, 0, 0], False), ([0, 0, 0, 0, 0, 0], False), ([9, 9, 9, 255, 255, 255], False)],
+)
+def test_numbers_of_a_palette_mean_what_their_colours_show(palette: list[int], is_clear: bool) -> None:
+    numbers = np.zeros((8, 9), np.uint8)
+    numbers[2:5, 3:6] = 1
+    picture = Image.fromarray(numbers).convert("P")
+    picture.putpalette(palette)
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    file = Image.open(stream)
+    if is_clear:
+        np.testing.assert_array_equal(picture_mask(file)[0], numbers == 1)
+    else:
+        with pytest.raises(ValueError, match="expected a palette whose first colour alone is black, got number [01] shown"):
+            picture_mask(file)
+
+
 @pytest.mark.parametrize("values", [(0, 1), (0, 255), (0, 65535), (255, 255), (1, 2), (0, 1, 2), (0, 128, 255)])
 def test_a_mask_has_two_values(values: tuple[int, ...]) -> None:
     array = np.resize(np.array(values, np.uint16 if max(values) > 255 else np.uint8), (8, 9))

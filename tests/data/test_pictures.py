@@ -389,3 +389,12 @@ def test_a_folder_gives_what_begins_as_a_picture(colours: np.ndarray, tmp_path: 
     assert "got a folder" in reasons["folder"]
     assert "got a file of 0 bytes" in reasons["empty.jpg"]
     assert "got a file named .txt" in reasons["notes.txt"]
+
+
+@pytest.mark.parametrize(("there", "asked", "form"), [("u\u0308.png", "\u00fc.png", "NFD"), ("\u00fc.png", "u\u0308.png", "NFC")])
+def test_a_name_in_another_unicode_form_is_named(tmp_path: Path, there: str, asked: str, form: str) -> None:
+    Image.new("RGB", (4, 3)).save(tmp_path / there)
+    if (tmp_path / asked).is_file():
+        pytest.skip("this file system takes both names for one")
+    with pytest.raises(PictureError, match=f"got no file of these letters, but one named in Unicode's form {form}: rename"):
+        picture_facts(tmp_path / asked)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from deris_llm.data.errors import DataError
+from deris_llm.strict_files import unique_keys
 
 FaultReason = Literal["structure", "reference", "image", "size", "mask", "target", "phrase", "duplicate id"]
 """Why a record cannot be used; the manifest counts skipped records by it."""
@@ -39,7 +40,7 @@ class MaskFile:
 class SourceInstance:
     """One referent as the source has it."""
 
-    mask: Any  # COCO polygons or RLE, a `MaskFile`, or the bytes of such a file
+    mask: Any  # COCO polygons or RLE, a `MaskFile`, the bytes of such a file, or the ValueError why there is none
     id: Any = None  # annotation id; None: the mask's content is its identity
     is_crowd: bool = False  # beside other referents: kept apart, for protocols that take crowds
 
@@ -60,6 +61,7 @@ class SourceEntry:
     category: str | None = None
     num_same_class: int | None = None
     ref_id: int | None = None
+    asks_class: bool = False  # means all objects of a class in the picture, so that no other entry may have more of them
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def read_json_file(path: Path) -> Any:
     content = path.read_bytes()
     check_is_unpacked(path, content[:4])
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: expected JSON in UTF-8, got {type(error).__name__}: {error}. Download the file again, or repair it "

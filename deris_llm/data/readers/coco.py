@@ -10,7 +10,7 @@
 panoptic segments are not read. Pictures: each is looked for in `images/`, in the JSON's folder and in those that COCO has
 (`train2017/` beside `annotations/`), or in the same way below --images; LVIS names them in `coco_url`. An annotation with a
 text of its own (`caption`, or the field that `--mapping caption=FIELD` names) is asked by that text, alone. Categories of
-the same name are one. Crowds (`iscrowd`: 1) are left out, counted and named; annotation tools write that for every RLE mask:
+the same name, case and blanks apart, are one. Crowds (`iscrowd`: 1) are left out, counted and named; annotation tools write that for every RLE mask:
 `--crowds taken` takes them as objects.
 """
 
@@ -33,7 +33,7 @@ from deris_llm.data.readers.base import (
     other_format,
     read_json_file,
 )
-from deris_llm.data.readers.objects import LabelledObject, entries_of_picture, find_pictures, split_named
+from deris_llm.data.readers.objects import LabelledObject, class_key, entries_of_picture, find_pictures, split_named
 
 _NOT_INSTANCES = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
 """Beginnings of the names of COCO's other files."""
@@ -97,7 +97,7 @@ class CocoReader:
             yield SourceFault(f"{split} {fault.where}", split, "structure", fault.message)
             if fault.table == "annotations":
                 for each in fault.records:
-                    class_name = names.get(whole_number(each.get("category_id")))
+                    class_name = class_key(names.get(whole_number(each.get("category_id"))))
                     incomplete[whole_number(each.get("image_id")), class_name] = fault.message
         by_image: dict[int, list[dict[str, Any]]] = {}
         for annotation in tables.annotations.values():
@@ -115,7 +115,7 @@ class CocoReader:
             elif "segmentation" not in annotation:
                 message = f"expected a segmentation, got none ({describe(annotation)}); a box is no mask"
                 yield SourceFault(where, split, "mask", message)
-                incomplete[annotation["image_id"], names.get(_category(annotation))] = message
+                incomplete[annotation["image_id"], class_key(names.get(_category(annotation)))] = message
             else:
                 by_image.setdefault(annotation["image_id"], []).append(annotation)
         for image in tables.images.values():
@@ -125,10 +125,10 @@ class CocoReader:
                 yield SourceFault(f"{split} image {image['id']}", split, "target", message)
                 annotations = [each for each in annotations if _category(each) != category]
             objects = [self._object(split, each, names) for each in annotations]
-            for label in dict.fromkeys(each.label for each in objects if (image["id"], each.label) in incomplete):
+            for label in dict.fromkeys(key for each in objects if (image["id"], key := class_key(each.label)) in incomplete):
                 message = incomplete[image["id"], label]  # a phrase for the others would not mean all of its class
                 yield SourceFault(f"{split} image {image['id']}", split, "target", message)
-                objects = [each for each in objects if each.label != label]
+                objects = [each for each in objects if class_key(each.label) != label]
             size_hw = (image["height"], image["width"])
             yield from entries_of_picture(str(image["id"]), split, self._pictures.names[split, image["id"]], size_hw, objects)
 
@@ -146,8 +146,7 @@ class CocoReader:
 
 
 def _category(annotation: dict[str, Any]) -> int | None:
-    found = annotation.get("category_id")
-    return found if isinstance(found, int) else None
+    return whole_number(annotation.get("category_id"))
 
 
 def _not_exhaustive(image: dict[str, Any]) -> set[Any]:
@@ -216,9 +215,9 @@ def _crowds(split: str, tables: CocoTables, *, are_taken: bool) -> list[str]:
 def _namesakes(split: str, tables: CocoTables) -> list[str]:
     by_name: dict[Any, list[int]] = {}
     for number, category in tables.categories.items():
-        by_name.setdefault(category["name"], []).append(number)
+        by_name.setdefault(class_key(category["name"]), []).append(number)
     return [
-        f"{split}: categories {', '.join(map(str, ids))} have one name, {name!r}, and are taken as one"
-        for name, ids in by_name.items()
+        f"{split}: categories {', '.join(map(str, ids))} have one name, {tables.categories[ids[0]]['name']!r}, and are taken as one"
+        for ids in by_name.values()
         if len(ids) > 1
     ]

@@ -111,9 +111,8 @@ class CvatReader:
                 continue
             try:
                 mask = self._mask(each, size_hw)
-            except (ValueError, OverflowError) as error:
-                yield SourceFault(at, split, "mask", str(error))
-                continue
+            except ValueError as error:
+                mask = error
             texts = [a.text for a in each.findall("attribute") if a.get("name") == self._caption]
             caption = next((text.strip() for text in texts if text and text.strip()), None)
             shapes.append(Shape(at, label, None if group == "0" else group, mask, caption))
@@ -132,12 +131,14 @@ class CvatReader:
         """
 
         def numbers(*names: str) -> list[float]:
-            return [float(shape.get(name, f"no {name}")) for name in names]
+            return [_number(shape.get(name), name) for name in names]
 
-        degrees = float(shape.get("rotation", 0))
+        degrees = _number(shape.get("rotation", "0"), "rotation")
         if shape.tag == "polygon":
-            points = shape.get("points", "").split(";")
-            return [[float(value) for point in points for value in point.split(",")]]
+            points = [point.split(",") for point in shape.get("points", "").split(";")]
+            if wrong := [point for point in points if len(point) != 2]:
+                raise ValueError(f"expected points x,y;x,y;..., got {','.join(wrong[0])!r} as one of {len(points)}")
+            return [[_number(value, "coordinate") for point in points for value in point]]
         if shape.tag == "ellipse":
             return [ellipse(*numbers("cx", "cy", "rx", "ry"), degrees=degrees)]
         if shape.tag == "box":
@@ -146,12 +147,26 @@ class CvatReader:
             return [rectangle(*numbers("xtl", "ytl", "xbr", "ybr"), degrees=degrees)]
         if shape.tag != "mask":
             raise ValueError(f"expected a polygon, ellipse or mask, got a {shape.tag}, which has no area")
-        left, top, width, height = map(int, numbers("left", "top", "width", "height"))
-        counts = np.array([int(count) for count in shape.get("rle", "").split(",")])
+        left, top, width, height = (_whole(shape.get(name), name) for name in ("left", "top", "width", "height"))
+        counts = np.array([_whole(count, "RLE count") for count in shape.get("rle", "").split(",")])
         if width < 1 or height < 1 or counts.min() < 0 or not counts.sum() == width * height <= MAX_PIXELS:
             raise ValueError(f"expected RLE counts of {width} x {height} px in all, got {counts.sum()}")
         row_by_row = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
         return pasted(row_by_row.reshape(height, width), left, top, size_hw)
+
+
+def _number(text: str | None, name: str) -> float:
+    try:
+        return float(text or "")
+    except ValueError:
+        raise ValueError(f"expected a number as {name}, got {text!r}") from None
+
+
+def _whole(text: str | None, name: str) -> int:
+    number = _number(text, name)
+    if not number.is_integer():
+        raise ValueError(f"expected a whole number as {name}, got {text!r}")
+    return int(number)
 
 
 def _read(file: Path) -> ET.Element:

@@ -36,6 +36,7 @@ from deris_llm.data.readers.base import (
     existing_image_folder,
 )
 from deris_llm.data.readers.pairs import Pairing, member
+from deris_llm.strict_files import unique_keys
 
 _FIELDS = ("image", "phrase", "raw", "mask", "masks", "polygons", "rle", "no_target", "id", "category", "image_id")
 _MASK_FIELDS = ("masks", "mask", "polygons", "rle")
@@ -182,7 +183,7 @@ class HuggingFaceReader:
         row = dict(row)
         for name in self._json_columns:
             try:
-                row[name] = None if row[name] is None else json.loads(row[name])
+                row[name] = None if row[name] is None else json.loads(row[name], object_pairs_hook=unique_keys)
             except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"column {name}: expected JSON in a text, got {describe(row[name])} ({error})") from error
         return row

@@ -45,6 +45,7 @@ from deris_llm.data.readers.base import (
     read_json_file,
 )
 from deris_llm.data.readers.pairs import Pairing, member
+from deris_llm.strict_files import unique_keys
 
 FIELDS = (
     "image", "phrase", "phrases", "raw", "masks", "polygons", "rle", "png", "no_target", "id", "split", "width", "height",
@@ -221,7 +222,7 @@ def _lines(file: Path) -> _Records:
         for number, line in enumerate(stream, start=1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                value = json.loads(text) if text else None
+                value = json.loads(text, object_pairs_hook=unique_keys) if text else None
             except (ValueError, RecursionError) as error:
                 yield number, None, f"expected an object of JSON in UTF-8, got {type(error).__name__}: {error}"
                 continue

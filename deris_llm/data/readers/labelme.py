@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from deris_llm.data.errors import DataError, describe
+from deris_llm.data.masks import picture_mask
 from deris_llm.data.pictures import BROKEN, MAX_PIXELS, portable_name
 from deris_llm.data.readers.base import (
     SourceEntry,
@@ -132,8 +133,7 @@ class LabelmeReader:
             try:
                 mask = self._mask(each, size_hw)
             except BROKEN as error:
-                yield SourceFault(at, split, "mask", str(error))
-                continue
+                mask = ValueError(str(error))
             group = each.get("group_id")
             shapes.append(Shape(at, label, group if isinstance(group, (int, str)) else None, mask, caption or None))
         name = file.stem if split_named(file.parent.name) else os.path.splitext(where)[0]
@@ -210,8 +210,9 @@ def _picture_of(
     if not isinstance(given, str) or not given.strip():
         names = [file.with_suffix(suffix).name for suffix in _SUFFIXES]
         folders = [*([images, images / file.parent.name] if images else []), file.parent]
-        found = [name for name in names if any((folder / name).is_file() for folder in folders)]
-        return (found or names)[0], folders
+        there = {name: next((folder / name for folder in folders if (folder / name).is_file()), None) for name in names}
+        found = {(path.stat().st_dev, path.stat().st_ino): name for name, path in there.items() if path}
+        return list(found.values()) if len(found) > 1 else [*found.values(), *names][0], folders
     folder, _, name = portable_name(given).rpartition("/")
     if images is not None:
         return name, [images / file.parent.relative_to(root), images]
@@ -233,11 +234,15 @@ def _size_of(content: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def _decoded(encoded: Any, corners: Sequence[float], size_hw: tuple[int, int] | None) -> dict[str, Any]:
     """A mask that is a PNG of its box, in base64."""
+    if not all(math.isfinite(value) for value in corners):
+        raise ValueError(f"expected two points of a mask, got {describe(corners)}")
     left, top, right, bottom = (round(value) for value in corners)
-    with Image.open(io.BytesIO(base64.b64decode(encoded if isinstance(encoded, str) else "", validate=True))) as file:
+    try:
+        content = base64.b64decode(encoded, validate=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"expected a mask as PNG in base64, got {describe(encoded)}") from error
+    with Image.open(io.BytesIO(content)) as file:
         if file.size != (right - left + 1, bottom - top + 1):  # before it is decoded
             raise ValueError(f"expected a mask of its box, {right - left + 1} x {bottom - top + 1} px, got {file.size}")
-        crop = np.asarray(file) > 0
-    if crop.ndim != 2:
-        raise ValueError(f"expected a mask of one channel, got {crop.shape[-1]}")
+        crop, _ = picture_mask(file)
     return pasted(crop, left, top, size_hw)

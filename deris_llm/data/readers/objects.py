@@ -49,6 +49,11 @@ class LabelledObject:
     where: str = ""
 
 
+def class_key(label: Any) -> Any:
+    """The same for labels that differ in case and blanks alone: as phrases they ask for the same objects."""
+    return " ".join(label.casefold().split()) if isinstance(label, str) else label
+
+
 def entries_of_picture(
     name: str, split: str, image: Any, size_hw: Any, objects: Sequence[LabelledObject]
 ) -> Iterator[SourceEntry]:
@@ -63,22 +68,23 @@ def entries_of_picture(
     """
     by_class: dict[Any, list[LabelledObject]] = {}
     for each in objects:
-        by_class.setdefault(each.label, []).append(each)
-    asked = [(each.name, each.caption, [each]) for each in objects if each.caption is not None]
-    for label, members in by_class.items():
+        by_class.setdefault(class_key(each.label), []).append(each)
+    asked = [(each.name, each.caption, [each], False) for each in objects if each.caption is not None]
+    for members in by_class.values():
         if any(each.caption is None for each in members):
             class_id = members[0].label if members[0].class_id is None else members[0].class_id
-            asked.append((f"{name}-{class_id}", label, members))
-    for phrase_id, text, members in asked:
+            asked.append((f"{name}-{class_id}", members[0].label, members, True))
+    for phrase_id, text, members, asks_class in asked:
         yield SourceEntry(
-            where=members[0].where,
+            where=next((each.where for each in members if isinstance(each.mask, ValueError)), members[0].where),
             split=split,
             image=image,
             phrases=(SourcePhrase(phrase_id, text),),
             instances=tuple(SourceInstance(each.mask, each.id) for each in members),
             size_hw=size_hw,
             category=members[0].label,
-            num_same_class=len(by_class[members[0].label]) - len(members),
+            num_same_class=len(by_class[class_key(members[0].label)]) - len(members),
+            asks_class=asks_class,
         )
 
 
@@ -170,7 +176,7 @@ class Shape:
     where: str
     label: Any
     group: Any  # None: an object of its own
-    mask: Any  # polygons or RLE
+    mask: Any  # polygons, RLE, or the ValueError why there is none: nothing is asked that would mean this object too
     caption: str | None = None
 
 
@@ -196,6 +202,8 @@ def objects_of_shapes(name: str, shapes: Sequence[Shape], size_hw: tuple[int, in
 
 
 def _joined(masks: Sequence[Any], size_hw: tuple[int, int] | None) -> Any:
+    if faults := [mask for mask in masks if isinstance(mask, ValueError)]:
+        return faults[0]
     if all(isinstance(mask, list) for mask in masks):
         return [polygon for mask in masks for polygon in mask]
     if size_hw is None:

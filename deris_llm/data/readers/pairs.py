@@ -65,17 +65,21 @@ class Pairing:
                 f"expected as many phrases as masks, as --mapping pairs={self.phrases}:{self.masks} says, got {len(texts)} and "
                 f"{len(masks)}"
             )
+        lists = {name: found[name] for name in _OWN_FIELDS if isinstance(found.get(name), list)}
+        if wrong := [f"`{name}` has {len(values)}" for name, values in lists.items() if len(values) != len(texts)]:
+            return f"expected a value for each of {len(texts)} pairs, got others: {', '.join(wrong)}"
         pairs: list[dict[str, Any]] = []
         for number, (text, mask) in enumerate(zip(texts, masks, strict=True)):
-            own = {
-                name: found[name][number]
-                for name in _OWN_FIELDS
-                if isinstance(found.get(name), list) and len(found[name]) == len(texts)
-            }
-            phrases = text if isinstance(text, list) else [text]
+            own = {name: values[number] for name, values in lists.items()}
+            phrases, objects = text if isinstance(text, list) else [text], _masks_of_object(mask)
+            if len(phrases) > 1 and len(objects) > 1:
+                return (
+                    f"expected one phrase or one mask in each pair, got {len(phrases)} and {len(objects)} in pair {number}: which of "
+                    "them belong together is not clear; write a record for each"
+                )
             if isinstance(own.get("raw"), str):
                 own["raw"] = [own["raw"]]
-            pairs.append({"id": f"{first_id}-{number}", **own, "phrases": phrases, "masks": _masks_of_object(mask)})
+            pairs.append({"id": f"{first_id}-{number}", **own, "phrases": phrases, "masks": objects})
         return pairs
 
     def fault(self, texts: Sequence[Any], masks: Sequence[Any], *, phrases: str, field: str, path: str) -> str | None:

@@ -188,6 +188,25 @@ def test_categories_of_one_name_are_one(world: Any, coco: Any) -> None:
     assert made.manifest["notes"][0] == ("train: categories 3, 4 have one name, 'dog', and are taken as one")
 
 
+def test_names_that_differ_in_case_and_blanks_are_one_phrase(world: Any, coco: Any) -> None:
+    coco["categories"][1]["name"] = " Dog"
+    world.prepare(_write(world, coco), format="coco")
+    (dogs,) = read_split(world.root, "mine/train")
+    assert (dogs.phrase, len(dogs.instances)) == ("dog", len({i.annotation_id for i in dogs.instances}))
+    assert {1, 2} < {i.annotation_id for i in dogs.instances}
+
+
+@pytest.mark.parametrize("name", ["a.png", "./a.png"])
+def test_a_picture_under_two_ids_has_no_class_twice(world: Any, coco: Any, name: str) -> None:
+    first = coco["images"][0]
+    coco["images"].append({**first, "id": 77, "file_name": name})
+    coco["annotations"].append({**coco["annotations"][0], "id": 99, "image_id": 77})
+    with pytest.raises(DataError, match="expected one record of picture .*a.png with all of its objects 'dog', got several"):
+        world.prepare(_write(world, coco), format="coco")
+    world.prepare(_write(world, coco), format="coco", skip_bad=True)
+    assert [r.phrase for r in read_split(world.root, "mine/train")] == ["cat"]  # neither half of the dogs is all of them
+
+
 def test_a_caption_of_null_is_none(world: Any, coco: Any) -> None:
     for annotation in coco["annotations"]:
         annotation["caption"] = None

@@ -81,14 +81,25 @@ def test_subsets_are_splits(world: Any) -> None:
 SHAPES = {
     "a box": ('<box label="x" xtl="1" ytl="1" xbr="9" ybr="9"/>', "box 1: a box is no mask"),
     "points": ('<points label="x" points="1,2;3,4"/>', "got a points, which has no area"),
-    "no points": ('<polygon label="x"/>', "could not convert string to float"),
-    "no number": ('<ellipse label="x" cx="1" cy="2" rx="3"/>', "could not convert string to float: 'no ry'"),
+    "no points": ('<polygon label="x"/>', "expected points x,y;x,y;..., got ''"),
+    "no number": ('<ellipse label="x" cx="1" cy="2" rx="3"/>', "expected a number as ry, got None"),
     "counts": ('<mask label="x" rle="1, 2" left="1" top="1" width="2" height="2"/>', "counts of 2 x 2 px in all, got 3"),
     "outside": ('<mask label="x" rle="0, 4" left="39" top="1" width="2" height="2"/>', "expected a mask within the picture"),
     "huge": ('<mask label="x" rle="0, 9999999999" left="0" top="0" width="9999999999" height="1"/>', "RLE counts of"),
+    "a part of a pixel": ('<mask label="x" rle="0, 4" left="1.5" top="1" width="2" height="2"/>', "whole number as left, got '1.5'"),
+    "a comma for a point": ('<polygon label="x" points="1,5,2;3,4;5,6"/>', "expected points x,y;x,y;..., got '1,5,2'"),
     "no label": (f'<polygon points="{OTHER}"/>', "got NoneType"),
     "NaN": ('<polygon label="x" points="nan,1;2,2;3,4"/>', "expected polygons"),
 }
+
+
+def test_a_class_with_an_unusable_shape_is_not_asked(world: Any) -> None:
+    world.pictures("a.png")
+    source = _write(world, _image(f'{DOG}<polygon label="Dog" points="1,2;3"/><polygon label="cat" points="{OTHER}"/>'))
+    with pytest.raises(DataError, match="image a.png polygon 1: object 2 of 2: expected points x,y;x,y"):
+        world.prepare(source, format="cvat")
+    world.prepare(source, format="cvat", skip_bad=True)
+    assert [phrase for phrase, *_ in _records(world)] == ["cat"]
 
 
 @pytest.mark.parametrize("case", SHAPES)

@@ -87,12 +87,46 @@ SHAPES: dict[str, tuple[dict[str, Any], str]] = {
     "no points": (_shape(None), "expected points [[x, y], ...], got NoneType"),
     "three coordinates": (_shape([[1, 2, 3]] * 3), "expected points [[x, y], ...], got a list of 3"),
     "a circle of one point": (_shape([[1, 2]], shape_type="circle"), "expected two points of a circle"),
-    "no mask": (_shape([[1, 2], [3, 4]], shape_type="mask"), "cannot identify image file"),
+    "no mask": (_shape([[1, 2], [3, 4]], shape_type="mask"), "expected a mask as PNG in base64, got NoneType"),
     "a mask that is no base64": (_shape([[1, 2], [3, 4]], shape_type="mask", mask="?"), "base64"),
     "a label of numbers": (_shape(label=7), "expected a text as label, got int '7'"),
     "an empty label": (_shape(label=" "), "expected the category's name, got str ' '"),
     "two corners": (_shape([[1, 2], [3, 4]]), "none of its polygons has three points"),
 }
+
+
+def test_a_class_with_an_unusable_shape_is_not_asked(world: Any) -> None:
+    world.pictures("a.png")
+    source = _write(world, _shape(), _shape([[1, 2], [3, 4]], shape_type="line"), _shape(OTHER, "cat"))
+    with pytest.raises(DataError, match="a.json shape 1: object 2 of 2: expected a polygon, circle or mask, got shape_type 'line'"):
+        world.prepare(source, format="labelme")
+    world.prepare(source, format="labelme", skip_bad=True)
+    assert [phrase for phrase, *_ in _records(world)] == ["cat"]
+
+
+def test_a_picture_that_may_be_either_of_two_is_refused(world: Any) -> None:
+    world.pictures("a.png", "a.jpg")
+    source = _write(world, _shape(), imagePath=None)
+    with pytest.raises(DataError, match="expected the name of a picture, got .'a.jpg', 'a.png'."):
+        world.prepare(source, format="labelme")
+
+
+def test_a_picture_with_two_files_of_one_class_is_refused(world: Any) -> None:
+    world.pictures("a.png")
+    _write(world, _shape())
+    _write(world, _shape(OTHER), name="again.json", imagePath="a.png")
+    with pytest.raises(DataError, match="expected one record of picture a.png with all of its objects 'dog', got several"):
+        world.prepare(world.folder, format="labelme")
+
+
+def test_a_mask_of_several_values_is_refused(world: Any) -> None:
+    world.pictures("a.png")
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).save(stream, "PNG")
+    encoded = base64.b64encode(stream.getvalue()).decode()
+    source = _write(world, _shape([[1, 2], [4, 5]], shape_type="mask", mask=encoded))
+    with pytest.raises(DataError, match="expected 0 and one other value, got 15 and 1 besides 0"):
+        world.prepare(source, format="labelme")
 
 
 @pytest.mark.parametrize("case", SHAPES)
@@ -148,7 +182,7 @@ def test_files_that_are_no_good(world: Any) -> None:
     (world.folder / "broken.json").write_text('{"shapes": [')
     _write(world, name="c.json", shapes={})
     latin = os.fsencode(world.folder) + b"/caf\xe9.json"
-    Path(os.fsdecode(latin)).write_bytes(good.read_bytes())
+    Path(os.fsdecode(latin)).write_bytes(good.read_bytes().replace(b"a.png", b"c.png"))
     with pytest.raises(DataError) as caught:
         world.prepare(world.folder, format="labelme")
     message = str(caught.value).encode().decode()
