@@ -163,9 +163,10 @@ def _check_palette(file: Image.Image, values: np.ndarray) -> None:
     Raises:
         ValueError: by number another pixel is inside than by colour.
     """
-    is_seen = np.asarray(file.convert("RGB")).any(axis=-1)
-    if (wrong := (values != 0) != is_seen).any():
-        y, x = np.argwhere(wrong)[0]
+    is_seen: np.ndarray = np.asarray(file.convert("RGB")).max(axis=-1) > 0
+    wrong = np.not_equal(values != 0, is_seen)
+    if wrong.any():
+        y, x = map(int, np.argwhere(wrong)[0])
         raise ValueError(
             f"expected a palette whose first colour alone is black, got number {values[y, x]} shown "
             f"{'in colour' if is_seen[y, x] else 'black'} at x {x}, y {y}: which is inside is not clear; save the mask without a "

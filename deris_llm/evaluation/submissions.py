@@ -7,21 +7,24 @@ A line names its phrase and gives a mask:
 
 A full name is looked for first: the whole phrase id, the id as the source has it, the picture whose path ends like the given
 one. Then a shorter name: the last part of an id, a file's name alone (or without extension), COCO's number, ``image_id``. A name
-that means several phrases or pictures is refused, with the candidates. A line by picture and phrase answers every phrase of that
+that means several phrases or pictures is refused, with the candidates; so is an id beside picture and phrase of another. A line
+by picture and phrase answers every phrase of that
 text in the picture; as many lines as there are such phrases are taken in their order. Optional: ``says_target`` (else: is the
 mask empty?), ``score``, ``presence``, ``boxes`` [[x0, y0, x1, y1], ...] of the instances (for F1), and what `deris-llm eval`
 writes besides so that its numbers come out again: ``top_scores``, ``oracle_px``, ``answers``. Other keys are not read.
 
 A PNG is named by the phrase: ``refcoco/val/123.png``, ``123.png`` or ``refcoco_val_123.png``; it has the picture's size, 0 and
-one other value. The folders that `deris-llm predict` and `deris-llm eval` write are read by their JSONL.
+one other value. The folders that `deris-llm predict` and `deris-llm eval` write are read by their JSONL. A file may hold one
+JSON array instead of lines.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -31,6 +34,7 @@ from PIL import Image
 
 from deris_llm.data.errors import DataError, listed_by_cause
 from deris_llm.data.masks import coco_mask, picture_mask, segmentation_rle
+from deris_llm.data.readers.base import read_json_file
 from deris_llm.evaluation.metrics import Overlap
 from deris_llm.evaluation.predictions import Box
 from deris_llm.strict_files import unique_keys
@@ -106,23 +110,23 @@ def read_submission(path: str | Path, records: Sequence[ReferringRecord]) -> Sub
     found: dict[str, Submitted] = {}
     by_text: dict[tuple[str, ...], list[Submitted]] = defaultdict(list)  # phrase ids -> lines
     number_of_lines = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            number_of_lines += 1
-            where = f"line {number}"
-            try:
-                tree = _parsed(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-                ids = phrases.of(tree)
-                submitted = _submitted(tree, where)
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{where}: {error}")
-                continue
-            if len(ids) == 1:
-                _put(found, ids[0], submitted, problems)
-            else:
-                by_text[ids].append(submitted)
+    for where, line in _lines(path):
+        number_of_lines += 1
+        try:
+            tree = _parsed(line) if isinstance(line, bytes) else line
+            if not isinstance(tree, dict):
+                raise ValueError(f"expected one JSON object, got {_short(tree)}")
+            ids = phrases.of(tree)
+            submitted = _submitted(tree, where)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{where}: {error}")
+            continue
+        if len(ids) == 1:
+            _put(found, ids[0], submitted, problems)
+        else:
+            by_text[ids].append(submitted)
+    if not number_of_lines:
+        raise DataError(f"{path}: expected predictions, a line of JSON each, got an empty file: make them again")
     for ids, lines in by_text.items():
         if len(lines) not in (1, len(ids)):
             problems.append(
@@ -164,6 +168,8 @@ class _Phrases:
     """The phrases of a split by everything that may name them."""
 
     def __init__(self, records: Sequence[ReferringRecord]) -> None:
+        self._records = {record.phrase_id: record for record in records}
+        self._of_picture = {record.image_path: record.phrase_id for record in records}  # one of its phrases
         self.ids = [record.phrase_id for record in records]
         self.split = f"{records[0].dataset}/{records[0].split}" if records else "the split"
         self.other_folder: dict[str, None] = {}
@@ -195,10 +201,11 @@ class _Phrases:
         Raises:
             ValueError: none, or not clear which.
         """
-        if tree.get("phrase_id") is not None:
-            return (self.of_name(tree["phrase_id"], "phrase_id"),)
-        if tree.get("sent_id") is not None:
-            return (self.of_name(tree["sent_id"], "sent_id"),)
+        for key in ("phrase_id", "sent_id"):
+            if tree.get(key) is not None:
+                found = self.of_name(tree[key], key)
+                self._check_agrees(found, tree)
+                return (found,)
         phrase = tree.get("phrase")
         if phrase is not None and not isinstance(phrase, str):
             raise ValueError(f"phrase: expected text, got {_short(phrase)}")
@@ -216,6 +223,31 @@ class _Phrases:
                 f"image {_short(image)} has no phrase {_short(phrase)} in {self.split} (--phrase-field raw?)"
             )
         return found
+
+    def _check_agrees(self, phrase_id: str, tree: Mapping[str, Any]) -> None:
+        """Checks that a line's picture and phrase, if they are the split's, are not those of another phrase than its id's.
+
+        Raises:
+            ValueError: they are; ids of another version of the data, as a rule.
+        """
+        image, phrase = tree.get("image"), tree.get("phrase")
+        was_noted = isinstance(image, str) and image in self.other_folder
+        try:
+            path = self._path_of(image)
+        except ValueError:
+            return  # of no picture here, or of several: the id alone counts
+        if isinstance(image, str) and image in self.other_folder:  # perhaps another picture of that name
+            if not was_noted:
+                del self.other_folder[image]
+            return
+        record = self._records[phrase_id]
+        same_picture = self._records[self._of_picture[path]].image_id == record.image_id
+        others = self._by_text.get((path, _plain(phrase)), []) if isinstance(phrase, str) else []
+        if not same_picture or (others and phrase_id not in {other.phrase_id for other in others}):
+            raise ValueError(
+                f"{phrase_id} is {record.phrase!r} in {PurePosixPath(record.image_path).name}, but the line names {_short(phrase)} in "
+                f"{_short(image)}: are its ids those of another version of the data?"
+            )
 
     def of_name(self, name: object, key: str) -> str:
         """The phrase of a phrase id, of the source's own id (a sentence id), or of the last part of either.
@@ -236,6 +268,13 @@ class _Phrases:
         if name in self._by_file and not any(name in names for names in self._by_id):
             return self._one(self._by_file[name], f"file {_short(name)}", "folders, DATASET/SPLIT/ID.png")
         return self.of_name(name, "file")
+
+    def has_file(self, name: str, *, but: Collection[str]) -> bool:
+        """Whether a file's name means a phrase that is none of ``but``."""
+        try:
+            return self.of_file(name) not in but
+        except ValueError:
+            return False
 
     def _one(self, found: Sequence[str], said: str, cure: str) -> str:
         if not found:
@@ -281,7 +320,8 @@ class _Phrases:
     def _of_path(self, name: str) -> list[str]:
         """The pictures whose paths share the most parts with a name, from its end; the file's name must be shared."""
         parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", "..")]
-        paths = list(self._files.get(parts[-1], ())) if parts else []
+        name_in_forms = [parts[-1], *(unicodedata.normalize(form, parts[-1]) for form in ("NFC", "NFD"))] if parts else []
+        paths = next((list(self._files[form]) for form in name_in_forms if form in self._files), [])
         if not paths:
             return []
         folders = parts[-2::-1]
@@ -308,18 +348,31 @@ def _plain(phrase: str) -> str:
     return " ".join(phrase.lower().split())
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each prediction stands, and its line in bytes; or, of a file that is one array, what the array holds.
+
+    Raises:
+        DataError: an array that is no JSON in UTF-8.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if number == 1 and line.lstrip().startswith(b"["):
+                yield from ((f"entry {i}", value) for i, value in enumerate(read_json_file(path), start=1))
+                return
+            if line.strip():
+                yield f"line {number}", line
+
+
+def _parsed(line: bytes) -> Any:
     try:
-        tree = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
+        return json.loads(line.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=unique_keys)
     except UnicodeDecodeError:
         raise ValueError("expected UTF-8, got other bytes") from None
     except json.JSONDecodeError as error:
         raise ValueError(
             f"expected one JSON object, got {_short(line.decode('utf-8').strip())} ({error.msg})"
         ) from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"expected one JSON object, got {_short(tree)}")
-    return tree
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -426,7 +479,8 @@ def _lines_of_folder(path: Path, split: str) -> Path:
 def _read_folder(path: Path, phrases: _Phrases) -> Submission:
     problems: list[str] = []
     found: dict[str, Submitted] = {}
-    files = sorted(file for file in path.rglob("*.png") if not file.name.startswith("."))  # ._NAME: macOS' own
+    there = sorted(file for file in path.rglob("*") if not file.name.startswith("."))  # ._NAME: macOS' own
+    files = [file for file in there if file.suffix.lower() == ".png"]
     if not files:
         raise DataError(f"{path}: expected PNG masks named by phrase, got a folder without any: check the path")
     for file in files:
@@ -437,6 +491,10 @@ def _read_folder(path: Path, phrases: _Phrases) -> Submission:
             problems.append(f"{name}.png: {error}")
             continue
         _put(found, phrase_id, Submitted(f"{name}.png", file), problems)
+    for file in there:
+        name = file.relative_to(path).with_suffix("").as_posix()
+        if file.suffix.lower() in Image.registered_extensions() and file not in files and phrases.has_file(name, but=found):
+            problems.append(f"{name}{file.suffix}: expected a PNG mask, got another kind of picture: save it as PNG")
     return _whole(path, found, problems, len(files), phrases)
 
 

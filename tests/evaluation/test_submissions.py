@@ -164,3 +164,63 @@ def test_folders_of_predict_and_eval_are_read_by_their_lines(tmp_path: Path) -> 
     (tmp_path / "bare" / "checkpoint-7").mkdir(parents=True)
     with pytest.raises(DataError, match="expected predictions of mine/val, got a checkpoint or run without any"):
         read_submission(tmp_path / "bare", STEMS)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ({"phrase_id": "mine/val/c1", "image": "dog/001.png", "phrase": "the box"}, "mine/val/c1 is 'the box' in 001.png, but"),
+        ({"phrase_id": "mine/val/c1", "image": "cat/001.png", "phrase": "the red box"}, "but the line names 'the red box'"),
+        ({"sent_id": "d3", "image": "002.png"}, "are its ids those of another version of the data"),
+        ({"phrase_id": "mine/val/c1", "image": "cat/001.png", "phrase": "The  Box"}, ""),
+        ({"phrase_id": "mine/val/c1", "image": "cat/001.png", "phrase": "as typed"}, ""),  # --phrase-field
+        ({"phrase_id": "mine/val/c1", "image": "renamed/002.jpg"}, ""),  # what it was called is not known here
+        ({"phrase_id": "mine/val/c1", "image": "001.png"}, ""),
+    ],
+)
+def test_an_id_of_another_phrase_than_the_line_names_is_refused(tmp_path: Path, line: dict[str, Any], says: str) -> None:
+    if says:
+        with pytest.raises(SubmissionError, match=says):
+            _answered(tmp_path, STEMS, line)
+    else:
+        assert _answered(tmp_path, STEMS, line) == ["c1"]
+        assert read_submission(tmp_path / "pred.jsonl", STEMS).other_folder == ()
+
+
+def test_an_array_is_read_as_lines_are_and_nothing_is_no_predictions(tmp_path: Path) -> None:
+    path = tmp_path / "pred.json"
+    for indent in (None, 1):
+        path.write_text(json.dumps([{"sent_id": record.phrase_id, "mask": None} for record in STEMS], indent=indent))
+        assert len(read_submission(path, STEMS).answers) == len(STEMS)
+    path.write_text('[{"sent_id": "c1", "mask": null}, 5]')
+    with pytest.raises(SubmissionError, match="entry 2: expected one JSON object, got 5"):
+        read_submission(path, STEMS)
+    path.write_text('[{"sent_id": "c1", "mask": null},')
+    with pytest.raises(DataError, match="expected JSON in UTF-8, got JSONDecodeError"):
+        read_submission(path, STEMS)
+    for nothing in ("", "\n\n", "[]"):
+        path.write_text(nothing)
+        with pytest.raises(DataError, match="expected predictions, a line of JSON each, got an empty file: make them again"):
+            read_submission(path, STEMS)
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pred.jsonl"
+    path.write_text('{"sent_id": "c1", "sent_id": "d1", "mask": null}\n')
+    with pytest.raises(SubmissionError, match="line 1: the key 'sent_id' occurs twice; keep one of them"):
+        read_submission(path, STEMS)
+
+
+def test_accents_may_be_written_apart(tmp_path: Path) -> None:
+    records = (_record("1", "\u00fc.png", "box"), _record("2", "e\u0301.png", "box"))
+    lines = [{"image": name, "phrase": "box"} for name in ("u\u0308.png", "\u00e9.png")]
+    assert _answered(tmp_path, records, *lines) == ["1", "2"]
+
+
+def test_masks_of_a_folder_that_are_no_png(tmp_path: Path) -> None:
+    for name in ("c1.png", "d1.PNG", "about.jpg"):
+        Image.new("L", (100, 80)).save(tmp_path / name)
+    assert set(read_submission(tmp_path, STEMS).answers) == {"mine/val/c1", "mine/val/d1"}
+    Image.new("L", (100, 80)).save(tmp_path / "c2.jpg")
+    with pytest.raises(SubmissionError, match=r"c2\.jpg: expected a PNG mask, got another kind of picture: save it as PNG"):
+        read_submission(tmp_path, STEMS)
