@@ -247,7 +247,7 @@ def _reaches_out(polygons: Sequence[Sequence[float]], height: int, width: int) -
         ValueError: one lies so far outside that the polygons are not of this picture, or all lie in its first pixel.
     """
     reaches_out = False
-    in_first_pixel = min(height, width) > 2
+    in_first_pixel, is_point = min(height, width) > 2, True
     for axis, (name, side) in enumerate((("x", width), ("y", height))):
         lowest = min(min(polygon[axis::2]) for polygon in polygons)
         highest = max(max(polygon[axis::2]) for polygon in polygons)
@@ -258,7 +258,8 @@ def _reaches_out(polygons: Sequence[Sequence[float]], height: int, width: int) -
             )
         reaches_out |= lowest < 0 or highest > side
         in_first_pixel &= lowest >= -0.1 and highest <= 1.1
-    if in_first_pixel:
+        is_point &= highest - lowest < 0.01
+    if in_first_pixel and not is_point:
         raise ValueError(
             f"expected coordinates in px of a picture of {width} x {height} px, got all about 0 to 1: coordinates look "
             "normalised; give --coordinates normalised to `deris-llm data prepare`"

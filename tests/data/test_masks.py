@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deris_llm.data.masks import decode_segmentation, encode_mask, picture_mask, polygons_in_px, usable_segmentation
+from deris_llm.data.masks import NoPixel, decode_segmentation, encode_mask, picture_mask, polygons_in_px, usable_segmentation
 
 RECTANGLE = [2, 1, 6, 1, 6, 4, 2, 4]
 
@@ -75,6 +75,13 @@ def test_uncompressed_rle_counts_columns_from_false() -> None:
 def test_malformed_segmentations_say_so(segmentation: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode_segmentation(segmentation, 8, 10)
+
+
+@pytest.mark.parametrize("polygon", [[0, 0, 0, 0, 0, 0], [0.5, 0.5, 0.503, 0.5, 0.5, 0.504]])
+def test_a_point_in_the_first_pixel_is_not_normalised(polygon: list[float]) -> None:
+    """It draws nothing, which is counted; it does not stop a split whose other outlines are in px."""
+    assert isinstance(usable_segmentation([polygon], 80, 100)[1], NoPixel)
+    assert not decode_segmentation([polygon], 80, 100).any()
 
 
 @pytest.mark.parametrize(

@@ -205,8 +205,9 @@ def test_dropped_misses_are_said(root: Path, records: list[ReferringRecord], wri
     share = (len(records) - 2) / len(records)
     assert numbers["original"]["mIoU"] == pytest.approx(share * numbers["drops"]["mIoU"], abs=1e-3)
     assert any("drops: 2 of" in note and "DROPPED" in note for note in report["notes"]["refcoco/val"])
+    generalised = write([{"phrase_id": read_split(root, "grefcoco/val")[0].phrase_id, "mask": None}])
     with pytest.raises(ValueError, match="no answer is an answer"):
-        run_score(write([{"phrase_id": read_split(root, "grefcoco/val")[0].phrase_id, "mask": None}]), split="grefcoco/val", out=tmp_path / "g", **arguments)
+        run_score(generalised, split="grefcoco/val", out=tmp_path / "g", **arguments)
     with pytest.raises(ValueError, match="--against: expected protocols"):
         run_score(path, split="refcoco/val", out=tmp_path / "a", against=path, **arguments)
 
