@@ -320,7 +320,9 @@ class _Phrases:
     def _of_path(self, name: str) -> list[str]:
         """The pictures whose paths share the most parts with a name, from its end; the file's name must be shared."""
         parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", "..")]
-        name_in_forms = [parts[-1], *(unicodedata.normalize(form, parts[-1]) for form in ("NFC", "NFD"))] if parts else []
+        name_in_forms = (
+            [parts[-1], *(unicodedata.normalize(form, parts[-1]) for form in ("NFC", "NFD"))] if parts else []
+        )
         paths = next((list(self._files[form]) for form in name_in_forms if form in self._files), [])
         if not paths:
             return []
@@ -493,7 +495,11 @@ def _read_folder(path: Path, phrases: _Phrases) -> Submission:
         _put(found, phrase_id, Submitted(f"{name}.png", file), problems)
     for file in there:
         name = file.relative_to(path).with_suffix("").as_posix()
-        if file.suffix.lower() in Image.registered_extensions() and file not in files and phrases.has_file(name, but=found):
+        if (
+            file.suffix.lower() in Image.registered_extensions()
+            and file not in files
+            and phrases.has_file(name, but=found)
+        ):
             problems.append(f"{name}{file.suffix}: expected a PNG mask, got another kind of picture: save it as PNG")
     return _whole(path, found, problems, len(files), phrases)
 

@@ -169,8 +169,14 @@ def test_folders_of_predict_and_eval_are_read_by_their_lines(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ({"phrase_id": "mine/val/c1", "image": "dog/001.png", "phrase": "the box"}, "mine/val/c1 is 'the box' in 001.png, but"),
-        ({"phrase_id": "mine/val/c1", "image": "cat/001.png", "phrase": "the red box"}, "but the line names 'the red box'"),
+        (
+            {"phrase_id": "mine/val/c1", "image": "dog/001.png", "phrase": "the box"},
+            "mine/val/c1 is 'the box' in 001.png, but",
+        ),
+        (
+            {"phrase_id": "mine/val/c1", "image": "cat/001.png", "phrase": "the red box"},
+            "but the line names 'the red box'",
+        ),
         ({"sent_id": "d3", "image": "002.png"}, "are its ids those of another version of the data"),
         ({"phrase_id": "mine/val/c1", "image": "cat/001.png", "phrase": "The  Box"}, ""),
         ({"phrase_id": "mine/val/c1", "image": "cat/001.png", "phrase": "as typed"}, ""),  # --phrase-field
@@ -178,7 +184,9 @@ def test_folders_of_predict_and_eval_are_read_by_their_lines(tmp_path: Path) -> 
         ({"phrase_id": "mine/val/c1", "image": "001.png"}, ""),
     ],
 )
-def test_an_id_of_another_phrase_than_the_line_names_is_refused(tmp_path: Path, line: dict[str, Any], says: str) -> None:
+def test_an_id_of_another_phrase_than_the_line_names_is_refused(
+    tmp_path: Path, line: dict[str, Any], says: str
+) -> None:
     if says:
         with pytest.raises(SubmissionError, match=says):
             _answered(tmp_path, STEMS, line)
@@ -200,7 +208,9 @@ def test_an_array_is_read_as_lines_are_and_nothing_is_no_predictions(tmp_path: P
         read_submission(path, STEMS)
     for nothing in ("", "\n\n", "[]"):
         path.write_text(nothing)
-        with pytest.raises(DataError, match="expected predictions, a line of JSON each, got an empty file: make them again"):
+        with pytest.raises(
+            DataError, match="expected predictions, a line of JSON each, got an empty file: make them again"
+        ):
             read_submission(path, STEMS)
 
 
@@ -222,5 +232,7 @@ def test_masks_of_a_folder_that_are_no_png(tmp_path: Path) -> None:
         Image.new("L", (100, 80)).save(tmp_path / name)
     assert set(read_submission(tmp_path, STEMS).answers) == {"mine/val/c1", "mine/val/d1"}
     Image.new("L", (100, 80)).save(tmp_path / "c2.jpg")
-    with pytest.raises(SubmissionError, match=r"c2\.jpg: expected a PNG mask, got another kind of picture: save it as PNG"):
+    with pytest.raises(
+        SubmissionError, match=r"c2\.jpg: expected a PNG mask, got another kind of picture: save it as PNG"
+    ):
         read_submission(tmp_path, STEMS)
