@@ -206,14 +206,17 @@ def check_files(folder: Path, where: str = "", *, to_go_on: bool = False) -> Non
         raise _damaged(folder, where, problems)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file of a checkpoint.
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file of a checkpoint, an object in all of them.
 
     Raises:
         CheckpointError: it is none.
     """
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, got {str(content)[:40]!r}")
+        return content
     except (OSError, ValueError) as error:
         reason = f"{path.stat().st_size:,} bytes that are no JSON ({error})" if path.is_file() else f"{error}"
         raise CheckpointError(

@@ -868,7 +868,13 @@ def recorded_base_checkpoint(folder: Path) -> Path | None:
 
 
 def _recorded_base(folder: Path) -> dict[str, dict[str, Any]]:
-    return read_json(folder / BASE_WEIGHTS_FILE)
+    recorded = read_json(folder / BASE_WEIGHTS_FILE)
+    if wrong := [part for part, entry in recorded.items() if not isinstance(entry, dict)]:
+        raise CheckpointError(
+            f"{folder / BASE_WEIGHTS_FILE}: expected an object with the base weights of {wrong[0]}, got {recorded[wrong[0]]!r}. Copy it "
+            "again, or take another checkpoint"
+        )
+    return recorded
 
 
 def _parts_fingerprints(config: RunConfig) -> dict[str, dict[str, Any]]:

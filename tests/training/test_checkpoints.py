@@ -17,7 +17,7 @@ from deris_llm.model import build_model
 from deris_llm.testing import synthetic_batch, tiny_config
 from deris_llm.training import checkpoint_folders, checkpoints
 from deris_llm.training.checkpoint_folders import CheckpointError
-from deris_llm.training.checkpoints import load_checkpoint, save_weights
+from deris_llm.training.checkpoints import load_checkpoint, recorded_base_checkpoint, save_weights
 from deris_llm.training.data_manifest import data_manifest, write_data_manifest
 
 
@@ -254,3 +254,22 @@ def test_a_checkpoint_cannot_ask_for_downloaded_kernels(copy, config):
     assert checkpoints.checkpoint_config(copy).perception.deformable_attention == "grid_sample"
     asked = checkpoints.checkpoint_config(copy, ["perception.deformable_attention=hub_kernel"])
     assert asked.perception.deformable_attention == "hub_kernel"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            "[]",
+            r"base_weights.json: expected a JSON file of a checkpoint, got 2 bytes that are no JSON \(expected an object, got '\[\]'",
+        ),
+        (
+            '{"base_checkpoint": "elsewhere"}',
+            "expected an object with the base weights of base_checkpoint, got 'elsewhere'",
+        ),
+    ],
+)
+def test_base_weights_of_another_form_are_named(tmp_path, content, says):
+    (tmp_path / "base_weights.json").write_text(content)
+    with pytest.raises(CheckpointError, match=says):
+        recorded_base_checkpoint(tmp_path)
