@@ -584,19 +584,19 @@ def run_config_show(arguments: argparse.Namespace) -> int:
 
 def run_config_fields(arguments: argparse.Namespace) -> int:
     """Prints every field with its type, default and meaning."""
-    from rich.console import Console
-    from rich.table import Column, Table
+    from rich.padding import Padding
 
     from deris_llm.config import iter_fields
+    from deris_llm.terminal import console
 
-    table = Table(Column("field", no_wrap=True), "type", "default", "meaning")
-    for name, kind, default, about in iter_fields():
-        if arguments.match in name:
-            shown = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-            table.add_row(name, shown.replace("typing.", ""), repr(default), about)
-    if not table.row_count:
+    shown = console()
+    found = [field for field in iter_fields() if arguments.match in field[0]]
+    if not found:
         raise ValueError(f"config fields: expected part of a field's name, got {arguments.match!r}, which none holds")
-    Console().print(table)
+    for name, kind, default, about in found:
+        typed = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+        shown.print(f"{name}: {typed.replace('typing.', '')} = {default!r}")
+        shown.print(Padding(about, (0, 0, 0, 4)))
     return 0
 
 

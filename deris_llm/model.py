@@ -116,8 +116,7 @@ def build_model(
     with on_device:
         backend = resolve_backend(config.cognition.backend, allow_module=allow_module)
         if weights:  # of both parts, before gigabytes of the first are read
-            backend.check_weights(config.cognition)
-            check_perception(config.perception, rounds=config.loopback.rounds, num_queries=config.loopback.num_queries)
+            check_weight_files(config, allow_module=allow_module)
         cognition = backend.build(config.cognition, weights=weights, dtype=dtype)
         perception, query_decoder = build_perception(
             config.perception,
@@ -154,6 +153,16 @@ def build_model(
     if config.cognition.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model if device is None else model.to(device)
+
+
+def check_weight_files(config: RunConfig, *, allow_module: bool = True) -> None:
+    """Checks files, names and shapes of the base weights of both parts, reading headers only; arguments of `build_model`.
+
+    Raises:
+        ValueError: weights that are missing or of another model.
+    """
+    resolve_backend(config.cognition.backend, allow_module=allow_module).check_weights(config.cognition)
+    check_perception(config.perception, rounds=config.loopback.rounds, num_queries=config.loopback.num_queries)
 
 
 def trainable_names(model: nn.Module) -> list[str]:

@@ -61,12 +61,17 @@ MISTAKES = {  # command -> part of what is said; {} is an empty folder, beside i
     "data check --root nowhere": "data root 'nowhere': expected the folder",
     "data show refcoco/val --root nowhere": "data root 'nowhere': expected the folder",
     "data prepare --format jsonl --source nowhere --out {}/set": "--source nowhere",
+    "data synth --out {}/root/file/world": "expected a folder that can be written to",
+    "data prepare --format jsonl --source {}/root/a.jsonl --out {}/root/file/set": "expected a folder that can be written to",
+    "data synth --out {}/root/file": "expected a folder that can be written to",
     "data features --config tiny-refcocoo": "did you mean 'tiny-refcoco'",
 }
 
 
 def test_mistakes_are_said_before_torch_is_imported(tmp_path):
     (tmp_path / "a" / "root" / "images" / "train2014").mkdir(parents=True)
+    (tmp_path / "a" / "root" / "file").write_text("")
+    (tmp_path / "a" / "root" / "a.jsonl").write_text('{"image": "a.jpg", "phrase": "a", "no_target": true}')
     (tmp_path / "empty").mkdir()
     script = (
         "import contextlib, io, json, sys\n"
@@ -168,12 +173,19 @@ def test_config_show_is_complete_and_applies_overrides(capsys):
 
 
 def test_config_fields_says_the_meaning(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["config", "fields", "lora.r"]) == 0
     out = capsys.readouterr().out
-    assert "cognition.lora.r " in out
+    assert "cognition.lora.r: int = " in out
     assert "rank of the low-rank update" in out
     assert "training.epochs" not in out
+    assert main(["config", "fields"]) == 0
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines()) <= 80
+    words = " ".join(out.split())
+    for name, _, default, about in iter_fields():
+        assert name in words
+        assert " ".join(f"= {default!r} {about}".split()) in words  # nothing is cut
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from deris_llm.arguments import at_least, path
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
+    from deris_llm.data.check import SplitCounts
+
 FORMAT_NAMES = ("refer", "seqtr", "hf", "coco", "labelme", "cvat", "jsonl")
 """Those of `deris_llm.data.readers.registry.FORMATS`, whose readers are imported when they are needed."""
 
@@ -155,7 +157,10 @@ def run_synth(arguments: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from deris_llm.data.synthetic.world import write_world
+    from deris_llm.folders import check_writable
 
+    if not arguments.out.is_dir():
+        check_writable(arguments.out, "--out")
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("drawing pictures", total=None)
         write_world(
@@ -232,45 +237,46 @@ def _columns() -> Sequence[ProgressColumn]:
 
 def run_check(arguments: argparse.Namespace) -> int:
     """Prints a table of counts; 1 when a split cannot be used."""
-    from rich.console import Console
-    from rich.table import Table
-
     from deris_llm.data.check import check_data, differences
+    from deris_llm.evaluation.tables import Column, StackedTable
+    from deris_llm.terminal import console
 
     counts = check_data(arguments.root, arguments.datasets)
-    table = Table(
-        title=f"{arguments.root}",
-        caption="in train: images that its own train split has too; published: refs / phrases / images, of gRefCOCO "
-        "phrases / those without a target",
-        title_justify="left",
-        caption_justify="left",
-    )
-    table.add_column("split", no_wrap=True)
-    for heading in ("refs", "phrases", "no target", "images", "in train"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("published", justify="right", min_width=9)
-    for split in counts:
-        known = " / ".join(f"{number:,}" for number in split.known or split.known_phrases or ()) or "-"
-        verdict = " (same)" if split.is_as_published else ""
-        numbers = (
-            ["unusable"] * 4
-            if split.problem
-            else [f"{n:,}" for n in (split.num_refs, split.num_phrases, split.num_no_target, split.num_images)]
+    numbers = [
+        ["unusable"] * 4
+        if split.problem
+        else [f"{n:,}" for n in (split.num_refs, split.num_phrases, split.num_no_target, split.num_images)]
+        for split in counts
+    ]
+    rows = [[*row, f"{split.num_images_in_train:,}", _published(split)] for split, row in zip(counts, numbers, strict=True)]
+    headings = ("\nrefs", "\nphrases", "no\ntarget", "\nimages", "in\ntrain", "\npublished")
+    shown = console()
+    shown.print(
+        StackedTable(
+            f"{arguments.root}",
+            Column("\nsplit", [split.name for split in counts]),
+            [Column(heading, cells) for heading, *cells in zip(headings, *rows, strict=True)],
+            caption="in train: images that its own train split has too; published: refs / phrases / images, of gRefCOCO "
+            "phrases / those without a target",
         )
-        table.add_row(split.name, *numbers, f"{split.num_images_in_train:,}", known + verdict)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
+    )
     for split in counts:
         for said in (split.problem, *(f"{split.name}: {note}" for note in split.notes)):
             if said:
-                console.print(said, markup=False, highlight=False)
+                shown.print(said)
     is_synthetic = (arguments.root / "world.json").is_file()  # of `data synth`: nobody takes it for the published one
     for difference in () if is_synthetic else differences(counts):
-        console.print(difference, markup=False, highlight=False)
+        shown.print(difference)
     are_whole = not arguments.images or _pictures_are_whole(
         arguments.root, [split.name for split in counts if not split.problem], workers=arguments.workers
     )
     return 0 if are_whole and not any(split.problem for split in counts) else 1
+
+
+def _published(split: SplitCounts) -> str:
+    """The published counts of a split, and whether its own are the same."""
+    known = " / ".join(f"{number:,}" for number in split.known or split.known_phrases or ()) or "-"
+    return f"{known} (same)" if split.is_as_published else known
 
 
 def _pictures_are_whole(root: Path, splits: Sequence[str], *, workers: int | None) -> bool:
@@ -304,11 +310,12 @@ def run_show(arguments: argparse.Namespace) -> int:
         )
     check_split(arguments.root, arguments.split)
     from deris_llm.data.show import contact_sheet, write_page  # brings torch, for which no check waits
+    from deris_llm.folders import check_writable
 
     records = read_split(arguments.root, arguments.split, phrase_field=arguments.phrase_field)
     count = max(1, min(arguments.count, len(records)))
     chosen = [records[i * len(records) // count] for i in range(count)]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(arguments.out.parent, "--out below")
     if arguments.out.suffix == ".html":
         write_page(chosen, arguments.out, split=arguments.split, num_phrases=len(records))
     else:

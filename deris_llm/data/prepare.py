@@ -57,6 +57,7 @@ from deris_llm.data.readers.base import (
 from deris_llm.data.readers.objects import class_key, split_named
 from deris_llm.data.readers.registry import open_source
 from deris_llm.data.validation import Fault, LocatedEntry, ShardResult, is_text, look_at, write_shard
+from deris_llm.folders import check_writable
 from deris_llm.structures import Exif
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], N
     source = _described_source(options, reader)
     if (known := _existing(out, source)) is not None:
         return Prepared(known, was_there=True)
-    (work / ARROW_FOLDER).mkdir(parents=True, exist_ok=True)
+    check_writable(work / ARROW_FOLDER, "--out")
     try:
         with _pool(options.workers) as pool:
             manifest = _Preparation(options, reader, source, work, pool, on_progress).run()

@@ -318,8 +318,9 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
             else ""
         )
         listed = "\n".join(differ[:10] + ([f"  ... and {len(differ) - 10} more"] if len(differ) > 10 else []))
+        number = "1 field differs" if len(differ) == 1 else f"{len(differ)} fields differ"
         raise CheckpointError(
-            f"{folder}: expected a checkpoint of this run config, got one of another; {len(differ)} fields differ\n{listed}\n"
+            f"{folder}: expected a checkpoint of this run config, got one of another; {number}\n{listed}\n"
             f"Give these fields their saved values to go on, or another --output to start a new run{longer}"
         )
 

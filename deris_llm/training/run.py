@@ -201,7 +201,10 @@ def _finished(checkpoint: Path) -> TrainingResult | None:
     state = _trainer_state(checkpoint)
     if state["global_step"] < state["max_steps"] or not _is_evaluated(state):
         return None
-    logger.info("%s is the end of the run: nothing is left to train", checkpoint)
+    logger.info(
+        "%s is the end of the run: nothing is left to train, and the data is not read again; the numbers are those of then",
+        checkpoint,
+    )
     return _result(checkpoint)
 
 
@@ -319,8 +322,12 @@ def check_start(
     _check_environment(config)
     if fast_dev_run:
         check_writable(output / FAST_DEV_RUN, "--output")
-    else:
-        _resume_from(config, output, resume)
+    elif _resume_from(config, output, resume) is not None:
+        return
+    if checkpoints.base_checkpoint(config) is None:
+        from deris_llm.model import check_weight_files  # brings transformers, for which no other check waits
+
+        check_weight_files(config)
 
 
 def _resume_from(config: RunConfig, output: Path, resume: str) -> Path | None:

@@ -16,6 +16,7 @@ from deris_llm.data.errors import DataError
 from deris_llm.data.mix import training_mix
 from deris_llm.data.prepared import file_sha256
 from deris_llm.data.refer import read_split
+from deris_llm.folders import FolderError
 
 
 def _run(*words: object) -> int:
@@ -28,7 +29,19 @@ def _run(*words: object) -> int:
 def test_check(refer_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("check", "--root", refer_root) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "refcocog_umd/test" in line]
-    assert [cell.strip() for cell in lines[0].split("│")][1:6] == ["refcocog_umd/test", "2", "5", "0", "1"]
+    assert lines[0].split()[:5] == ["refcocog_umd/test", "2", "5", "0", "1"]
+
+
+def test_check_loses_no_number_on_a_narrow_terminal(
+    refer_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for width in (80, 50):
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert _run("check", "--root", refer_root, "--datasets", "refcoco") == 0
+        table, _, _ = capsys.readouterr().out.partition("published: ")
+        assert max(map(len, table.splitlines())) <= width
+        assert "42,404 / 120,624 / 16,994" in table
+        assert "1,810 / 5,095 / 750" in table
 
 
 def test_check_fails_on_a_split_that_cannot_be_used(refer_folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,6 +61,8 @@ def test_show(refer_root: Path, tmp_path: Path) -> None:
     assert pixels.shape == (2 * 344, 4 * 300, 3)
     assert (pixels[344:, 300:] == 255).all()  # five of eight tiles
     assert (pixels[344:, :300] != 255).any()
+    with pytest.raises(FolderError, match=r"--out below .*sheet\.png: expected a folder that can be written to"):
+        _run("show", "refcoco/train", "--root", refer_root, "--out", sheet / "page.html")
 
 
 def test_show_a_page(refer_folder: Any, world: Any) -> None:
@@ -87,9 +102,7 @@ def test_check_knows_prepared_sets(world: Any, capsys: pytest.CaptureFixture[str
     assert _run("check", "--root", world.root) == 0
     out = capsys.readouterr().out
     rows = {
-        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:7]]
-        for line in out.splitlines()
-        if "│ mine" in line
+        line.split()[0]: line.split()[1:6] for line in out.splitlines() if line.startswith(" mine/")
     }
     assert rows == {"mine/train": ["1", "1", "1", "1", "0"], "mine/val": ["4", "4", "0", "2", "1"]}
     shard = world.root / "mine/arrow/val-00000.arrow"

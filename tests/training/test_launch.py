@@ -238,6 +238,8 @@ def test_what_is_wrong_with_a_start_is_found_before_ranks_are_launched(run_overr
         (["--resume", str(tmp_path)], [], "--resume "),
         ([], [start_from], "training.start_from=nowhere: expected a checkpoint folder"),
         (["--gpus", "9999"], [], "--gpus: expected"),
+        ([], ["cognition.weights=nowhere"], "error: weights 'nowhere': expected a local folder"),
+        ([], ["perception.weights=builtin:tiny-beit3"], "error: perception.weights=builtin:tiny-beit3: expected"),
         (["--output", str(tmp_path / "run")], [], f"new run: another --output, and --set training.start_from={full}"),
     ):
         output = [] if "--output" in options else ["--output", str(tmp_path / "new")]

@@ -173,10 +173,12 @@ def test_the_best_checkpoint_is_written_and_loads(one_process):
     assert all(torch.equal(p, final[name]) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def test_a_finished_run_is_not_trained_again(one_process, run_overrides):
+def test_a_finished_run_is_not_trained_again(one_process, run_overrides, caplog):
     config = load_config("tiny-refcoco", [*run_overrides, "training.accumulation=2"])
     before = one_process.checkpoint.stat().st_mtime_ns
-    assert train(config, output=one_process.output) == one_process
+    with caplog.at_level("INFO"):
+        assert train(config, output=one_process.output) == one_process
+    assert "the data is not read again; the numbers are those of then" in caplog.text
     assert one_process.checkpoint.stat().st_mtime_ns == before
 
 
