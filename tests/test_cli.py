@@ -35,7 +35,7 @@ MISTAKES = {  # command -> part of what is said; {} is an empty folder, beside i
     "train --config tiny-refcocoo": "did you mean 'tiny-refcoco'",
     "train --config tiny-refcoco --set training.epoch=1": "did you mean training.epochs",
     "train --config tiny-refcoco --set data.root=nowhere": "data root 'nowhere': expected the folder",
-    "train --config tiny-refcoco --set data.root={}/root": "dataset 'refcoco': expected",
+    "train --config tiny-refcoco --set data.root={}/data": "dataset 'refcoco': expected",
     "plan --config tiny-refcocoo": "did you mean 'tiny-refcoco'",
     "plan --config tiny-refcoco --set training.epoch=1": "did you mean training.epochs",
     "config show --config {}": "got a folder without config.yaml",
@@ -45,33 +45,33 @@ MISTAKES = {  # command -> part of what is said; {} is an empty folder, beside i
     "eval --checkpoint nowhere/best": "nowhere/best: expected a checkpoint folder",
     "eval --checkpoint {}": "the folder is empty",
     "predict --checkpoint nowhere --image a.jpg --phrase x": "nowhere: expected a checkpoint folder",
-    "score nowhere.jsonl --data {}/root --split refcoco/val": "nowhere.jsonl: expected a JSONL file or a folder",
+    "score nowhere.jsonl --data {}/data --split refcoco/val": "nowhere.jsonl: expected a JSONL file or a folder",
     "score {} --data nowhere --split refcoco/val": "data root 'nowhere': expected the folder",
-    "score {} --data {}/root --split mine/val": "dataset 'mine': expected one of refcoco",
+    "score {} --data {}/data --split mine/val": "dataset 'mine': expected one of refcoco",
     "report nowhere": "report nowhere: expected the folder of an evaluation or a run",
     "report {} --checkpoint nowhere/best": "nowhere/best: expected a checkpoint folder",
     "convert merge nowhere --out {}/new": "nowhere: expected a checkpoint folder",
     "convert export {} --out {}/new": "the folder is empty",
     "convert export {} --out {}/new --dtype bf16": "cannot take effect without --merge",
-    "convert merge {} --out {}/root": "expected a new folder, got one that is not empty",
+    "convert merge {} --out {}/data": "expected a new folder, got one that is not empty",
     "convert deris nowhere.pth --out {}/new": "nowhere.pth: expected a weight file",
     "convert beit3 {} --out {}/new": "got a folder; give the file in it",
     "convert mask2former nowhere.pkl --out {}/new": "nowhere.pkl: expected a weight file",
-    "data check --root {}/root --datasets refcocoo": "dataset 'refcocoo': expected one of refcoco",
+    "data check --root {}/data --datasets refcocoo": "dataset 'refcocoo': expected one of refcoco",
     "data check --root nowhere": "data root 'nowhere': expected the folder",
     "data show refcoco/val --root nowhere": "data root 'nowhere': expected the folder",
     "data prepare --format jsonl --source nowhere --out {}/set": "--source nowhere",
-    "data synth --out {}/root/file/world": "expected a folder that can be written to",
-    "data prepare --format jsonl --source {}/root/a.jsonl --out {}/root/file/set": "expected a folder that can be written to",
-    "data synth --out {}/root/file": "expected a folder that can be written to",
+    "data synth --out {}/data/file/world": "expected a folder that can be written to",
+    "data prepare --format jsonl --source {}/data/a.jsonl --out {}/data/file/set": "expected a folder that can be written to",
+    "data synth --out {}/data/file": "expected a folder that can be written to",
     "data features --config tiny-refcocoo": "did you mean 'tiny-refcoco'",
 }
 
 
 def test_mistakes_are_said_before_torch_is_imported(tmp_path):
-    (tmp_path / "a" / "root" / "images" / "train2014").mkdir(parents=True)
-    (tmp_path / "a" / "root" / "file").write_text("")
-    (tmp_path / "a" / "root" / "a.jsonl").write_text('{"image": "a.jpg", "phrase": "a", "no_target": true}')
+    (tmp_path / "a" / "data" / "images" / "train2014").mkdir(parents=True)
+    (tmp_path / "a" / "data" / "file").write_text("")
+    (tmp_path / "a" / "data" / "a.jsonl").write_text('{"image": "a.jpg", "phrase": "a", "no_target": true}')
     (tmp_path / "empty").mkdir()
     script = (
         "import contextlib, io, json, sys\n"
@@ -84,7 +84,7 @@ def test_mistakes_are_said_before_torch_is_imported(tmp_path):
         "    print(json.dumps([status, said.getvalue(), heavy]))\n"
     )
     commands = [
-        each.replace("{}/root", str(tmp_path / "a" / "root")).replace("{}", str(tmp_path / "empty"))
+        each.replace("{}/data", str(tmp_path / "a" / "data")).replace("{}", str(tmp_path / "empty"))
         for each in MISTAKES
     ]
     done = subprocess.run(
