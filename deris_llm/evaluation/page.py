@@ -63,11 +63,11 @@ _SAME_SCORE = 0.05  # a GPU's bf16 and a CPU's float32 differ by less
 
 
 def page_file(against: Evaluation | None = None) -> str:
-    """The name of the page in its folder; beside another evaluation it has that one's name and checkpoint."""
+    """The name of the page in its folder; beside another evaluation it has that one's folder name and fingerprint."""
     if against is None:
         return PAGE_FILE
-    named = dict.fromkeys((against.name, against.about.get("fingerprint") or against.folder.resolve().name))
-    plain = re.sub(r"[^\w.+-]+", "-", "-".join(named))
+    folder, fingerprint = against.folder.resolve().name, str(against.about.get("fingerprint") or "")
+    plain = re.sub(r"[^\w.+-]+", "-", folder if fingerprint in folder else f"{folder}-{fingerprint}")
     return f"report-against-{plain[:100]}.html"
 
 

@@ -121,7 +121,7 @@ def test_each_checkpoint_and_threshold_has_a_folder_of_its_own(
     assert main(command) == 0
     opened = open_evaluation(f"runs/eval/{expected[0]}", run)
     assert opened.checkpoint == run / "best"
-    page = tmp_path / "runs" / "eval" / expected[0] / f"report-against-{config.name}-{prints[1]}.html"
+    page = tmp_path / "runs" / "eval" / expected[0] / f"report-against-{expected[2]}.html"
     assert f"written to {page.relative_to(tmp_path)}" in capsys.readouterr().out
     assert page.is_file()
     assert before == {path: path.read_bytes() for path in before}
