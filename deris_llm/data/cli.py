@@ -263,10 +263,10 @@ def run_check(arguments: argparse.Namespace) -> int:
     for split in counts:
         for said in (split.problem, *(f"{split.name}: {note}" for note in split.notes)):
             if said:
-                shown.print(said)
+                shown.print(said, soft_wrap=True)
     is_synthetic = (arguments.root / "world.json").is_file()  # of `data synth`: nobody takes it for the published one
     for difference in () if is_synthetic else differences(counts):
-        shown.print(difference)
+        shown.print(difference, soft_wrap=True)
     are_whole = not arguments.images or _pictures_are_whole(
         arguments.root, [split.name for split in counts if not split.problem], workers=arguments.workers
     )
@@ -295,7 +295,7 @@ def _pictures_are_whole(root: Path, splits: Sequence[str], *, workers: int | Non
             pictures, workers=workers, on_progress=lambda done, _: progress.update(task, completed=done)
         )
     said = f"{len(problems):,} of {number:,} pictures cannot be used" if problems else f"{number:,} pictures are whole"
-    console().print("\n".join([said, *(f"  - {problem}" for problem in problems)]))
+    console().print("\n".join([said, *(f"  - {problem}" for problem in problems)]), soft_wrap=True)
     return not problems
 
 

@@ -307,8 +307,14 @@ def test_a_bad_png_is_named(
 
 
 def test_two_files_side_by_side(
-    root: Path, records: list[ReferringRecord], write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    root: Path,
+    records: list[ReferringRecord],
+    write: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "400")  # a path is longer than a narrow terminal's line
     worse = tmp_path / "worse.jsonl"
     worse.write_text(
         "".join(json.dumps({"phrase_id": r.phrase_id, "mask": encode_mask(_shifted(r, 6))}) + "\n" for r in records[1:])

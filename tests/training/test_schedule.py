@@ -126,7 +126,7 @@ EPOCHS = ["training.schedule=epochs", "training.warmup_ratio=0", "training.epoch
         (["training.optimizer=sgd"], "training.optimizer: expected one of adamw, adam, got 'sgd'"),
         (
             ["training.cognition_learning_rate=-1"],
-            "training.cognition_learning_rate: expected a number in [0, 1], got -1.0",
+            "training.cognition_learning_rate: expected a number in [0, 1e18], got -1.0",
         ),
         (["training.warmup_ratio=2"], "training.warmup_ratio: expected a number in [0, 1), got 2.0"),
         (["training.decay_epochs=[1]"], "training.decay_epochs cannot take effect with training.schedule=cosine"),
