@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -49,11 +50,12 @@ def run_on_ranks(arguments: Sequence[str], ranks: int) -> int:
 
 def _said(error: ChildFailedError) -> int:
     """Prints why the ranks failed: a rank's own words, or how one ended."""
-    failures = sorted(error.failures.items())
+    # The launcher ends the other ranks with SIGTERM as soon as one fails: those come last.
+    failures = sorted(error.failures.items(), key=lambda each: (each[1].exitcode == -signal.SIGTERM, each[0]))
     told = [each for _, each in failures if each.error_file_data.get("message", _NOTHING_SAID) != _NOTHING_SAID]
     if told:
         sys.stderr.write(f"{told[0].message}\n(`deris-llm --debug ...` shows where)\n")
-        return told[0].exitcode
+        return told[0].exitcode if told[0].exitcode > 0 else 2  # it said why, and was ended before it could leave
     rank, failure = failures[0]
     if failure.exitcode < 0:
         sys.stderr.write(
