@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deris_llm.pipeline import DerisPipeline
+    from deris_llm.serving.pipeline import DerisPipeline
 
 __version__ = "0.1.0"
 __all__ = ["DerisPipeline", "__version__"]
@@ -12,7 +12,7 @@ __all__ = ["DerisPipeline", "__version__"]
 def __getattr__(name: str) -> Any:
     """Imports the pipeline, and with it torch and transformers, when somebody asks for it."""
     if name == "DerisPipeline":
-        from deris_llm.pipeline import DerisPipeline  # noqa: PLC0415
+        from deris_llm.serving.pipeline import DerisPipeline  # noqa: PLC0415
 
         return DerisPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,15 +37,15 @@ from transformers import (
     ViltForMaskedLM,
 )
 
-from deris_llm.cognition import (
+from deris_llm.config import RunConfig, load_config
+from deris_llm.models.cognition import (
     CognitionBackend,
     CognitionProcessor,
     FeatureProcessor,
     VisionTower,
     build_processor,
 )
-from deris_llm.cognition.beit3 import TOKENIZER_FILE, Beit3Config, Beit3Model
-from deris_llm.config import RunConfig, load_config
+from deris_llm.models.cognition.beit3 import TOKENIZER_FILE, Beit3Config, Beit3Model
 from deris_llm.structures import CognitionFeatures, CognitionInputs, ReferringBatch, ReferringTargets
 
 _CORPUS = (
@@ -300,7 +300,7 @@ def synthetic_batch(
 def check_cognition_backend(
     backend: CognitionBackend, processor: CognitionProcessor, *, tolerance: float = 1e-4
 ) -> None:
-    """Checks a backend and its processor against the contract of `deris_llm.cognition.base`.
+    """Checks a backend and its processor against the contract of `deris_llm.models.cognition.base`.
 
     Args:
         backend: built; float32 on the CPU makes the comparisons meaningful.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from deris_llm.cli import main as deris_llm
+from deris_llm.cli.main import main as deris_llm
 
 SPLITS = (
     "refcoco/val", "refcoco/testA", "refcoco/testB",

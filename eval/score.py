@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from deris_llm.cli import main as deris_llm
+from deris_llm.cli.main import main as deris_llm
 
 
 def main() -> int:

@@ -75,14 +75,14 @@ step() { # step NAME COMMAND...
 }
 if [[ -n $tiny ]]; then
   step tests python -m pytest -q -m gpu tests/test_gpu.py
-  step perception python scripts/bench_perception.py --quick
-  step shared python scripts/bench_shared.py --layers 1 --phrases 1 2 --repeats 1
-  step 7b python scripts/bench_7b.py --tiny --phrases 2 --repeats 1 --profile --budget-gib 24
+  step perception python scripts/bench/perception.py --quick
+  step shared python scripts/bench/shared.py --layers 1 --phrases 1 2 --repeats 1
+  step 7b python scripts/bench/deris_7b.py --tiny --phrases 2 --repeats 1 --profile --budget-gib 24
 else
   step tests python -m pytest -q -m gpu
-  step perception python scripts/bench_perception.py --device cuda
-  step shared python scripts/bench_shared.py --device cuda
-  step 7b python scripts/bench_7b.py --profile --budget-gib 24
+  step perception python scripts/bench/perception.py --device cuda
+  step shared python scripts/bench/shared.py --device cuda
+  step 7b python scripts/bench/deris_7b.py --profile --budget-gib 24
 fi
 
 printf '\n'

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job at tiny size, from a bare machine to a table of numbers: install, make data, fine-tune under DeepSpeed,
 # evaluate. Uses the GPUs when there are some, else two CPU ranks (about 25 minutes on two cores). Call it again after an
-# interruption: what is finished is reused. Arguments go to `python -m deris_llm.quickstart` (see --help).
+# interruption: what is finished is reused. Arguments go to `scripts/quickstart.py` (see --help).
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 # shellcheck source=scripts/_env.sh
@@ -15,4 +15,4 @@ use_environment
 install_package ""
 PATH="$(dirname "$PYTHON"):$PATH"
 export PATH OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-exec "$PYTHON" -m deris_llm.quickstart --install-seconds $((SECONDS - started)) "$@"
+exec "$PYTHON" scripts/quickstart.py --install-seconds $((SECONDS - started)) "$@"

@@ -15,12 +15,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2Config, Qwen2Model
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from deris_llm.cognition import build_processor, resolve_backend
-from deris_llm.cognition.shared_prefix import pack_prompts, run_packed
-from deris_llm.criterion import build_criterion
-from deris_llm.model import Deris, build_model
-from deris_llm.perception import deformable_attention
-from deris_llm.perception.deformable_attention import Formulation, sample_by_grid, sample_by_rows, sampler_on
+from deris_llm.losses.criterion import build_criterion
+from deris_llm.models.cognition import build_processor, resolve_backend
+from deris_llm.models.cognition.shared_prefix import pack_prompts, run_packed
+from deris_llm.models.deris import Deris, build_model
+from deris_llm.models.perception import deformable_attention
+from deris_llm.models.perception.deformable_attention import Formulation, sample_by_grid, sample_by_rows, sampler_on
 from deris_llm.structures import DerisOutput, ReferringBatch
 from deris_llm.testing import (
     check_cognition_backend,

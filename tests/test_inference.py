@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from deris_llm import inference
-from deris_llm.inference import OneDnnLinear, for_cpu_inference, use_onednn_linears
-from deris_llm.model import build_model
+from deris_llm.models import cpu_inference as inference
+from deris_llm.models.cpu_inference import OneDnnLinear, for_cpu_inference, use_onednn_linears
+from deris_llm.models.deris import build_model
 from deris_llm.testing import relative_difference, synthetic_batch, tiny_beit3, tiny_config, tiny_weights
 
 

@@ -26,13 +26,13 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from deris_llm import criterion as criterion_module
-from deris_llm.cognition import build_processor
 from deris_llm.config import RunConfig, load_config
-from deris_llm.criterion import build_criterion
-from deris_llm.model import Deris, build_model
-from deris_llm.pipeline import DerisPipeline
-from deris_llm.planning import plan_cognition, shape_batch
+from deris_llm.losses import criterion as criterion_module
+from deris_llm.losses.criterion import build_criterion
+from deris_llm.models.cognition import build_processor
+from deris_llm.models.deris import Deris, build_model
+from deris_llm.planning.plan import plan_cognition, shape_batch
+from deris_llm.serving.pipeline import DerisPipeline
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringTargets
 from deris_llm.testing import synthetic_images, tiny_beit3, tiny_config, tiny_qwen_vl_weights, tiny_weights
 from deris_llm.training.parameters import build_optimizer

@@ -15,11 +15,12 @@ from deris_llm.data.dataset import ImageGroup
 from deris_llm.data.errors import DataError
 from deris_llm.data.feature_cache import CachedFeatures, FeatureCache, Picture
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.data.transforms import Resize, load_image, perception_pixels, warp_mask
+from deris_llm.data.images import load_image
+from deris_llm.models.preprocess import Resize, perception_pixels, warp_mask
 from deris_llm.structures import CognitionInputs, ReferringBatch, ReferringRecord, ReferringTargets
 
 if TYPE_CHECKING:  # the loader's workers need no model library
-    from deris_llm.cognition import CognitionProcessor
+    from deris_llm.models.cognition import CognitionProcessor
 
 
 class ReferringCollator:

@@ -9,7 +9,7 @@ from typing import overload
 import numpy as np
 
 from deris_llm.data.phrase_conversion import PhraseConversion, text_number
-from deris_llm.data.record_views import image_numbers, is_lazy, phrase_ids, phrases
+from deris_llm.data.store.record_views import image_numbers, is_lazy, phrase_ids, phrases
 from deris_llm.structures import ReferringRecord
 
 

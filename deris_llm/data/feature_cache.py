@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deris_llm.data.errors import DataError
-from deris_llm.data.prepared import file_sha256
+from deris_llm.data.store.prepared import file_sha256
 from deris_llm.structures import Exif
 
 ABOUT_FILE = "about.json"

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deris_llm.data.errors import DataError
-from deris_llm.data.pictures import PictureError, read_picture
-from deris_llm.data.record_views import image_numbers, phrases
+from deris_llm.data.images import PictureError, read_picture
+from deris_llm.data.store.record_views import image_numbers, phrases
 from deris_llm.structures import ReferringRecord
 
 if TYPE_CHECKING:
-    from deris_llm.cognition.base import InputChecker
+    from deris_llm.models.cognition.base import InputChecker
 
 logger = logging.getLogger(__name__)
 

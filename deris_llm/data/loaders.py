@@ -19,7 +19,7 @@ from deris_llm.data.token_budget import phrase_limits
 from deris_llm.structures import ReferringBatch, ReferringRecord
 
 if TYPE_CHECKING:  # the loader's workers need no model library
-    from deris_llm.cognition import CognitionProcessor
+    from deris_llm.models.cognition import CognitionProcessor
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from deris_llm.config import RunConfig
 from deris_llm.data.masks import coco_mask, decode_segmentation
-from deris_llm.data.record_views import in_order
-from deris_llm.data.transforms import Resize, warp_mask
+from deris_llm.data.store.record_views import in_order
+from deris_llm.models.preprocess import Resize, warp_mask
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
 logger = logging.getLogger(__name__)

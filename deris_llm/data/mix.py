@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from deris_llm.config import DataConfig, RunConfig
 from deris_llm.data.errors import DataError
-from deris_llm.data.prepared import COCO_STEM, PreparedSplit
-from deris_llm.data.record_views import RecordView, image_numbers, is_lazy
-from deris_llm.data.refer import DATASETS
+from deris_llm.data.store.prepared import COCO_STEM, PreparedSplit
+from deris_llm.data.store.record_views import RecordView, image_numbers, is_lazy
+from deris_llm.data.formats.refer_files import DATASETS
 from deris_llm.data.sources import image_hashes_of_split, images_of_split, read_split, split_names
 from deris_llm.structures import ReferringRecord
 
@@ -73,7 +73,7 @@ def training_mix(config: DataConfig) -> TrainingMix:
     """Reads the train splits of ``config.train`` and removes the images of every evaluation split.
 
     Evaluation splits are all splits but train of every mixed dataset, and those of ``config.eval``. A picture is the same
-    if its id is (COCO's file names; `deris_llm.data.prepared`), or, among prepared sets, its file's
+    if its id is (COCO's file names; `deris_llm.data.store.prepared`), or, among prepared sets, its file's
     content, unless COCO's names tell two apart.
 
     Raises:

@@ -9,7 +9,7 @@ The conversion is pure: it makes a new record, the data stay as they are, and th
 id) alone, so it is the same for any number of workers and ranks. The public code differs in three ways that we do not
 want (`parity/NOTES.md` 8): its check for the same picture compares text with a number and never fires, it changes its
 data in place, so that converted phrases stay converted, and similarity is taken over characters, where anagrams are
-equal and long phrases are all alike. The last is `mode="characters"`; `deris_llm.interop.upstream_conversion` replays
+equal and long phrases are all alike. The last is `mode="characters"`; `scripts.parity.upstream_conversion` replays
 all of them to compare with its traces.
 """
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.data.transforms import load_image
+from deris_llm.data.images import load_image
 from deris_llm.structures import ReferringRecord
 
 _COLOURS_RGB = ((230, 86, 20), (0, 120, 212), (0, 150, 100), (190, 50, 150), (200, 150, 0), (90, 90, 220))

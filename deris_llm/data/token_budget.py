@@ -13,8 +13,8 @@ from deris_llm.config import RunConfig
 from deris_llm.data.dataset import ImageGroup
 
 if TYPE_CHECKING:  # the loader's workers need no model library
-    from deris_llm.cognition import CognitionProcessor
-    from deris_llm.cognition.base import TokenCounter
+    from deris_llm.models.cognition import CognitionProcessor
+    from deris_llm.models.cognition.base import TokenCounter
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def token_counter(config: RunConfig, processor: CognitionProcessor) -> TokenCoun
     Raises:
         ValueError: it does not count tokens.
     """
-    from deris_llm.cognition.base import TokenCounter  # noqa: PLC0415
+    from deris_llm.models.cognition.base import TokenCounter  # noqa: PLC0415
 
     limit = config.data.max_tokens_per_image
     if limit == 0:

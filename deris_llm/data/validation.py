@@ -27,8 +27,8 @@ from deris_llm.data.masks import (
     two_valued_mask,
     usable_segmentation,
 )
-from deris_llm.data.pictures import BROKEN, MAX_PIXELS, ImageFolder, PictureError, PictureFacts, picture_facts
-from deris_llm.data.readers.base import FaultReason, MaskFile, SourceEntry, SourceInstance, is_int64
+from deris_llm.data.images import BROKEN, MAX_PIXELS, ImageFolder, PictureError, PictureFacts, picture_facts
+from deris_llm.data.formats.base import FaultReason, MaskFile, SourceEntry, SourceInstance, is_int64
 
 PHRASE_SCHEMA = pa.schema(
     {

@@ -23,7 +23,8 @@ from torch import distributed, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from deris_llm.cognition import CognitionProcessor
+from deris_llm.common.ranks import OtherRankError
+from deris_llm.common.terminal import console
 from deris_llm.config import RunConfig
 from deris_llm.data.loaders import evaluation_loader
 from deris_llm.data.masks import decode_segmentation, encode_mask
@@ -43,10 +44,9 @@ from deris_llm.evaluation.predictions import (
     check_misses,
 )
 from deris_llm.evaluation.protocols import Protocol, Rule, protocols_of
-from deris_llm.postprocess import PhraseAnswer, answer_masks, upsampled_masks
+from deris_llm.models.cognition import CognitionProcessor
+from deris_llm.models.postprocess import PhraseAnswer, answer_masks, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringRecord
-from deris_llm.terminal import console
-from deris_llm.training.ranks import OtherRankError
 
 logger = logging.getLogger(__name__)
 

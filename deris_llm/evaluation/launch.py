@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from deris_llm.training.last_words import QUIET
+from deris_llm.common.error_file import QUIET
 
 _NOTHING_SAID = "<NONE>"  # torch's, of a rank that left no message
 
@@ -37,7 +37,7 @@ def run_on_ranks(arguments: Sequence[str], ranks: int) -> int:
     )  # fmt: skip
     sys.stdout.flush()
     try:
-        elastic_launch(config, sys.executable)("-m", "deris_llm.cli", *arguments)
+        elastic_launch(config, sys.executable)("-m", "deris_llm.cli.main", *arguments)
     except SignalException as error:
         sys.stderr.write("interrupted\n")
         return 128 + int(error.sigval)

@@ -15,8 +15,8 @@ from deris_llm.evaluation.breakdown import breakdown
 from deris_llm.evaluation.intervals import intervals, metric_ratios
 from deris_llm.evaluation.overlays import Case, choose_cases, write_contact_sheet
 from deris_llm.evaluation.overlays import write_page as write_overlays
-from deris_llm.evaluation.page import PAGE_FILE, write_page
-from deris_llm.evaluation.page_data import Evaluation, open_evaluation
+from deris_llm.evaluation.page.page import PAGE_FILE, write_page
+from deris_llm.evaluation.page.stored import Evaluation, open_evaluation
 from deris_llm.evaluation.predictions import EvaluationResult, counted_under
 from deris_llm.evaluation.protocols import Protocol
 from deris_llm.evaluation.report import Section, read_report, update_report

@@ -17,8 +17,8 @@ from typing import Protocol, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from deris_llm.data.images import load_image
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.data.transforms import load_image
 from deris_llm.evaluation.evaluator import PhrasePrediction, merged_truth
 from deris_llm.structures import ReferringRecord
 

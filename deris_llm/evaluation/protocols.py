@@ -20,8 +20,8 @@ from typing import Any, Literal, Self
 import numpy as np
 from PIL import Image
 
+from deris_llm.common.strict_files import parse_yaml, read_text
 from deris_llm.config import PresenceUse, RunConfig, Selection
-from deris_llm.strict_files import parse_yaml, read_text
 
 Rule = tuple[float, Selection, PresenceUse]
 """Score threshold, what happens when no query passes, what the presence has to say."""
@@ -61,7 +61,7 @@ class Protocol:
         if self.fixed_px is None:
             return truth
         if self.truth_resampling == "nearest":
-            from deris_llm.data.transforms import warp_mask  # noqa: PLC0415 - brings torch, which checks of a protocol need not
+            from deris_llm.models.preprocess import warp_mask  # noqa: PLC0415 - brings torch, which checks of a protocol need not
 
             return warp_mask(truth, self.fixed_px, "opencv")
         # Pillow's own: which pixel it takes where two are equally near (every third column of 640 px at 480) is its rounding

@@ -32,12 +32,12 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
+from deris_llm.common.strict_files import unique_keys
 from deris_llm.data.errors import DataError, listed_by_cause
+from deris_llm.data.formats.base import read_json_file
 from deris_llm.data.masks import coco_mask, picture_mask, segmentation_rle
-from deris_llm.data.readers.base import read_json_file
 from deris_llm.evaluation.metrics import Overlap
 from deris_llm.evaluation.predictions import Box
-from deris_llm.strict_files import unique_keys
 from deris_llm.structures import ReferringRecord
 
 PREDICTIONS_FILE = "predictions.jsonl"

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from deris_llm.cognition import CognitionProcessor
 from deris_llm.config import RunConfig
 from deris_llm.data.dataset import some_images
 from deris_llm.data.sources import is_generalised, read_split
@@ -23,7 +22,8 @@ from deris_llm.evaluation.evaluator import answers_of, check_records, merged_tru
 from deris_llm.evaluation.gres_metrics import GresMetrics, GresOutcome
 from deris_llm.evaluation.metrics import Overlap, RisMetrics, overlap
 from deris_llm.evaluation.protocols import Protocol, protocols_of
-from deris_llm.postprocess import answering_queries, upsampled_masks
+from deris_llm.models.cognition import CognitionProcessor
+from deris_llm.models.postprocess import answering_queries, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringRecord
 
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))

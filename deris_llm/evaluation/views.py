@@ -26,12 +26,12 @@ from deris_llm.data.loaders import evaluation_loader
 from deris_llm.data.masks import decode_segmentation, encode_mask
 from deris_llm.evaluation.metrics import overlap
 from deris_llm.evaluation.protocols import protocols_of
-from deris_llm.postprocess import answer_masks, upsampled_masks
+from deris_llm.models.postprocess import answer_masks, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringRecord
 
 if TYPE_CHECKING:
-    from deris_llm.cognition import CognitionProcessor
-    from deris_llm.evaluation.page_data import StoredAnswer
+    from deris_llm.evaluation.page.stored import StoredAnswer
+    from deris_llm.models.cognition import CognitionProcessor
 
 VIEWS_FILE = "views.json"
 NUM_QUERIES = 4

@@ -15,14 +15,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from deris_llm.cognition.beit3 import (
-    PIECE_OFFSET,
-    RESERVED_POSITIONS,
-    TOKENIZER_FILE,
-    Beit3Config,
-    Beit3Model,
-    resized_positions,
-)
+from deris_llm.common.weight_files import WeightFileError, read_weight_file
 from deris_llm.interop.conversion import (
     Conversion,
     by_reason,
@@ -33,7 +26,14 @@ from deris_llm.interop.conversion import (
     new_folder,
     raise_differences,
 )
-from deris_llm.interop.weight_files import WeightFileError, read_weight_file
+from deris_llm.models.cognition.beit3 import (
+    PIECE_OFFSET,
+    RESERVED_POSITIONS,
+    TOKENIZER_FILE,
+    Beit3Config,
+    Beit3Model,
+    resized_positions,
+)
 
 _PREFIX = "beit3."
 _PICTURE_POSITIONS = "encoder.embed_positions.A.weight"
@@ -67,7 +67,7 @@ def convert(
     Base or large, the grid and the number of words are read off the shapes.
 
     Args:
-        path: see `deris_llm.interop.weight_files.read_weight_file`.
+        path: see `deris_llm.common.weight_files.read_weight_file`.
         out: new folder.
         tokenizer: `beit3.spm`, copied beside the weights.
         image_size: px, side of the pictures that the position table is resized for; None = as in the file.

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deris_llm.cognition.beit3 import TOKENIZER_FILE
+from deris_llm.checkpoints.checkpoints import save_full_checkpoint
+from deris_llm.common.weight_files import WeightFileError, read_weight_file
 from deris_llm.config import RunConfig, load_config
 from deris_llm.interop import mask2former
 from deris_llm.interop.mask2former import Renamed
-from deris_llm.interop.weight_files import WeightFileError, read_weight_file
-from deris_llm.model import Deris, build_model
-from deris_llm.training.checkpoints import save_full_checkpoint
+from deris_llm.models.cognition.beit3 import TOKENIZER_FILE
+from deris_llm.models.deris import Deris, build_model
 
 _EMPTY_WEIGHT = "head.criterion.empty_weight"
 

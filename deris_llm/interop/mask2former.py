@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
+from deris_llm.common.weight_files import WeightFileError, read_weight_file
 from deris_llm.interop.conversion import (
     Conversion,
     by_reason,
@@ -32,7 +33,6 @@ from deris_llm.interop.conversion import (
     new_folder,
     raise_differences,
 )
-from deris_llm.interop.weight_files import WeightFileError, read_weight_file
 
 
 class Renamed(NamedTuple):

@@ -6,8 +6,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from deris_llm.common.strict_files import parse_json, read_text
 from deris_llm.config import RunConfig
-from deris_llm.strict_files import parse_json, read_text
 
 
 def read_deepspeed_config(path: Path, config: RunConfig, *, num_ranks: int) -> dict[str, Any]:

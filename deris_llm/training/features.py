@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from deris_llm.cognition import CognitionProcessor, FeatureProcessor, build_processor
-from deris_llm.cognition.base import say_once
+from deris_llm.checkpoints import checkpoints
+from deris_llm.common.ranks import on_first_rank
 from deris_llm.config import RunConfig
 from deris_llm.data.collate import ReferringCollator
 from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroup, group_by_image
 from deris_llm.data.feature_cache import PYRAMID, SUFFIX, VISION, FeatureCache, Picture
 from deris_llm.data.mix import training_mix
-from deris_llm.model import Deris, build_model
+from deris_llm.models.cognition import CognitionProcessor, FeatureProcessor, build_processor
+from deris_llm.models.cognition.base import say_once
+from deris_llm.models.deris import Deris, build_model
 from deris_llm.structures import ReferringBatch
-from deris_llm.training import checkpoints
-from deris_llm.training.ranks import on_first_rank
 
 logger = logging.getLogger(__name__)
 

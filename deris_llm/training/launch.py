@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+from deris_llm.checkpoints.layout import interrupted_message
+from deris_llm.common.error_file import ERROR_FILE, INTERRUPTED, last_words
 from deris_llm.config import load_config
-from deris_llm.out_of_memory import killed_message
-from deris_llm.training.last_words import ERROR_FILE, INTERRUPTED, interrupted_message, last_words
+from deris_llm.models.out_of_memory import killed_message
 
 logger = logging.getLogger(__name__)
 

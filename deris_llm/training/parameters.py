@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deris_llm.config import RunConfig
-from deris_llm.perception.masked_attention import MaskedAttention
+from deris_llm.models.perception.masked_attention import MaskedAttention
 
 
 @dataclass(frozen=True)

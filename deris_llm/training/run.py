@@ -23,20 +23,22 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from deris_llm.checkpoints import checkpoints
+from deris_llm.checkpoints import layout as checkpoint_folders
+from deris_llm.checkpoints.layout import interrupted_message
+from deris_llm.common.error_file import ERROR_FILE, INTERRUPTED, leave_last_words
+from deris_llm.common.folders import check_writable, finish_replacements
+from deris_llm.common.ranks import OtherRankError, barrier, gathered, on_first_rank, rank, world_size
 from deris_llm.config import RunConfig, load_config, save_config
 from deris_llm.data.errors import plain_message
-from deris_llm.data.prepared import MANIFEST_FILE, file_sha256, find_manifest
-from deris_llm.folders import check_writable, finish_replacements
-from deris_llm.out_of_memory import explains_out_of_memory
-from deris_llm.training import checkpoint_folders, checkpoints
+from deris_llm.data.store.prepared import MANIFEST_FILE, file_sha256, find_manifest
+from deris_llm.models.out_of_memory import explains_out_of_memory
 from deris_llm.training.deepspeed_config import read_deepspeed_config
-from deris_llm.training.last_words import ERROR_FILE, INTERRUPTED, interrupted_message, leave_last_words
-from deris_llm.training.ranks import OtherRankError, barrier, gathered, on_first_rank, rank, world_size
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from deris_llm.cognition import CognitionProcessor
+    from deris_llm.models.cognition import CognitionProcessor
     from deris_llm.structures import ReferringRecord
     from deris_llm.training.trainer import DerisTrainer
 
@@ -100,13 +102,13 @@ def train(
     from transformers import PrinterCallback, set_seed  # noqa: PLC0415
     from transformers.integrations.integration_utils import TensorBoardCallback  # noqa: PLC0415
 
-    from deris_llm.cognition import build_processor  # noqa: PLC0415
-    from deris_llm.criterion import build_criterion  # noqa: PLC0415
     from deris_llm.data.dataset import group_by_image  # noqa: PLC0415
     from deris_llm.data.loaders import train_loader  # noqa: PLC0415
     from deris_llm.data.lost_referents import warn_of_lost_referents  # noqa: PLC0415
     from deris_llm.data.mix import training_mix  # noqa: PLC0415
-    from deris_llm.model import build_model  # noqa: PLC0415
+    from deris_llm.losses.criterion import build_criterion  # noqa: PLC0415
+    from deris_llm.models.cognition import build_processor  # noqa: PLC0415
+    from deris_llm.models.deris import build_model  # noqa: PLC0415
     from deris_llm.training.callbacks import ProgressLines  # noqa: PLC0415
     from deris_llm.training.data_manifest import data_manifest, same_data, write_data_manifest  # noqa: PLC0415
     from deris_llm.training.features import training_features  # noqa: PLC0415
@@ -325,7 +327,7 @@ def check_start(
     elif _resume_from(config, output, resume) is not None:
         return
     if checkpoints.base_checkpoint(config) is None:
-        from deris_llm.model import check_weight_files  # brings transformers, for which no other check waits
+        from deris_llm.models.deris import check_weight_files  # brings transformers, for which no other check waits
 
         check_weight_files(config)
 
@@ -383,8 +385,8 @@ def _check_phrases(
     Raises:
         DataError: all that is refused, on every rank.
     """
-    from deris_llm.cognition.base import InputChecker  # noqa: PLC0415
     from deris_llm.data.input_checks import refused_inputs, unusable_inputs_error  # noqa: PLC0415
+    from deris_llm.models.cognition.base import InputChecker  # noqa: PLC0415
 
     if not isinstance(processor, InputChecker):
         return

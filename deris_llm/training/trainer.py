@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from deris_llm.checkpoints import checkpoints
+from deris_llm.checkpoints import layout as checkpoint_folders
+from deris_llm.common.ranks import any_rank, gathered, on_first_rank, rank, reduced, world_size
 from deris_llm.config import RunConfig
-from deris_llm.criterion import Criterion, NonFiniteOutputError
 from deris_llm.data.loaders import TrainingLoader
+from deris_llm.losses.criterion import Criterion, NonFiniteOutputError
 from deris_llm.structures import ReferringBatch
-from deris_llm.training import checkpoint_folders, checkpoints
 from deris_llm.training.parameters import build_optimizer
-from deris_llm.training.ranks import any_rank, gathered, on_first_rank, rank, reduced, world_size
 from deris_llm.training.schedule import by_epochs
 
 logger = logging.getLogger(__name__)

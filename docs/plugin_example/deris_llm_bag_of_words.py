@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from deris_llm.cognition import CognitionBackend
 from deris_llm.config import CognitionConfig
+from deris_llm.models.cognition import CognitionBackend
 from deris_llm.structures import CognitionFeatures, CognitionInputs
 
 PADDING, UNKNOWN = 0, 1
@@ -28,7 +28,7 @@ class WordProcessor:
     def __call__(
         self, images: Sequence[Image.Image], phrases: Sequence[str], image_index: Sequence[int]
     ) -> CognitionInputs:
-        """See `deris_llm.cognition.CognitionProcessor`."""
+        """See `deris_llm.models.cognition.CognitionProcessor`."""
         split = [phrase.lower().split()[: self.max_phrase_tokens] for phrase in phrases]
         if not all(split):
             raise ValueError(f"phrase {phrases[split.index([])]!r}: expected some words, got none; correct or drop it.")

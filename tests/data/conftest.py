@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deris_llm.data.prepare import Prepared, PrepareOptions, prepare
+from deris_llm.data.store.prepare import Prepared, PrepareOptions, prepare
 from deris_llm.structures import CognitionInputs, InstanceAnnotation, ReferringRecord
 
 WIDTH, HEIGHT = 40, 30

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from deris_llm.cognition import build_processor
+from deris_llm.models.cognition import build_processor
 from deris_llm.config import RunConfig
 from deris_llm.data import collate
 from deris_llm.data.collate import ReferringCollator
@@ -18,8 +18,9 @@ from deris_llm.data.errors import DataError
 from deris_llm.data.loaders import evaluation_loader, train_loader
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.mix import training_mix
-from deris_llm.data.refer import read_split
-from deris_llm.data.transforms import load_image, perception_pixels, warp_mask
+from deris_llm.data.formats.refer_files import read_split
+from deris_llm.data.images import load_image
+from deris_llm.models.preprocess import perception_pixels, warp_mask
 from deris_llm.structures import ReferringBatch
 from deris_llm.testing import tiny_config, tiny_weights
 

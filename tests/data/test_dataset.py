@@ -10,8 +10,9 @@ from PIL import Image
 
 from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroup, group_by_image, some_images
 from deris_llm.data.errors import DataError
-from deris_llm.data.refer import read_split
-from deris_llm.data.transforms import Resize, load_image, perception_pixels, warp_mask, warp_picture
+from deris_llm.data.formats.refer_files import read_split
+from deris_llm.data.images import load_image
+from deris_llm.models.preprocess import Resize, perception_pixels, warp_mask, warp_picture
 
 
 def test_group_by_image_joins_datasets_and_keeps_order(refer_root: Path) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deris_llm.cli import main
-from deris_llm.cognition import build_processor
-from deris_llm.cognition.base import InputChecker
+from deris_llm.cli.main import main
+from deris_llm.models.cognition import build_processor
+from deris_llm.models.cognition.base import InputChecker
 from deris_llm.data.input_checks import refused_inputs, undecodable_pictures
 from deris_llm.data.sources import read_split
 from deris_llm.data.synthetic.world import write_world

@@ -12,8 +12,8 @@ import pytest
 from deris_llm.config import load_config
 from deris_llm.data.lost_referents import LostReferents, lost_referents, warn_of_lost_referents
 from deris_llm.data.masks import decode_segmentation, encode_mask
-from deris_llm.data.record_views import RecordView, in_order
-from deris_llm.data.transforms import warp_mask
+from deris_llm.data.store.record_views import RecordView, in_order
+from deris_llm.models.preprocess import warp_mask
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
 WIDTH, HEIGHT = 640, 480

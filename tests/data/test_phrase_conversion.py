@@ -14,7 +14,7 @@ from deris_llm.config import RunConfig
 from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroup, group_by_image
 from deris_llm.data.loaders import train_loader
 from deris_llm.data.phrase_conversion import CONVERTED_SUFFIX, PhraseConversion, phrase_similarity
-from deris_llm.data.refer import read_split
+from deris_llm.data.formats.refer_files import read_split
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
 _COLOURS = ("red", "blue", "green", "yellow", "dark grey")
@@ -73,7 +73,7 @@ def test_similarity_over_words(one: str, other: str, similarity: float) -> None:
 
 
 def test_similarity_over_characters_is_another_thing() -> None:
-    """Its values are compared with the public code's in tests/interop/test_parity_functions.py."""
+    """Its values are compared with the public code's in tests/scripts/test_parity_functions.py."""
     assert phrase_similarity("dog", "god", mode="characters") == 1
     assert phrase_similarity("Dog", "dog", mode="characters") < 1
 

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from deris_llm.data import collate, pictures
+from deris_llm.data import images as pictures
+from deris_llm.data import collate
 from deris_llm.data.dataset import ImageGroup
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation, encode_mask
-from deris_llm.data.pictures import PictureError, picture_facts, read_picture, safe_path
+from deris_llm.data.images import PictureError, picture_facts, read_picture, safe_path
 from deris_llm.data.sources import read_split
-from deris_llm.data.transforms import load_image
-from deris_llm.pipeline import as_picture
+from deris_llm.data.images import load_image
+from deris_llm.serving.pipeline import as_picture
 from deris_llm.structures import ReferringRecord
 
 HEIGHT, WIDTH = 30, 40

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from deris_llm.cognition import build_processor
+from deris_llm.models.cognition import build_processor
 from deris_llm.config import ConfigError, RunConfig
 from deris_llm.data.dataset import ImageGroup, group_by_image
 from deris_llm.data.loaders import evaluation_loader, train_loader
-from deris_llm.data.refer import read_split
+from deris_llm.data.formats.refer_files import read_split
 from deris_llm.data.sampler import EvaluationBatchSampler, TrainingBatchSampler
 from deris_llm.data.token_budget import phrase_limits
 from deris_llm.evaluation.evaluator import evaluate
-from deris_llm.model import Deris, build_model
-from deris_llm.planning import plan_run
+from deris_llm.models.deris import Deris, build_model
+from deris_llm.planning.plan import plan_run
 from deris_llm.structures import ReferringBatch
 from deris_llm.testing import (
     relative_difference,

@@ -9,9 +9,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from evaluation_world import write_records
 
-from deris_llm.cognition import build_processor
 from deris_llm.evaluation.evaluator import evaluate
-from deris_llm.model import build_model
+from deris_llm.models.cognition import build_processor
+from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_config
 
 

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from deris_llm import cli
-from deris_llm.cli import main
+from deris_llm.checkpoints.checkpoints import checkpoint_fingerprint, save_full_checkpoint
+from deris_llm.cli.main import main
+from deris_llm.cli.main import main as cli
+from deris_llm.common.error_file import QUIET
 from deris_llm.config import RunConfig, load_config
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.evaluation import launch
 from deris_llm.evaluation.calibration import Calibration
 from deris_llm.evaluation.launch import run_on_ranks
-from deris_llm.evaluation.page_data import open_evaluation
+from deris_llm.evaluation.page.stored import open_evaluation
 from deris_llm.evaluation.protocols import protocols_of
-from deris_llm.model import build_model
+from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_config, tiny_weights
-from deris_llm.training.checkpoints import checkpoint_fingerprint, save_full_checkpoint
-from deris_llm.training.last_words import QUIET
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""RIS metrics: what they count; upstream's numbers are compared in tests/interop/test_parity_functions.py."""
+"""RIS metrics: what they count; upstream's numbers are compared in tests/scripts/test_parity_functions.py."""
 
 import math
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deris_llm.cli import main
-from deris_llm.evaluation import page_cases
-from deris_llm.evaluation.page import NUM_VIEWS, look_inside, write_page
-from deris_llm.evaluation.page_cases import QUADRANTS, choose_groups, many_phrases
-from deris_llm.evaluation.page_charts import Line, Marker, line_chart
-from deris_llm.evaluation.page_compare import NUM_PAIRS, choose_pairs, pairs_of
-from deris_llm.evaluation.page_data import open_evaluation
-from deris_llm.evaluation.page_html import element, picture
-from deris_llm.evaluation.page_numbers import precision_curve
+from deris_llm.cli.main import main
+from deris_llm.evaluation.page import cases as page_cases
+from deris_llm.evaluation.page.cases import QUADRANTS, choose_groups, many_phrases
+from deris_llm.evaluation.page.charts import Line, Marker, line_chart
+from deris_llm.evaluation.page.compare import NUM_PAIRS, choose_pairs, pairs_of
+from deris_llm.evaluation.page.html import element, picture
+from deris_llm.evaluation.page.numbers import precision_curve
+from deris_llm.evaluation.page.page import NUM_VIEWS, look_inside, write_page
+from deris_llm.evaluation.page.stored import open_evaluation
 from deris_llm.evaluation.views import NUM_QUERIES
 
 _spec = importlib.util.spec_from_file_location("page_world", Path(__file__).with_name("page_world.py"))

@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deris_llm.cli import main
-from deris_llm.cognition import build_processor
+from deris_llm.cli.main import main
 from deris_llm.config import RunConfig
 from deris_llm.data.masks import decode_segmentation, encode_mask
 from deris_llm.data.sources import read_split
@@ -23,7 +22,8 @@ from deris_llm.evaluation.protocols import PROTOCOLS
 from deris_llm.evaluation.run import run_evaluation
 from deris_llm.evaluation.score import run_score
 from deris_llm.evaluation.submissions import SubmissionError, read_submission
-from deris_llm.model import build_model
+from deris_llm.models.cognition import build_processor
+from deris_llm.models.deris import build_model
 from deris_llm.structures import ReferringRecord
 from deris_llm.testing import tiny_config, tiny_weights
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from deris_llm.cognition import build_processor
 from deris_llm.config import RunConfig
 from deris_llm.data.sources import read_split
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.evaluation.evaluator import evaluate
 from deris_llm.evaluation.sweep import THRESHOLDS, check_sweep, sweep
-from deris_llm.model import build_model
+from deris_llm.models.cognition import build_processor
+from deris_llm.models.deris import build_model
 from deris_llm.structures import DerisOutput, ReferringBatch
 from deris_llm.testing import tiny_config, tiny_weights
 

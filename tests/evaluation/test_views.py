@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from deris_llm.cli import main
-from deris_llm.cognition import CognitionProcessor, build_processor
+from deris_llm.checkpoints.checkpoints import save_full_checkpoint
+from deris_llm.cli.main import main
 from deris_llm.config import RunConfig
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.sources import read_split
 from deris_llm.data.synthetic.world import write_world
-from deris_llm.evaluation.page import look_inside_model, write_page
-from deris_llm.evaluation.page_data import open_evaluation
+from deris_llm.evaluation.page.page import look_inside_model, write_page
+from deris_llm.evaluation.page.stored import open_evaluation
 from deris_llm.evaluation.run import run_evaluation
 from deris_llm.evaluation.views import choose_phrases, compute_views, read_views, write_views
-from deris_llm.model import build_model
+from deris_llm.models.cognition import CognitionProcessor, build_processor
+from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_config, tiny_weights
-from deris_llm.training.checkpoints import save_full_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from deris_llm.checkpoints.checkpoints import load_checkpoint
+from deris_llm.common.weight_files import WeightFileError
 from deris_llm.config import RunConfig, load_config
 from deris_llm.interop.deris import convert, rename, targets_of, unused_reason
-from deris_llm.interop.weight_files import WeightFileError
-from deris_llm.model import Deris, build_model
+from deris_llm.models.deris import Deris, build_model
 from deris_llm.testing import synthetic_batch, tiny_beit3, tiny_config, tiny_weights
-from deris_llm.training.checkpoints import load_checkpoint
 
 KEYS = json.loads((Path(__file__).parents[1] / "golden" / "parity" / "keys_B_refcoco.json").read_text())
 UNUSED = {

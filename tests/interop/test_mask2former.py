@@ -14,9 +14,9 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerAttention
 from transformers.models.swin.modeling_swin import SwinAttention, SwinPatchMerging
 
+from deris_llm.common.weight_files import WeightFileError
 from deris_llm.interop.mask2former import convert, rename, renamed_names, unused_reason
-from deris_llm.interop.weight_files import WeightFileError
-from deris_llm.perception import build_perception
+from deris_llm.models.perception import build_perception
 from deris_llm.testing import relative_difference, tiny_config, tiny_weights
 
 # transformers' names in memory -> detectron2's, written down on its own; `{}` = q, k, v joined in this order.

@@ -15,11 +15,11 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from deris_llm.model import Deris, build_model
+from deris_llm.common.ranks import gathered
+from deris_llm.models.deris import Deris, build_model
 from deris_llm.structures import DerisOutput
 from deris_llm.testing import synthetic_batch, tiny_config
 from deris_llm.training.parameters import build_optimizer
-from deris_llm.training.ranks import gathered
 from deris_llm.training.run import join_ranks, leave_ranks
 
 NUM_PHRASES = 5

@@ -7,11 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from deris_llm.checkpoints.checkpoints import load_checkpoint, save_full_checkpoint
+from deris_llm.checkpoints.layout import CheckpointError
 from deris_llm.config import load_config
-from deris_llm.model import build_model
+from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_beit3, tiny_config
-from deris_llm.training.checkpoint_folders import CheckpointError
-from deris_llm.training.checkpoints import load_checkpoint, save_full_checkpoint
 from deris_llm.training.run import train
 
 pytestmark = pytest.mark.slow  # one job on two ranks, about a minute on two idle cores

@@ -10,14 +10,15 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from deris_llm.cli import main
+from deris_llm.checkpoints import checkpoints
+from deris_llm.checkpoints import layout as checkpoint_folders
+from deris_llm.checkpoints.checkpoints import load_checkpoint, recorded_base_checkpoint, save_weights
+from deris_llm.checkpoints.layout import CheckpointError
+from deris_llm.cli.main import main
+from deris_llm.common.folders import FolderError, finish_replacements, written_aside
 from deris_llm.data.mix import training_mix
-from deris_llm.folders import FolderError, finish_replacements, written_aside
-from deris_llm.model import build_model
+from deris_llm.models.deris import build_model
 from deris_llm.testing import synthetic_batch, tiny_config
-from deris_llm.training import checkpoint_folders, checkpoints
-from deris_llm.training.checkpoint_folders import CheckpointError
-from deris_llm.training.checkpoints import load_checkpoint, recorded_base_checkpoint, save_weights
 from deris_llm.training.data_manifest import data_manifest, write_data_manifest
 
 

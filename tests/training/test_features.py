@@ -9,17 +9,17 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from deris_llm.cli import main
-from deris_llm.cognition import build_processor
-from deris_llm.cognition.base import say_once
+from deris_llm.cli.main import main
 from deris_llm.config import RunConfig, load_config
-from deris_llm.criterion import build_criterion
 from deris_llm.data import collate
 from deris_llm.data.dataset import group_by_image
 from deris_llm.data.errors import DataError
 from deris_llm.data.loaders import train_loader
 from deris_llm.data.mix import training_mix
-from deris_llm.model import build_model
+from deris_llm.losses.criterion import build_criterion
+from deris_llm.models.cognition import build_processor
+from deris_llm.models.cognition.base import say_once
+from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_beit3, tiny_bert_weights
 from deris_llm.training.features import compute_features, feature_cache, training_features, training_pictures
 from deris_llm.training.run import train

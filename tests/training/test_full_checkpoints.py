@@ -11,15 +11,15 @@ import safetensors.torch
 import torch
 from sentencepiece import SentencePieceTrainer
 
-from deris_llm.cli import main
-from deris_llm.cognition import build_processor
+from deris_llm.checkpoints import checkpoints
+from deris_llm.checkpoints.checkpoints import load_checkpoint, save_full_checkpoint, save_weights
+from deris_llm.checkpoints.layout import CheckpointError
+from deris_llm.cli.main import main
+from deris_llm.common.folders import FolderError, written_aside
 from deris_llm.config import load_config, save_config
-from deris_llm.folders import FolderError, written_aside
-from deris_llm.model import build_model
+from deris_llm.models.cognition import build_processor
+from deris_llm.models.deris import build_model
 from deris_llm.testing import synthetic_batch, synthetic_images, tiny_config
-from deris_llm.training import checkpoints
-from deris_llm.training.checkpoint_folders import CheckpointError
-from deris_llm.training.checkpoints import load_checkpoint, save_full_checkpoint, save_weights
 from deris_llm.training.run import train
 
 

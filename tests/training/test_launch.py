@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import deris_llm.training.launch
-from deris_llm.cli import main
-from deris_llm.config import load_config, save_config
-from deris_llm.training.last_words import (
+from deris_llm.checkpoints.layout import interrupted_message
+from deris_llm.cli.main import main
+from deris_llm.common.error_file import (
     ERROR_FILE,
     INTERRUPTED,
-    interrupted_message,
     last_words,
     leave_last_words,
 )
+from deris_llm.config import load_config, save_config
 from deris_llm.training.launch import CPU_RANKS, _run, launch, num_ranks, training_command
 from deris_llm.training.run import build_parser
 
@@ -184,7 +184,7 @@ if len(sys.argv) > 1:  # a rank
         open(sys.argv[1], "w").write(str(os.getpid()))
         time.sleep(60)
     except KeyboardInterrupt:
-        from deris_llm.training.last_words import leave_last_words
+        from deris_llm.common.error_file import leave_last_words
         leave_last_words("interrupted after step 5")
 else:  # a launcher that hands no signal on, as DeepSpeed's runner
     subprocess.run([sys.executable, __file__, os.environ["RANK_IS_UP"]])

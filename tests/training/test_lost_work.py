@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from deris_llm.cli import main
-from deris_llm.config import load_config
-from deris_llm.data.mix import training_mix
-from deris_llm.data.sources import read_split
-from deris_llm.data.synthetic.world import write_world
-from deris_llm.training.checkpoint_folders import (
+from deris_llm.checkpoints.checkpoints import load_checkpoint, read_state
+from deris_llm.checkpoints.layout import (
     FILES_TO_GO_ON,
     CheckpointError,
     check_files,
     find_checkpoint,
     newest_undamaged,
 )
-from deris_llm.training.checkpoints import load_checkpoint, read_state
+from deris_llm.cli.main import main
+from deris_llm.config import load_config
+from deris_llm.data.mix import training_mix
+from deris_llm.data.sources import read_split
+from deris_llm.data.synthetic.world import write_world
 from deris_llm.training.data_manifest import data_manifest
 from deris_llm.training.run import _check_phrases, train
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from deris_llm.model import build_model
+from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_config
 from deris_llm.training.parameters import RateRule, build_optimizer, decaying_names, group_names, parameter_groups
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from deris_llm.checkpoints.checkpoints import load_checkpoint
 from deris_llm.config import ConversionConfig, TrainingConfig, load_config
-from deris_llm.model import build_model
+from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_beit3
-from deris_llm.training.checkpoints import load_checkpoint
 from deris_llm.training.parameters import group_names, rate_rules
 from deris_llm.training.run import train
 

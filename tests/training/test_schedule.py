@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deris_llm.config import ConfigError, config_names, load_config
-from deris_llm.model import build_model
+from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_config
 from deris_llm.training.parameters import build_optimizer
 from deris_llm.training.schedule import by_epochs, epoch_factor

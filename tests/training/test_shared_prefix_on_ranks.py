@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from deris_llm.model import build_model
+from deris_llm.models.deris import build_model
 from deris_llm.structures import ReferringBatch
 from deris_llm.testing import relative_difference, synthetic_batch, tiny_config
 from deris_llm.training.launch import free_port

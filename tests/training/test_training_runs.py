@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from deris_llm.checkpoints.checkpoints import load_checkpoint
 from deris_llm.config import load_config
-from deris_llm.training.checkpoints import load_checkpoint
 from deris_llm.training.run import train
 
 pytestmark = pytest.mark.slow  # one job on two ranks, about a minute on two idle cores
@@ -152,7 +152,7 @@ def test_a_line_of_the_log_has_parts_rates_speed_and_memory(one_process):
 
 
 def test_the_loss_is_the_weighted_sum_of_its_parts(one_process, run_overrides):
-    from deris_llm.criterion import build_criterion
+    from deris_llm.losses.criterion import build_criterion
 
     criterion = build_criterion(load_config("tiny-refcoco", run_overrides))
     for entry in log(one_process.output):

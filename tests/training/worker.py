@@ -10,8 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from deris_llm.common.ranks import barrier, rank
 from deris_llm.config import load_config
-from deris_llm.training.ranks import barrier, rank
 from deris_llm.training.run import join_ranks, leave_ranks, train
 
 

@@ -1,0 +1,291 @@
+"""The files of a checkpoint: their names, which folder is one, and whether its files are as they were saved.
+
+Needs neither torch nor transformers: commands check a folder here before they import anything large.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from deris_llm.common import folders
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+TRAINABLE_FILE = "trainable.safetensors"
+MODEL_FILE = "model.safetensors"
+TOKENIZER_FILE = "beit3.spm"
+PROCESSOR_FOLDER = "processor"  # in it a folder of each part that reads files of its own, in Hugging Face form
+BASE_CHECKPOINT = "checkpoint"  # the part of `base_weights.json` that a run has instead of `weights` of its config
+BASE_WEIGHTS_FILE = "base_weights.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.pt"
+TRAINER_STATE_FILE = "trainer_state.json"
+METRICS_FILE = "metrics.json"
+DATA_FILE = "data.json"
+PROTOCOL_FILE = "protocol.json"
+CHECKSUMS_FILE = "checksums.json"
+BEST = "best"
+
+FILES_TO_GO_ON = (OPTIMIZER_FILE, STATE_FILE, TRAINER_STATE_FILE)
+_FILES_TO_USE = (
+    CONFIG_FILE, TRAINABLE_FILE, MODEL_FILE, TOKENIZER_FILE, BASE_WEIGHTS_FILE, METRICS_FILE, DATA_FILE, PROTOCOL_FILE,
+)  # fmt: skip
+_PREFIX, _DAMAGED = "checkpoint-", "damaged-"
+_CHUNK = 1 << 26  # bytes that a thread hashes at a time
+
+
+class CheckpointError(ValueError):
+    """A checkpoint could not be written or read; what was there before is untouched."""
+
+
+# -- folders of a run ------------------------------------------------------------------------------------------------
+
+
+def checkpoint_folder(output: Path, step: int) -> Path:
+    """The final name of the checkpoint of a step."""
+    return output / f"{_PREFIX}{step}"
+
+
+def checkpoints_of(output: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first; ``best`` is not among them."""
+    found = [path for path in output.glob(f"{_PREFIX}*") if path.is_dir() and path.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The complete checkpoint with the most steps, or None."""
+    found = checkpoints_of(output)
+    return found[-1] if found else None
+
+
+def keep_newest(output: Path, number: int) -> None:
+    """Removes all but the newest ``number`` checkpoints (never ``best``)."""
+    for path in checkpoints_of(output)[: -max(number, 1)]:
+        folders.remove_folder(path)
+
+
+def newest_undamaged(output: Path) -> Path | None:
+    """The newest checkpoint to go on from, or None where there is none; damaged newer ones are renamed, not removed.
+
+    Raises:
+        CheckpointError: all are damaged; the message is that of the newest.
+    """
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for folder in reversed(checkpoints_of(output)):
+        try:
+            check_files(folder, to_go_on=True)
+        except CheckpointError as error:
+            damaged.append((folder, error))
+            continue
+        for path, error in damaged:
+            aside = _free_name(path.with_name(f"{_DAMAGED}{path.name}"))
+            path.rename(aside)
+            logger.warning("%s\nIt is kept as %s; going on from %s, the one before", error, aside.name, folder.name)
+        return folder
+    if damaged:
+        raise damaged[0][1]
+    return None
+
+
+def _free_name(path: Path) -> Path:
+    names = (path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 1000)))
+    return next(name for name in names if not name.exists())
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint that a folder is; of a run's folder its ``best``, or else its newest.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    folder = Path(folder).expanduser()
+    if not is_full(folder) and not (folder / TRAINABLE_FILE).is_file():
+        best = folders.complete_copy(folder / BEST)
+        inside = best if best.is_dir() else newest_checkpoint(folder)
+        if inside is not None:
+            logger.info("%s is the folder of a run: taking its %s", folder, inside.name)
+            folder = inside
+        else:
+            folder = folders.complete_copy(folder)
+    check_is_checkpoint(folder)
+    return folder
+
+
+def is_full(folder: Path) -> bool:
+    """Whether a checkpoint folder holds every tensor, not only the trained ones."""
+    return (folder / MODEL_FILE).is_file()
+
+
+def check_is_checkpoint(folder: Path, where: str = "") -> None:
+    """Refuses a folder that is no checkpoint of either kind, or a damaged one.
+
+    Args:
+        folder: that somebody gave.
+        where: what named it, for the message.
+
+    Raises:
+        CheckpointError: says what is missing and, where one is inside, which folder was probably meant; or `check_files`.
+    """
+    wanted = (CONFIG_FILE,) if is_full(folder) else (CONFIG_FILE, TRAINABLE_FILE, BASE_WEIGHTS_FILE)
+    absent = [name for name in wanted if not (folder / name).is_file()]
+    if absent and (folder / CHECKSUMS_FILE).is_file():
+        check_files(folder, where)
+    if absent:
+        inside = newest_checkpoint(folder) if folder.is_dir() else None
+        hint = f"; did you mean {folder / BEST if (folder / BEST).is_dir() else inside}?" if inside else ""
+        raise CheckpointError(
+            f"{where}{folder}: expected a checkpoint folder with {CONFIG_FILE}, {TRAINABLE_FILE} and {BASE_WEIGHTS_FILE} (of a run) "
+            f"or {CONFIG_FILE} and {MODEL_FILE} (full), got no {', '.join(absent)} in {_content(folder)}"
+            f"{hint or '; give the folder `best` or `checkpoint-STEP` of a run, or one that `deris-llm convert` wrote'}"
+        )
+    check_files(folder, where)
+
+
+def _content(folder: Path) -> str:
+    """What is at a path, for a message."""
+    if not folder.is_dir():
+        return "it: there is only a file of that name" if folder.exists() else "it: there is no such folder"
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    more = f", ... ({len(names)} in all)" if len(names) > 10 else ""
+    return f"it: there is {', '.join(names[:10])}{more}" if names else "it: the folder is empty"
+
+
+# -- checksums -------------------------------------------------------------------------------------------------------
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes the sizes and hashes of a checkpoint's files into it; the last thing before the folder gets its name."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(_checked_files(folder))
+    }
+    content = {"files": files, "sha256": _digest_of_entries(files)}
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def check_files(folder: Path, where: str = "", *, to_go_on: bool = False) -> None:
+    """Refuses a checkpoint whose files are not as they were saved; one of an earlier version, without hashes, passes.
+
+    Args:
+        folder: a checkpoint.
+        where: what named it, for the message.
+        to_go_on: whether the optimizer's files are needed too.
+
+    Raises:
+        CheckpointError: names each file that is missing, cut off or changed, and what to do.
+    """
+    path = folder / CHECKSUMS_FILE
+    if not path.is_file():
+        if to_go_on and (absent := [name for name in FILES_TO_GO_ON if not (folder / name).is_file()]):
+            raise _damaged(folder, where, [f"no {name}" for name in absent])
+        if to_go_on:
+            read_json(folder / TRAINER_STATE_FILE)
+        return
+    try:
+        content = read_json(path)
+        files: dict[str, dict[str, Any]] = content["files"]
+        is_whole = content["sha256"] == _digest_of_entries(files)
+    except (CheckpointError, KeyError, TypeError):
+        files, is_whole = {}, False
+    if not is_whole:
+        raise CheckpointError(
+            f"{where}{path}: expected the sizes and hashes of this checkpoint's files, got a damaged file. The others may be "
+            f"whole: take another checkpoint{_others(folder)}, or remove {CHECKSUMS_FILE} and they are used unchecked"
+        )
+    needed = {name: entry for name, entry in files.items() if to_go_on or name not in FILES_TO_GO_ON}
+    problems = [problem for name, entry in needed.items() if (problem := _problem(folder / name, name, entry))]
+    if problems:
+        raise _damaged(folder, where, problems)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file of a checkpoint, an object in all of them.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object, got {str(content)[:40]!r}")
+        return content
+    except (OSError, ValueError) as error:
+        reason = f"{path.stat().st_size:,} bytes that are no JSON ({error})" if path.is_file() else f"{error}"
+        raise CheckpointError(
+            f"{path}: expected a JSON file of a checkpoint, got {reason}. Copy it again, or take another checkpoint"
+            f"{_others(path.parent)}"
+        ) from error
+
+
+def _problem(path: Path, name: str, entry: dict[str, Any]) -> str:
+    if not path.is_file():
+        return f"no {name}"
+    if (size := path.stat().st_size) != entry["bytes"]:
+        return f"{name} of {size:,} bytes, saved with {entry['bytes']:,}"
+    return "" if _digest(path) == entry["sha256"] else f"{name} with other bytes than were saved (sha256 differs)"
+
+
+def _damaged(folder: Path, where: str, problems: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{where}{folder}: expected the files of a checkpoint as they were saved, got {'; '.join(problems)}. Copy these files "
+        f"again, or take another checkpoint{_others(folder)}. If you changed them knowingly, remove {folder / CHECKSUMS_FILE}"
+    )
+
+
+def _others(folder: Path) -> str:
+    """The other checkpoints beside one, newest first, for a message."""
+    others = [path.name for path in reversed(checkpoints_of(folder.parent)) if path != folder]
+    if folder.name != BEST and (folder.parent / BEST).is_dir():
+        others.append(BEST)
+    return f" (beside it: {', '.join(others)})" if others else ""
+
+
+def _checked_files(folder: Path) -> Iterator[Path]:
+    for name in (*_FILES_TO_USE, *FILES_TO_GO_ON):
+        if (folder / name).is_file():
+            yield folder / name
+    yield from (path for path in (folder / PROCESSOR_FOLDER).rglob("*") if path.is_file())
+
+
+def _digest_of_entries(files: dict[str, dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    status = path.stat()
+    return _digest_of_state(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_of_state(path: Path, size: int, _modified_ns: int) -> str:
+    """SHA-256 of the SHA-256 of each 64 MiB of a file: several threads hash a file of 15 GB."""
+
+    def digest_of_chunk(start: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            return hashlib.sha256(file.read(_CHUNK)).digest()
+
+    with ThreadPoolExecutor(8) as pool:
+        return hashlib.sha256(b"".join(pool.map(digest_of_chunk, range(0, size, _CHUNK)))).hexdigest()
+
+
+def interrupted_message(output: Path, step: int | None = None) -> str:
+    """What to say after Ctrl-C: where the run is, what is kept, and how it goes on.
+
+    Args:
+        output: folder of the run.
+        step: the last step that was done, where that is known.
+    """
+    newest = newest_checkpoint(output)
+    at = "interrupted" if step is None else f"interrupted after step {step}"
+    if newest is None:
+        return f"{at}: no checkpoint was saved yet (training.save_every, in steps); the same command starts again"
+    return f"{at}: the last checkpoint is {newest}; the same command goes on from there"

@@ -1,0 +1,200 @@
+"""Reads CVAT's own export, "CVAT for images 1.1": annotations.xml beside images/.
+
+    <annotations><version>1.1</version>
+      <image id="0" name="a.jpg" subset="train" width="640" height="480">
+        <polygon label="dog" points="10.00,10.00;60.00,10.00;60.00,40.00" group_id="1">
+          <attribute name="caption">the left dog</attribute></polygon>
+        <mask label="cat" rle="3, 5, 12" left="10" top="20" width="5" height="4"/>
+      </image></annotations>
+
+`--source` is the XML, or a folder with such files. The split is the picture's `subset`, else what the folder's name says, else
+`train`. A label is a phrase that asks for all its objects in the picture; an object with an attribute `caption` (or the one
+that `--mapping caption=NAME` names) is asked by that text, alone. Shapes of one label and group are one object. Polygons,
+ellipses and masks are drawn; boxes only with `--mapping boxes=masks`. An XML with a document type is refused: entities
+may name other files or fill the memory, and CVAT writes none.
+"""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ET  # noqa: N817
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deris_llm.data.errors import DataError
+from deris_llm.data.images import MAX_PIXELS
+from deris_llm.data.formats.base import (
+    SourceEntry,
+    SourceFault,
+    SourceOptions,
+    check_is_unpacked,
+    checked_mapping,
+    existing_image_folder,
+    existing_source,
+    files_in,
+    other_format,
+)
+from deris_llm.data.formats.objects import (
+    NO_MASK,
+    Shape,
+    ellipse,
+    entries_of_picture,
+    find_pictures,
+    objects_of_shapes,
+    pasted,
+    rectangle,
+    split_named,
+    takes_boxes,
+)
+
+
+class CvatReader:
+    """The pictures in the order of the files."""
+
+    identity = ""
+    is_generalised: bool | None = None
+
+    def __init__(self, options: SourceOptions) -> None:
+        source = existing_source(options, "CVAT's annotations.xml, or its folder")
+        mapping = checked_mapping(options, {"caption": "caption", "boxes": "refused"})
+        self._caption, self._takes_boxes = mapping["caption"], takes_boxes(mapping)
+        self.files = (files_in(source, "*.xml") or files_in(source, "*/*.xml")) if source.is_dir() else (source,)
+        if not self.files:
+            raise DataError(
+                f"--source {source}: expected annotations.xml in this folder, got none.{other_format(source, than='cvat')} "
+                "Check the path and --format"
+            )
+        images = existing_image_folder(options.images, why="--images") if options.images else None
+        self._pages = [(file, image) for file in self.files for image in _read(file).findall("image")]
+        wanted: dict[int, tuple[Any, list[Path]]] = {}
+        for number, (file, image) in enumerate(self._pages):
+            subset = image.get("subset") or ""
+            base = [images] if images else [file.parent / "images", file.parent]
+            wanted[number] = (image.get("name"), [*(folder / subset for folder in base if subset), *base])
+        self._pictures = find_pictures(wanted, follow_links=options.follow_links)
+        self.image_folder = self._pictures.folder or images or self.files[0].parent
+        tags = sum(len(image.findall("tag")) for _, image in self._pages)
+        attributes = Counter(
+            attribute.get("name") for _, image in self._pages for attribute in image.iterfind("./*/attribute")
+        )
+        unread = [str(name) for name in attributes if name != self._caption]
+        self.notes = (
+            *([f"{tags:,} tags of whole pictures were left out"] if tags else []),
+            *([f"attributes not read: {', '.join(unread)}; --mapping caption=NAME asks by one"] if unread else []),
+            *self._pictures.notes,
+        )
+
+    def entries(self) -> Iterator[SourceEntry | SourceFault]:
+        for number, (file, image) in enumerate(self._pages):
+            subset = image.get("subset") or ""
+            split = split_named(subset) or split_named(file.parent.name) or "train"
+            if subset and subset != "default" and split_named(subset) is None:
+                split = subset
+            yield from self._of_image(file.name, split, image, self._pictures.names[number])
+
+    def _of_image(self, file: str, split: str, image: ET.Element, picture: Any) -> Iterator[SourceEntry | SourceFault]:
+        name = image.get("name") or ""
+        where = f"{file} image {name}"
+        sides = [image.get("height", ""), image.get("width", "")]
+        if not all(side.isdecimal() for side in sides) or not 0 < math.prod(int(side[:9]) for side in sides) <= MAX_PIXELS:
+            yield SourceFault(where, split, "size", f"expected height and width in px, got {' and '.join(map(repr, sides))}")
+            return
+        size_hw = (int(sides[0]), int(sides[1]))
+        shapes: list[Shape] = []
+        for number, each in enumerate(image):
+            at, label, group = f"{where} {each.tag} {number}", each.get("label"), each.get("group_id", "0")
+            if each.tag == "tag":
+                continue
+            try:
+                mask = self._mask(each, size_hw)
+            except ValueError as error:
+                mask = error
+            texts = [a.text for a in each.findall("attribute") if a.get("name") == self._caption]
+            caption = next((text.strip() for text in texts if text and text.strip()), None)
+            shapes.append(Shape(at, label, None if group == "0" else group, mask, caption))
+        try:
+            objects = objects_of_shapes(name, shapes, size_hw)
+        except ValueError as error:
+            yield SourceFault(where, split, "mask", str(error))
+            return
+        yield from entries_of_picture(name, split, picture, size_hw, objects)
+
+    def _mask(self, shape: ET.Element, size_hw: tuple[int, int]) -> Any:
+        """Polygons or RLE of a shape.
+
+        Raises:
+            ValueError: it has no area, or its numbers are none.
+        """
+
+        def numbers(*names: str) -> list[float]:
+            return [_number(shape.get(name), name) for name in names]
+
+        degrees = _number(shape.get("rotation", "0"), "rotation")
+        if shape.tag == "polygon":
+            points = [point.split(",") for point in shape.get("points", "").split(";")]
+            if wrong := [point for point in points if len(point) != 2]:
+                raise ValueError(f"expected points x,y;x,y;..., got {','.join(wrong[0])!r} as one of {len(points)}")
+            return [[_number(value, "coordinate") for point in points for value in point]]
+        if shape.tag == "ellipse":
+            return [ellipse(*numbers("cx", "cy", "rx", "ry"), degrees=degrees)]
+        if shape.tag == "box":
+            if not self._takes_boxes:
+                raise ValueError(NO_MASK)
+            return [rectangle(*numbers("xtl", "ytl", "xbr", "ybr"), degrees=degrees)]
+        if shape.tag != "mask":
+            raise ValueError(f"expected a polygon, ellipse or mask, got a {shape.tag}, which has no area")
+        left, top, width, height = (_whole(shape.get(name), name) for name in ("left", "top", "width", "height"))
+        counts = np.array([_whole(count, "RLE count") for count in shape.get("rle", "").split(",")])
+        if width < 1 or height < 1 or counts.min() < 0 or not counts.sum() == width * height <= MAX_PIXELS:
+            raise ValueError(f"expected RLE counts of {width} x {height} px in all, got {counts.sum()}")
+        row_by_row = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+        return pasted(row_by_row.reshape(height, width), left, top, size_hw)
+
+
+def _number(text: str | None, name: str) -> float:
+    try:
+        return float(text or "")
+    except ValueError:
+        raise ValueError(f"expected a number as {name}, got {text!r}") from None
+
+
+def _whole(text: str | None, name: str) -> int:
+    number = _number(text, name)
+    if not number.is_integer():
+        raise ValueError(f"expected a whole number as {name}, got {text!r}")
+    return int(number)
+
+
+def _read(file: Path) -> ET.Element:
+    """The root of an XML file that has no document type.
+
+    Raises:
+        DataError: it is no such file, or not of CVAT for images.
+    """
+    content = file.read_bytes()
+    check_is_unpacked(file, content[:4])
+    try:
+        text = content.decode("utf-8-sig")  # whatever encoding it declares: nothing hides from the next check
+        if "<!DOCTYPE" in text or "<!ENTITY" in text:
+            raise DataError(
+                f"{file}: expected CVAT's XML, which has no document type, got one: entities of a stranger's file may fill the "
+                "memory. Export the task from CVAT again"
+            )
+        root = ET.fromstring(text)
+    except (ET.ParseError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{file}: expected XML in UTF-8, got {type(error).__name__}: {error}. Export the task from CVAT again"
+        ) from error
+    if root.tag != "annotations" or root.find("image") is None:
+        holds = ", ".join(dict.fromkeys(child.tag for child in root)) or "nothing"
+        raise DataError(
+            f'{file}: expected <annotations> with an <image> each, got <{root.tag}> with {holds}. Export the task as "CVAT for '
+            'images 1.1" (tracks are those of "CVAT for video")'
+        )
+    return root

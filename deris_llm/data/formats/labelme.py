@@ -1,0 +1,248 @@
+"""Reads LabelMe's JSON, one file beside each picture, and LISA's ReasonSeg, which has nearly that form.
+
+    {"imagePath": "a.jpg", "imageHeight": 480, "imageWidth": 640,
+     "shapes": [{"label": "dog", "shape_type": "polygon", "points": [[10, 10], [60, 10], [60, 40]], "group_id": null,
+                 "description": "the left dog"}]}
+    {"text": ["something that can bark", ...], "shapes": [{"label": "target", "points": [...]}]}      ReasonSeg
+
+`--source` is a file, or a folder with such files or with a folder of them per split (`train/`, `valid/`; where no name
+says one, all is `train`). A label is a phrase that asks for all its objects in the picture; an object with a `description`
+(or the field that `--mapping caption=FIELD` names) is asked by that text, alone. Shapes of one label and `group_id` are one
+object. Polygons, circles and masks are drawn; boxes only with `--mapping boxes=masks`. Pictures: as `imagePath` says, or of
+the JSON's own name; below --images, if given.
+
+ReasonSeg: each text asks for all shapes labelled `target`, joined. Pictures with a region that its evaluation ignores
+cannot be used: a phrase's mask has no such region here.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from deris_llm.data.errors import DataError, describe
+from deris_llm.data.masks import picture_mask
+from deris_llm.data.images import BROKEN, MAX_PIXELS, portable_name
+from deris_llm.data.formats.base import (
+    SourceEntry,
+    SourceFault,
+    SourceInstance,
+    SourceOptions,
+    SourcePhrase,
+    checked_mapping,
+    existing_image_folder,
+    existing_source,
+    files_in,
+    other_format,
+    read_json_file,
+)
+from deris_llm.data.formats.objects import (
+    NO_MASK,
+    Shape,
+    ellipse,
+    entries_of_picture,
+    find_pictures,
+    objects_of_shapes,
+    pasted,
+    rectangle,
+    split_named,
+    takes_boxes,
+)
+
+_BOXES = ("rectangle", "oriented_rectangle", "rotation")  # two corners, or four
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".JPG", ".JPEG", ".PNG")
+
+
+class LabelmeReader:
+    """The pictures in the order of their files' names."""
+
+    identity = ""
+    is_generalised: bool | None = None
+
+    def __init__(self, options: SourceOptions) -> None:
+        source = existing_source(options, "a JSON file of LabelMe, or a folder of them")
+        mapping = checked_mapping(options, {"caption": "description", "boxes": "refused"})
+        self._caption, self._takes_boxes = mapping["caption"], takes_boxes(mapping)
+        self._root = source if source.is_dir() else source.parent
+        images = existing_image_folder(options.images, why="--images") if options.images else None
+        there = files_in(source, "*.json", "*/*.json") if source.is_dir() else (source,)
+        self._contents: dict[Path, dict[str, Any] | str] = {}
+        others: list[str] = []
+        for file in there:
+            content = _read(file)
+            if isinstance(content, (dict, str)) and (isinstance(content, str) or "shapes" in content):
+                self._contents[file] = content
+            else:
+                others.append(str(file.relative_to(self._root)))
+        if not self._contents:
+            raise DataError(
+                f"--source {source}: expected LabelMe's *.json with `shapes`, got {', '.join(others[:5]) or 'none'}."
+                f"{other_format(source, than='labelme')} Check the path and --format"
+            )
+        self.files = tuple(self._contents)
+        wanted = {
+            file: _picture_of(file, content, self._root, images)
+            for file, content in self._contents.items()
+            if isinstance(content, dict)
+        }
+        self._pictures = find_pictures(wanted, follow_links=options.follow_links)
+        self.image_folder = self._pictures.folder or images or self._root
+        self.notes = (
+            *([f"not read, as they are not LabelMe's: {', '.join(others)}"] if others else []),
+            *(
+                ["no folder's name says a split: all is train"]
+                if not any(split_named(file.parent.name) for file in self.files)
+                else []
+            ),
+            *self._pictures.notes,
+        )
+
+    def entries(self) -> Iterator[SourceEntry | SourceFault]:
+        for file, content in self._contents.items():
+            split = split_named(file.parent.name) or "train"
+            where = str(file.relative_to(self._root))
+            if isinstance(content, str):
+                yield SourceFault(where, split, "structure", content)
+            elif not isinstance(content["shapes"], list) or not all(isinstance(s, dict) for s in content["shapes"]):
+                message = f"expected `shapes` to be a list of objects, got {describe(content['shapes'])}"
+                yield SourceFault(where, split, "structure", message)
+            elif "text" in content:
+                yield self._reasoning(file, where, split, content)
+            else:
+                yield from self._labelled(file, where, split, content)
+
+    def _labelled(
+        self, file: Path, where: str, split: str, content: Mapping[str, Any]
+    ) -> Iterator[SourceEntry | SourceFault]:
+        size_hw = _size_of(content)
+        shapes: list[Shape] = []
+        for number, each in enumerate(content["shapes"]):
+            at = f"{where} shape {number}"
+            label, caption = each.get("label"), each.get(self._caption)
+            if not isinstance(label, str):
+                yield SourceFault(at, split, "structure", f"expected a text as label, got {describe(label)}")
+                continue
+            try:
+                mask = self._mask(each, size_hw)
+            except BROKEN as error:
+                mask = ValueError(str(error))
+            group = each.get("group_id")
+            shapes.append(Shape(at, label, group if isinstance(group, (int, str)) else None, mask, caption or None))
+        name = file.stem if split_named(file.parent.name) else os.path.splitext(where)[0]
+        try:
+            objects = objects_of_shapes(name, shapes, size_hw)
+        except ValueError as error:
+            yield SourceFault(where, split, "mask", str(error))
+            return
+        yield from entries_of_picture(name, split, self._pictures.names[file], _declared(content), objects)
+
+    def _reasoning(self, file: Path, where: str, split: str, content: Mapping[str, Any]) -> SourceEntry | SourceFault:
+        texts = content["text"] if isinstance(content["text"], list) else [content["text"]]
+        polygons: list[Any] = []
+        for each in content["shapes"]:
+            label = str(each.get("label")).lower()
+            if "ignore" in label:
+                message = "expected shapes of the target alone, got a region to ignore, which masks here do not have"
+                return SourceFault(where, split, "mask", message, max(1, len(texts)))
+            try:
+                polygons += self._mask(each, None) if label != "flag" else []  # as LISA's loader does
+            except BROKEN as error:
+                return SourceFault(where, split, "mask", str(error), max(1, len(texts)))
+        return SourceEntry(
+            where=where,
+            split=split,
+            image=self._pictures.names[file],
+            phrases=tuple(SourcePhrase(f"{file.stem}-{k}", text) for k, text in enumerate(texts)),
+            instances=(SourceInstance(polygons),) if polygons else (),
+            size_hw=_declared(content),
+        )
+
+    def _mask(self, shape: Mapping[str, Any], size_hw: tuple[int, int] | None) -> Any:
+        """Polygons or RLE of a shape.
+
+        Raises:
+            ValueError: it has no area, or is not what its type asks for.
+        """
+        kind, points = shape.get("shape_type") or "polygon", shape.get("points")
+        if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
+            raise ValueError(f"expected points [[x, y], ...], got {describe(points)}")
+        flat = [value for point in points for value in point]
+        if kind in _BOXES and not self._takes_boxes:
+            raise ValueError(NO_MASK)
+        if kind == "polygon" or (kind in _BOXES and len(points) == 4):
+            return [flat]
+        if kind not in ("rectangle", "circle", "mask"):
+            raise ValueError(f"expected a polygon, circle or mask, got shape_type {kind!r}, which has no area")
+        if len(points) != 2 or not all(isinstance(value, (int, float)) for value in flat):
+            raise ValueError(f"expected two points of a {kind}, got {describe(points)}")
+        if kind == "rectangle":
+            (x0, y0), (x1, y1) = points
+            return [rectangle(x0, y0, x1, y1)]
+        if kind == "circle":
+            (x, y), edge = points
+            radius = math.dist((x, y), edge)
+            return [ellipse(x, y, radius, radius)]
+        return _decoded(shape.get("mask"), flat, size_hw)
+
+
+def _read(file: Path) -> dict[str, Any] | str | None:
+    """The content without the embedded picture; what is wrong with the file; or None for JSON of another form."""
+    try:
+        content = read_json_file(file)
+    except DataError as error:
+        return str(error)
+    return {key: value for key, value in content.items() if key != "imageData"} if isinstance(content, dict) else None
+
+
+def _picture_of(
+    file: Path, content: Mapping[str, Any], root: Path, images: Path | None
+) -> tuple[Any, Sequence[Path]]:
+    """Name of a file's picture, and the folders where it may be."""
+    given = content.get("imagePath")
+    if not isinstance(given, str) or not given.strip():
+        names = [file.with_suffix(suffix).name for suffix in _SUFFIXES]
+        folders = [*([images, images / file.parent.name] if images else []), file.parent]
+        there = {name: next((folder / name for folder in folders if (folder / name).is_file()), None) for name in names}
+        found = {(path.stat().st_dev, path.stat().st_ino): name for name, path in there.items() if path}
+        return list(found.values()) if len(found) > 1 else [*found.values(), *names][0], folders
+    folder, _, name = portable_name(given).rpartition("/")
+    if images is not None:
+        return name, [images / file.parent.relative_to(root), images]
+    said = Path(os.path.normpath(file.parent / folder))
+    return name, [*([said] if said.is_relative_to(root) else []), file.parent, file.parent / "images", root / "images"]
+
+
+def _declared(content: Mapping[str, Any]) -> Any:
+    height, width = content.get("imageHeight"), content.get("imageWidth")
+    return None if height is None and width is None else (height, width)
+
+
+def _size_of(content: Mapping[str, Any]) -> tuple[int, int] | None:
+    declared = _declared(content)
+    if declared is None or not all(isinstance(side, int) and side > 0 for side in declared):
+        return None
+    return declared if declared[0] * declared[1] <= MAX_PIXELS else None
+
+
+def _decoded(encoded: Any, corners: Sequence[float], size_hw: tuple[int, int] | None) -> dict[str, Any]:
+    """A mask that is a PNG of its box, in base64."""
+    if not all(math.isfinite(value) for value in corners):
+        raise ValueError(f"expected two points of a mask, got {describe(corners)}")
+    left, top, right, bottom = (round(value) for value in corners)
+    try:
+        content = base64.b64decode(encoded, validate=True)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"expected a mask as PNG in base64, got {describe(encoded)}") from error
+    with Image.open(io.BytesIO(content)) as file:
+        if file.size != (right - left + 1, bottom - top + 1):  # before it is decoded
+            raise ValueError(f"expected a mask of its box, {right - left + 1} x {bottom - top + 1} px, got {file.size}")
+        crop, _ = picture_mask(file)
+    return pasted(crop, left, top, size_hw)

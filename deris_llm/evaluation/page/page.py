@@ -1,0 +1,333 @@
+"""One page that shows an evaluation: numbers, curves, pictures. It holds everything itself and needs no script.
+
+Made of files only (`page_data`), so it can be made again at any time; parts whose files are missing are left out, and
+those that a reader would look for say why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree.ElementTree import Element
+
+from torch import nn
+
+from deris_llm import __version__
+from deris_llm.config import RunConfig, load_config
+from deris_llm.data.errors import DataError
+from deris_llm.evaluation.calibration import calibrated_config
+from deris_llm.evaluation.page.cases import (
+    NUM_CASES,
+    Group,
+    case,
+    cases,
+    choose_groups,
+    key,
+    many_phrases,
+    quadrant_table,
+    view,
+)
+from deris_llm.evaluation.page.compare import comparison, pairs_of, shown_ids
+from deris_llm.evaluation.page.html import Node, document, element
+from deris_llm.evaluation.page.numbers import (
+    breakdowns,
+    header,
+    lost_where,
+    precision_charts,
+    provenance,
+    sweep_chart,
+    tables,
+    training_charts,
+    with_code,
+)
+from deris_llm.evaluation.page.stored import Evaluation, records_of
+from deris_llm.evaluation.views import VIEWS_FILE, PhraseView, choose_phrases, compute_views, write_views
+from deris_llm.structures import ReferringRecord
+
+if TYPE_CHECKING:
+    from deris_llm.models.cognition import CognitionProcessor
+
+logger = logging.getLogger(__name__)
+
+PAGE_FILE = "report.html"
+NUM_VIEWS = 8
+"""Phrases that are shown from the inside."""
+
+_NUM_MANY = 2  # splits of which one picture with many of its phrases is shown
+_SAME_SCORE = 0.05  # a GPU's bf16 and a CPU's float32 differ by less
+
+
+def page_file(against: Evaluation | None = None) -> str:
+    """The name of the page in its folder; beside another evaluation it has that one's folder name and fingerprint."""
+    if against is None:
+        return PAGE_FILE
+    folder, fingerprint = against.folder.resolve().name, str(against.about.get("fingerprint") or "")
+    plain = re.sub(r"[^\w.+-]+", "-", folder if fingerprint in folder else f"{folder}-{fingerprint}")
+    return f"report-against-{plain[:100]}.html"
+
+
+def write_page(
+    evaluation: Evaluation,
+    path: str | Path,
+    *,
+    data_root: str | Path | None = None,
+    against: Evaluation | None = None,
+    seed: int = 0,
+) -> Path:
+    """Writes the page of an evaluation, aside before it takes the old one's place.
+
+    Args:
+        evaluation: as `open_evaluation` gives it.
+        path: of the page.
+        data_root: folder of the data, for the pictures; None = the one the evaluation or its checkpoint names.
+        against: another evaluation of the same phrases, that is set beside it.
+        seed: of the cases that are shown.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: the data is not where it was said to be, or is of another picture size; the other evaluation has no phrase in common.
+    """
+    path = Path(path)
+    root, phrase_field = data_of(evaluation, data_root)
+    sections: list[tuple[str, str, list[Node]]] = []
+    if evaluation.report["splits"]:
+        sections.append(("numbers", "Numbers", [*tables(evaluation), *lost_where(evaluation), *breakdowns(evaluation)]))
+    if against is not None:
+        pairs = pairs_of(evaluation, against)
+        records = {} if root is None else _records(root, shown_ids(pairs), phrase_field)
+        sections.append(("against", "Side by side", comparison(evaluation, against, pairs, records)))
+    sections.append(("curves", "Curves", _curves(evaluation)))
+    sections += _pictures(evaluation, root, phrase_field, seed)
+    sections.append(("made", "How the numbers were made", provenance(evaluation)))
+    sections = [(anchor, title, nodes) for anchor, title, nodes in sections if nodes]
+    links = [element("a", title, href=f"#{anchor}") for anchor, title, _ in sections]
+    body: list[Node] = [
+        header(evaluation),
+        element("nav", element("div", links), aria_label="sections"),
+        element(
+            "main", [element("section", element("h2", title), nodes, id=anchor) for anchor, title, nodes in sections]
+        ),
+        element("footer", f"Written by deris_llm {__version__}. This file holds everything it shows."),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_text(document(f"{evaluation.name}: evaluation", body), "utf-8", "backslashreplace")
+    os.replace(aside, path)
+    return path
+
+
+def look_inside(
+    evaluation: Evaluation, checkpoint: str | Path, *, data_root: str | Path | None = None, seed: int = 0
+) -> Evaluation:
+    """Loads the evaluated checkpoint, runs it on a few phrases and keeps what it said in ``views.json`` of the folder.
+
+    Args:
+        evaluation: with predictions.
+        checkpoint: the one that made them.
+        data_root: folder of the data; None = the one the evaluation or its checkpoint names.
+        seed: of those that are chosen by chance.
+
+    Raises:
+        ValueError: no checkpoint, or another than the evaluated one; no predictions; the data is elsewhere.
+    """
+    import torch  # noqa: PLC0415
+
+    from deris_llm.checkpoints.checkpoints import load_checkpoint  # noqa: PLC0415
+    from deris_llm.checkpoints.layout import find_checkpoint  # noqa: PLC0415
+    from deris_llm.models.cognition import build_processor  # noqa: PLC0415 - only who looks inside waits for transformers
+    from deris_llm.models.cpu_inference import for_cpu_inference  # noqa: PLC0415
+
+    if not evaluation.answers:
+        raise ValueError(
+            f"report {evaluation.folder}: expected the predictions of {checkpoint} in the folder, got none: evaluate it there "
+            "first, `deris-llm eval --checkpoint DIR --output FOLDER`, or leave --checkpoint out"
+        )
+    checkpoint = find_checkpoint(checkpoint)
+    config, model = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    for_cpu_inference(model)
+    config = _as_evaluated(calibrated_config(checkpoint, config), evaluation.about)
+    seen = look_inside_model(evaluation, model, config, build_processor(config), data_root=data_root, seed=seed)
+    if config.loopback.prior_attention != "batch":  # else scores depend on what shares a batch
+        _check_same_model(evaluation, seen.views)
+    write_views(seen.views, evaluation.folder / VIEWS_FILE)
+    return seen
+
+
+def _as_evaluated(config: RunConfig, about: Mapping[str, Any]) -> RunConfig:
+    """The config with the rule that chose the answers of an evaluation, where it says so."""
+    rule = {name: about[name] for name in ("score_threshold", "selection", "presence") if name in about}
+    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **rule))
+
+
+def look_inside_model(
+    evaluation: Evaluation,
+    model: nn.Module,
+    config: RunConfig,
+    processor: CognitionProcessor,
+    *,
+    data_root: str | Path | None = None,
+    number: int = NUM_VIEWS,
+    seed: int = 0,
+) -> Evaluation:
+    """Runs the evaluated model on a few phrases.
+
+    Args:
+        evaluation: with predictions.
+        model: the one that made them.
+        config: its run config.
+        processor: the cognition backend's.
+        data_root: folder of the data; None = the one the evaluation or its checkpoint names.
+        number: of phrases.
+        seed: of those that are chosen by chance.
+
+    Returns:
+        The evaluation with the views.
+
+    Raises:
+        ValueError: the data is not that of the predictions.
+    """
+    root, phrase_field = data_of(evaluation, data_root)
+    root = root or Path(config.data.root)
+    protocols = {split: evaluation.protocol(split) for split in evaluation.answers}
+    chosen = choose_phrases(evaluation.answers, protocols, number=number, seed=seed)
+    records = _records(root, {split: list(ids) for split, ids in chosen.items()}, phrase_field)
+    views = compute_views(
+        model,
+        config,
+        {split: [records[phrase_id] for phrase_id in ids] for split, ids in chosen.items()},
+        processor,
+        why={phrase_id: why for ids in chosen.values() for phrase_id, why in ids.items()},
+    )
+    return dataclasses.replace(evaluation, views=tuple(views))
+
+
+def _check_same_model(evaluation: Evaluation, views: Sequence[PhraseView]) -> None:
+    scores = {a.phrase_id: a.top_scores[0] for found in evaluation.answers.values() for a in found if a.top_scores}
+    pairs = [(scores[seen.phrase_id], seen.queries[0].score) for seen in views if seen.phrase_id in scores]
+    other = [pair for pair in pairs if abs(pair[0] - pair[1]) > _SAME_SCORE]
+    if 2 * len(other) > len(pairs):
+        raise ValueError(
+            f"report {evaluation.folder}: expected the checkpoint that made its predictions, got one whose best scores "
+            f"differ for {len(other)} of {len(pairs)} phrases, e.g. {other[0][0]:.2f} and {other[0][1]:.2f}: give the "
+            "evaluated checkpoint as --checkpoint, or evaluate this one"
+        )
+
+
+def data_of(evaluation: Evaluation, data_root: str | Path | None) -> tuple[Path | None, Any]:
+    """Folder of the data and which text of a phrase is asked: as given, or as evaluation or checkpoint say; None if nobody does."""
+    about = evaluation.about
+    config_file = evaluation.checkpoint / "config.yaml" if evaluation.checkpoint else None
+    config = load_config(config_file).data if config_file is not None and config_file.is_file() else None
+    root = data_root or about.get("data_root") or (config.root if config else None)
+    field = about.get("phrase_field") or (config.phrase_field if config else "sent")
+    return (None if root is None else Path(root)), field
+
+
+def _curves(evaluation: Evaluation) -> list[Node]:
+    charts = [*precision_charts(evaluation), sweep_chart(evaluation), *training_charts(evaluation)]
+    return [element("div", charts, class_="charts")] if any(chart is not None for chart in charts) else []
+
+
+def _pictures(
+    evaluation: Evaluation, root: Path | None, phrase_field: Any, seed: int
+) -> list[tuple[str, str, list[Node]]]:
+    if not evaluation.answers:
+        missing = element("p", "No pictures: there are no predictions beside the report.", class_="note")
+        return [("cases", "Answers", [missing])] if evaluation.report["splits"] else []
+    if root is None:
+        said = "No pictures: neither the evaluation nor a checkpoint says where the data is; `deris-llm report --data ROOT` does."
+        logger.warning("%s", said)
+        return [("cases", "Answers", [element("p", with_code(said), class_="note")])]
+    groups = _groups(evaluation, seed)
+    first_splits = list(evaluation.answers)[:_NUM_MANY]
+    one_picture = {split: many_phrases(evaluation.answers[split], seed=seed) for split in first_splits}
+    wanted = {
+        split: [a.phrase_id for group in found for a in group.answers]
+        + [a.phrase_id for a in one_picture.get(split, ())]
+        + [seen.phrase_id for seen in evaluation.views if seen.split == split]
+        for split, found in groups.items()
+    }
+    records = _records(root, wanted, phrase_field)
+    return [
+        ("cases", "Answers", _cases(evaluation, groups, records)),
+        ("phrases", "One picture, many phrases", _many(evaluation, one_picture, records)),
+        ("inside", "From the inside", _views(evaluation, records)),
+    ]
+
+
+def _groups(evaluation: Evaluation, seed: int) -> dict[str, list[Group]]:
+    """Of every split, as many cases a kind as the page has room for."""
+    kinds = sum(6 if evaluation.is_generalised(split) else 3 for split in evaluation.answers)
+    num_each = next((number for number in (4, 2) if number * kinds <= NUM_CASES), 1)
+    groups: dict[str, list[Group]] = {}
+    left = NUM_CASES
+    for split, answers in evaluation.answers.items():
+        protocol = evaluation.protocol(split)
+        is_generalised = evaluation.is_generalised(split)
+        found = choose_groups(answers, protocol, is_generalised=is_generalised, num_each=num_each, seed=seed)
+        groups[split] = found if left > 0 else []
+        left -= sum(len(group.answers) for group in found)
+    return groups
+
+
+def _records(root: Path, wanted: Mapping[str, list[str]], phrase_field: Any) -> dict[str, ReferringRecord]:
+    try:
+        records = records_of(root, wanted, phrase_field=phrase_field)
+    except DataError as error:
+        raise DataError(
+            f"{error}\n`deris-llm report --data ROOT` names the folder if the data is elsewhere now"
+        ) from error
+    missing = [phrase_id for ids in wanted.values() for phrase_id in ids if phrase_id not in records]
+    if missing:
+        raise ValueError(
+            f"report: expected the phrases of the predictions in {root}, got none for {len(missing)} of them, e.g. "
+            f"{missing[:3]}: give the data that was evaluated, `deris-llm report --data ROOT`"
+        )
+    return records
+
+
+def _cases(
+    evaluation: Evaluation, groups: Mapping[str, list[Group]], records: Mapping[str, ReferringRecord]
+) -> list[Node]:
+    nodes: list[Node] = [key()]
+    for split, found in groups.items():
+        nodes.append(element("h3", split))
+        if evaluation.is_generalised(split):
+            nodes.append(quadrant_table(evaluation.answers[split]))
+        nodes += cases(evaluation, split, found, records)
+        if not found:
+            nodes.append(element("p", "No pictures of this split: the page is full.", class_="note"))
+    return nodes
+
+
+def _many(evaluation: Evaluation, one_picture: Mapping[str, Any], records: Mapping[str, ReferringRecord]) -> list[Node]:
+    nodes: list[Node] = []
+    for split, answers in one_picture.items():
+        figures = [case(answer, records[answer.phrase_id], evaluation.protocol(split)) for answer in answers]
+        if figures:
+            nodes += [element("h3", split), element("div", figures, class_="grid")]
+    return nodes
+
+
+def _views(evaluation: Evaluation, records: Mapping[str, ReferringRecord]) -> list[Node]:
+    if not evaluation.views:
+        said = "Masks by query and by round need the model: `deris-llm report DIR --checkpoint CHECKPOINT`."
+        return [element("p", with_code(said), class_="note")] if evaluation.checkpoint is not None else []
+    answers = {a.phrase_id: a for found in evaluation.answers.values() for a in found}
+    about = (
+        "The masks that the best-scoring queries had in the last round, and how the first of them came about: round 0 is "
+        "before perception and cognition have talked. IoU is that with the referent it fits best."
+    )
+    figures: list[Element] = [
+        view(seen, answers.get(seen.phrase_id), records[seen.phrase_id])
+        for seen in evaluation.views
+        if seen.phrase_id in records
+    ]
+    return [element("p", about), *figures]

@@ -1,0 +1,1 @@
+"""The model: cognition, perception, and the loopback between them."""

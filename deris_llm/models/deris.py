@@ -1,0 +1,170 @@
+"""DeRIS, the whole model: read this first.
+
+A batch holds I images and P phrases. *Cognition* (an image-text model, `deris_llm.models.cognition`) reads each picture at low
+resolution together with each phrase: what is meant. *Perception* (Swin and Mask2Former's pixel decoder,
+`deris_llm.models.perception`) sees each picture, once, at high resolution: where things are. In the *loopback*
+(`deris_llm.models.loopback`) Q queries per phrase go back and forth between the two for N rounds, and every round says for
+every query its mask and whether it is a referent; at the end one number per phrase says whether there is a referent at
+all. `deris_llm.structures` has the shape and meaning of everything that is passed.
+
+Trained: LoRA in the language model, pixel decoder, loopback. Frozen: the language model itself, the vision tower and
+its projector, Swin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from deris_llm.config import RunConfig
+from deris_llm.models.cognition import CognitionBackend, resolve_backend
+from deris_llm.models.cognition.base import say_once
+from deris_llm.models.loopback import Loopback
+from deris_llm.models.perception import Perception, build_perception, check_perception
+from deris_llm.structures import DerisOutput, ReferringBatch
+
+
+class DerisTrainerConfig(PreTrainedConfig):
+    """What Trainer and DeepSpeed look for on a model: the width for ZeRO-3's "auto" sizes. The run is a `RunConfig`."""
+
+    model_type = "deris"
+    hidden_size: int = 0
+
+
+class Deris(nn.Module):
+    """Images and phrases -> masks, referring scores, presence.
+
+    Attributes:
+        config: for Trainer and DeepSpeed only.
+    """
+
+    def __init__(self, cognition: CognitionBackend, perception: Perception | None, loopback: Loopback) -> None:
+        """Joins the parts.
+
+        Args:
+            cognition: the image-text model.
+            perception: None where cognition alone sees the picture (`loopback.structure: cognition_centric`).
+            loopback: built for both.
+        """
+        super().__init__()
+        self.cognition = cognition
+        self.perception = perception
+        self.loopback = loopback
+        self.config = DerisTrainerConfig(hidden_size=cognition.feature_dim)
+
+    def forward(self, batch: ReferringBatch) -> DerisOutput:
+        """Answers P phrases about I images."""
+        # On a GPU the host waits for what it reads itself: here, at cognition's start and once in the pixel
+        # decoder. So the shorter of the two comes first.
+        phrases_per_image = batch.phrases_per_image()
+        seen = (batch.perception_image, batch.perception_pyramid)
+        perception = None if self.perception is None else self.perception(*seen)  # where things are, once per image
+        cognition = self.cognition(batch.cognition, batch.image_index)  # what the phrase means
+        # Which of them it is, in N rounds.
+        return self.loopback(perception, cognition, batch.image_index, phrases_per_image)
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,  # noqa: FBT001, FBT002 (transformers' signature)
+    ) -> None:
+        """Turns on what Trainer's `gradient_checkpointing` asks for, in the language model only.
+
+        transformers' default hooks every submodel and fails on Swin; the pixel decoder has its own switch,
+        `perception.activation_checkpointing`.
+        """
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                "activation checkpointing: expected every_n_layers=1 and offload=False, which every backend can do, "
+                f"got every_n_layers={every_n_layers}, offload={offload}; leave them at their defaults."
+            )
+        self.cognition.activation_checkpointing_enable(activation_checkpointing_kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """The same under its older name, which transformers before 5.2x calls."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+
+def build_model(
+    config: RunConfig,
+    *,
+    weights: bool = True,
+    device: str | torch.device | None = None,
+    allow_module: bool = True,
+) -> Deris:
+    """Builds the model of a run, with what trains and what is frozen already set.
+
+    The fresh parts draw from torch's global generator: seed first. Parameters have the run's precision; fp32 master
+    copies are the optimizer's business.
+
+    Args:
+        config: the run.
+        weights: False builds the architecture alone, e.g. on `meta`, without network for the shipped run configs.
+        device: where the parameters are to be; None = where torch puts them.
+        allow_module: False for a config that came with a checkpoint: its backend may not be any importable class.
+
+    Raises:
+        ValueError: weights that are missing or of another model, unknown names in the config.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.training.precision]
+    on_device = contextlib.nullcontext() if device is None or weights else torch.device(device)
+    with on_device:
+        backend = resolve_backend(config.cognition.backend, allow_module=allow_module)
+        if weights:  # of both parts, before gigabytes of the first are read
+            check_weight_files(config, allow_module=allow_module)
+        cognition = backend.build(config.cognition, weights=weights, dtype=dtype)
+        perception, query_decoder = build_perception(
+            config.perception,
+            rounds=config.loopback.rounds,
+            num_queries=config.loopback.num_queries,
+            weights=weights,
+            dtype=dtype,
+        )
+        options = config.loopback
+        loopback = Loopback(
+            query_decoder,
+            cognition_dim=cognition.feature_dim,
+            rounds=options.rounds,
+            num_heads=options.num_heads,
+            dim_feedforward=options.dim_feedforward,
+            prior_attention=options.prior_attention,
+            text_positions=options.text_positions,
+            text_padding=options.text_padding,
+            referring_head=options.referring_head,
+            presence_head=options.presence_head,
+            mask_upsampling=options.mask_upsampling,
+            form=options.form,
+            cognition_weights=options.cognition_weights,
+            presence_source=options.presence_source,
+            trains_presence=config.criterion.presence_weight > 0,
+            structure=options.structure,
+        ).to(dtype)
+        if weights and not cognition.shares_images:
+            say_once(
+                f"cognition.backend={config.cognition.backend} does not share an image between its phrases and runs once per phrase"
+                + (": cognition.prompt_order=text_first" if config.cognition.prompt_order == "text_first" else "")
+            )
+        model = Deris(cognition, None if options.structure == "cognition_centric" else perception, loopback)
+    if config.cognition.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return model if device is None else model.to(device)
+
+
+def check_weight_files(config: RunConfig, *, allow_module: bool = True) -> None:
+    """Checks files, names and shapes of the base weights of both parts, reading headers only; arguments of `build_model`.
+
+    Raises:
+        ValueError: weights that are missing or of another model.
+    """
+    resolve_backend(config.cognition.backend, allow_module=allow_module).check_weights(config.cognition)
+    check_perception(config.perception, rounds=config.loopback.rounds, num_queries=config.loopback.num_queries)
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Names of the parameters that train, in the model's order."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]

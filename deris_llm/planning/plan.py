@@ -1,0 +1,492 @@
+"""What a run needs before it runs: parameters, memory per GPU under each ZeRO stage, steps and tokens per epoch.
+
+The model is built on the meta device, where tensors have shapes and no memory, and one micro-batch runs forward and
+backward there. `ShapeSimulation` sees every storage that comes into being and goes, so the activations reported are the
+peak of the real operators in their real order. Nothing of the model's structure is written down here a second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from deris_llm.config import RunConfig
+from deris_llm.data.check import known_num_images, known_num_phrases
+from deris_llm.data.dataset import group_by_image, group_sizes
+from deris_llm.data.mix import training_mix
+from deris_llm.data.sources import is_there
+from deris_llm.models.cognition import PlannedInputs, resolve_backend
+from deris_llm.models.deris import Deris, build_model
+from deris_llm.structures import DerisOutput, ReferringBatch
+
+GIB = 2**30
+STAGES = ("0", "1", "2", "3", "3 + offload")
+FP32_BYTES = 4  # of a master weight or a moment of a parameter
+BUCKET_ELEMENTS = 13_000_000  # reduce_bucket_size of ds_configs/*.json
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: 4 bits, a byte of scale for 64, 4 bytes of theirs for 256
+LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: so many stay gathered at once
+MATCHING_COPIES = 5  # float32 tensors of all queries' points that live at once in the matcher (measured: 5.1)
+TYPICAL_PHRASE = "the woman in the red jacket on the left"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model."""
+
+    name: str
+    total: int  # parameters
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Expected peak of one GPU under one ZeRO stage, in bytes."""
+
+    stage: str  # "0", "1", "2", "3", "3 + offload"
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # peak of everything a micro-step allocates besides the above
+    buffers: int  # DeepSpeed's communication buckets and, under stage 3, the layer gathered for the moment
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Work of one pass over the training phrases."""
+
+    source: str  # where the counts are from
+    phrases: int
+    images: int  # (image, phrases) pairs, an image counts as often as it is shown
+    steps: int  # optimizer steps
+    tokens: int  # through the language model, image tokens included
+    total_steps: int  # of the whole run
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What `deris-llm plan` prints."""
+
+    name: str
+    gpus: int
+    precision: str
+    images_per_device: int
+    phrases_per_device: int
+    tokens_per_phrase: int  # of a whole prompt, image tokens included
+    shared_tokens: int  # of these, how many run once for all phrases of an image in a step
+    parts: tuple[Part, ...]
+    lora_modules: int
+    lora_parameters: int
+    memory: tuple[Memory, ...]
+    epoch: Epoch
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, bytes as integers."""
+        tree = asdict(self)
+        for row, memory in zip(tree["memory"], self.memory, strict=True):
+            row["total"] = memory.total
+        return tree
+
+
+class ShapeSimulation(TorchDispatchMode):
+    """Runs a program on shapes and counts the bytes of the storages that are alive.
+
+    Floating-point tensors live on the meta device. Integer and boolean ones that do not depend on them (token ids,
+    padding, indices) are computed for real on the CPU, so that what branches on them works: lengths, boolean
+    indexing, attention masks.
+
+    Attributes:
+        live: bytes of the storages made inside and alive now.
+        peak: the most there were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs one operator on meta, or for real where only known integers take part."""
+        kwargs = dict(kwargs or {})
+        tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_meta = any(tensor.is_meta for tensor in tensors)
+        wanted = kwargs.get("device")
+        if not on_meta and wanted is not None and torch.device(wanted).type == "meta":
+            dtype = kwargs.get("dtype") or (tensors[0].dtype if tensors else torch.get_default_dtype())
+            if dtype.is_floating_point:
+                on_meta = True
+            else:
+                kwargs["device"] = torch.device("cpu")
+        if on_meta:
+            args, kwargs = (
+                tree_map_only(Tensor, _to_meta, _known_indices(func, args)),
+                tree_map_only(Tensor, _to_meta, kwargs),
+            )
+            if func is torch.ops.aten._local_scalar_dense.default and tensors[0].dtype == torch.bool:
+                return True  # no values here: checks such as `isfinite(x).all()` pass
+        given = {tensor.untyped_storage()._cdata for tensor in tensors}
+        out = func(*args, **kwargs)
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor, given)
+        return out
+
+    def _count(self, tensor: Tensor, given: set[int]) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes or key in given:  # known, or a view of something from outside, such as a weight
+            return
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    return (
+        tensor
+        if tensor.is_meta
+        else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    )
+
+
+def _known_indices(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Boolean indices have no known result shape on meta: real ones become positions."""
+    if func not in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default):
+        return args
+    indices: list[Tensor | None] = []
+    for index in args[1]:
+        if index is not None and index.dtype == torch.bool and not index.is_meta:
+            indices.extend(index.nonzero(as_tuple=True))
+        else:
+            indices.append(index)
+    return (args[0], indices, *args[2:])
+
+
+class _EfficientAttention(torch.autograd.Function):
+    """The shapes of memory-efficient attention: query, key, value, output and log-sum-exp are kept, no L x L matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, log_sum_exp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+@contextlib.contextmanager
+def _attention_as_on_gpu() -> Iterator[None]:
+    """On meta, SDPA falls back to plain matrices; GPUs run a fused kernel, whose shapes take its place here.
+
+    The function is replaced, not intercepted: recomputation in the backward pass runs in a thread without our modes.
+    """
+    original = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return cast(Tensor, _EfficientAttention.apply(query, key, value))
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES) -> RunPlan:
+    """Plans a run without reading weights or data that are not on disk.
+
+    Args:
+        config: the run.
+        gpus: processes, one per GPU.
+        stages: which of `STAGES` to list.
+
+    Raises:
+        ValueError: fewer than one GPU, or a config whose model cannot be built.
+    """
+    if gpus < 1:
+        raise ValueError(f"--gpus: expected 1 or more, got {gpus}; give the number of GPUs the run would have")
+    config = within_token_limit(config)
+    model = build_model(config, weights=False, device="meta").train()
+    planned = plan_cognition(config)
+    batch = shape_batch(config, planned)
+    activations = simulate_step(model, batch) + matching_bytes(config)
+    in_4_bits = linears_in_4_bits(model) if config.cognition.quantization == "nf4" else ()
+    activations += max((weight.numel() * weight.element_size() for weight in in_4_bits), default=0)  # one is unpacked
+    tokens, shared = planned.tokens_per_phrase, planned.shared_tokens
+    lora = {name: p.numel() for name, p in model.named_parameters() if ".lora_" in name}
+    return RunPlan(
+        name=config.name,
+        gpus=gpus,
+        precision=config.training.precision,
+        images_per_device=len(batch.perception_image),
+        phrases_per_device=batch.num_phrases,
+        tokens_per_phrase=tokens,
+        shared_tokens=shared,
+        parts=tuple(_parts(model)),
+        lora_modules=sum(".lora_A." in name for name in lora),
+        lora_parameters=sum(lora.values()),
+        memory=tuple(
+            memory_per_gpu(
+                model,
+                stage,
+                gpus=gpus,
+                activations=activations,
+                moments=3 if config.training.amsgrad else 2,
+                in_4_bits=in_4_bits,
+            )
+            for stage in stages
+            if not (in_4_bits and stage.startswith("3"))  # refused: packed weights cannot be partitioned
+        ),
+        epoch=_epoch(config, gpus=gpus, tokens_per_phrase=tokens, shared_tokens=shared),
+    )
+
+
+def within_token_limit(config: RunConfig) -> RunConfig:
+    """The run with as many typical phrases of an image as `data.max_tokens_per_image` lets through."""
+    limit = config.data.max_tokens_per_image
+    if limit == 0:
+        return config
+    planned = plan_cognition(config)
+    fitting = (limit - planned.shared_tokens) // (planned.tokens_per_phrase - planned.shared_tokens)
+    if fitting < 1:
+        raise ValueError(
+            f"data.max_tokens_per_image={limit}: expected a typical phrase to fit with its picture, got "
+            f"{planned.tokens_per_phrase} tokens; set the limit at least so high."
+        )
+    data = dataclasses.replace(config.data, phrases_per_image=min(fitting, config.data.phrases_per_image))
+    return dataclasses.replace(config, data=data)
+
+
+def plan_cognition(config: RunConfig) -> PlannedInputs:
+    """What the cognition backend would read in a full micro-batch of one GPU."""
+    per_image = config.data.phrases_per_image
+    image_index = [number // per_image for number in range(config.training.images_per_device * per_image)]
+    return resolve_backend(config.cognition.backend).plan_inputs(config.cognition, TYPICAL_PHRASE, image_index)
+
+
+def shape_batch(config: RunConfig, planned: PlannedInputs) -> ReferringBatch:
+    """A full micro-batch of one GPU: token ids for real, pictures as shapes."""
+    num_images, per_image = config.training.images_per_device, config.data.phrases_per_image
+    num_phrases = num_images * per_image
+    size = config.perception.image_size
+    inputs = planned.inputs
+    return ReferringBatch(
+        perception_image=torch.empty(num_images, 3, size, size, device="meta"),
+        cognition=dataclasses.replace(inputs, pixel_values=inputs.pixel_values.to("meta")),
+        image_index=torch.arange(num_images).repeat_interleave(per_image),
+        phrase_ids=tuple(f"plan/train/{number}" for number in range(num_phrases)),
+        phrases=(TYPICAL_PHRASE,) * num_phrases,
+    )
+
+
+def simulate_step(model: nn.Module, batch: ReferringBatch) -> int:
+    """Peak bytes that a micro-batch allocates, forward and backward, besides weights and their gradients.
+
+    The loss is stood in for by a sum of all outputs; `matching_bytes` has what the criterion needs besides.
+
+    Args:
+        model: on the meta device, in training mode.
+        batch: from `shape_batch`.
+    """
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        for parameter in model.parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        with ShapeSimulation() as simulation, _attention_as_on_gpu():
+            output: DerisOutput = model(batch)
+            loss = output.presence_logit.float().sum()
+            for answer in output.rounds:
+                loss = loss + answer.mask_logits.float().sum() + answer.referring_logits.float().sum()
+            del output, answer
+            loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return simulation.peak
+
+
+def matching_bytes(config: RunConfig) -> int:
+    """Bytes that the matcher works on, on top of the activations: every query of every round at `num_points` points."""
+    num_phrases = config.training.images_per_device * config.data.phrases_per_image
+    num_masks = num_phrases * config.loopback.num_queries * (config.loopback.rounds + 1)
+    return MATCHING_COPIES * 4 * num_masks * config.criterion.num_points
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def linears_in_4_bits(model: nn.Module) -> tuple[Tensor, ...]:
+    """The weights that `cognition.quantization=nf4` packs: the frozen linears of the language model."""
+    return tuple(
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".language_model." in name and ".lora_" not in name
+    )
+
+
+def memory_per_gpu(
+    model: nn.Module,
+    stage: str,
+    *,
+    gpus: int,
+    activations: int,
+    moments: int = 2,
+    in_4_bits: Sequence[Tensor] = (),
+) -> Memory:
+    """Expected peak under a ZeRO stage; stage 0 is plain data parallelism (the table in docs/design.md).
+
+    Args:
+        model: with trainable and frozen parameters set.
+        stage: one of `STAGES`.
+        gpus: processes that share the partitions.
+        activations: from `simulate_step` and `matching_bytes`.
+        moments: that the optimizer keeps of a parameter: 2 of Adam and AdamW, 3 with AMSGrad.
+        in_4_bits: weights that are kept in 4 bits.
+    """
+    level, offload = int(stage[0]), stage.endswith("offload")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    weights = _bytes(model.parameters()) + _bytes(model.buffers())
+    weights -= _bytes(in_4_bits) - round(NF4_BYTES * sum(weight.numel() for weight in in_4_bits))
+    gradients = _bytes(trainable)
+    masters = level > 0 or gradients < 4 * sum(p.numel() for p in trainable)  # DeepSpeed keeps them in fp32 runs too
+    optimizer = FP32_BYTES * (moments + int(masters)) * sum(p.numel() for p in trainable)
+    if level == 0:  # DDP's buckets are a second set of gradients
+        buffers = gradients if gpus > 1 else 0
+    else:
+        buffers = 2 * BUCKET_ELEMENTS * trainable[0].element_size()
+    if level == 3 and gpus > 1:
+        buffers += min(LIVE_PARAMETERS * trainable[0].element_size(), weights)
+    return Memory(
+        stage=stage,
+        weights=0 if offload else _share(weights, gpus if level == 3 else 1),
+        gradients=_share(gradients, gpus if level >= 2 else 1),
+        optimizer=0 if offload else _share(optimizer, gpus if level >= 1 else 1),
+        activations=activations,
+        buffers=buffers,
+    )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _share(size: int, gpus: int) -> int:
+    return -(-size // gpus)
+
+
+def _parts(model: Deris) -> Iterator[Part]:
+    """The branches' own parts, LoRA apart from what it is in."""
+    tallies: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        branch, part, *_ = name.replace("cognition.model.", "cognition.").split(".")
+        if ".lora_" in name:
+            part = "lora"
+        if branch == "loopback" and part != "query_decoder":
+            part = "rounds, heads, fusion"
+        part = f"{branch}.{part}"
+        tally = tallies.setdefault(part, [0, 0])
+        tally[0] += parameter.numel()
+        tally[1] += parameter.numel() * parameter.requires_grad
+    for part, (total, trainable) in tallies.items():
+        yield Part(part, total, trainable)
+
+
+def _epoch(config: RunConfig, *, gpus: int, tokens_per_phrase: int, shared_tokens: int) -> Epoch:
+    per_image = config.data.phrases_per_image
+    if not any(is_there(config.data.root, dataset) for dataset in config.data.train):
+        splits = [f"{name}/train" for name in config.data.train]
+        phrases = sum(known_num_phrases(split) for split in splits)
+        shown = expected_parts(phrases, max(map(known_num_images, splits)), per_image)
+        source = (
+            f"the published train splits of {', '.join(config.data.train)} (no data under {config.data.root!r}): a bit more than "
+            "the mix, which leaves out the images of every evaluation split; images shown are estimated, as if the splits had "
+            "all their pictures in common"
+        )
+    else:
+        mix = training_mix(config.data)
+        phrases = mix.report.num_phrases
+        shown = sum(-(-size // per_image) for size in group_sizes(group_by_image(mix.records)))
+        source = f"the files under {config.data.root!r}"
+    per_step = config.training.images_per_device * config.training.accumulation * gpus
+    steps = -(-shown // per_step)
+    total_steps = config.training.max_steps if config.training.max_steps > 0 else round(steps * config.training.epochs)
+    tokens = shown * shared_tokens + phrases * (tokens_per_phrase - shared_tokens)
+    return Epoch(source, phrases, shown, steps, tokens, total_steps)
+
+
+def expected_parts(phrases: int, images: int, per_image: int) -> int:
+    """In how many parts of at most so many phrases the phrases of all images are dealt.
+
+    Of an image's last part between none and all but one is missing, all equally likely (synthetic world, 2 to 8 phrases a
+    part: right to 1.3 %).
+
+    Args:
+        phrases: of all images.
+        images: their number, 0 where nobody knows: then all parts are full.
+        per_image: phrases of a part at most.
+    """
+    return -(-(2 * phrases + images * (per_image - 1)) // (2 * per_image))
+
+
+def show_plan(plan: RunPlan, console: Console) -> None:
+    """Prints a plan as tables."""
+    parts = Table("part", Column("parameters", justify="right"), Column("trainable", justify="right"), title=plan.name)
+    for part in plan.parts:
+        parts.add_row(part.name, f"{part.total:,}", f"{part.trainable:,}" if part.trainable else "frozen")
+    total, trainable = sum(p.total for p in plan.parts), sum(p.trainable for p in plan.parts)
+    parts.add_section()
+    parts.add_row("all", f"{total:,}", f"{trainable:,}", style="bold")
+    console.print(parts)
+    console.print(f"LoRA: {plan.lora_modules} modules, {plan.lora_parameters:,} parameters\n")
+
+    columns = ("weights", "grads", "optimizer", "activations", "buffers", "sum")
+    memory = Table(
+        "ZeRO stage",
+        *(Column(name, justify="right") for name in columns),
+        title=f"GiB per GPU, {plan.gpus} GPU{'s' if plan.gpus > 1 else ''}, {plan.precision}",
+    )
+    for row in plan.memory:
+        sizes = (row.weights, row.gradients, row.optimizer, row.activations, row.buffers, row.total)
+        memory.add_row("0 (none)" if row.stage == "0" else row.stage, *(f"{size / GIB:.2f}" for size in sizes))
+    console.print(memory)
+    console.print(
+        f"for a micro-batch of {plan.images_per_device} image(s) x {plan.phrases_per_device // plan.images_per_device} phrases of "
+        f"{plan.tokens_per_phrase} tokens, {plan.shared_tokens} of them once per image.\n"
+        "Counted from shapes, checked against the CPU; "
+        "not measured on a GPU: add the CUDA context (about 0.5 GiB) and leave 10-20 % for workspaces and fragmentation.\n",
+        highlight=False,
+    )
+    epoch = plan.epoch
+    console.print(
+        f"an epoch: {epoch.phrases:,} phrases in {epoch.images:,} images shown, {epoch.steps:,} steps, {epoch.tokens:,} tokens "
+        f"through the language model; the whole run: {epoch.total_steps:,} steps\ncounts from {epoch.source}",
+        highlight=False,
+    )

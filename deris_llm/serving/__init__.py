@@ -1,0 +1,1 @@
+"""Masks for phrases, from a checkpoint."""

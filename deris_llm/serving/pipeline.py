@@ -1,0 +1,299 @@
+"""A checkpoint in use: pictures and phrases in, masks out.
+
+    from deris_llm import DerisPipeline
+
+    pipeline = DerisPipeline.from_pretrained("runs/deris-7b-refcoco")
+    for answer in pipeline("street.jpg", ["the red car", "the man who crosses"]):
+        answer.mask, answer.score, answer.presence, answer.says_target
+
+What depends on the picture alone is computed once for all its phrases.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from deris_llm.checkpoints.checkpoints import checkpoint_config, checkpoint_fingerprint, load_checkpoint, with_files_of
+from deris_llm.checkpoints.layout import find_checkpoint
+from deris_llm.config import RunConfig
+from deris_llm.data.images import load_image, rgb_picture
+from deris_llm.data.token_budget import split_phrases, token_counter
+from deris_llm.data.validation import is_text
+from deris_llm.evaluation.calibration import calibrated_config, threshold_source
+from deris_llm.models.cognition import CognitionProcessor, build_processor
+from deris_llm.models.cpu_inference import for_cpu_inference
+from deris_llm.models.out_of_memory import explains_out_of_memory
+from deris_llm.models.postprocess import PhraseAnswer, PresenceUse, Selection, answer_masks
+from deris_llm.models.preprocess import perception_pixels
+from deris_llm.structures import DerisOutput, Exif, ReferringBatch
+
+logger = logging.getLogger(__name__)
+
+Picture = str | Path | Image.Image | np.ndarray
+"""A file, a PIL image of any mode, or uint8 (h, w, 3) in RGB."""
+
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class DerisPipeline:
+    """Answers phrases about pictures with the model of a checkpoint. Not thread-safe.
+
+    Attributes:
+        config: the checkpoint's run config as it is used; `config.evaluation` says when a query joins the answer.
+        fingerprint: twelve hex digits that say which checkpoint it is.
+        threshold_source: where the score threshold comes from, in words.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        processor: CognitionProcessor,
+        *,
+        fingerprint: str = "",
+        threshold_source: str = "",
+    ) -> None:
+        """Joins the parts; `from_pretrained` is the way to them.
+
+        Args:
+            config: of the model.
+            model: a `Deris`, in evaluation mode, on its device.
+            processor: the cognition backend's.
+            fingerprint: of the checkpoint.
+            threshold_source: where the score threshold comes from, in words.
+
+        Raises:
+            ValueError: `data.max_tokens_per_image` with a processor that does not count tokens.
+        """
+        self.config = config
+        self.model = model
+        self.processor = processor
+        self.fingerprint = fingerprint
+        self.threshold_source = threshold_source
+        self.device = next(model.parameters()).device
+        self._token_counter = token_counter(config, processor)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        score_threshold: float | None = None,
+        selection: Selection | None = None,
+        presence: PresenceUse | None = None,
+        overrides: Sequence[str] = (),
+        allow_module: bool = False,
+    ) -> DerisPipeline:
+        """Reads a checkpoint.
+
+        Where the run was trained with `loopback.prior_attention=batch` (the public code), `self` is read instead, which is
+        what that code computes of a phrase alone: an answer in use never depends on what shares its batch.
+
+        Args:
+            folder: a run (its `best`, else its newest checkpoint), `best` or `checkpoint-STEP` of one, or a folder that
+                `deris-llm convert` wrote.
+            device: None = the GPU where there is one, else the CPU.
+            dtype: float32 or bfloat16; None = the run's.
+            score_threshold: queries with a higher referring score join the answer; None = the checkpoint's: the one
+                that a sweep chose (`deris_llm.evaluation.calibration`), else that of its run config.
+            selection: see `answer_masks`; None = the checkpoint's.
+            presence: see `answer_masks`; None = the checkpoint's.
+            overrides: `section.field=value` over the run config, e.g. `cognition.weights=...` where the base weights lie
+                elsewhere now.
+            allow_module: whether the config may name a cognition backend as `package.module:Class`, which imports it.
+
+        Raises:
+            ValueError: no checkpoint, a broken one, other base weights, an unknown backend, or an unknown field.
+        """
+        folder = find_checkpoint(folder)
+        if dtype is not None and dtype not in _PRECISIONS:
+            raise ValueError(
+                f"dtype: expected torch.float32, torch.bfloat16 or None, got {dtype}; choose one of these."
+            )
+        chosen = {
+            "training.precision": None if dtype is None else _PRECISIONS[dtype],
+            "evaluation.score_threshold": score_threshold,
+            "evaluation.selection": selection,
+            "evaluation.presence": presence,
+        }
+        settings = [*overrides, *(f"{name}={value}" for name, value in chosen.items() if value is not None)]
+        if checkpoint_config(folder, settings).loopback.prior_attention == "batch":
+            logger.info(
+                "loopback.prior_attention=batch is read as self: answers do not depend on what shares their batch"
+            )
+            settings.append("loopback.prior_attention=self")
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        used = with_files_of(folder, checkpoint_config(folder, settings))
+        processor = build_processor(used, allow_module=allow_module)  # small files, before gigabytes of weights
+        config, model = load_checkpoint(folder, device, overrides=settings, allow_module=allow_module)
+        return cls(
+            calibrated_config(folder, config, settings),
+            for_cpu_inference(model),
+            processor,
+            fingerprint=checkpoint_fingerprint(folder),
+            threshold_source=threshold_source(folder, config, settings),
+        )
+
+    def __call__(self, image: Picture, phrases: Sequence[str]) -> list[PhraseAnswer]:
+        """Answers phrases about one picture.
+
+        Args:
+            image: the picture.
+            phrases: at least one.
+
+        Returns:
+            One answer per phrase; masks have the picture's size.
+
+        Raises:
+            ValueError: the picture cannot be read, there is no phrase, or one that cannot be asked or alone exceeds
+                `data.max_tokens_per_image`.
+        """
+        (answers,) = self.answer_all([(image, phrases)])
+        return answers
+
+    def answer_all(self, pairs: Iterable[tuple[Picture, Sequence[str]]]) -> Iterator[list[PhraseAnswer]]:
+        """Answers many pictures, several in a batch (`evaluation.images_per_device`, `evaluation.max_phrases_per_batch`).
+
+        Phrases that exceed `data.max_tokens_per_image` together are asked behind several copies of their picture.
+        Pictures are read when their turn comes, so any number of them fits in memory.
+
+        Args:
+            pairs: pictures, each with its phrases.
+
+        Yields:
+            the answers of each pair, in their order.
+
+        Raises:
+            ValueError: see `__call__`; what was answered before has been given.
+        """
+        limits = self.config.evaluation
+        waiting: deque[_Asked] = deque()
+        batch: list[_Part] = []
+        for image, phrases in pairs:
+            texts, picture = checked_phrases(phrases), as_picture(image)
+            asked = _Asked(len(texts), [])
+            waiting.append(asked)
+            for run in split_phrases(self.config, texts, (picture.height, picture.width), self._token_counter):
+                part = _Part(picture, run, asked)
+                num_phrases = sum(len(other.phrases) for other in (*batch, part))
+                if len(batch) == limits.images_per_device or num_phrases > limits.max_phrases_per_batch:
+                    self._answer(batch)
+                    batch = []
+                    while waiting[0].is_done:
+                        yield waiting.popleft().answers
+                batch.append(part)
+        if batch:
+            self._answer(batch)
+        for asked in waiting:
+            yield asked.answers
+
+    def _answer(self, batch: Sequence[_Part]) -> None:
+        """Runs the model once and hands each answer to whom it belongs."""
+        with torch.inference_mode(), explains_out_of_memory(self.config):
+            self._run(batch)
+
+    def _run(self, batch: Sequence[_Part]) -> None:
+        options, size, resize = self.config.evaluation, self.config.perception.image_size, self.config.perception.resize
+        dtype = torch.bfloat16 if self.config.training.precision == "bf16" else None
+        pictures = [part.picture for part in batch]
+        owners = [number for number, part in enumerate(batch) for _ in part.phrases]
+        phrases = tuple(phrase for part in batch for phrase in part.phrases)
+        inputs = ReferringBatch(
+            perception_image=torch.stack([perception_pixels(picture, size, resize) for picture in pictures]),
+            cognition=self.processor(pictures, phrases, owners),
+            image_index=torch.tensor(owners),
+            phrase_ids=tuple(str(number) for number in range(len(phrases))),
+            phrases=phrases,
+        )
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            output: DerisOutput = self.model(inputs.to(self.device, dtype=dtype))
+        answers = answer_masks(
+            output,
+            [(pictures[owner].height, pictures[owner].width) for owner in owners],
+            score_threshold=options.score_threshold,
+            selection=options.selection,
+            presence_use=options.presence,
+        )
+        for owner, answer in zip(owners, answers, strict=True):
+            batch[owner].asked.answers.append(answer)
+
+
+class _Asked(NamedTuple):
+    """A picture's phrases and the answers so far."""
+
+    number: int
+    answers: list[PhraseAnswer]
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.answers) == self.number
+
+
+class _Part(NamedTuple):
+    """What a batch holds of a picture."""
+
+    picture: Image.Image
+    phrases: Sequence[str]
+    asked: _Asked
+
+
+def as_picture(image: Picture, *, exif: Exif = "displayed") -> Image.Image:
+    """A picture in RGB, whatever it comes as.
+
+    Args:
+        image: a path; or pixels, which are taken as they are.
+        exif: which way up a file is taken.
+
+    Raises:
+        ValueError: it cannot be read, or an array is not uint8 (h, w, 3).
+    """
+    if isinstance(image, (str, Path)):
+        return load_image(image, exif=exif)
+    if isinstance(image, Image.Image):
+        return rgb_picture(image)
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"picture: expected a path, a PIL image or a numpy array, got {type(image).__name__}; convert it to one of these."
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(
+            f"picture: expected an array uint8 (h, w, 3) in RGB with values 0..255, got {image.dtype} {image.shape}; convert "
+            "it (a grey or transparent picture through PIL: Image.fromarray(array).convert('RGB'))."
+        )
+    return Image.fromarray(image)
+
+
+def checked_phrases(phrases: Sequence[str]) -> tuple[str, ...]:
+    """The phrases of a picture, as a tuple.
+
+    Raises:
+        ValueError: a single text instead of a list, no phrase, an empty one, or something that is no text.
+    """
+    if isinstance(phrases, str):
+        raise ValueError(f"phrases: expected a list of texts, got one text; give [{phrases!r}].")
+    texts = tuple(phrases)
+    if not texts:
+        raise ValueError("phrases: expected at least one for a picture, got none; give a list such as ['the red car'].")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"phrases[{number}]: expected some words, got {text!r} beside {len(texts) - 1} others; correct or drop this phrase."
+            )
+        if not is_text(text):
+            raise ValueError(
+                f"phrases[{number}]: expected text that UTF-8 can hold, got {text[:80]!r}; correct or drop this phrase."
+            )
+    return texts

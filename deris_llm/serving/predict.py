@@ -1,0 +1,578 @@
+"""Answers for files: masks as PNG, pictures to look at, and one line of JSON per phrase (`deris-llm predict`).
+
+A folder of predictions holds
+
+    predictions.jsonl   one line per picture and phrase, written when its files are: what `deris-llm score` reads
+    masks/              NAME.png, 0 or 255, at the picture's size; with instances NAME.instance-1.png, ... besides
+    overlays/           NAME.jpg, the mask on the picture, with phrase, score and presence
+    left_out.txt        what the last call left out, with the reason; there only if something was
+
+NAME is made of picture and phrase. A line also says which checkpoint answered and when a query joins the answer, so that
+a second call knows what is done and refuses to mix answers of different kinds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from deris_llm.checkpoints.checkpoints import names_backend
+from deris_llm.checkpoints.layout import find_checkpoint
+from deris_llm.common.terminal import console as plain_console
+from deris_llm.data.images import pictures_in
+from deris_llm.data.masks import encode_mask
+from deris_llm.evaluation.boxes import boxes_of_masks
+from deris_llm.evaluation.output import check_writable, default_folder, write_names
+from deris_llm.evaluation.overlays import draw_overlay, fitted
+from deris_llm.evaluation.submissions import PREDICTIONS_FILE
+from deris_llm.models.out_of_memory import DoesNotFitError
+from deris_llm.models.postprocess import PhraseAnswer
+from deris_llm.serving.pipeline import DerisPipeline, as_picture
+from deris_llm.structures import Exif
+
+logger = logging.getLogger(__name__)
+
+LEFT_OUT_FILE = "left_out.txt"
+_OVERLAY_WIDTHS_PX = (480, 1280)  # smaller pictures are enlarged, larger ones reduced
+_CAPTION_PX = 62
+_ROWS_SHOWN = 40
+_BAD_SHOWN = 10
+_NAME_SHOWN = 40  # letters of a picture's name or a phrase in the table
+_COLOURS = {
+    "found": ((20, 110, 60), "green"),
+    "best guess": ((176, 116, 0), "yellow"),
+    "nothing": ((170, 40, 40), "red"),
+}
+"""Of each verdict: on the overlay, in the terminal."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A phrase about a picture."""
+
+    image: str  # as it was given; what predictions call the picture
+    path: Path  # where it lies
+    phrase: str
+    phrase_id: str = ""  # handed on; empty = none
+
+    @property
+    def file_stem(self) -> str:
+        """A readable name for its files that no other question has."""
+        named = "\0".join((self.image, self.phrase, self.phrase_id)).encode(errors="surrogatepass")
+        digest = hashlib.sha256(named).hexdigest()[:8]
+        readable = (_words(self.path.stem[-32:]), _words(self.phrase.lower()[:32]))
+        return "-".join((*filter(None, readable), digest))
+
+
+def _words(text: str) -> str:
+    """What of a text may stand in the name of a file; cut so that names stay below 255 bytes."""
+    return re.sub(r"[^\w]+", "-", text).encode()[:96].decode(errors="ignore").strip("-")
+
+
+@dataclass
+class Predictions:
+    """What came of a call."""
+
+    out: Path
+    threshold_source: str = ""  # in words
+    lines: list[dict[str, Any]] = field(default_factory=list)  # those of this call without masks, with area and number
+    num_there: int = 0  # questions that were answered before
+    bad: list[str] = field(default_factory=list)  # what was left out because it is bad, with the reason
+    others: list[str] = field(default_factory=list)  # what lay in a folder of pictures and is none
+
+
+# -- questions -------------------------------------------------------------------------------------------------------
+
+
+def questions_about(images: Sequence[Path], phrases: Sequence[str], others: list[str] | None = None) -> list[Question]:
+    """Every phrase about every picture.
+
+    Args:
+        images: files, and folders, whose own pictures are taken in the order of their names; folders in them are not entered.
+        phrases: texts.
+        others: takes the names of what lies in the folders and is no picture, with the reason.
+
+    Raises:
+        ValueError: a path that is not there, or a folder without pictures.
+    """
+    files: dict[Path, None] = {}
+    for path in images:
+        if path.is_dir():
+            found, left_out = pictures_in(path)
+            if not found:
+                there = f", but e.g. {left_out[0]}" if left_out else ""
+                raise ValueError(
+                    f"--image {path}: expected a picture or a folder with pictures in it, got a folder without any "
+                    f"(folders in it are not entered){there}; give that folder, or the files."
+                )
+            files |= dict.fromkeys(found)
+            if others is not None:
+                others += left_out
+        elif path.is_file():
+            files[path] = None
+        else:
+            raise ValueError(
+                f"--image {path}: expected a picture or a folder of pictures, got no such file; correct it."
+            )
+    return [Question(str(path), path, phrase) for path in files for phrase in phrases]
+
+
+def read_pairs(path: Path) -> tuple[list[Question], list[str]]:
+    """Reads a JSONL of `{"image": ..., "phrase": ...}` or `{"image": ..., "phrases": [...]}`, other keys are not read.
+
+    Names of pictures are relative to the folder of the file. A `phrase_id` is handed on into the predictions.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        the questions, and what is wrong with the lines that give none.
+
+    Raises:
+        ValueError: there is no such file, or it has no line.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"--jsonl {path}: expected a file with a line of JSON per picture and phrase, got no such file."
+        )
+    questions: list[Question] = []
+    problems: list[str] = []
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
+    if not lines:
+        raise ValueError(f"--jsonl {path}: expected lines such as {_EXAMPLE_LINE}, got an empty file; write some.")
+    for number, line in lines:
+        try:
+            questions += _questions_of_line(line, path.parent)
+        except ValueError as error:
+            problems.append(f"{path.name}, line {number}: {error}")
+    return questions, problems
+
+
+_EXAMPLE_LINE = '{"image": "street.jpg", "phrase": "the red car"}'
+
+
+def _questions_of_line(line: bytes, folder: Path) -> list[Question]:
+    try:
+        entry = json.loads(line.decode())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON in UTF-8 such as {_EXAMPLE_LINE}, got {line[:80]!r} ({error})") from error
+    if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
+        raise ValueError(f"expected an object such as {_EXAMPLE_LINE}, got {_short(entry)}")
+    phrases = entry.get("phrases", [entry.get("phrase")])
+    if ("phrase" in entry) == ("phrases" in entry) or not isinstance(phrases, list) or not phrases:
+        raise ValueError(f"expected either `phrase`, a text, or `phrases`, a list of texts, got {_short(entry)}")
+    for phrase in phrases:
+        if not isinstance(phrase, str) or not phrase.strip():
+            raise ValueError(f"expected phrases with words, got {phrase!r}")
+    phrase_id = entry.get("phrase_id", "")
+    if not isinstance(phrase_id, str) or (phrase_id and len(phrases) > 1):
+        raise ValueError(f"expected a `phrase_id` that is a text, for one phrase, got {_short(entry)}")
+    path = folder / entry["image"]
+    if not path.is_file():
+        raise ValueError(f"expected a picture at {path}, got {'a folder' if path.is_dir() else 'no such file'}")
+    return [Question(entry["image"], path, phrase, phrase_id) for phrase in phrases]
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
+
+
+def predict(
+    pipeline: DerisPipeline,
+    questions: Iterable[Question],
+    out: Path,
+    *,
+    overlays: bool = True,
+    instances: bool = False,
+    skip_bad: bool = False,
+    progress: bool = True,
+    exif: Exif = "displayed",
+    bad: Sequence[str] = (),
+    others: Sequence[str] = (),
+) -> Predictions:
+    """Answers what is not answered yet in a folder, picture by picture.
+
+    Args:
+        pipeline: the checkpoint.
+        questions: any number; those of a picture are asked together.
+        out: folder of predictions, new or of an earlier call with the same checkpoint and settings.
+        overlays: draws the masks on the pictures.
+        instances: also writes each selected query's mask by itself.
+        skip_bad: goes on after a picture or phrase that cannot be answered; otherwise that is an error.
+        progress: shows a bar.
+        exif: which way up pictures are taken, as EXIF displays them or as their pixels are stored; so are the masks.
+        bad: lines that were left out before, for `left_out.txt`.
+        others: files that were left out before because they are no pictures, for the same.
+
+    Raises:
+        ValueError: the folder holds something else or cannot be written to, or (without `skip_bad`) a picture or phrase is bad.
+    """
+    done = _prepared(out, _settings(pipeline, instances=instances) | {"exif": exif})
+    result = Predictions(out, pipeline.threshold_source, bad=list(bad), others=list(others))
+    by_picture: dict[Path, list[Question]] = {}
+    for question in dict.fromkeys(questions):
+        if _key(question) in done:
+            result.num_there += 1
+        else:
+            by_picture.setdefault(question.path, []).append(question)
+    limits = pipeline.config.evaluation
+    groups = [
+        asked[start : start + limits.max_phrases_per_batch]
+        for asked in by_picture.values()
+        for start in range(0, len(asked), limits.max_phrases_per_batch)
+    ]
+    batches = [groups[i : i + limits.images_per_device] for i in range(0, len(groups), limits.images_per_device)]
+    try:
+        # a name that is not UTF-8 has letters that UTF-8 cannot hold: they are escaped as JSON does
+        with (
+            _bar(enabled=progress) as bar,
+            (out / PREDICTIONS_FILE).open("a", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            task = bar.add_task("predict", total=sum(map(len, groups)))
+            for batch in batches:
+                for question, picture, answer in _answered(pipeline, batch, result.bad, exif, skip_bad=skip_bad):
+                    _write_files(question, picture, answer, out, overlays=overlays, instances=instances)
+                    line = _line(question, answer, instances=instances) | _settings(pipeline)
+                    line |= {"exif": exif} if exif == "stored" else {}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    small = {name: value for name, value in line.items() if name not in ("mask", "instances")}
+                    result.lines.append(small | {"area": float(answer.mask.mean()), "number": len(answer.query_index)})
+                file.flush()
+                bar.update(task, advance=sum(map(len, batch)))
+        write_names(out / LEFT_OUT_FILE, [*result.bad, *result.others])
+    except OSError as error:
+        raise ValueError(
+            f"{out}: expected to write answers there, got {error}. What was answered before is kept; make room, then the same "
+            "command goes on from there, or choose another --out"
+        ) from error
+    return result
+
+
+def _answered(
+    pipeline: DerisPipeline, batch: Sequence[Sequence[Question]], bad: list[str], exif: Exif, *, skip_bad: bool
+) -> Iterable[tuple[Question, Image.Image, PhraseAnswer]]:
+    """Answers a batch; where something in it is bad, one question after the other, so that the bad one is known."""
+    try:
+        pictures = [as_picture(asked[0].path, exif=exif) for asked in batch]
+        pairs = [(picture, [q.phrase for q in asked]) for picture, asked in zip(pictures, batch, strict=True)]
+        answers = list(pipeline.answer_all(pairs))
+    except DoesNotFitError:
+        raise
+    except ValueError:
+        yield from _one_by_one(pipeline, batch, bad, exif, skip_bad=skip_bad)
+        return
+    for asked, picture, found in zip(batch, pictures, answers, strict=True):
+        for question, answer in zip(asked, found, strict=True):
+            yield question, picture, answer
+
+
+def _one_by_one(
+    pipeline: DerisPipeline, batch: Sequence[Sequence[Question]], bad: list[str], exif: Exif, *, skip_bad: bool
+) -> Iterable[tuple[Question, Image.Image, PhraseAnswer]]:
+    for asked in batch:
+        for question in asked:
+            try:
+                picture = as_picture(question.path, exif=exif)
+                (answer,) = pipeline(picture, [question.phrase])
+            except DoesNotFitError:
+                raise
+            except ValueError as error:
+                problem = f"{question.image}, {question.phrase[:120]!r}: {error}"
+                if not skip_bad:
+                    raise ValueError(
+                        f"{problem}\nWhat was answered before is kept; the same command goes on from there, with --skip-bad "
+                        "past what is bad"
+                    ) from error
+                bad.append(problem)
+            else:
+                yield question, picture, answer
+
+
+def _settings(pipeline: DerisPipeline, *, instances: bool | None = None) -> dict[str, Any]:
+    """Who answered, and by which rule."""
+    options = pipeline.config.evaluation
+    settings: dict[str, Any] = {
+        "checkpoint": pipeline.fingerprint,
+        "score_threshold": options.score_threshold,
+        "selection": options.selection,
+        "presence_use": options.presence,
+    }
+    return settings if instances is None else settings | {"instances": instances}
+
+
+def _line(question: Question, answer: PhraseAnswer, *, instances: bool) -> dict[str, Any]:
+    line: dict[str, Any] = {"phrase_id": question.phrase_id} if question.phrase_id else {}
+    line |= {
+        "image": question.image,
+        "phrase": question.phrase,
+        "mask": encode_mask(answer.mask),
+        "score": round(answer.score, 4),
+        "presence": round(answer.presence, 4),
+        "says_target": answer.says_target,
+        "verdict": answer.verdict,
+        "boxes": boxes_of_masks(answer.instance_masks).astype(int).tolist(),
+        "file": f"masks/{question.file_stem}.png",
+    }
+    if instances:
+        masks = zip(answer.instance_masks, answer.instance_scores, strict=True)
+        line["instances"] = [{"mask": encode_mask(mask), "score": round(score, 4)} for mask, score in masks]
+    return line
+
+
+def _key(question: Question) -> tuple[str, str, str]:
+    return question.image, question.phrase, question.phrase_id
+
+
+def _prepared(out: Path, settings: dict[str, Any]) -> set[tuple[str, str, str]]:
+    """Makes the folder, or reads what an earlier call answered in it; a line that a killed call left half is cut off.
+
+    Raises:
+        ValueError: it holds something else, or answers of another checkpoint or by another rule.
+    """
+    path = out / PREDICTIONS_FILE
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: expected a folder or a new name, got a file; choose another name.")
+    if not path.is_file():
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(
+                f"--out {out}: expected a new folder, or one with {PREDICTIONS_FILE} of an earlier call, got one with other "
+                f"things in it; choose another name."
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        return set()
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        logger.warning("%s: its last line is not whole and is answered again", path)
+        path.write_bytes(whole)
+    done = set()
+    for number, text in enumerate(whole.splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            there = {name: line[name] for name in settings if name not in ("instances", "exif")}
+            there |= {"instances": "instances" in line, "exif": line.get("exif", "displayed")}
+            done.add((line["image"], line["phrase"], line.get("phrase_id", "")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected an answer of `deris-llm predict`, got {_short(text.decode(errors='replace'))} "
+                f"({type(error).__name__}: {error}); choose another --out."
+            ) from error
+        differ = [
+            f"{name} {there[name]} there, {settings[name]} now" for name in settings if there[name] != settings[name]
+        ]
+        if differ:
+            raise ValueError(
+                f"--out {out}: expected a new folder, or answers of the same kind, got some of another: {'; '.join(differ)}. "
+                "Nothing was changed; choose another --out, or remove that folder."
+            )
+    return done
+
+
+# -- files and terminal ----------------------------------------------------------------------------------------------
+
+
+def _write_files(
+    question: Question, picture: Image.Image, answer: PhraseAnswer, out: Path, *, overlays: bool, instances: bool
+) -> None:
+    stem = question.file_stem
+    _write_mask(answer.mask, out / "masks" / f"{stem}.png")
+    if instances:
+        for number, mask in enumerate(answer.instance_masks, start=1):
+            _write_mask(mask, out / "masks" / f"{stem}.instance-{number}.png")
+    if overlays:
+        path = out / "overlays" / f"{stem}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        captioned_overlay(picture, question.phrase, answer).save(path, quality=92)
+
+
+def _write_mask(mask: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(mask.astype(np.uint8) * 255).save(path)
+
+
+def captioned_overlay(picture: Image.Image, phrase: str, answer: PhraseAnswer) -> Image.Image:
+    """The mask on the picture, and below it the phrase and what the model thinks of it.
+
+    Args:
+        picture: RGB.
+        phrase: what was asked.
+        answer: with a mask of the picture's size.
+    """
+    smallest, largest = _OVERLAY_WIDTHS_PX
+    width = min(max(picture.width, smallest), largest)
+    drawn = draw_overlay(picture, answer.mask, None, width_px=width)
+    page = Image.new("RGB", (max(drawn.width, smallest), drawn.height + _CAPTION_PX), "white")
+    page.paste(drawn, ((page.width - drawn.width) // 2, 0))
+    pen, large, small = ImageDraw.Draw(page), ImageFont.load_default(20), ImageFont.load_default(15)
+    pen.text((12, drawn.height + 7), fitted(phrase, large, page.width - 24, pen), fill=(20, 20, 30), font=large)
+    said = {
+        "found": f"found, {100 * answer.mask.mean():.1f} % of the picture",
+        "best guess": f"best guess, below the threshold {answer.score_threshold:g}",
+        "nothing": "nothing",
+    }[answer.verdict]
+    line = f"{said}   |   score {answer.score:.2f}   |   presence {answer.presence:.2f}"
+    pen.text((12, drawn.height + 35), line, fill=_COLOURS[answer.verdict][0], font=small)
+    return page
+
+
+def show_predictions(result: Predictions, console: Console) -> None:
+    """Prints a table of the first answers, and counts."""
+    shown = result.lines[:_ROWS_SHOWN]
+    images = [line["image"] for line in shown]
+    folder = os.path.commonprefix(images).rpartition("/")[0]  # that all have in common
+    table = Table(box=None, pad_edge=False)
+    one_picture = len(set(images)) == 1
+    for name in ("phrase",) if one_picture else ("picture", "phrase"):
+        table.add_column(name, overflow="fold")
+    table.add_column("answer", no_wrap=True)
+    for name in ("area %", "score", "presence"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in shown:
+        verdict = line["verdict"] + f" {line['number']}" * (line["number"] > 1)
+        answer = Text(verdict, style=_COLOURS[line["verdict"]][1])
+        numbers = (f"{100 * line['area']:.1f}", f"{line['score']:.2f}", f"{line['presence']:.2f}")
+        picture = () if one_picture else (_end_of(line["image"].removeprefix(f"{folder}/")),)
+        table.add_row(*picture, _start_of(line["phrase"]), answer, *numbers)
+    if shown:
+        console.print(table)
+    if len(result.lines) > _ROWS_SHOWN:
+        console.print(
+            f"... and {len(result.lines) - _ROWS_SHOWN:,} more in {result.out / PREDICTIONS_FILE}", soft_wrap=True
+        )
+    console.print(_counts(result))
+    left_out = [*result.bad, *result.others]
+    for problem in left_out[:_BAD_SHOWN]:
+        console.print(f"  left out: {problem}", soft_wrap=True)
+    if len(left_out) > _BAD_SHOWN:
+        console.print(
+            f"  ... and {len(left_out) - _BAD_SHOWN:,} more, all in {result.out / LEFT_OUT_FILE}", soft_wrap=True
+        )
+    console.print(result.threshold_source)
+    console.print(f"written to {result.out}", soft_wrap=True)
+
+
+def _counts(result: Predictions) -> str:
+    verdicts = Counter(line["verdict"] for line in result.lines)
+    said = [f"{len(result.lines):,} answered: {verdicts['found']:,} found"]
+    if number := verdicts["best guess"]:
+        guesses = "1 best guess" if number == 1 else f"{number:,} best guesses"
+        said[0] += f", {guesses} below the threshold {result.lines[0]['score_threshold']:g}"
+    said[0] += f", {verdicts['nothing']:,} nothing"
+    said += [f"{result.num_there:,} were there already"] if result.num_there else []
+    said += [f"{len(result.bad):,} bad ones left out"] if result.bad else []
+    said += [f"{len(result.others):,} that are no pictures left out"] if result.others else []
+    return "; ".join(said)
+
+
+def _start_of(phrase: str) -> str:
+    text = " ".join(phrase.split())
+    return text if len(text) <= _NAME_SHOWN else f"{text[: _NAME_SHOWN - 3]}..."
+
+
+def _end_of(name: str) -> str:
+    return name if len(name) <= _NAME_SHOWN else f"...{name[3 - _NAME_SHOWN :]}"
+
+
+def _bar(*, enabled: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("phrases"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), disable=not enabled,
+        console=plain_console(stderr=True),
+    )  # fmt: skip
+
+
+# -- command ---------------------------------------------------------------------------------------------------------
+
+
+def questions_of_command(
+    images: Sequence[Path], phrases: Sequence[str], jsonl: Path | None, *, skip_bad: bool
+) -> tuple[list[Question], list[str], list[str]]:
+    """What `deris-llm predict` was asked.
+
+    Args:
+        images: of `--image`.
+        phrases: of `--phrase`.
+        jsonl: of `--jsonl`, instead of the two.
+        skip_bad: bad lines are returned instead of raised.
+
+    Returns:
+        the questions, the bad lines, and what lies in folders of `--image` and is no picture.
+
+    Raises:
+        ValueError: neither or both are given, an empty phrase, or bad lines.
+    """
+    if jsonl is not None:
+        if images or phrases:
+            raise ValueError(
+                "--jsonl: expected it alone, got --image or --phrase too; the file has pictures and phrases."
+            )
+        questions, problems = read_pairs(jsonl)
+        if problems and not skip_bad:
+            listed = "\n".join(f"  - {problem}" for problem in problems[:_BAD_SHOWN])
+            more = f"\n  - and {len(problems) - _BAD_SHOWN:,} more" if len(problems) > _BAD_SHOWN else ""
+            raise ValueError(
+                f"--jsonl {jsonl}: {len(problems):,} lines cannot be used\n{listed}{more}\nNothing was answered; correct them, or "
+                "leave them out and counted with --skip-bad"
+            )
+        return questions, problems, []
+    if not images or not phrases:
+        raise ValueError(
+            "predict: expected --image and at least one --phrase, or --jsonl, got "
+            f"{'no --image' if not images else 'no --phrase'}; e.g. --image street.jpg --phrase 'the red car'."
+        )
+    empty = [phrase for phrase in phrases if not phrase.strip()]
+    if empty:
+        raise ValueError(f"--phrase {empty[0]!r}: expected some words, got an empty text; correct or drop it.")
+    others: list[str] = []
+    return questions_about(images, phrases, others), [], others
+
+
+def run(
+    checkpoint: Path,
+    images: Sequence[Path],
+    phrases: Sequence[str],
+    *,
+    jsonl: Path | None,
+    out: Path | None,
+    overrides: Sequence[str],
+    overlays: bool,
+    instances: bool,
+    skip_bad: bool,
+    exif: Exif,
+) -> Predictions:
+    """`deris-llm predict`, without the printing."""
+    questions, bad, others = questions_of_command(images, phrases, jsonl, skip_bad=skip_bad)
+    checkpoint = find_checkpoint(checkpoint)
+    check_writable(out or Path("runs", "predict"))
+    pipeline = DerisPipeline.from_pretrained(checkpoint, overrides=overrides, allow_module=names_backend(overrides))
+    named = default_folder("predict", pipeline.config.name, pipeline.fingerprint, pipeline.config.evaluation)
+    return predict(
+        pipeline,
+        questions,
+        out or named,
+        overlays=overlays,
+        instances=instances,
+        skip_bad=skip_bad,
+        exif=exif,
+        bad=bad,
+        others=others,
+    )

@@ -1,0 +1,119 @@
+"""Where the host waits for the device: before the model's layers are queued, and once to match.
+
+On a GPU each of these calls stops the host until everything queued so far is computed; the layers behind it are then launched
+into an empty queue. What calls them is Python, so a CPU run shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from deris_llm.losses.criterion import build_criterion
+from deris_llm.models.deris import Deris, build_model
+from deris_llm.models.perception import deformable_attention
+from deris_llm.models.perception.deformable_attention import sample_by_grid
+from deris_llm.structures import ReferringBatch
+from deris_llm.testing import (
+    synthetic_batch,
+    tiny_beit3,
+    tiny_bert_weights,
+    tiny_config,
+    tiny_qwen_vl_weights,
+    tiny_vilt_weights,
+    tiny_weights,
+)
+
+READS = ("item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "bincount", "unique", "equal",
+         "__bool__", "__int__", "__float__", "__index__")  # fmt: skip
+
+
+class HostWaits(TorchFunctionMode):
+    """Lists the calls for whose result the host has to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        is_made_there = name in ("tensor", "as_tensor") and (kwargs or {}).get("device") is not None
+        is_boolean = name in ("__getitem__", "__setitem__") and _has_boolean_index(args[1])
+        if name in READS or is_made_there or is_boolean:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _has_boolean_index(index: Any) -> bool:
+    indices = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in indices)
+
+
+def waits_behind(model: Deris, first: nn.Module, batch: ReferringBatch) -> list[str]:
+    """What the host waits for once a module of the model runs, to the end of the forward pass."""
+    with HostWaits() as waits:
+        hook = first.register_forward_pre_hook(lambda *_: waits.found.clear())
+        model(batch)
+        hook.remove()
+    return waits.found
+
+
+def test_the_list_is_not_blind() -> None:
+    values = torch.arange(3)
+    with HostWaits() as waits:
+        values[values > 1] = 0
+        (values.sum().item(), bool(values.any()), int(values.max()), values.tolist(), values[values > 0])
+        torch.bincount(values)
+        values[torch.tensor([0, 1], device=values.device)]
+    assert waits.found == ["__setitem__", "item", "__bool__", "__int__", "tolist", "__getitem__", "bincount", "tensor"]
+
+
+TEXT_FIRST = ["cognition.prompt_order=text_first", 'cognition.prompt="Where is {phrase}?<image>"']
+
+
+@pytest.mark.parametrize(
+    ("weights", "first"),
+    [
+        (lambda _: [], "vision_tower"),
+        (lambda _: TEXT_FIRST, "language_model.layers.0"),  # transformers looks for padding before
+        (tiny_qwen_vl_weights, "language_model"),  # transformers' vision tower reads every picture's grid
+        (tiny_beit3, "encoder.layers.0"),
+        (tiny_bert_weights, "encoder.layer.0"),
+        (tiny_vilt_weights, "encoder.layer.0"),
+    ],
+    ids=["qwen2_ov", "qwen2_ov text_first", "qwen_vl", "beit3", "bert", "vilt"],
+)
+def test_behind_cognitions_first_layer_nothing_waits(
+    weights: Callable[[Path], list[str]], first: str, tmp_path: Path
+) -> None:
+    config = tiny_config(*tiny_weights(tmp_path / "base"), *weights(tmp_path / "backend"))
+    model = build_model(config).train()
+    batch = synthetic_batch(config, num_images=2, phrases_per_image=3)
+    assert waits_behind(model, model.cognition.get_submodule(f"model.{first}"), batch) == []
+
+
+def test_perception_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' pixel decoder hands the sizes of its maps to the device."""
+    monkeypatch.setattr(deformable_attention, "sample_by_rows", sample_by_grid)  # as on a GPU
+    config = tiny_config(*tiny_weights(tmp_path))
+    model, batch = build_model(config).train(), synthetic_batch(config, num_images=2)
+    assert model.perception is not None
+    with HostWaits() as waits:
+        model.perception(batch.perception_image)
+    assert waits.found == ["as_tensor"]
+
+
+def test_a_loss_waits_once(tmp_path: Path) -> None:
+    config = tiny_config(*tiny_weights(tmp_path))
+    batch = synthetic_batch(config, num_images=2, phrases_per_image=3, targets_per_phrase=2)
+    output, criterion = build_model(config).train()(batch), build_criterion(config)
+    assert batch.targets is not None
+    with HostWaits() as waits:
+        criterion(output, batch.targets)
+    assert waits.found == ["cpu", "numpy"]  # of the matching costs, then of what has come
