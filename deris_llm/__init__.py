@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deris_llm.serving.pipeline import DerisPipeline
 
-__version__ = "0.1.0"
+from deris_llm.common.version import __version__
+
 __all__ = ["DerisPipeline", "__version__"]
 
 

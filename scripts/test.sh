@@ -30,6 +30,7 @@ check() { # check NAME COMMAND...
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "shellcheck" shellcheck --external-sources scripts/*.sh scripts/slurm.sbatch .ci/run
+check "layers" lint-imports
 check "pyright" pyright
 check "pytest" "$PYTHON" -m pytest -q -n 2 --dist loadfile --durations 10
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deris_llm import __version__
 from deris_llm.cli.arguments import Parser, at_least, path
 from deris_llm.cli.data import add_data_commands
 from deris_llm.cli.interop import add_convert_commands
 from deris_llm.common.error_file import QUIET, leave_last_words
 from deris_llm.common.terminal import flush_output, is_reader_gone, print_anything
+from deris_llm.common.version import __version__
 
 if TYPE_CHECKING:
     import torch

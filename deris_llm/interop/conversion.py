@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from deris_llm import __version__
 from deris_llm.common.folders import FolderError, check_new_folder, written_aside
+from deris_llm.common.version import __version__
 from deris_llm.common.weight_files import WeightFileError
 
 ACCOUNT_FILE = "conversion.json"

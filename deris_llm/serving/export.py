@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deris_llm import __version__
 from deris_llm.checkpoints.checkpoints import (
     checkpoint_config,
     checkpoint_fingerprint,
@@ -34,6 +33,7 @@ from deris_llm.checkpoints.layout import (
     write_checksums,
 )
 from deris_llm.common.folders import check_new_folder, written_aside
+from deris_llm.common.version import __version__
 from deris_llm.config import RunConfig, load_config, save_config
 from deris_llm.evaluation.calibration import CALIBRATION_FILE, calibrated_config, threshold_source
 from deris_llm.evaluation.protocols import protocols_of

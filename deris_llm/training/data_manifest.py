@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deris_llm import __version__
 from deris_llm.checkpoints.layout import DATA_FILE, CheckpointError, read_json
+from deris_llm.common.version import __version__
 from deris_llm.config import DataConfig
 from deris_llm.data.mix import TrainingMix
 from deris_llm.data.store.prepared import MANIFEST_FILE, find_manifest

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from deris_llm import __version__
+from deris_llm.common.version import __version__
 from deris_llm.data.formats import refer_files as refer
 from deris_llm.data.errors import DataError, bad_records_error, printable
 from deris_llm.data.masks import polygons_in_px

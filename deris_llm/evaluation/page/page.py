@@ -17,7 +17,7 @@ from xml.etree.ElementTree import Element
 
 from torch import nn
 
-from deris_llm import __version__
+from deris_llm.common.version import __version__
 from deris_llm.config import RunConfig, load_config
 from deris_llm.data.errors import DataError
 from deris_llm.evaluation.calibration import calibrated_config
