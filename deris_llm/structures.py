@@ -54,6 +54,25 @@ class _TensorFields:
 
 
 @dataclass(frozen=True, eq=False)
+class TokenRows(_TensorFields):
+    """How a causal language model reads P prompts: R rows of T tokens, laid out on the host when the batch is made.
+
+    Phrases that share their image form one row, ``[prefix | phrase 1 | phrase 2 | ... | padding]``: R is I. Otherwise
+    each prompt is a row of its own: R is P. A *place* is a token's index in the flattened rows, ``row * T + column``.
+    """
+
+    source: Tensor  # int64 (R, T): index of the token in the flattened ``input_ids``; any index at padding
+    positions: Tensor  # int64 (R, T) or, for multimodal rotary positions, (R, T, 3)
+    owner: Tensor  # int64 (R, T): 0 = every phrase of the row reads this token, p + 1 = phrase p alone, -1 = padding
+    image_places: Tensor  # int64 (n,): places of all image tokens, row by row
+    text_places: Tensor  # int64 (P, L): places of the text features, left-aligned; any place at padding
+    text_padding_mask: Tensor  # bool (P, L), True = padding
+    last_places: Tensor  # int64 (P,): place of the last token of each prompt
+    images: tuple[int, ...]  # R numbers: the image of each row
+    is_causal: bool  # plain causal attention is all that the rows need: nothing is packed or padded
+
+
+@dataclass(frozen=True, eq=False)
 class CognitionInputs(_TensorFields):
     """What a backend's processor makes of I images and P phrases.
 
@@ -66,6 +85,9 @@ class CognitionInputs(_TensorFields):
     token_padding_mask: Tensor  # bool (P, L), True = padding
     text_feature_mask: Tensor  # bool (P, L), True = this token's hidden state is one of the text features
     image_grid: Tensor | None = None  # int64 (I, 2) rows, columns of the image tokens where they vary by image
+    prompt_lengths: tuple[int, ...] = ()  # P numbers: tokens of each prompt without padding; empty = not known
+    image_grids: tuple[tuple[int, int], ...] = ()  # I pairs: rows, columns of the image tokens where they vary by image
+    rows: TokenRows | None = None  # for causal language models
     vision_feats: Tensor | None = None  # float (I, N, D_v) of the backend's frozen vision tower, read instead of pixels
 
 
