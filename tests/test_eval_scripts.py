@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from deris_llm.data.formats.refer_files import DATASETS, GENERALISED_DATASETS
+from deris_llm.data.formats.refer import DATASETS, GENERALISED_DATASETS
 
 EVAL = Path(__file__).parents[1] / "eval"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deris_llm.data.formats import refer_files as refer
+from deris_llm.data.formats import refer
 from deris_llm.data.errors import DataError
 from deris_llm.data.store.prepared import ARROW_FOLDER, Manifest, PreparedSplit, file_sha256, find_manifest, prepared_sets
 from deris_llm.data.sources import check_root, count_refs, images_of_split, split_names, split_notes

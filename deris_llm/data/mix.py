@@ -16,7 +16,7 @@ from deris_llm.config import DataConfig, RunConfig
 from deris_llm.data.errors import DataError
 from deris_llm.data.store.prepared import COCO_STEM, PreparedSplit
 from deris_llm.data.store.record_views import RecordView, image_numbers, is_lazy
-from deris_llm.data.formats.refer_files import DATASETS
+from deris_llm.data.formats.refer import DATASETS
 from deris_llm.data.sources import image_hashes_of_split, images_of_split, read_split, split_names
 from deris_llm.structures import ReferringRecord
 

@@ -1,6 +1,6 @@
 """The door to data: what `dataset/split` means below a data root.
 
-Two kinds of datasets exist at run time: REFER's own files (`deris_llm.data.formats.refer_files`), and sets that `deris-llm data
+Two kinds of datasets exist at run time: REFER's own files (`deris_llm.data.formats.refer`), and sets that `deris-llm data
 prepare` made of any format (`deris_llm.data.store.prepared`). Where one name has both, the prepared set is read, and the log
 says so. Everybody but these modules reads data through this one.
 """
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from deris_llm.config import RunConfig
-from deris_llm.data.formats import refer_files as refer
+from deris_llm.data.formats import refer
 from deris_llm.data.errors import DataError, check_is_split
 from deris_llm.data.store.prepared import Manifest, PreparedSplit, find_manifest, prepared_sets, read_images
 from deris_llm.structures import ReferringRecord

@@ -10,7 +10,7 @@ from PIL import Image
 
 from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroup, group_by_image, some_images
 from deris_llm.data.errors import DataError
-from deris_llm.data.formats.refer_files import read_split
+from deris_llm.data.formats.refer import read_split
 from deris_llm.data.images import load_image
 from deris_llm.models.preprocess import Resize, perception_pixels, warp_mask, warp_picture
 

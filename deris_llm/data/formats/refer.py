@@ -1,15 +1,35 @@
-"""Reads REFER's own files: RefCOCO, RefCOCO+, RefCOCOg (umd, google) and gRefCOCO, as `deris_llm.data.formats.refer_files` does.
+"""Reads RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO in their authors' own files.
 
-`--source` is the data root (the layouts are listed there); the dataset is the name of the prepared set, or
-`--mapping dataset=refcocog_umd`. Records, ids and their order are those of reading the files directly; what a prepared
-set adds is that a run does not hold them in memory.
+    root/images/train2014/COCO_train2014_000000000123.jpg   (or another of `IMAGE_FOLDERS`)
+    root/refcoco/instances.json, root/refcoco/refs(unc).p
+    root/refcoco+/instances.json, root/refcoco+/refs(unc).p
+    root/refcocog/instances.json, root/refcocog/refs(umd).p and/or refs(google).p
+    root/grefcoco/instances.json, root/grefcoco/grefs(unc).json (or .p)
+
+Every picture, those of val and test too, is one of COCO's train2014. ``ref["file_name"]`` carries an annotation suffix
+and is not read; the picture's name is that of ``instances.json``.
+
+A ref of gRefCOCO has a list of annotation ids: [-1] says that its phrases name nothing in the picture; each of several
+ids is a referent of its own. Crowds (iscrowd=1) beside other referents are no referents, as in gRefCOCO's own API; a record
+keeps them apart (`ReferringRecord.crowds`), for protocols that take them.
+
+A referent of which no pixel is drawn does not stop a split: its phrase keeps the others, or has an empty truth where there
+are none, as in the public APIs. `split_notes` counts and names such referents and crowds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
-from deris_llm.data.formats import refer_files as refer
+from deris_llm.data.errors import DataError, bad_records_error, check_is_split, describe, missing_path_error
 from deris_llm.data.formats.base import (
     SourceEntry,
     SourceFault,
@@ -20,6 +40,476 @@ from deris_llm.data.formats.base import (
     existing_source,
     is_int64,
 )
+from deris_llm.data.formats.coco_tables import CocoTables, coco_tables
+from deris_llm.data.masks import NoPixel, empty_rle, usable_segmentation
+from deris_llm.data.validation import is_text
+from deris_llm.common.unpickle import load_plain_pickle
+from deris_llm.structures import InstanceAnnotation, ReferringRecord
+
+logger = logging.getLogger(__name__)
+
+DATASETS: Mapping[str, tuple[str, str]] = {
+    "refcoco": ("refcoco", "unc"),
+    "refcoco+": ("refcoco+", "unc"),
+    "refcocog_umd": ("refcocog", "umd"),
+    "refcocog_google": ("refcocog", "google"),
+    "grefcoco": ("grefcoco", "unc"),
+}
+"""Dataset name -> (folder, who made the splits)."""
+
+GENERALISED_DATASETS = frozenset({"grefcoco"})
+"""Datasets whose phrases may name nothing, or several objects."""
+
+IMAGE_FOLDERS = (
+    "images/train2014",
+    "train2014",
+    "images/mscoco/images/train2014",  # REFER, LAVT, LISA
+    "images/mscoco/train2014",  # SimVG
+    "seqtr_type/images/mscoco/train2014",  # DeRIS, InstanceVG
+    "images/coco/train2014",
+    "coco2014/train2014",  # Sa2VA
+    "coco_2014/train2014",  # GLaMM
+    "coco/train2014",
+    "mscoco/train2014",
+)
+"""Where COCO's train2014 lies below a data root, in the trees that public code asks for; the first that holds something."""
+
+KNOWN_SPLITS = ("train", "val", "testA", "testB", "test")
+"""Names of the published sets' splits."""
+
+NO_TARGET_ID = -1
+"""gRefCOCO's annotation id of nothing."""
+
+_REF_KEYS = frozenset({"ref_id", "ann_id", "image_id", "split", "sentences"})
+
+_LAYOUT = """Expected layout below ROOT, which `data.root` names:
+  ROOT/images/train2014/COCO_train2014_*.jpg   or another folder of these pictures named above
+  ROOT/refcoco/     instances.json   refs(unc).p
+  ROOT/refcoco+/    instances.json   refs(unc).p
+  ROOT/refcocog/    instances.json   refs(umd).p and/or refs(google).p
+  ROOT/grefcoco/    instances.json   grefs(unc).json or grefs(unc).p
+  ROOT/NAME/        manifest.json    a set of your own (`deris-llm data prepare`)
+`deris-llm data synth --out ROOT` writes a synthetic one"""
+
+
+def read_split(root: str | Path, name: str, *, phrase_field: Literal["sent", "raw"] = "sent") -> list[ReferringRecord]:
+    """Reads and checks one split; the files are parsed once per process.
+
+    Args:
+        root: the folder that holds the images and one folder per dataset.
+        name: ``dataset/split``, e.g. ``refcoco/testA`` or ``refcocog_umd/val``.
+        phrase_field: ``sent`` is REFER's cleaned text (lower case, no punctuation), ``raw`` what the annotator typed.
+
+    Returns:
+        One record per phrase, in the order of the file; every image exists and every phrase has one referent, in a
+        generalised dataset any number.
+
+    Raises:
+        DataError: a missing or misnamed file, an unknown dataset or split, or unusable records (all in one error).
+    """
+    check_split(root, name)
+    dataset, _, split = name.partition("/")
+    return list(_read_split(Path(root), dataset, split, phrase_field, _stamps(Path(root), dataset))[0])
+
+
+def split_notes(
+    root: str | Path, name: str, *, phrase_field: Literal["sent", "raw"] = "sent"
+) -> tuple[str, ...]:
+    """What must be read with a split's numbers: how many of its referents are crowds or draw no pixel, and which.
+
+    Raises:
+        DataError: as `read_split`.
+    """
+    check_split(root, name)
+    dataset, _, split = name.partition("/")
+    return _read_split(Path(root), dataset, split, phrase_field, _stamps(Path(root), dataset))[1]
+
+
+def check_split(root: str | Path, name: str) -> None:
+    """Checks that ``dataset/split`` is there; its records are not looked at.
+
+    Raises:
+        DataError: a missing or misnamed file or folder, an unknown dataset or split.
+    """
+    dataset = name.partition("/")[0]
+    existing = split_names(root, dataset)
+    find_image_folder(root)
+    check_is_split(name, existing)
+
+
+def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:
+    """Names of the splits that a dataset's file has, train first.
+
+    Raises:
+        DataError: an unknown dataset or a missing file.
+    """
+    return in_known_order(load_dataset(Path(root), dataset).splits)
+
+
+def in_known_order(splits: Iterable[str]) -> tuple[str, ...]:
+    """Names of splits, train first, then those of the published sets, then others by name."""
+    return tuple(sorted(splits, key=lambda split: (KNOWN_SPLITS.index(split) if split in KNOWN_SPLITS else 99, split)))
+
+
+def count_refs(root: str | Path, name: str) -> int:
+    """Number of refs (referred objects, each with a few phrases) of ``dataset/split``."""
+    dataset, _, split = name.partition("/")
+    return len(load_dataset(Path(root), dataset).splits.get(split, ()))
+
+
+def images_of_split(root: str | Path, name: str) -> set[str]:
+    """Image ids of ``dataset/split``, without reading or checking its phrases."""
+    dataset, _, split = name.partition("/")
+    loaded = load_dataset(Path(root), dataset)
+    return {
+        loaded.images[ref["image_id"]].stem for ref in loaded.splits.get(split, ()) if ref["image_id"] in loaded.images
+    }
+
+
+def refs_path(root: str | Path, dataset: str) -> Path:
+    """Where a dataset's phrases are expected."""
+    folder, split_by = DATASETS[dataset]
+    if dataset not in GENERALISED_DATASETS:
+        return Path(root) / folder / f"refs({split_by}).p"
+    pickled = Path(root) / folder / f"grefs({split_by}).p"
+    return pickled if pickled.is_file() and not pickled.with_suffix(".json").is_file() else pickled.with_suffix(".json")
+
+
+def find_image_folder(root: str | Path) -> Path:
+    """The folder of COCO's train2014 pictures below ``root``.
+
+    Raises:
+        DataError: none of the known places exists.
+    """
+    root = Path(root)
+    there = [root / folder for folder in IMAGE_FOLDERS if (root / folder).is_dir()]
+    if there:  # one that was made and is still empty is taken if there is no other
+        return next((folder for folder in there if any(folder.iterdir())), there[0])
+    places = ", ".join(IMAGE_FOLDERS)
+    raise missing_path_error(
+        root / IMAGE_FOLDERS[0], f"pictures in {root} (one of {places})", hint=_layout_hint(Path(root))
+    )
+
+
+def _layout_hint(root: Path) -> str:
+    for folder in ("seqtr_type/annotations", "annotations"):
+        if (root / folder).is_dir():
+            return (
+                f"{root / folder}/ looks like SeqTR's layout: `deris-llm data prepare --format seqtr --source {root} --out "
+                f"{root}/NAME` reads it.\n{_LAYOUT}"
+            )
+    return _LAYOUT
+
+
+@dataclass(frozen=True)
+class _Image:
+    file_name: str
+    width: int
+    height: int
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.file_name).stem
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedDataset:
+    """One dataset's files: the refs by split, and of ``instances.json`` what they point at."""
+
+    splits: dict[str, list[dict[str, Any]]]
+    images: dict[int, _Image]
+    annotations: dict[int, tuple[int, Any]]  # annotation id -> (image id, segmentation)
+    classes: dict[int, int]  # annotation id -> category id
+    class_names: dict[int, str]  # category id -> name
+    class_counts: Counter[tuple[int, int]]  # (image id, category id) -> annotations, referred or not, crowds left out
+    crowds: frozenset[int]  # annotation ids with iscrowd=1
+    repeated: dict[tuple[str, int], str]  # (table, id) of different records -> which; they are in no other field
+
+
+def dataset_paths(root: Path, dataset: str) -> tuple[Path, Path]:
+    """The refs file and instances.json of a dataset.
+
+    Raises:
+        DataError: an unknown dataset or a missing file.
+    """
+    if dataset not in DATASETS:
+        near = [name for name in DATASETS if dataset and name.startswith(f"{dataset}_")]
+        near = near or difflib.get_close_matches(dataset, DATASETS, n=1, cutoff=0.4)
+        raise DataError(
+            f"dataset {dataset!r}: expected one of {', '.join(DATASETS)}."
+            + (f" Did you mean {' or '.join(near)}?" if near else "")
+        )
+    refs = refs_path(root, dataset)
+    instances = refs.parent / "instances.json"
+    for path in (instances, refs):
+        if not path.is_file():
+            raise missing_path_error(path, f"dataset {dataset!r}", hint=_layout_hint(Path(root)))
+    return refs, instances
+
+
+def _stamps(root: Path, dataset: str) -> tuple[tuple[str, int, int], ...]:
+    """Path, time and size of the files: what the caches of this module are keyed by."""
+    return tuple(
+        (str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in dataset_paths(root, dataset)
+    )
+
+
+def load_dataset(root: Path, dataset: str) -> LoadedDataset:
+    """A dataset's files, parsed once per process; their form is checked, not yet what they say."""
+    return _load_stamped(_stamps(root, dataset))
+
+
+@lru_cache(maxsize=8)
+def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> LoadedDataset:
+    refs_file, instances_file = stamps[0][0], stamps[1][0]
+    refs = _read_json(refs_file) if refs_file.endswith(".json") else load_plain_pickle(refs_file)
+    if fault := _fault_of_refs(refs):
+        raise DataError(
+            f"{refs_file}: expected a list of refs, each a dict with {', '.join(sorted(_REF_KEYS))}, got {fault}. "
+            "Use the dataset's own file"
+        )
+    tables = coco_tables(_read_json(instances_file))
+    fault = tables if isinstance(tables, str) else _fault_of_tables(tables)
+    if fault is not None or isinstance(tables, str):
+        raise DataError(
+            f"{instances_file}: expected COCO instances with `images` and `annotations`, got {fault}. "
+            "Use the instances.json that comes with REFER's refs"
+        )
+    wanted = {i for ref in refs for i in _plain_ids(ref["ann_id"])}
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for ref in refs:
+        splits.setdefault(ref["split"], []).append(ref)
+    annotations = tables.annotations.values()
+    classed = [a for a in annotations if isinstance(a.get("category_id"), int)]
+    return LoadedDataset(
+        splits=splits,
+        images={
+            # A picture is looked up in the images folder only, whatever path a file may name.
+            image["id"]: _Image(
+                PurePosixPath(image.get("file_name") or f"COCO_train2014_{image['id']:012d}.jpg").name,
+                int(image["width"]),
+                int(image["height"]),
+            )
+            for image in tables.images.values()
+        },
+        annotations={a["id"]: (a["image_id"], a.get("segmentation")) for a in annotations if a["id"] in wanted},
+        classes={a["id"]: a["category_id"] for a in classed if a["id"] in wanted},
+        class_names={number: category["name"] for number, category in tables.categories.items()},
+        class_counts=Counter((a["image_id"], a["category_id"]) for a in classed if not a.get("iscrowd")),
+        crowds=frozenset(a["id"] for a in annotations if a["id"] in wanted and a.get("iscrowd")),
+        repeated={(fault.table, fault.id): fault.message for fault in tables.faults if fault.id is not None},
+    )
+
+
+def _fault_of_tables(tables: CocoTables) -> str | None:
+    """What stops a file; an id that is given to different images or annotations spoils only the refs that name it."""
+    spoilt = (fault.message for fault in tables.faults if not fault.is_repeated or fault.table == "categories")
+    return next(spoilt, None)
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: expected JSON, got {error}. Download the file again") from error
+
+
+def _fault_of_refs(refs: Any) -> str | None:
+    if not isinstance(refs, list) or not refs:
+        return describe(refs)
+    for number, ref in enumerate(refs):
+        if not isinstance(ref, dict):
+            return f"{describe(ref)} as number {number}"
+        if not ref.keys() >= _REF_KEYS:
+            missing = ", ".join(sorted(_REF_KEYS - ref.keys()))
+            return f"number {number} (ref_id {ref.get('ref_id')}) without {missing}: {describe(ref)}"
+        if not isinstance(ref["split"], str) or not _is_id(ref["image_id"]):
+            return (
+                f"number {number} (ref_id {ref['ref_id']}) with split {ref['split']!r} and image_id {ref['image_id']!r}"
+            )
+        if not isinstance(ref["sentences"], list) or not all(isinstance(each, dict) for each in ref["sentences"]):
+            return f"number {number} (ref_id {ref['ref_id']}) whose sentences are {describe(ref['sentences'])}"
+    return None
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _plain_ids(ann_id: Any) -> list[int]:
+    """The integers of an ann_id, whatever else it holds."""
+    return [i for i in (ann_id if isinstance(ann_id, list) else [ann_id]) if isinstance(i, int)]
+
+
+def annotation_ids_of(ref: Mapping[str, Any], dataset: str) -> tuple[list[int], str | None]:
+    """The annotations of a ref's referents, and what is wrong with its ann_id or None."""
+    ann_id = ref["ann_id"]
+    if dataset not in GENERALISED_DATASETS:
+        fault = None if isinstance(ann_id, int) else f"expected one ann_id, a whole number, got {ann_id!r}"
+        return _plain_ids(ann_id), fault
+    if not isinstance(ann_id, list) or not ann_id or len(_plain_ids(ann_id)) != len(ann_id):
+        return [], f"expected ann_id to be a list of whole numbers, [-1] for no target, got {ann_id!r}"
+    if len(set(ann_id)) != len(ann_id):
+        return [], f"ann_id {ann_id} names an annotation twice"
+    if NO_TARGET_ID in ann_id and len(ann_id) > 1:
+        return [], f"ann_id {ann_id} says both that there is no target ({NO_TARGET_ID}) and which it is"
+    found = [] if ann_id == [NO_TARGET_ID] else ann_id
+    if "no_target" in ref and bool(ref["no_target"]) != (not found):
+        return [], f"no_target is {ref['no_target']!r}, but ann_id is {ann_id}"
+    return found, None
+
+
+def without_crowds(loaded: LoadedDataset, dataset: str, annotation_ids: list[int]) -> tuple[list[int], list[int]]:
+    """The referents among some annotations, and the crowds that gRefCOCO's own API leaves out.
+
+    A phrase that names crowds alone keeps them: the public code cannot open it, so there is no number to agree with.
+    """
+    crowds = [i for i in annotation_ids if i in loaded.crowds] if dataset in GENERALISED_DATASETS else []
+    if len(crowds) == len(annotation_ids):
+        return annotation_ids, []
+    return [i for i in annotation_ids if i not in crowds], crowds
+
+
+@lru_cache(maxsize=32)
+def _read_split(
+    root: Path, dataset: str, split: str, phrase_field: str, stamps: tuple[tuple[str, int, int], ...]
+) -> tuple[tuple[ReferringRecord, ...], tuple[str, ...]]:
+    """The records, and the split's notes."""
+    loaded = _load_stamped(stamps)
+    refs_file, instances_file = refs_path(root, dataset), refs_path(root, dataset).parent / "instances.json"
+    image_folder = find_image_folder(root)
+    present = _listing(str(image_folder.resolve()), image_folder.stat().st_mtime_ns)
+    records: list[ReferringRecord] = []
+    problems: list[str] = []
+    usable: dict[int, tuple[InstanceAnnotation | None, int | None, str | None]] = {}
+    left_out = LeftOut()
+    num_phrases = 0
+    for ref in loaded.splits[split]:
+        num_phrases += len(ref["sentences"])
+        where = f"ref_id {ref['ref_id']}"
+        image = loaded.images.get(ref["image_id"])
+        annotation_ids, problem = annotation_ids_of(ref, dataset)
+        if image is None:
+            unknown = f"image_id {ref['image_id']} is not among the images of {instances_file}"
+            problem = loaded.repeated.get(("images", ref["image_id"]), unknown)
+        elif image.file_name not in present:
+            problem = f"image file {image_folder / image.file_name} is missing"
+        if problem is not None or image is None:
+            problems.append(f"{where}: {problem}")
+            continue
+        found: dict[int, InstanceAnnotation] = {}
+        for annotation_id in annotation_ids:
+            if annotation_id not in usable:
+                usable[annotation_id] = _checked_annotation(loaded, annotation_id, instances_file)
+            annotation, image_id, fault = usable[annotation_id]
+            if image_id not in (None, ref["image_id"]):
+                fault = f"ann_id {annotation_id} belongs to image {image_id}, the ref to image {ref['image_id']}"
+            if annotation is None or (fault is not None and not isinstance(fault, NoPixel)):
+                problems.append(f"{where}: {fault}")
+                break
+            found[annotation_id] = annotation
+        if len(found) != len(annotation_ids):
+            continue
+        kept, crowds = without_crowds(loaded, dataset, annotation_ids)
+        drawn = [i for i in kept if usable[i][2] is None]
+        left_out.without_pixel += [f"{usable[i][2]} (ref_id {ref['ref_id']})" for i in kept if usable[i][2] is not None]
+        category, num_same_class = classes_of(loaded, ref["image_id"], kept)
+        for sentence in ref["sentences"]:
+            phrase = sentence.get(phrase_field)
+            if "sent_id" not in sentence:
+                problems.append(f"{where}: a sentence without sent_id ({phrase!r})")
+                continue
+            if not isinstance(phrase, str) or not is_text(phrase):
+                fault = "a phrase that UTF-8 cannot hold" if isinstance(phrase, str) and phrase.strip() else "an empty phrase"
+                problems.append(f"{where}: sent_id {sentence.get('sent_id')} has {fault} ({phrase_field}={phrase!r})")
+                continue
+            if crowds:
+                left_out.crowds.append(f"sent_id {sentence['sent_id']} (ann_id {', '.join(map(str, crowds))})")
+            records.append(
+                ReferringRecord(
+                    phrase_id=f"{dataset}/{split}/{sentence['sent_id']}",
+                    dataset=dataset,
+                    split=split,
+                    image_id=image.stem,
+                    image_path=str(image_folder / image.file_name),
+                    width=image.width,
+                    height=image.height,
+                    phrase=phrase.strip(),
+                    instances=tuple(found[i] for i in drawn or kept),
+                    crowds=tuple(found[i] for i in crowds if usable[i][2] is None),
+                    category=category,
+                    num_same_class=num_same_class,
+                    ref_id=ref["ref_id"] if isinstance(ref["ref_id"], int) else None,
+                )
+            )
+    counts = Counter(record.phrase_id for record in records)
+    problems.extend(f"phrase {name} occurs {count} times" for name, count in counts.items() if count > 1)
+    if problems:
+        raise bad_records_error(f"{refs_file} ({dataset}/{split})", problems, num_records=num_phrases)
+    if left_out.without_pixel:
+        logger.warning("%s/%s: %s", dataset, split, left_out.notes()[-1])
+    return tuple(records), tuple(left_out.notes())
+
+
+def classes_of(loaded: LoadedDataset, image_id: int, annotation_ids: Sequence[int]) -> tuple[str | None, int | None]:
+    """The one class of some referents, and how many other objects of their classes the picture has."""
+    classes = {loaded.classes.get(annotation_id, -1) for annotation_id in annotation_ids}
+    if not classes or -1 in classes:
+        return None, None
+    num_same_class = sum(loaded.class_counts[image_id, which] for which in classes) - len(annotation_ids)
+    return loaded.class_names.get(classes.pop()) if len(classes) == 1 else None, max(num_same_class, 0)
+
+
+def _checked_annotation(
+    loaded: LoadedDataset, annotation_id: int, instances_file: Path
+) -> tuple[InstanceAnnotation | None, int | None, str | None]:
+    """The annotation, the id of its image, and what makes it unusable or None; a `NoPixel` leaves an empty mask."""
+    if annotation_id not in loaded.annotations:
+        unknown = f"ann_id {annotation_id} is not among the annotations of {instances_file}"
+        return None, None, loaded.repeated.get(("annotations", annotation_id), unknown)
+    image_id, segmentation = loaded.annotations[annotation_id]
+    if image_id not in loaded.images:
+        return None, None, f"ann_id {annotation_id} belongs to image {image_id}, which {instances_file} has not"
+    image = loaded.images[image_id]
+    segmentation, fault = usable_segmentation(segmentation, image.height, image.width)
+    if isinstance(fault, NoPixel):
+        empty = InstanceAnnotation(annotation_id, empty_rle(image.height, image.width))
+        return empty, image_id, NoPixel(f"ann_id {annotation_id} of {image.file_name}: {fault}")
+    if fault:
+        return None, image_id, f"ann_id {annotation_id} of {image.file_name}: {fault}"
+    return InstanceAnnotation(annotation_id, segmentation), image_id, None
+
+
+@dataclass
+class LeftOut:
+    """What is named in a split and not in the truth of its phrases."""
+
+    crowds: list[str] = field(default_factory=list)  # phrases that name some
+    without_pixel: list[str] = field(default_factory=list)  # referents, with where they are named
+
+    def notes(self) -> list[str]:
+        """A sentence for each kind that is there."""
+        notes = []
+        if self.crowds:
+            notes.append(
+                f"phrases that name crowds beside other referents: {len(self.crowds):,}; the crowds are not in the truth under "
+                f"protocols with crowds: left_out (the default, as gRefCOCO's own API and ReLA): {_first_ten(self.crowds)}"
+            )
+        if self.without_pixel:
+            notes.append(
+                f"referents that draw no pixel: {len(self.without_pixel):,}; their phrases keep the others, or have an empty truth "
+                f"where there are none: {_first_ten(self.without_pixel)}"
+            )
+        return notes
+
+
+def _first_ten(names: Sequence[str]) -> str:
+    return "; ".join(names[:10]) + (f"; and {len(names) - 10:,} more" if len(names) > 10 else "")
+
+
+@lru_cache(maxsize=4)
+def _listing(folder: str, _modified_ns: int) -> frozenset[str]:
+    return frozenset(path.name for path in Path(folder).iterdir())
 
 
 class ReferReader:
@@ -31,13 +521,13 @@ class ReferReader:
     def __init__(self, options: SourceOptions) -> None:
         root = existing_source(options, "a data root with REFER's folders")
         self._dataset = checked_mapping(options, {"dataset": options.name})["dataset"]
-        self.files = refer.dataset_paths(root, self._dataset)
-        self._loaded = refer.load_dataset(root, self._dataset)
-        self.image_folder = options.images or refer.find_image_folder(root)
-        self.is_generalised: bool | None = self._dataset in refer.GENERALISED_DATASETS
+        self.files = dataset_paths(root, self._dataset)
+        self._loaded = load_dataset(root, self._dataset)
+        self.image_folder = options.images or find_image_folder(root)
+        self.is_generalised: bool | None = self._dataset in GENERALISED_DATASETS
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
-        for split in refer.in_known_order(self._loaded.splits):
+        for split in in_known_order(self._loaded.splits):
             for ref in self._loaded.splits[split]:
                 yield self._entry(split, ref)
 
@@ -47,7 +537,7 @@ class ReferReader:
         def fault(message: str) -> SourceFault:
             return SourceFault(where, split, "reference", message, max(1, len(ref["sentences"])))
 
-        ids, wrong = refer.annotation_ids_of(ref, self._dataset)
+        ids, wrong = annotation_ids_of(ref, self._dataset)
         if wrong is not None:
             return fault(wrong)
         image = loaded.images.get(ref["image_id"])
@@ -63,8 +553,8 @@ class ReferReader:
                 return fault(
                     f"expected an annotation of image {ref['image_id']}, got ann_id {annotation_id} of image {found[0]}"
                 )
-        kept, crowds = refer.without_crowds(loaded, self._dataset, ids)
-        category, num_same_class = refer.classes_of(loaded, ref["image_id"], kept)
+        kept, crowds = without_crowds(loaded, self._dataset, ids)
+        category, num_same_class = classes_of(loaded, ref["image_id"], kept)
         return SourceEntry(
             where=where,
             split=split,

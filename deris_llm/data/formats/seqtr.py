@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deris_llm.data.formats import refer_files as refer
+from deris_llm.data.formats import refer
 from deris_llm.data.formats.coco_tables import CocoTables, coco_tables, whole_number
 from deris_llm.data.errors import DataError, describe
 from deris_llm.data.formats.base import (

@@ -30,7 +30,7 @@ import pyarrow as pa
 from PIL import Image
 
 from deris_llm.common.version import __version__
-from deris_llm.data.formats import refer_files as refer
+from deris_llm.data.formats import refer
 from deris_llm.data.errors import DataError, bad_records_error, printable
 from deris_llm.data.masks import polygons_in_px
 from deris_llm.data.images import BROKEN, ImageFolder, PictureError, PictureFacts, picture_facts, portable_name
@@ -88,6 +88,7 @@ class PrepareOptions:
     exif: Exif | None = None  # which way up pictures were annotated where their size does not say; None: the format's habit
     takes_crowds: bool = False  # annotations with iscrowd=1 are objects as others (coco)
     normalised: bool = False  # polygons are given as shares of the picture's sides, from 0 to 1
+    decode_images: bool = True  # False: images must be there, but are neither decoded nor hashed; the source says their sizes
 
 
 _ANNOTATED_AS_STORED = frozenset({"refer", "seqtr"})
@@ -187,6 +188,8 @@ def _described_source(options: PrepareOptions, reader: SourceReader) -> dict[str
     for name in ("val_share", "follow_links", "exif", "takes_crowds", "normalised"):  # only where they are used: sets that were made before remain the same
         if getattr(options, name):
             described[name] = getattr(options, name)
+    if not options.decode_images:
+        described["decode_images"] = False
     return described
 
 
@@ -335,7 +338,7 @@ class _Preparation:
         rows: list[dict[str, Any]] = []
         of_id: dict[str, tuple[str, int, int]] = {}
         undecided: list[str] = []
-        facts = self._facts(list(sizes))
+        facts = self._facts(list(sizes), sizes)
         for name, said in sizes.items():
             found = facts[name]
             if isinstance(found, PictureFacts):
@@ -399,8 +402,10 @@ class _Preparation:
             f"(--val-share {share}), the others train"
         )
 
-    def _facts(self, names: list[str]) -> dict[str, PictureFacts | str]:
+    def _facts(self, names: list[str], sizes: dict[str, list[Any]]) -> dict[str, PictureFacts | str]:
         found: dict[str, PictureFacts | str] = {}
+        if not self.options.decode_images:
+            return {name: self._undecoded(name, sizes[name]) for name in names}
         jobs = [names[i : i + _PICTURES_PER_JOB] for i in range(0, len(names), _PICTURES_PER_JOB)]
         look = partial(look_at, self.image_folder)
         self.on_progress("pictures", 0, len(names))
@@ -408,6 +413,18 @@ class _Preparation:
             found |= part
             self.on_progress("pictures", len(found), len(names))
         return found
+
+    def _undecoded(self, name: str, sizes_hw: Sequence[Any]) -> PictureFacts | str:
+        """The facts that the source states about an image that is there."""
+        path, fault = self.image_folder.file(name)
+        if path is None:
+            return f"picture: {fault}"
+        if not os.path.isfile(path):
+            return f"picture {path}: expected a picture, got no file"
+        if not sizes_hw:
+            return f"picture {path}: expected its size in the source, got none"
+        height, width = sizes_hw[0]
+        return PictureFacts(height, width, orientation=1, sha256="")
 
     # Phrases
 

@@ -17,7 +17,7 @@ from deris_llm.data.dataset import group_by_image
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.mix import training_mix
-from deris_llm.data.formats.refer_files import count_refs, read_split, refs_path, split_names, split_notes
+from deris_llm.data.formats.refer import count_refs, read_split, refs_path, split_names, split_notes
 from deris_llm.data.synthetic.world import write_world
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deris_llm.data.formats import refer_files as refer
+from deris_llm.data.formats import refer
 from deris_llm.data.check import KNOWN_COUNTS, check_data
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.data.formats.refer_files import images_of_split, read_split, split_names, usable_segmentation
+from deris_llm.data.formats.refer import images_of_split, read_split, split_names, usable_segmentation
 from deris_llm.common.unpickle import UnsafePickleError
 
 

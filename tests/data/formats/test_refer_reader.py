@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from deris_llm.data.formats import refer_files as refer_module
+from deris_llm.data.formats import refer as refer_module
 from deris_llm.data.errors import DataError
 from deris_llm.data.sources import count_refs, read_split
 
@@ -287,3 +287,15 @@ def test_the_tree_that_is_expected(world: Any, tmp_path: Path) -> None:
         "manifest.json",
     ):
         assert part in str(caught.value)
+
+
+def test_images_that_are_not_decoded_must_be_there(refer_folder: Any, world: Any) -> None:
+    root = refer_folder.write()
+    refer_folder.image_path(5).write_bytes(b"not decoded")
+    made = world.prepare(root, "refcoco", format="refer", decode_images=False)
+    assert made.manifest["splits"]["val"]["num_phrases"] == 5
+    record = read_split(world.root, "refcoco/val")[0]
+    assert (record.width, record.height) == (40, 30)  # as instances.json says
+    refer_folder.image_path(5).unlink()
+    with pytest.raises(DataError, match=r"COCO_train2014_000000000005\.jpg: expected a picture, got no file"):
+        world.prepare(root, "other", format="refer", mapping={"dataset": "refcoco"}, decode_images=False)
