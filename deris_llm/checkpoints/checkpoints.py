@@ -701,11 +701,6 @@ def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return with_files_of(base, config, wins=base == folder, given=given)
 
 
-def names_backend(overrides: Sequence[str]) -> bool:
-    """Whether a user names the cognition backend again, and so trusts it to be imported whatever it is."""
-    return any(text.partition("=")[0].strip() == "cognition.backend" for text in overrides)
-
-
 def with_files_of(
     folder: Path, config: RunConfig, *, wins: bool = False, given: Collection[str] = frozenset()
 ) -> RunConfig:

@@ -9,10 +9,10 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deris_llm.common import folders
 
@@ -100,13 +100,33 @@ def _free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def find_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint that a folder is; of a run's folder its ``best``, or else its newest.
+class FoundCheckpoint(NamedTuple):
+    """What `find_checkpoint` made of a name that a user gave."""
+
+    folder: Path  # holds the checkpoint itself: `best`, `checkpoint-STEP`, or a merged, exported or converted folder
+    allow_module: bool  # whether a cognition backend `package.module:Class` may be imported
+
+
+def find_checkpoint(given: str | Path, overrides: Sequence[str] = ()) -> FoundCheckpoint:
+    """Resolves the name of a checkpoint, and says whether it may import code. Every command and API calls this.
+
+    A checkpoint's config may come from anybody, so a backend named ``package.module:Class`` in it is not imported, unless the
+    user names the backend again in ``overrides``. Built-in backends and installed plugins are always allowed.
+
+    Args:
+        given: a run folder (its ``best`` is taken, else its newest checkpoint), ``best`` or ``checkpoint-STEP`` of a run, a
+            folder that `deris-llm merge`, `export` or `convert` wrote, or the Hugging Face id of an exported folder
+            (``owner/name`` or ``owner/name@revision``), which is downloaded. An existing path is never read as an id.
+        overrides: the user's ``section.field=value``.
 
     Raises:
-        CheckpointError: it is neither.
+        CheckpointError: no checkpoint is there, or it is damaged.
     """
-    folder = Path(folder).expanduser()
+    allow_module = any(text.partition("=")[0].strip() == "cognition.backend" for text in overrides)
+    folder = Path(given).expanduser()
+    # `runs/typo` has the form of an id too: where `runs` is a folder, it is a path.
+    if not folder.exists() and not folder.parent.exists():
+        folder = _downloaded(str(given)) or folder
     if not is_full(folder) and not (folder / TRAINABLE_FILE).is_file():
         best = folders.complete_copy(folder / BEST)
         inside = best if best.is_dir() else newest_checkpoint(folder)
@@ -116,7 +136,23 @@ def find_checkpoint(folder: str | Path) -> Path:
         else:
             folder = folders.complete_copy(folder)
     check_is_checkpoint(folder)
-    return folder
+    return FoundCheckpoint(folder, allow_module)
+
+
+def _downloaded(name: str) -> Path | None:
+    """The folder of an exported checkpoint on the Hugging Face hub, or None if the text is not a repository id."""
+    from deris_llm.common import hub  # huggingface_hub delays the start of commands that do not need it
+
+    repository = hub.HubName.parsed(name)
+    if repository is None:
+        return None
+    try:
+        return hub.download_all(repository)
+    except OSError as error:
+        raise CheckpointError(
+            f"{name}: expected a checkpoint folder or the Hugging Face id of one, got no such folder, and the hub says: "
+            f"{error}. Correct the path (it is relative to the working directory) or the id"
+        ) from error
 
 
 def is_full(folder: Path) -> bool:

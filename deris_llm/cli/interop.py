@@ -145,7 +145,7 @@ def run_deris(arguments: argparse.Namespace) -> int:
 def run_merge(arguments: argparse.Namespace) -> int:
     """Merges, and prints what it changed."""
     check_new_folder(arguments.out)
-    arguments.checkpoint = find_checkpoint(arguments.checkpoint)
+    arguments.checkpoint = find_checkpoint(arguments.checkpoint).folder
     from rich.console import Console
 
     from deris_llm.serving.merge import QUANTIZED, merge_checkpoint
@@ -169,7 +169,7 @@ def run_export(arguments: argparse.Namespace) -> int:
     if arguments.dtype != "fp32" and not arguments.merge:
         raise ValueError(f"--dtype {arguments.dtype} cannot take effect without --merge: remove it, or give --merge.")
     check_new_folder(arguments.out)
-    arguments.checkpoint = find_checkpoint(arguments.checkpoint)
+    arguments.checkpoint = find_checkpoint(arguments.checkpoint).folder
     from rich.console import Console
 
     from deris_llm.serving.export import CARD_FILE, export_checkpoint

@@ -294,8 +294,9 @@ def run_eval(arguments: argparse.Namespace) -> int:
     from deris_llm.checkpoints.layout import CONFIG_FILE, find_checkpoint
     from deris_llm.config import load_config
 
+    arguments.allow_module = True  # a run config is the user's own
     if arguments.checkpoint:
-        arguments.checkpoint = find_checkpoint(arguments.checkpoint)
+        arguments.checkpoint, arguments.allow_module = find_checkpoint(arguments.checkpoint, arguments.set)
     if arguments.protocol:
         arguments.set = [*arguments.set, f"evaluation.protocols={json.dumps(arguments.protocol)}"]
     if "RANK" in os.environ:
@@ -382,7 +383,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
             named = default_folder("eval", config.name, fingerprint, config.evaluation)
     try:
         if arguments.sweep and of_checkpoint is not None:
-            processor = build_processor(config, allow_module=_trusts_backend(arguments))
+            processor = build_processor(config, allow_module=arguments.allow_module)
             with explains_out_of_memory(config):
                 chosen = sweep(
                     model,
@@ -404,7 +405,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
             report = run_evaluation(
                 config,
                 model,
-                build_processor(config, allow_module=_trusts_backend(arguments)),
+                build_processor(config, allow_module=arguments.allow_module),
                 arguments.splits or config.data.eval,
                 out=output,
                 control=arguments.control,
@@ -437,17 +438,12 @@ def _model_to_evaluate(arguments: argparse.Namespace, device: torch.device) -> t
 
     if arguments.checkpoint is not None:
         return load_checkpoint(
-            arguments.checkpoint, device, overrides=arguments.set, allow_module=_trusts_backend(arguments)
+            arguments.checkpoint, device, overrides=arguments.set, allow_module=arguments.allow_module
         )
     config = load_config(arguments.config, arguments.set)
     set_seed(config.training.seed)  # the fresh parts are those that training would start from
     with explains_out_of_memory(config, loading=True):
         return config, build_model(config, device=device).eval()
-
-
-def _trusts_backend(arguments: argparse.Namespace) -> bool:
-    """Whether `package.module:Class` may be imported: a run config is the user's own, a checkpoint's must be named again."""
-    return arguments.checkpoint is None or any(text.startswith("cognition.backend=") for text in arguments.set)
 
 
 def run_score(arguments: argparse.Namespace) -> int:
@@ -494,7 +490,7 @@ def run_predict(arguments: argparse.Namespace) -> int:
     """Answers phrases about pictures."""
     from deris_llm.checkpoints.layout import find_checkpoint
 
-    arguments.checkpoint = find_checkpoint(arguments.checkpoint)
+    arguments.checkpoint = find_checkpoint(arguments.checkpoint).folder
     from deris_llm.common.terminal import console
     from deris_llm.serving.predict import run, show_predictions
 
@@ -525,7 +521,7 @@ def run_report(arguments: argparse.Namespace) -> int:
                 f"{'a file' if folder.exists() else 'none'} at {folder.absolute()}"
             )
     if arguments.checkpoint is not None:
-        arguments.checkpoint = find_checkpoint(arguments.checkpoint)
+        arguments.checkpoint = find_checkpoint(arguments.checkpoint).folder
 
     from deris_llm.evaluation.page.page import look_inside, page_file, write_page
     from deris_llm.evaluation.page.stored import open_evaluation

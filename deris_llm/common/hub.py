@@ -60,6 +60,15 @@ def _small_files(hub: HubName, cache: str) -> Path:  # by cache: a process that 
         return Path(config).parent
 
 
+def download_all(hub: HubName) -> Path:
+    """Downloads a repository, or finds it in the cache, and returns its folder.
+
+    Raises:
+        OSError: the repository or the revision does not exist, or it cannot be reached and was never downloaded.
+    """
+    return Path(snapshot_download(hub.repo, revision=hub.revision))
+
+
 def commit_of(folder: Path) -> str | None:
     """The commit that a folder of the hub's cache holds; None for other folders."""
     return folder.name if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--") else None

@@ -84,7 +84,7 @@ def export_checkpoint(
         ValueError: no checkpoint, a folder that is not new, no report, or a run on a full checkpoint without `merge`.
     """
     check_new_folder(out)
-    folder = find_checkpoint(folder)
+    folder, _ = find_checkpoint(folder)
     if not merge and not is_full(folder) and recorded_base_checkpoint(folder) is not None:
         raise ValueError(
             f"{folder}: expected a checkpoint on base weights that others can get by name, got one that stands on the full "
@@ -331,7 +331,7 @@ def _measured(source: Path, report: Mapping[str, Any]) -> str:
     named = report.get("about", {}).get("checkpoint")
     if not named or not Path(named).is_dir():
         return "The report does not say which checkpoint was measured, or it is no longer where it was."
-    measured, exported = checkpoint_fingerprint(find_checkpoint(named)), checkpoint_fingerprint(source)
+    measured, exported = checkpoint_fingerprint(find_checkpoint(named).folder), checkpoint_fingerprint(source)
     if measured == exported:
         return "Measured with the checkpoint that this one was made of."
     return f"**Measured with the checkpoint of fingerprint `{measured}`, not with that of `{exported}`.**"

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import nn
 
-from deris_llm.checkpoints.checkpoints import files_beside_weights, load_checkpoint, names_backend, save_full_checkpoint
+from deris_llm.checkpoints.checkpoints import files_beside_weights, load_checkpoint, save_full_checkpoint
 from deris_llm.checkpoints.layout import CONFIG_FILE, find_checkpoint
 from deris_llm.common.folders import check_new_folder
 from deris_llm.config import RunConfig, config_from_dict, config_to_dict, load_config
@@ -75,8 +75,7 @@ def merge_checkpoint(
         ValueError: no checkpoint, other base weights, or a folder that is not new.
     """
     check_new_folder(out)
-    folder = find_checkpoint(folder)
-    allow_module = names_backend(overrides)
+    folder, allow_module = find_checkpoint(folder, overrides)
     whole = [*overrides, "training.precision=fp32", "cognition.quantization=none"]
     config, model = load_checkpoint(folder, overrides=whole, allow_module=allow_module)
     batch = _probe(config, allow_module=allow_module)

@@ -112,12 +112,14 @@ class DerisPipeline:
             presence: see `answer_masks`; None = the checkpoint's.
             overrides: `section.field=value` over the run config, e.g. `cognition.weights=...` where the base weights lie
                 elsewhere now.
-            allow_module: whether the config may name a cognition backend as `package.module:Class`, which imports it.
+            allow_module: whether to import a cognition backend that the checkpoint names as `package.module:Class`; one that
+                `overrides` name is always imported.
 
         Raises:
             ValueError: no checkpoint, a broken one, other base weights, an unknown backend, or an unknown field.
         """
-        folder = find_checkpoint(folder)
+        folder, names_module = find_checkpoint(folder, overrides)
+        allow_module = allow_module or names_module
         if dtype is not None and dtype not in _PRECISIONS:
             raise ValueError(
                 f"dtype: expected torch.float32, torch.bfloat16 or None, got {dtype}; choose one of these."

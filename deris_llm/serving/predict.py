@@ -31,8 +31,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from deris_llm.checkpoints.checkpoints import names_backend
-from deris_llm.checkpoints.layout import find_checkpoint
 from deris_llm.common.terminal import console as plain_console
 from deris_llm.data.images import pictures_in
 from deris_llm.data.masks import encode_mask
@@ -561,9 +559,8 @@ def run(
 ) -> Predictions:
     """`deris-llm predict`, without the printing."""
     questions, bad, others = questions_of_command(images, phrases, jsonl, skip_bad=skip_bad)
-    checkpoint = find_checkpoint(checkpoint)
     check_writable(out or Path("runs", "predict"))
-    pipeline = DerisPipeline.from_pretrained(checkpoint, overrides=overrides, allow_module=names_backend(overrides))
+    pipeline = DerisPipeline.from_pretrained(checkpoint, overrides=overrides)
     named = default_folder("predict", pipeline.config.name, pipeline.fingerprint, pipeline.config.evaluation)
     return predict(
         pipeline,

@@ -165,11 +165,11 @@ def test_a_picture_in_memory_is_read_as_its_file_is(tmp_path):
 
 
 def test_the_best_of_a_run_or_its_newest(run, tmp_path):
-    assert find_checkpoint(run) == run / "best"
-    assert find_checkpoint(run / "checkpoint-2") == run / "checkpoint-2"
+    assert find_checkpoint(run).folder == run / "best"
+    assert find_checkpoint(run / "checkpoint-2").folder == run / "checkpoint-2"
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "best")
-    assert find_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-10"
+    assert find_checkpoint(tmp_path / "run").folder == tmp_path / "run" / "checkpoint-10"
     assert checkpoint_fingerprint(run / "best") != checkpoint_fingerprint(run / "checkpoint-10")
     assert checkpoint_fingerprint(tmp_path / "run" / "checkpoint-10") == checkpoint_fingerprint(run / "checkpoint-10")
 

@@ -120,7 +120,7 @@ def test_every_damaged_file_is_named_and_the_checkpoint_before_is_taken(trained,
         with pytest.raises(CheckpointError, match=name):
             find_checkpoint(newest)  # what eval, predict, export and start_from ask
     else:
-        assert find_checkpoint(newest) == newest
+        assert find_checkpoint(newest).folder == newest
     assert newest_undamaged(output) == output / "checkpoint-2"
     assert (output / "damaged-checkpoint-4").is_dir()  # kept, for who can repair it
     assert "going on from checkpoint-2, the one before" in caplog.text

@@ -149,11 +149,13 @@ def look_inside(
             f"report {evaluation.folder}: expected the predictions of {checkpoint} in the folder, got none: evaluate it there "
             "first, `deris-llm eval --checkpoint DIR --output FOLDER`, or leave --checkpoint out"
         )
-    checkpoint = find_checkpoint(checkpoint)
+    checkpoint, allow_module = find_checkpoint(checkpoint)
     config, model = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     for_cpu_inference(model)
     config = _as_evaluated(calibrated_config(checkpoint, config), evaluation.about)
-    seen = look_inside_model(evaluation, model, config, build_processor(config), data_root=data_root, seed=seed)
+    seen = look_inside_model(
+        evaluation, model, config, build_processor(config, allow_module=allow_module), data_root=data_root, seed=seed
+    )
     if config.loopback.prior_attention != "batch":  # else scores depend on what shares a batch
         _check_same_model(evaluation, seen.views)
     write_views(seen.views, evaluation.folder / VIEWS_FILE)
