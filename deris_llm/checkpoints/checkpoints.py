@@ -80,6 +80,7 @@ from deris_llm.common.folders import link_or_copy, written_aside
 from deris_llm.common.hub import SMALL_FILES, commit_of
 from deris_llm.common.ranks import gathered, on_first_rank, rank, reduced, world_size
 from deris_llm.config import RunConfig, config_to_dict, load_config, save_config
+from deris_llm.config.protocols import protocols_of
 from deris_llm.models.out_of_memory import explains_out_of_memory
 from deris_llm.models.pretrained import weights_folder
 
@@ -255,8 +256,6 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor], config: RunConfig) -> None:
-    from deris_llm.evaluation.protocols import protocols_of  # noqa: PLC0415 - transformers takes seconds to import
-
     # Bytes are made first and written by Python, so that a full disk is an OSError whatever library made them.
     save_config(config, folder / CONFIG_FILE)
     (folder / TRAINABLE_FILE).write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))

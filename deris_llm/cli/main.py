@@ -261,8 +261,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     from deris_llm.config import load_config
 
     config = load_config(arguments.config, arguments.set)  # what is wrong is said once, not by every rank
+    from deris_llm.config.protocols import protocols_of
     from deris_llm.data.sources import check_data_names
-    from deris_llm.evaluation.protocols import protocols_of
 
     check_data_names(config)
     protocols_of(config)
@@ -302,8 +302,8 @@ def run_eval(arguments: argparse.Namespace) -> int:
     if "RANK" in os.environ:
         return _evaluate_on_this_rank(arguments)
     config = load_config(arguments.config or arguments.checkpoint / CONFIG_FILE, arguments.set)
+    from deris_llm.config.protocols import protocols_of
     from deris_llm.data.sources import check_split
-    from deris_llm.evaluation.protocols import protocols_of
 
     protocols_of(config)
     if arguments.sweep:
@@ -453,8 +453,8 @@ def run_score(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"{given}: expected a JSONL file or a folder of predictions, got none at {given.absolute()}"
             )
+    from deris_llm.config.protocols import protocols_of_file
     from deris_llm.data.sources import check_split
-    from deris_llm.evaluation.protocols import protocols_of_file
 
     check_split(arguments.data, arguments.split)
     protocols_of_file(arguments.protocol, text_field=arguments.phrase_field)

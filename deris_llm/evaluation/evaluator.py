@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader
 from deris_llm.common.ranks import OtherRankError
 from deris_llm.common.terminal import console
 from deris_llm.config import RunConfig
+from deris_llm.config.protocols import Protocol, Rule, protocols_of
 from deris_llm.data.loaders import evaluation_loader
-from deris_llm.data.masks import decode_segmentation, encode_mask
+from deris_llm.data.masks import encode_mask
 from deris_llm.data.sampler import EvaluationBatchSampler
 from deris_llm.data.sources import is_generalised
 from deris_llm.evaluation.background import in_order
@@ -43,7 +44,7 @@ from deris_llm.evaluation.predictions import (
     boxes_around,
     check_misses,
 )
-from deris_llm.evaluation.protocols import Protocol, Rule, protocols_of
+from deris_llm.evaluation.truth import decoded_referents, merged_truths, resampled_truth
 from deris_llm.models.cognition import CognitionProcessor
 from deris_llm.models.postprocess import PhraseAnswer, answer_masks, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringRecord
@@ -305,7 +306,7 @@ def _compared_under(
     masks = [answer.mask for answer in answers]
     oracles = [np.logical_or.reduce(drawn, axis=0) for drawn in upsampled_masks(output, oracle_queries, sizes)]
     if finished:
-        masks, oracles = ([protocol.resampled_truth(mask) for mask in drawn] for drawn in (masks, oracles))
+        masks, oracles = ([resampled_truth(protocol, mask) for mask in drawn] for drawn in (masks, oracles))
     return [
         _Compared(
             overlap(mask, truth),
@@ -314,7 +315,7 @@ def _compared_under(
             OtherAnswer(encode_mask(mask), answer.says_target, around) if keeps_masks else None,
         )
         for mask, oracle, truth, answer, around in zip(
-            masks, oracles, map(protocol.resampled_truth, truths), answers, boxes, strict=True
+            masks, oracles, map(partial(resampled_truth, protocol), truths), answers, boxes, strict=True
         )
     ]
 
@@ -346,33 +347,6 @@ def control_phrases(records: Sequence[ReferringRecord]) -> dict[str, str]:
                     swapped[record.phrase_id] = group[j].phrase
                     break
     return swapped
-
-
-def merged_truth(record: ReferringRecord) -> np.ndarray:
-    """Union of a phrase's referents, bool (height, width) of the original picture; all False for no target."""
-    return merged_truths([record], "left_out")[0]
-
-
-def merged_truths(records: Sequence[ReferringRecord], crowds: typing.Literal["left_out", "taken"]) -> list[np.ndarray]:
-    """Unions of the phrases' referents, bool (height, width); with what a protocol says of crowds."""
-    if crowds == "taken":
-        records = [dataclasses.replace(each, instances=each.instances + each.crowds) for each in records]
-    return [np.logical_or.reduce(masks, axis=0) for masks in decoded_referents(records)]
-
-
-def decoded_referents(records: Sequence[ReferringRecord]) -> list[np.ndarray]:
-    """Masks of each phrase's referents, bool (R, height, width); decodes once what several phrases share."""
-    decoded: dict[tuple[str, str, int], np.ndarray] = {}
-    referents = []
-    for record in records:
-        masks = [np.zeros((0, record.height, record.width), dtype=bool)]
-        for instance in record.instances:
-            key = (record.dataset, record.image_id, instance.annotation_id)
-            if key not in decoded:
-                decoded[key] = decode_segmentation(instance.segmentation, record.height, record.width)[None]
-            masks.append(decoded[key])
-        referents.append(np.concatenate(masks))
-    return referents
 
 
 def _best_queries(output: DerisOutput, referents: Sequence[np.ndarray]) -> list[list[int]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deris_llm.config import EvaluationConfig
+from deris_llm.config.protocols import Protocol
 from deris_llm.evaluation.breakdown import breakdown
 from deris_llm.evaluation.intervals import intervals, metric_ratios
 from deris_llm.evaluation.overlays import Case, choose_cases, write_contact_sheet
@@ -18,7 +19,6 @@ from deris_llm.evaluation.overlays import write_page as write_overlays
 from deris_llm.evaluation.page.page import PAGE_FILE, write_page
 from deris_llm.evaluation.page.stored import Evaluation, open_evaluation
 from deris_llm.evaluation.predictions import EvaluationResult, counted_under
-from deris_llm.evaluation.protocols import Protocol
 from deris_llm.evaluation.report import Section, read_report, update_report
 from deris_llm.evaluation.views import VIEWS_FILE, write_views
 from deris_llm.structures import ReferringRecord

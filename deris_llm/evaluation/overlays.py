@@ -19,7 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from deris_llm.data.images import load_image
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.evaluation.evaluator import PhrasePrediction, merged_truth
+from deris_llm.evaluation.predictions import PhrasePrediction
+from deris_llm.evaluation.truth import merged_truth
 from deris_llm.structures import ReferringRecord
 
 TILE_WIDTH_PX = 400

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from deris_llm.config.protocols import Protocol
 from deris_llm.evaluation.boxes import boxes_of_masks
 from deris_llm.evaluation.gres_metrics import GrecMetrics, GrecOutcome, GresMetrics, GresOutcome, baseline_outcomes
 from deris_llm.evaluation.metrics import Overlap, RisMetrics
-from deris_llm.evaluation.protocols import Protocol
 
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in px of the original picture."""

@@ -15,8 +15,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deris_llm.config.protocols import Protocol
 from deris_llm.evaluation.calibration import Calibration
-from deris_llm.evaluation.protocols import Protocol
 from deris_llm.evaluation.tables import Column, StackedTable
 
 Numbers = TypeVar("Numbers")

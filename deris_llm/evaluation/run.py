@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from deris_llm.config import RunConfig
+from deris_llm.config.protocols import protocols_of
 from deris_llm.data.dataset import some_images
 from deris_llm.data.mix import leakage_notice
 from deris_llm.data.sources import read_split, split_notes
@@ -21,7 +22,6 @@ from deris_llm.evaluation.evaluator import control_phrases, evaluate
 from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder
 from deris_llm.evaluation.page.page import look_inside_model
 from deris_llm.evaluation.predictions import EvaluationResult
-from deris_llm.evaluation.protocols import protocols_of
 from deris_llm.evaluation.report import Section, read_report
 from deris_llm.models.cognition import CognitionProcessor
 from deris_llm.structures import ReferringRecord

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from deris_llm.config.protocols import Protocol, protocols_of_file
 from deris_llm.data.dataset import group_by_image
 from deris_llm.data.masks import coco_mask, segmentation_rle
 from deris_llm.data.sources import is_generalised, read_split, split_notes
@@ -38,7 +39,6 @@ from deris_llm.evaluation.predictions import (
     box_array,
     check_misses,
 )
-from deris_llm.evaluation.protocols import Protocol, protocols_of_file
 from deris_llm.evaluation.report import read_report
 from deris_llm.evaluation.submissions import (
     PREDICTIONS_FILE,
@@ -48,6 +48,7 @@ from deris_llm.evaluation.submissions import (
     read_submission,
     rle_of,
 )
+from deris_llm.evaluation.truth import resampled_truth
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
 logger = logging.getLogger(__name__)
@@ -315,7 +316,7 @@ class _Truths:
         key = (tuple(instance.annotation_id for instance in _referents(record, protocol)), protocol.id)
         truth = self.of(record, protocol)
         if key not in self.resized:
-            self.resized[key] = protocol.resampled_truth(_transposed(truth))
+            self.resized[key] = resampled_truth(protocol, _transposed(truth))
         return self.resized[key]
 
     def instance(self, instance: InstanceAnnotation, record: ReferringRecord) -> Rle:
@@ -372,7 +373,7 @@ def _scored(
                 answer_WH = _transposed(compared)
             else:
                 drawn_WH = _transposed(mask) if drawn_WH is None else drawn_WH
-                answer_WH = protocol.resampled_truth(drawn_WH)
+                answer_WH = resampled_truth(protocol, drawn_WH)
             wanted_WH = truths.resized_truth(record, protocol)
             overlaps[protocol.id] = overlap(answer_WH, wanted_WH)
             areas[protocol.id] = (int(np.count_nonzero(wanted_WH)), wanted_WH.size)

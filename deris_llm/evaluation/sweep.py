@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from deris_llm.config import RunConfig
+from deris_llm.config.protocols import Protocol, protocols_of
 from deris_llm.data.dataset import some_images
 from deris_llm.data.sources import is_generalised, read_split
 from deris_llm.evaluation.calibration import Calibration, choose
-from deris_llm.evaluation.evaluator import answers_of, check_records, merged_truths
+from deris_llm.evaluation.evaluator import answers_of, check_records
 from deris_llm.evaluation.gres_metrics import GresMetrics, GresOutcome
 from deris_llm.evaluation.metrics import Overlap, RisMetrics, overlap
-from deris_llm.evaluation.protocols import Protocol, protocols_of
+from deris_llm.evaluation.truth import merged_truths, resampled_truth
 from deris_llm.models.cognition import CognitionProcessor
 from deris_llm.models.postprocess import answering_queries, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringRecord
@@ -175,7 +176,7 @@ def swept(
     finished = protocol.prediction_resampling == "finished_mask"
     sizes = original_sizes if finished else [protocol.size_hw(*size) for size in original_sizes]
     found = []
-    truths = map(protocol.resampled_truth, merged_truths(asked, protocol.crowds))
+    truths = map(partial(resampled_truth, protocol), merged_truths(asked, protocol.crowds))
     for record, truth, answers, masks in zip(
         asked, truths, selected, upsampled_masks(output, most, sizes), strict=True
     ):
@@ -183,7 +184,7 @@ def swept(
         overlaps: dict[int, Overlap] = {}
         is_drawn = [bool(mask.any()) for mask in joined]
         for number in {len(answer) for answer in answers}:
-            mask = protocol.resampled_truth(joined[number]) if finished else joined[number]
+            mask = resampled_truth(protocol, joined[number]) if finished else joined[number]
             overlaps[number] = overlap(mask, truth)
         found.append(
             SweptPhrase(

@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 from deris_llm.config import RunConfig
+from deris_llm.config.protocols import protocols_of
 from deris_llm.data.loaders import evaluation_loader
 from deris_llm.data.masks import decode_segmentation, encode_mask
 from deris_llm.evaluation.metrics import overlap
-from deris_llm.evaluation.protocols import protocols_of
 from deris_llm.models.postprocess import answer_masks, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringRecord
 

@@ -35,8 +35,8 @@ from deris_llm.checkpoints.layout import (
 from deris_llm.common.folders import check_new_folder, written_aside
 from deris_llm.common.version import __version__
 from deris_llm.config import RunConfig, load_config, save_config
+from deris_llm.config.protocols import protocols_of
 from deris_llm.evaluation.calibration import CALIBRATION_FILE, calibrated_config, threshold_source
-from deris_llm.evaluation.protocols import protocols_of
 from deris_llm.evaluation.report import read_report
 from deris_llm.models.pretrained import BUILTIN_PREFIX, CONVERTED_PREFIX
 from deris_llm.serving.merge import QUANTIZED, Merge, merge_checkpoint

@@ -26,8 +26,8 @@ from _bench import bench_console, compare, comparison_table, machine
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from deris_llm.config.protocols import protocols_of_file
 from deris_llm.evaluation.metrics import PRECISION_LEVELS
-from deris_llm.evaluation.protocols import protocols_of_file
 from deris_llm.evaluation.score import score_submission
 from deris_llm.evaluation.submissions import read_submission
 from deris_llm.structures import InstanceAnnotation, ReferringRecord

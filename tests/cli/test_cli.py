@@ -98,7 +98,7 @@ def test_mistakes_are_said_before_torch_is_imported(tmp_path):
         assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("module", ["config", "data.sources", "evaluation.protocols", "training.checkpoint_folders"])
+@pytest.mark.parametrize("module", ["config", "data.sources", "config.protocols", "checkpoints.layout"])
 def test_what_checks_need_imports_no_torch(module):
     script = (
         f"import sys, deris_llm.{module}\nprint([name for name in ('torch', 'transformers') if name in sys.modules])"

@@ -12,12 +12,12 @@ from deris_llm.cli.main import main
 from deris_llm.cli.main import main as cli
 from deris_llm.common.error_file import QUIET
 from deris_llm.config import RunConfig, load_config
+from deris_llm.config.protocols import protocols_of
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.evaluation import launch
 from deris_llm.evaluation.calibration import Calibration
 from deris_llm.evaluation.launch import run_on_ranks
 from deris_llm.evaluation.page.stored import open_evaluation
-from deris_llm.evaluation.protocols import protocols_of
 from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_config, tiny_weights
 

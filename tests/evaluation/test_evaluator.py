@@ -15,7 +15,8 @@ from torch import nn
 
 from deris_llm.config import RunConfig
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.evaluation.evaluator import control_phrases, evaluate, merged_truth
+from deris_llm.evaluation.evaluator import control_phrases, evaluate
+from deris_llm.evaluation.truth import merged_truth
 from deris_llm.models.cognition import CognitionProcessor, build_processor
 from deris_llm.models.deris import build_model
 from deris_llm.structures import DerisOutput, InstanceAnnotation, ReferringBatch, ReferringRecord, RoundOutput

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from deris_llm.config import RunConfig, load_config
-from deris_llm.evaluation.protocols import PROTOCOLS, Protocol, protocols_of, protocols_of_file
+from deris_llm.config.protocols import PROTOCOLS, Protocol, protocols_of, protocols_of_file
+from deris_llm.evaluation.truth import resampled_truth
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "parity" / "preproc.npz"
 
@@ -21,13 +22,13 @@ def test_truth_is_resized_as_upstream_does(name: str, mask: str) -> None:
         width = fixture[f"{name}_bgr"].shape[1]
         before = np.unpackbits(fixture[f"{name}_{mask}"], axis=-1, count=width).astype(bool)
         after = np.unpackbits(fixture[f"{name}_{mask}384"], axis=-1, count=384).astype(bool)
-    np.testing.assert_array_equal(PROTOCOLS["deris"].resampled_truth(before), after)
+    np.testing.assert_array_equal(resampled_truth(PROTOCOLS["deris"], before), after)
 
 
 def test_original_compares_at_the_pictures_own_size() -> None:
     truth = np.eye(7, 9, dtype=bool)
     assert PROTOCOLS["original"].size_hw(7, 9) == (7, 9)
-    assert PROTOCOLS["original"].resampled_truth(truth) is truth
+    assert resampled_truth(PROTOCOLS["original"], truth) is truth
     assert PROTOCOLS["deris"].size_hw(7, 9) == (384, 384)
 
 
@@ -79,7 +80,7 @@ def test_fingerprints_are_stable() -> None:
 def test_rela480_resizes_the_truth_as_pillow_does(size_hw: tuple[int, int]) -> None:
     truth = np.random.default_rng(0).random(size_hw) < 0.5
     expected = Image.fromarray(truth.astype(np.uint8)).resize((480, 480), Image.Resampling.NEAREST)
-    np.testing.assert_array_equal(PROTOCOLS["rela480"].resampled_truth(truth), np.asarray(expected).astype(bool))
+    np.testing.assert_array_equal(resampled_truth(PROTOCOLS["rela480"], truth), np.asarray(expected).astype(bool))
     assert protocols_of(load_config("tiny-refcoco", ["evaluation.protocols=[rela480]"]))[0].fixed_px == 480
 
 

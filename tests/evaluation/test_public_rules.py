@@ -17,15 +17,15 @@ import pytest
 from PIL import Image
 from pycocotools import mask as _pycocotools_mask
 
+from deris_llm.config.protocols import PROTOCOLS, protocols_of_file
 from deris_llm.data.masks import decode_segmentation, encode_mask
 from deris_llm.data.sources import read_split
 from deris_llm.data.synthetic.scene import mask_box_xyxy
 from deris_llm.data.synthetic.world import rle_counts, write_world
-from deris_llm.evaluation.evaluator import merged_truth, merged_truths
 from deris_llm.evaluation.predictions import EvaluationResult
-from deris_llm.evaluation.protocols import PROTOCOLS, protocols_of_file
 from deris_llm.evaluation.score import run_score, score_submission
 from deris_llm.evaluation.submissions import read_submission
+from deris_llm.evaluation.truth import merged_truth, resampled_truth
 from deris_llm.structures import ReferringRecord
 
 coco_mask: Any = _pycocotools_mask
@@ -277,7 +277,7 @@ def test_score_counts_as_rela_does(root: Path, tmp_path: Path) -> None:
         ]
 
     numbers = result.numbers["rela480"]
-    resized = rela(compared(lambda name: PROTOCOLS["rela480"].resampled_truth(api.mask(refs[name]))))
+    resized = rela(compared(lambda name: resampled_truth(PROTOCOLS["rela480"], api.mask(refs[name]))))
     assert {metric: numbers[metric] for metric in resized} == pytest.approx(resized, abs=1e-9)
     drawn = rela(compared(lambda name: api.mask(refs[name], (480, 480))))
     assert drawn["N-acc"] == numbers["N-acc"]
@@ -334,7 +334,7 @@ def test_crowds_are_left_out_of_grefcocos_truth_as_its_api_and_rela_do(crowded: 
         )
 
     left_out = expected(lambda record: api.mask(refs[record.phrase_id]))
-    everything = expected(lambda record: merged_truths([record], "taken")[0])
+    everything = expected(lambda record: merged_truth(record, "taken"))
     found = report["splits"][split]
     assert {metric: found["original"][metric] for metric in left_out} == pytest.approx(left_out, abs=1e-4)
     assert {metric: found["kept"][metric] for metric in everything} == pytest.approx(everything, abs=1e-4)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from deris_llm.evaluation.protocols import PROTOCOLS
+from deris_llm.config.protocols import PROTOCOLS
 from deris_llm.evaluation.report import PUBLISHED, PUBLISHED_GRES, read_report, report_table, update_report
 
 

@@ -13,15 +13,15 @@ from PIL import Image
 
 from deris_llm.cli.main import main
 from deris_llm.config import RunConfig
+from deris_llm.config.protocols import PROTOCOLS
 from deris_llm.data.masks import decode_segmentation, encode_mask
 from deris_llm.data.sources import read_split
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.evaluation import score
-from deris_llm.evaluation.evaluator import merged_truth
-from deris_llm.evaluation.protocols import PROTOCOLS
 from deris_llm.evaluation.run import run_evaluation
 from deris_llm.evaluation.score import run_score
 from deris_llm.evaluation.submissions import SubmissionError, read_submission
+from deris_llm.evaluation.truth import merged_truth, resampled_truth
 from deris_llm.models.cognition import build_processor
 from deris_llm.models.deris import build_model
 from deris_llm.structures import ReferringRecord
@@ -116,7 +116,7 @@ def test_foreign_masks_equal_numpy(root: Path, records: list[ReferringRecord], w
     for name in ALL:
         ious = []
         for record in records:
-            mask, truth = (PROTOCOLS[name].resampled_truth(m) for m in (_shifted(record), merged_truth(record)))
+            mask, truth = (resampled_truth(PROTOCOLS[name], m) for m in (_shifted(record), merged_truth(record)))
             ious.append((mask & truth).sum() / (mask | truth).sum())
         assert report["splits"]["refcoco/val"][name]["mIoU"] == pytest.approx(100 * np.mean(ious), abs=1e-4)
     assert "oracle_mIoU" not in report["splits"]["refcoco/val"]["original"]

@@ -14,10 +14,10 @@ from PIL import Image
 
 from deris_llm.data.images import load_image
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.evaluation.evaluator import merged_truth
 from deris_llm.evaluation.overlays import draw_overlay, pick
 from deris_llm.evaluation.page.html import Node, element, phrase, picture
 from deris_llm.evaluation.page.stored import Evaluation, StoredAnswer
+from deris_llm.evaluation.truth import merged_truth
 from deris_llm.evaluation.views import PhraseView, QueryView
 from deris_llm.structures import Exif, ReferringRecord
 

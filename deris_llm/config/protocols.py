@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
-from PIL import Image
-
 from deris_llm.common.strict_files import parse_yaml, read_text
 from deris_llm.config import PresenceUse, RunConfig, Selection
 
@@ -55,18 +52,6 @@ class Protocol:
     def size_hw(self, height: int, width: int) -> tuple[int, int]:
         """Size (h, w) in px at which the masks of a picture of this size are compared."""
         return (height, width) if self.fixed_px is None else (self.fixed_px, self.fixed_px)
-
-    def resampled_truth(self, truth: np.ndarray) -> np.ndarray:
-        """Brings a ground-truth mask (or a finished prediction), bool (h, w) at the original size, to `size_hw`."""
-        if self.fixed_px is None:
-            return truth
-        if self.truth_resampling == "nearest":
-            from deris_llm.models.preprocess import warp_mask  # noqa: PLC0415 - brings torch, which checks of a protocol need not
-
-            return warp_mask(truth, self.fixed_px, "opencv")
-        # Pillow's own: which pixel it takes where two are equally near (every third column of 640 px at 480) is its rounding
-        grey = Image.fromarray(np.ascontiguousarray(truth).view(np.uint8))
-        return np.asarray(grey.resize((self.fixed_px, self.fixed_px), Image.Resampling.NEAREST)).view(bool)
 
     @property
     def compares_finished_masks(self) -> bool:
