@@ -75,7 +75,6 @@ def tiny_weights(folder: Path) -> list[str]:
         f"perception.weights={folder / 'mask2former'}",
         "perception.image_size=64",
         "loopback.num_queries=5",
-        "loopback.num_heads=4",
         "loopback.dim_feedforward=64",
         "cognition.lora.r=4",
         "criterion.num_points=64",

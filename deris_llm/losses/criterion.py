@@ -48,8 +48,6 @@ class Criterion:
         presence_weight: float = 1.0,
         aux_weight: float = 0.2,
         num_points: int = 12544,
-        oversample_ratio: float = 3.0,
-        importance_ratio: float = 0.75,
     ) -> None:
         self.weights = {
             "mask_bce": mask_bce_weight,
@@ -61,8 +59,6 @@ class Criterion:
         self.referring_negative_weight = referring_negative_weight
         self.aux_weight = aux_weight
         self.num_points = num_points
-        self.oversample_ratio = oversample_ratio
-        self.importance_ratio = importance_ratio
 
     def __call__(
         self,
@@ -146,13 +142,7 @@ class Criterion:
         per_round = [r.mask_logits[targets.phrase_index, queries[:, i]] for i, r in enumerate(output.rounds)]
         mask_logits = torch.stack(per_round, dim=1).flatten(0, 1)  # (T R, h, w)
         if points is None:
-            at = uncertain_points(
-                mask_logits.detach(),
-                self.num_points,
-                oversample_ratio=self.oversample_ratio,
-                importance_ratio=self.importance_ratio,
-                generator=generator,
-            )
+            at = uncertain_points(mask_logits.detach(), self.num_points, generator=generator)
         else:
             at = points.expand(num_targets * num_rounds, -1, -1)
         logits = sample_points(mask_logits.unsqueeze(1), at).view(num_targets, num_rounds, -1)
@@ -203,6 +193,4 @@ def build_criterion(config: RunConfig) -> Criterion:
         presence_weight=c.presence_weight,
         aux_weight=c.aux_weight,
         num_points=c.num_points,
-        oversample_ratio=c.oversample_ratio,
-        importance_ratio=c.importance_ratio,
     )

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+OVERSAMPLE_RATIO = 3  # candidate points per sampled point (Mask2Former)
+IMPORTANCE_RATIO = 0.75  # share of the sampled points at which the prediction is least certain; the rest are uniform
+
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     """Reads maps at points, bilinearly; outside the outermost pixel centres the value fades to 0.
@@ -53,26 +56,22 @@ def uncertain_points(
     mask_logits: Tensor,
     num_points: int,
     *,
-    oversample_ratio: float = 3.0,
-    importance_ratio: float = 0.75,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Importance sampling: most points lie where the prediction is least sure, the rest anywhere.
+    """Importance sampling: most points lie where the prediction is least certain, the rest anywhere.
 
     Args:
         mask_logits: float (N, h, w).
         num_points: K.
-        oversample_ratio: candidates per point, >= 1.
-        importance_ratio: share of K that are the candidates with the smallest |logit|, in [0, 1].
         generator: source of randomness.
 
     Returns:
         float (N, K, 2), (x, y) in [0, 1].
     """
     num_maps = mask_logits.shape[0]
-    num_uncertain = int(importance_ratio * num_points)
+    num_uncertain = int(IMPORTANCE_RATIO * num_points)
     device = mask_logits.device
-    candidates = random_points(num_maps, int(num_points * oversample_ratio), device=device, generator=generator)
+    candidates = random_points(num_maps, num_points * OVERSAMPLE_RATIO, device=device, generator=generator)
     uncertainty = -sample_points(mask_logits.unsqueeze(1), candidates).squeeze(1).abs()
     chosen = uncertainty.topk(num_uncertain, dim=1, sorted=False).indices
     uncertain = candidates.gather(1, chosen.unsqueeze(2).expand(-1, -1, 2))

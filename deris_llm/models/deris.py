@@ -130,7 +130,6 @@ def build_model(
             query_decoder,
             cognition_dim=cognition.feature_dim,
             rounds=options.rounds,
-            num_heads=options.num_heads,
             dim_feedforward=options.dim_feedforward,
             prior_attention=options.prior_attention,
             text_positions=options.text_positions,

@@ -42,6 +42,7 @@ PresenceSource = Literal["query", "image", "cls"]
 Structure = Literal["integrated", "perception_centric", "cognition_centric"]
 
 PRIOR_STRIDE = 4  # the mask prior is pooled on a grid this much coarser than the masks (upstream: 24 of 96 cells)
+NUM_HEADS = 8  # attention heads of the cognition layers
 REFERRING_PRIOR = 0.1  # probability every query starts with: about one of ten is the referent
 
 
@@ -54,7 +55,6 @@ class Loopback(nn.Module):
         *,
         cognition_dim: int,
         rounds: int,
-        num_heads: int,
         dim_feedforward: int,
         prior_attention: PriorAttention = "queries",
         text_positions: Literal["sine", "integer_sine"] = "sine",
@@ -74,7 +74,6 @@ class Loopback(nn.Module):
             query_decoder: at least `rounds` masked-attention layers and the mask head; it fixes C and Q.
             cognition_dim: D.
             rounds: N.
-            num_heads: of the cognition layers.
             dim_feedforward: of the cognition layers.
             prior_attention: see `CognitionRound`.
             text_positions: see `sine_positions`.
@@ -117,16 +116,14 @@ class Loopback(nn.Module):
         self.initial_embed = nn.Linear(cognition_dim, channels)
         self.mask_feats_fusion = MaskFeatsFusion(channels) if structure == "integrated" else None
         self.cognition_rounds = nn.ModuleList(
-            CognitionRound(
-                channels, num_heads=num_heads, dim_feedforward=dim_feedforward, prior_attention=prior_attention
-            )
+            CognitionRound(channels, dim_feedforward=dim_feedforward, prior_attention=prior_attention)
             for _ in range(1 if cognition_weights == "shared" else rounds + 1)
         )
         decodes_presence = presence_head == "text_decoder" and trains_presence
         num_fusions = rounds + decodes_presence
         self.query_fusions = nn.ModuleList(nn.Linear(2 * channels, channels) for _ in range(num_fusions))
         self.referring_head = nn.Linear(channels, 2 if referring_head == "two_way" else 1)
-        self.presence_decoder = PresenceDecoder(channels, num_heads=num_heads) if decodes_presence else None
+        self.presence_decoder = PresenceDecoder(channels) if decodes_presence else None
         self.presence_head = nn.Linear(cognition_dim if presence_source == "cls" else channels, 1)
         embeds = (self.vis_embed, self.text_embed, self.initial_embed)
         _init_linears(*(embed for embed in embeds if embed is not None), self.query_fusions)
@@ -407,14 +404,11 @@ class _ChannelNorm(nn.LayerNorm):
 class CognitionRound(nn.Module):
     """The cognition half of a round: the masks inform the queries, then the queries read the phrase; post-norm."""
 
-    def __init__(
-        self, channels: int, *, num_heads: int, dim_feedforward: int, prior_attention: PriorAttention = "queries"
-    ) -> None:
+    def __init__(self, channels: int, *, dim_feedforward: int, prior_attention: PriorAttention = "queries") -> None:
         """Makes a round's own weights.
 
         Args:
             channels: C.
-            num_heads: of the attentions.
             dim_feedforward: width of the FFN.
             prior_attention: whom a query attends to in the attention that the mask prior is a position term of.
                 `queries`: the queries of its phrase (paper eq. 5). `batch`: the queries of the same slot of all phrases in
@@ -424,11 +418,11 @@ class CognitionRound(nn.Module):
         """
         super().__init__()
         self.prior_attention_over: PriorAttention = prior_attention
-        self.prior_attention = Attention(channels, num_heads)
+        self.prior_attention = Attention(channels)
         self.prior_norm = nn.LayerNorm(channels)
-        self.self_attention = Attention(channels, num_heads)
+        self.self_attention = Attention(channels)
         self.self_norm = nn.LayerNorm(channels)
-        self.text_attention = Attention(channels, num_heads)
+        self.text_attention = Attention(channels)
         self.text_norm = nn.LayerNorm(channels)
         self.feedforward = nn.Sequential(
             nn.Linear(channels, dim_feedforward), nn.ReLU(), nn.Linear(dim_feedforward, channels)
@@ -472,9 +466,9 @@ class PresenceDecoder(nn.TransformerDecoder):
     Source: parity/NOTES.md 2, "existence head"; no positions anywhere, dropout in attention weights and FFN alone.
     """
 
-    def __init__(self, channels: int, *, num_heads: int, dim_feedforward: int = 512, dropout: float = 0.1) -> None:
+    def __init__(self, channels: int, *, dim_feedforward: int = 512, dropout: float = 0.1) -> None:
         layer = nn.TransformerDecoderLayer(
-            channels, num_heads, dim_feedforward=dim_feedforward, dropout=dropout, batch_first=True
+            channels, NUM_HEADS, dim_feedforward=dim_feedforward, dropout=dropout, batch_first=True
         )
         layer.dropout1.p = layer.dropout2.p = 0.0  # on the attentions' outputs
         super().__init__(layer, num_layers=3, norm=nn.LayerNorm(channels))
@@ -499,14 +493,13 @@ class PresenceDecoder(nn.TransformerDecoder):
 class Attention(nn.Module):
     """Multi-head attention through PyTorch's SDPA."""
 
-    def __init__(self, channels: int, num_heads: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels % num_heads:
+        if channels % NUM_HEADS:
             raise ValueError(
-                f"loopback.num_heads: expected a divisor of the perception weights' width {channels}, got {num_heads}; "
-                "change it."
+                f"perception.weights: expected a hidden_dim that is a multiple of {NUM_HEADS}, the attention heads of "
+                f"the cognition layers, got {channels}; use other weights."
             )
-        self.num_heads = num_heads
         self.q_proj = nn.Linear(channels, channels)
         self.k_proj = nn.Linear(channels, channels)
         self.v_proj = nn.Linear(channels, channels)
@@ -526,7 +519,7 @@ class Attention(nn.Module):
             float (P, Q, C).
         """
         heads = [
-            projection(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            projection(tokens).unflatten(-1, (NUM_HEADS, -1)).transpose(1, 2)
             for projection, tokens in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
         ]
         attended = F.scaled_dot_product_attention(*heads, attn_mask=None if mask is None else mask[:, None, None, :])

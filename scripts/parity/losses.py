@@ -98,12 +98,7 @@ def random_losses(criterion: Criterion, output: DerisOutput, boxes: list[Tensor]
         bce = dice = torch.zeros(())
         if num_targets:
             logits = one.mask_logits[phrases, queries]
-            at = uncertain_points(
-                logits,
-                criterion.num_points,
-                oversample_ratio=criterion.oversample_ratio,
-                importance_ratio=criterion.importance_ratio,
-            )
+            at = uncertain_points(logits, criterion.num_points)
             read = sample_points(logits[:, None], at).squeeze(1)
             truth = sample_points(case.targets.masks[order].float()[:, None], at).squeeze(1)
             bce, dice = mask_bce(read, truth).sum() / num_targets, mask_dice(read, truth).sum() / num_targets

@@ -32,7 +32,7 @@ def loopback(tmp_path_factory: pytest.TempPathFactory) -> Loopback:
     config = tiny_config(*tiny_weights(tmp_path_factory.mktemp("weights")))
     _, decoder = build_perception(config.perception, rounds=3, num_queries=5, weights=True, dtype=torch.float32)
     torch.manual_seed(0)
-    return Loopback(decoder, cognition_dim=DIM, rounds=3, num_heads=4, dim_feedforward=48).eval()
+    return Loopback(decoder, cognition_dim=DIM, rounds=3, dim_feedforward=48).eval()
 
 
 @pytest.fixture
@@ -126,8 +126,8 @@ def test_sine_positions_have_all_frequencies():
 
 
 def test_attention_is_pytorchs():
-    attention = Attention(32, 4)
-    reference = nn.MultiheadAttention(32, 4, batch_first=True)
+    attention = Attention(32)
+    reference = nn.MultiheadAttention(32, 8, batch_first=True)
     linears = (attention.q_proj, attention.k_proj, attention.v_proj)
     for linear in (*linears, attention.out_proj):
         nn.init.normal_(linear.bias)
@@ -142,8 +142,10 @@ def test_attention_is_pytorchs():
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="expected a divisor of the perception weights' width 32, got 5"):
-        Attention(32, 5)
+    with pytest.raises(
+        ValueError, match="perception.weights: expected a hidden_dim that is a multiple of 8, .* got 36"
+    ):
+        Attention(36)
 
 
 def test_phrases_do_not_see_each_other(
@@ -200,7 +202,7 @@ def test_image_features_per_image_or_per_phrase_are_the_same(
 def test_mask_prior_takes_effect_with_a_single_phrase():
     """Upstream's has none at batch size 1 (parity/NOTES.md 2)."""
     torch.manual_seed(0)
-    cognition_round = CognitionRound(32, num_heads=4, dim_feedforward=48)
+    cognition_round = CognitionRound(32, dim_feedforward=48)
     text = TextTokens(randn(1, 4, 32), randn(1, 4, 32, seed=1), mask=torch.ones(1, 4, dtype=torch.bool))
     queries, prior = randn(1, 5, 32, seed=2), randn(1, 5, 32, seed=3)
     with torch.no_grad():

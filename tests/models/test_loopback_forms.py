@@ -36,7 +36,7 @@ def build(weights: list[str], rounds: int = ROUNDS, queries: int = QUERIES, **op
     config = tiny_config(*weights).perception
     _, decoder = build_perception(config, rounds=rounds, num_queries=queries, weights=True, dtype=torch.float32)
     torch.manual_seed(0)
-    loopback = Loopback(decoder, cognition_dim=DIM, rounds=rounds, num_heads=4, dim_feedforward=48, **options).eval()
+    loopback = Loopback(decoder, cognition_dim=DIM, rounds=rounds, dim_feedforward=48, **options).eval()
     for parameter in loopback.parameters():  # away from zeros and near-zeros, so that differences show
         parameter.data += 0.1 * torch.randn_like(parameter)
     return loopback
@@ -242,7 +242,7 @@ def test_untrained_presence_is_frozen_and_says_nothing(weights: list[str], head:
     config = tiny_config(*weights, "criterion.presence_weight=0")
     _, decoder = build_perception(config.perception, rounds=3, num_queries=5, weights=True, dtype=torch.float32)
     loopback = Loopback(
-        decoder, cognition_dim=DIM, rounds=3, num_heads=4, dim_feedforward=48, presence_head=head, trains_presence=False
+        decoder, cognition_dim=DIM, rounds=3, dim_feedforward=48, presence_head=head, trains_presence=False
     )
     assert {n for n, p in loopback.named_parameters() if not p.requires_grad} == {
         "presence_head.weight",

@@ -37,7 +37,7 @@ def build(weights: list[str], **switches) -> Loopback:
     config = tiny_config(*weights)
     _, decoder = build_perception(config.perception, rounds=3, num_queries=QUERIES, weights=True, dtype=torch.float32)
     torch.manual_seed(0)
-    loopback = Loopback(decoder, cognition_dim=DIM, rounds=3, num_heads=4, dim_feedforward=48, **switches).eval()
+    loopback = Loopback(decoder, cognition_dim=DIM, rounds=3, dim_feedforward=48, **switches).eval()
     for parameter in loopback.cognition_rounds.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return loopback
@@ -103,10 +103,10 @@ def test_prior_attention_to_oneself_is_that_over_a_batch_of_one(weights: list[st
 
 def test_prior_attention_over_the_batch_is_that_of_transposed_queries():
     torch.manual_seed(0)
-    one = CognitionRound(32, num_heads=4, dim_feedforward=48, prior_attention="batch")
+    one = CognitionRound(32, dim_feedforward=48, prior_attention="batch")
     text = TextTokens(randn(3, 4, 32), randn(3, 4, 32, seed=1), mask=torch.ones(3, 4, dtype=torch.bool))
     queries, prior = randn(3, QUERIES, 32, seed=2), randn(3, QUERIES, 32, seed=3)
-    reference = nn.MultiheadAttention(32, 4)  # sequence first, as upstream calls it on (P, Q, C)
+    reference = nn.MultiheadAttention(32, 8)  # sequence first, as upstream calls it on (P, Q, C)
     attention = one.prior_attention
     linears = (attention.q_proj, attention.k_proj, attention.v_proj)
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_two_way_cross_entropy_is_the_weighted_bce_of_the_difference():
 
 def test_presence_decoder_reads_text_and_queries_without_padding():
     torch.manual_seed(0)
-    decoder = PresenceDecoder(32, num_heads=4).eval()
+    decoder = PresenceDecoder(32).eval()
     queries, text = randn(2, QUERIES, 32), randn(2, 6, 32, seed=1)
     padding = torch.arange(6) >= torch.tensor([[6], [3]])
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_presence_decoder_reads_text_and_queries_without_padding():
 
 
 def test_presence_decoder_drops_only_where_the_public_code_does():
-    decoder = PresenceDecoder(32, num_heads=4)
+    decoder = PresenceDecoder(32)
     for layer in decoder.layers:
         assert (layer.dropout1.p, layer.dropout2.p) == (0.0, 0.0)
         assert (layer.dropout.p, layer.dropout3.p, layer.self_attn.dropout, layer.multihead_attn.dropout) == (0.1,) * 4

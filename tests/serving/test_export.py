@@ -256,6 +256,6 @@ def test_what_is_refused(run, config, tmp_path, capsys):
 def _settings(config):
     return [
         f"cognition.weights={config.cognition.weights}", f"perception.weights={config.perception.weights}",
-        "perception.image_size=64", "loopback.num_queries=5", "loopback.num_heads=4", "loopback.dim_feedforward=64",
+        "perception.image_size=64", "loopback.num_queries=5", "loopback.dim_feedforward=64",
         "cognition.lora.r=4", "data.num_workers=0", "training.precision=fp32",
     ]  # fmt: skip

@@ -63,7 +63,6 @@ def test_it_is_found_checked_planned_trained_and_read_back(installed: Path, over
     write_world(tmp_path / "world", seed=3, num_train=6, num_val=2, num_test=2)
     run = [
         *(each for each in overrides if not each.startswith(("cognition.", "loopback."))),
-        "loopback.num_heads=4",
         f"data.root={tmp_path / 'world'}",
         "data.train=[refcoco]",
         "data.eval=[refcoco/val]",
