@@ -79,8 +79,7 @@ class CognitionInputs(_TensorFields):
     ``input_ids`` is the whole prompt of each phrase, image placeholders included, padded on the right.
     """
 
-    pixel_values: Tensor  # float (I, 3, h_px, w_px), normalised as the backend wants it; or a backend's own packing;
-    # (I, 3, 0, 0) where nobody reads it
+    pixel_values: Tensor  # float (I, 3, h_px, w_px), normalised as the backend wants it; or a backend's own packing
     input_ids: Tensor  # int64 (P, L)
     token_padding_mask: Tensor  # bool (P, L), True = padding
     text_feature_mask: Tensor  # bool (P, L), True = this token's hidden state is one of the text features
@@ -88,7 +87,6 @@ class CognitionInputs(_TensorFields):
     prompt_lengths: tuple[int, ...] = ()  # P numbers: tokens of each prompt without padding; empty = not known
     image_grids: tuple[tuple[int, int], ...] = ()  # I pairs: rows, columns of the image tokens where they vary by image
     rows: TokenRows | None = None  # for causal language models
-    vision_feats: Tensor | None = None  # float (I, N, D_v) of the backend's frozen vision tower, read instead of pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +107,6 @@ class ReferringBatch(_TensorFields):
     phrase_ids: tuple[str, ...]  # P names, e.g. "refcoco/val/12345": dataset, split, sentence id
     phrases: tuple[str, ...]  # P texts, for messages and logs
     targets: ReferringTargets | None = None  # None when the answer is unknown (prediction)
-    perception_pyramid: tuple[Tensor, ...] = ()  # four maps of the frozen backbone, read instead of the image
 
     @property
     def num_phrases(self) -> int:

@@ -41,8 +41,6 @@ from deris_llm.config import RunConfig, load_config
 from deris_llm.models.cognition import (
     CognitionBackend,
     CognitionProcessor,
-    FeatureProcessor,
-    VisionTower,
     build_processor,
 )
 from deris_llm.models.cognition.beit3 import TOKENIZER_FILE, Beit3Config, Beit3Model
@@ -329,12 +327,6 @@ def check_cognition_backend(
             alone = backend(processor([images[image]], [phrase], [0]), torch.tensor([0]))
             _check_equal(together, alone, number, tolerance)
         _check_orientation(backend, processor)
-        if (tower := backend.vision_tower()) is not None:
-            kept = _features_instead_of_pixels(tower, processor, inputs.pixel_values, phrases)
-            found = backend(kept, torch.tensor(image_index))
-            for name in ("image_feats", "text_feats", "cls_feat"):
-                difference = relative_difference(getattr(found, name), getattr(together, name))
-                _require(difference <= tolerance, f"{name}: of vision_feats as of pixels (differs by {difference:.1e})")
     _check_gradients(backend, inputs, torch.tensor(image_index))
     backend.train(was_training)
 
@@ -380,16 +372,6 @@ def _check_equal(together: CognitionFeatures, alone: CognitionFeatures, number: 
     ):
         difference = relative_difference(ours, single)
         _require(difference <= tolerance, f"{name}: the same, whatever shares the batch (differs by {difference:.1e})")
-
-
-def _features_instead_of_pixels(
-    tower: VisionTower, processor: CognitionProcessor, pixel_values: Tensor, phrases: list[str]
-) -> CognitionInputs:
-    _require(not any(p.requires_grad for p in tower.module.parameters()), "vision_tower: frozen")
-    assert isinstance(processor, FeatureProcessor), "cognition backend: expected its processor to have with_features"
-    vision_feats = tower.features(pixel_values)
-    _require(vision_feats.ndim == 3 and len(vision_feats) == len(pixel_values), "vision_tower: features (I, N, D_v)")
-    return processor.with_features(vision_feats, phrases)
 
 
 def _check_orientation(backend: CognitionBackend, processor: CognitionProcessor) -> None:

@@ -99,7 +99,6 @@ MAY_DIFFER = frozenset(
         "data.root",
         "data.check_images",
         "data.num_workers",
-        "data.feature_cache",
         "training.images_per_device",
         "training.accumulation",
         "training.eval_every",

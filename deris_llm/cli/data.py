@@ -1,4 +1,4 @@
-"""``deris-llm data synth | prepare | check | show | features``."""
+"""``deris-llm data synth | prepare | check | show``."""
 
 from __future__ import annotations
 
@@ -116,47 +116,6 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     show.add_argument("--count", type=at_least(1), default=24, help="phrases shown, spread over the split (default 24)")
     show.add_argument("--phrase-field", choices=("sent", "raw"), default="sent", help="which text of a sentence")
     show.set_defaults(run=run_show)
-
-    features = subparsers.add_parser(
-        "features", help="compute once what a run's frozen towers make of its training pictures, to be read by training"
-    )
-    features.add_argument("--config", required=True, metavar="NAME|FILE", help="the run's (deris-llm config list)")
-    features.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="A.B=VALUE",
-        help="as in training; data.feature_cache=DIR says where features go",
-    )
-    features.set_defaults(run=run_features)
-
-
-def run_features(arguments: argparse.Namespace) -> int:
-    """Computes features and counts them."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from deris_llm.config import load_config
-    from deris_llm.data.sources import check_split
-
-    config = load_config(arguments.config, arguments.set)
-    for dataset in config.data.train:
-        check_split(config.data.root, f"{dataset}/train")
-    from deris_llm.training.features import compute_features  # brings torch, for which no check waits
-
-    with Progress(*_columns(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("pictures", total=None)
-        made = compute_features(
-            config, on_progress=lambda done, total: progress.update(task, completed=done, total=total)
-        )
-    size = made.num_bytes / max(made.num_files, 1)
-    sys.stdout.write(
-        f"{made.folder}: {made.num_pictures:,} pictures of {config.name}, {made.num_computed:,} computed in "
-        f"{made.seconds:,.0f} s, the others were there; {made.num_files:,} files of {size / 1e6:,.2f} MB, "
-        f"{made.num_bytes / 1e9:,.2f} GB\n"
-    )
-    return 0
 
 
 def run_synth(arguments: argparse.Namespace) -> int:

@@ -98,11 +98,6 @@ class DataConfig:
         "(20,000 pictures of COCO: 3 minutes on one core): first-run, where the run has no checkpoint yet; always; never",
     )
     num_workers: int = option(4, "loader processes per rank; 0 loads in the training process", "[0, inf)")
-    feature_cache: str = option(
-        "",
-        "folder of what frozen towers make of the training pictures, which `deris-llm data features` writes and training reads "
-        "instead of the pictures; costs disk (DeRIS-7B: 6 MB a picture); empty = none",
-    )
     conversion: ConversionConfig = section(ConversionConfig)
 
 

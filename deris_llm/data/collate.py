@@ -1,9 +1,12 @@
-"""Image groups -> `ReferringBatch`: decodes each picture once, or reads its cached features, and each instance mask once."""
+"""The one place where a `ReferringBatch` is built: for training, evaluation, serving, merging and planning.
+
+Letters as in `deris_llm.structures`: I images, P phrases, T instances, H W pixels of the perception image.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,99 +16,121 @@ from torch import Tensor
 from deris_llm.config import RunConfig
 from deris_llm.data.dataset import ImageGroup
 from deris_llm.data.errors import DataError
-from deris_llm.data.feature_cache import CachedFeatures, FeatureCache, Picture
-from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.images import load_image
+from deris_llm.data.masks import decode_segmentation
 from deris_llm.models.preprocess import Resize, perception_pixels, warp_mask
 from deris_llm.structures import CognitionInputs, ReferringBatch, ReferringRecord, ReferringTargets
 
-if TYPE_CHECKING:  # the loader's workers need no model library
+if TYPE_CHECKING:  # loader workers do not import the model libraries
     from deris_llm.models.cognition import CognitionProcessor
 
 
-class ReferringCollator:
-    """Runs in the loader's workers: picklable, holds no model.
+def referring_batch(
+    perception_image: Tensor,
+    cognition: CognitionInputs,
+    phrases: Sequence[str],
+    image_index: Sequence[int],
+    *,
+    phrase_ids: Sequence[str] | None = None,
+    targets: ReferringTargets | None = None,
+) -> ReferringBatch:
+    """Assembles a batch from tensors that are already preprocessed.
 
     Args:
-        config: its ``perception.image_size`` and ``perception.resize`` are those of perception image and masks.
-        processor: the cognition backend's, from `build_processor`.
-        with_targets: False leaves ``targets`` None (the answers are unknown or not needed).
-        features: what it keeps of a picture stands in the batch instead of the pixels.
+        perception_image: float (I, 3, H, W).
+        cognition: from the backend's processor.
+        phrases: P texts.
+        image_index: P numbers in 0..I-1, non-decreasing: the image of each phrase.
+        phrase_ids: P names; by default "0", "1", ...
+        targets: None if the answers are unknown.
+    """
+    return ReferringBatch(
+        perception_image=perception_image,
+        cognition=cognition,
+        image_index=torch.tensor(image_index, dtype=torch.int64),
+        phrase_ids=tuple(map(str, range(len(phrases))) if phrase_ids is None else phrase_ids),
+        phrases=tuple(phrases),
+        targets=targets,
+    )
+
+
+class ReferringCollator:
+    """Makes batches of image groups, or of images and phrases. Picklable and without a model: it runs in loader workers.
+
+    Args:
+        config: its ``perception.image_size`` and ``perception.resize`` apply to the perception image and to masks.
+        processor: of the cognition backend, from `build_processor`.
+        with_targets: False leaves ``targets`` None.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        processor: CognitionProcessor,
-        *,
-        with_targets: bool = True,
-        features: FeatureCache | None = None,
-    ) -> None:
+    def __init__(self, config: RunConfig, processor: CognitionProcessor, *, with_targets: bool = True) -> None:
         self.image_size = config.perception.image_size
         self.resize: Resize = config.perception.resize
         self.processor = processor
         self.with_targets = with_targets
-        self.features = features
-        self.has_perception = config.loopback.structure != "cognition_centric"
 
     def __call__(self, groups: Sequence[ImageGroup]) -> ReferringBatch:
+        """Decodes each image and each instance mask of the groups once.
+
+        Raises:
+            DataError: an image cannot be read, a mask cannot be decoded, or the processor refuses a phrase.
+        """
+        images = [_load_image_of(group) for group in groups]
+        records = [record for group in groups for record in group.records]
         image_index = [i for i, group in enumerate(groups) for _ in group.records]
-        phrases = tuple(record.phrase for group in groups for record in group.records)
-        perception_image, pyramid, cognition = self._seen(groups, phrases, image_index)
-        return ReferringBatch(
-            perception_image=perception_image,
-            cognition=cognition,
-            image_index=torch.tensor(image_index),
-            phrase_ids=tuple(record.phrase_id for group in groups for record in group.records),
-            phrases=phrases,
-            targets=referring_targets(groups, self.image_size, self.resize) if self.with_targets else None,
-            perception_pyramid=pyramid,
-        )
-
-    def _seen(
-        self, groups: Sequence[ImageGroup], phrases: Sequence[str], image_index: Sequence[int]
-    ) -> tuple[Tensor, tuple[Tensor, ...], CognitionInputs]:
-        """Perception image, pyramid and the backend's inputs; pictures are decoded where somebody reads their pixels."""
-        pictures = [_picture(group) for group in groups]
-        cached = CachedFeatures() if self.features is None else self.features.read(pictures)
-        has_image = not cached.pyramid and (self.has_perception or self.features is None)
-        images = [_decoded(picture) for picture in pictures] if has_image or cached.vision is None else []
-        image = torch.zeros(len(groups), 3, 0, 0)
-        if has_image:
-            image = torch.stack([perception_pixels(each, self.image_size, self.resize) for each in images])
-        processor: Any = self.processor  # a `FeatureProcessor`, where the cache has kept vision
+        phrases, phrase_ids = [record.phrase for record in records], [record.phrase_id for record in records]
+        targets = referring_targets(groups, self.image_size, self.resize) if self.with_targets else None
         try:
-            if cached.vision is None:
-                return image, cached.pyramid, processor(images, phrases, image_index)
-            return image, cached.pyramid, processor.with_features(cached.vision, phrases)
+            return self.batch(images, phrases, image_index, phrase_ids=phrase_ids, targets=targets)
         except ValueError as error:
-            raise self._named(error, groups, images) from error
+            raise self._named(error, records, [images[i] for i in image_index]) from error
 
-    def _named(self, error: ValueError, groups: Sequence[ImageGroup], images: Sequence[Image.Image]) -> ValueError:
-        """The processor's error with the id and the file of the phrase that it is about; finds it by asking one by one."""
-        for group, image in zip(groups, images, strict=False):  # without pictures where features are cached
-            for record in group.records:
-                try:
-                    self.processor([image], [record.phrase], [0])
-                except ValueError as alone:
-                    return DataError(f"{record.phrase_id} ({record.image_path}): {alone}")
+    def batch(
+        self,
+        images: Sequence[Image.Image],
+        phrases: Sequence[str],
+        image_index: Sequence[int],
+        *,
+        phrase_ids: Sequence[str] | None = None,
+        targets: ReferringTargets | None = None,
+    ) -> ReferringBatch:
+        """Preprocesses I images and P phrases for both branches; arguments as of `referring_batch`.
+
+        Args:
+            images: RGB, at their original size.
+
+        Raises:
+            ValueError: the processor refuses a phrase or an image.
+        """
+        pixels = torch.stack([perception_pixels(image, self.image_size, self.resize) for image in images])
+        cognition = self.processor(images, phrases, image_index)
+        return referring_batch(pixels, cognition, phrases, image_index, phrase_ids=phrase_ids, targets=targets)
+
+    def _named(
+        self, error: ValueError, records: Sequence[ReferringRecord], images: Sequence[Image.Image]
+    ) -> ValueError:
+        """Finds the phrase that the processor refuses, by asking one by one, and names its id and file in the error."""
+        for record, image in zip(records, images, strict=True):
+            try:
+                self.processor([image], [record.phrase], [0])
+            except ValueError as alone:
+                return DataError(f"{record.phrase_id} ({record.image_path}): {alone}")
         return error
 
 
-def _picture(group: ImageGroup) -> Picture:
+def _load_image_of(group: ImageGroup) -> Image.Image:
     first = group.records[0]
     asked_by = tuple(record.phrase_id for record in group.records)
-    return Picture(first.image_path, (first.height, first.width), asked_by, first.exif)
-
-
-def _decoded(picture: Picture) -> Image.Image:
-    return load_image(picture.path, size_hw=picture.size_hw, exif=picture.exif, asked_by=picture.asked_by)
+    return load_image(first.image_path, size_hw=(first.height, first.width), exif=first.exif, asked_by=asked_by)
 
 
 def referring_targets(groups: Sequence[ImageGroup], image_size: int, resize: Resize) -> ReferringTargets:
-    """Instance masks of all phrases, decoded at the original size, then warped.
+    """Decodes the instance masks of all phrases at the original size and warps them to the perception image.
 
-    Phrases of an image that name the same instance share its decoding.
+    An instance that several phrases of an image name is decoded once.
+
+    Raises:
+        DataError: a mask cannot be decoded.
     """
     masks: list[np.ndarray] = []
     phrase_index: list[int] = []
@@ -114,7 +139,7 @@ def referring_targets(groups: Sequence[ImageGroup], image_size: int, resize: Res
         decoded: dict[tuple[str, int], np.ndarray] = {}
         for record in group.records:
             for instance in record.instances:
-                # REFER's datasets share COCO's annotation ids, but nothing promises that theirs are the same polygons.
+                # The REFER datasets share COCO's annotation ids, but their polygons may differ.
                 key = (record.dataset, instance.annotation_id)
                 if key not in decoded:
                     decoded[key] = _target_mask(record, instance.segmentation, image_size, resize)

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 from deris_llm.config import RunConfig
 from deris_llm.data.collate import ReferringCollator
 from deris_llm.data.dataset import GroupDataset, ImageGroup, ImageGroups, every_nth_record, group_by_image
-from deris_llm.data.feature_cache import FeatureCache
 from deris_llm.data.phrase_conversion import PhraseConversion
 from deris_llm.data.sampler import EvaluationBatchSampler, TrainingBatchSampler
 from deris_llm.data.token_budget import phrase_limits
@@ -44,7 +43,6 @@ def train_loader(
     world_size: int = 1,
     seed: int | None = None,
     epoch: int = 0,
-    features: FeatureCache | None = None,
 ) -> TrainingLoader:
     """Batches of ``training.images_per_device`` images with ``data.phrases_per_image`` phrases each, for one rank.
 
@@ -58,7 +56,6 @@ def train_loader(
         world_size: number of ranks.
         seed: of the order and the conversion; None takes ``training.seed``.
         epoch: the first epoch to iterate.
-        features: read instead of pictures.
     """
     seed = config.training.seed if seed is None else seed
     sampler = TrainingBatchSampler(
@@ -79,7 +76,7 @@ def train_loader(
     return TrainingLoader(
         cast(Any, GroupDataset(groups, conversion)),  # DataLoader's type is that of the samples, ours of the batches
         batch_sampler=sampler,
-        collate_fn=ReferringCollator(config, processor, features=features),
+        collate_fn=ReferringCollator(config, processor),
         persistent_workers=config.data.num_workers > 0,
         **_worker_options(config),
     )

@@ -61,8 +61,8 @@ class Deris(nn.Module):
         # On a GPU the host waits for what it reads itself: here, at cognition's start and once in the pixel
         # decoder. So the shorter of the two comes first.
         phrases_per_image = batch.phrases_per_image()
-        seen = (batch.perception_image, batch.perception_pyramid)
-        perception = None if self.perception is None else self.perception(*seen)  # where things are, once per image
+        image = batch.perception_image
+        perception = None if self.perception is None else self.perception(image)  # where things are, once per image
         cognition = self.cognition(batch.cognition, batch.image_index)  # what the phrase means
         # Which of them it is, in N rounds.
         return self.loopback(perception, cognition, batch.image_index, phrases_per_image)

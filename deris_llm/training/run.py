@@ -111,7 +111,6 @@ def train(
     from deris_llm.models.deris import build_model  # noqa: PLC0415
     from deris_llm.training.callbacks import ProgressLines  # noqa: PLC0415
     from deris_llm.training.data_manifest import data_manifest, same_data, write_data_manifest  # noqa: PLC0415
-    from deris_llm.training.features import training_features  # noqa: PLC0415
     from deris_llm.training.trainer import DerisTrainer, training_arguments  # noqa: PLC0415
 
     # The arguments come before the model: under ZeRO-3 it is partitioned while it is built.
@@ -132,8 +131,7 @@ def train(
     processor = build_processor(used)
     trained, evaluated = ", ".join(f"{name}/train" for name in config.data.train), config.training.eval_split
     _check_phrases(config, processor, {trained: mix.records, evaluated: records}, data)
-    pictures_read = {} if config.data.feature_cache else {trained: mix.records}  # cached features stand for pictures
-    _check_pictures(config, pictures_read | {evaluated: records}, is_new=checkpoint is None)
+    _check_pictures(config, {trained: mix.records, evaluated: records}, is_new=checkpoint is None)
     with explains_out_of_memory(config, loading=True):
         model = build_model(used, weights=base is None)
         if checkpoint is None:
@@ -143,9 +141,7 @@ def train(
             if base is not None:
                 checkpoints.restore_full_weights(model, base)
     on_first_rank(lambda: checkpoints.fingerprints_of_run(config))  # now: its folders may be gone at the first save
-    groups = group_by_image(mix.records)
-    features = training_features(config, model, processor, groups)
-    loader = train_loader(config, groups, processor, rank=rank(), world_size=world_size(), features=features)
+    loader = train_loader(config, group_by_image(mix.records), processor, rank=rank(), world_size=world_size())
     on_first_rank(lambda: save_config(config, output / checkpoint_folders.CONFIG_FILE))
     on_first_rank(lambda: write_data_manifest(output, data))
 

@@ -64,7 +64,6 @@ MISTAKES = {  # command -> part of what is said; {} is an empty folder, beside i
     "data synth --out {}/data/file/world": "expected a folder that can be written to",
     "data prepare --format jsonl --source {}/data/a.jsonl --out {}/data/file/set": "expected a folder that can be written to",
     "data synth --out {}/data/file": "expected a folder that can be written to",
-    "data features --config tiny-refcocoo": "did you mean 'tiny-refcoco'",
 }
 
 

@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from deris_llm.config import load_config
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.testing import tiny_weights
-from deris_llm.training.features import compute_features
 from deris_llm.training.launch import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +66,7 @@ def deepspeed_json(stage: int | str) -> dict:
 
 @pytest.fixture(scope="session")
 def two_ranks(run_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Every ZeRO stage for four steps; resumed from step 2; cached features; another rate; a loss that becomes NaN."""
+    """Every ZeRO stage for four steps; resumed from step 2; another rate; a loss that becomes NaN."""
     folder = tmp_path_factory.mktemp("two_ranks")
     plan = [entry(f"zero{stage}", run_overrides, stage) for stage in STAGES]
     plan += [
@@ -77,9 +75,6 @@ def two_ranks(run_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
     bf16 = [*run_overrides, "training.precision=bf16", "cognition.gradient_checkpointing=true"]
     plan += [entry("bf16", bf16, 3), entry("bf16_resumed", bf16, 3, resume_from="bf16/checkpoint-2")]
     plan.append(entry("offload", run_overrides, "3_offload"))
-    cached = [*run_overrides, f"data.feature_cache={folder / 'features'}"]
-    compute_features(load_config("tiny-refcoco", cached))
-    plan.append(entry("cached", cached, 3))
     plan.append(entry("stage_changed", run_overrides, 1, resume_from="zero3/checkpoint-2"))
     plan.append(
         entry("other_config", [*run_overrides, "training.learning_rate=0.5"], 2, resume_from="zero2/checkpoint-2")

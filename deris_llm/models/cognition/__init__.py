@@ -3,9 +3,7 @@
 from deris_llm.models.cognition.base import (
     CognitionBackend,
     CognitionProcessor,
-    FeatureProcessor,
     PlannedInputs,
-    VisionTower,
 )
 from deris_llm.models.cognition.registry import BUILT_IN, build_processor, resolve_backend
 
@@ -13,9 +11,7 @@ __all__ = [
     "BUILT_IN",
     "CognitionBackend",
     "CognitionProcessor",
-    "FeatureProcessor",
     "PlannedInputs",
-    "VisionTower",
     "build_processor",
     "resolve_backend",
 ]

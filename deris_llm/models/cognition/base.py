@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
@@ -75,28 +75,6 @@ class InputChecker(Protocol):
         ...
 
 
-@runtime_checkable
-class FeatureProcessor(Protocol):
-    """A processor that needs no pictures where the features of the backend's `VisionTower` are at hand."""
-
-    def with_features(self, vision_feats: Tensor, phrases: Sequence[str]) -> CognitionInputs:
-        """Prepares a batch as `CognitionProcessor` does, with `vision_feats` instead of pixels.
-
-        Args:
-            vision_feats: float (I, N, D_v).
-            phrases: P phrases.
-        """
-        ...
-
-
-class VisionTower(NamedTuple):
-    """A frozen part of a backend that reads pictures alone: what it makes of them can be kept (`data.feature_cache`)."""
-
-    module: nn.Module
-    features: Callable[[Tensor], Tensor]  # pixel_values -> float (I, N, D_v): `CognitionInputs.vision_feats`
-    about: str  # what the features depend on besides the weights: size of the picture, layer
-
-
 class PlannedInputs(NamedTuple):
     """Inputs of the sizes that a run has, for `deris-llm plan`."""
 
@@ -151,13 +129,6 @@ class CognitionBackend(nn.Module, abc.ABC):
         pictures = [Image.new("RGB", (640, 480))] * (max(image_index) + 1)
         inputs = cls.build_processor(config)(pictures, [phrase] * len(image_index), image_index)
         return PlannedInputs(inputs, tokens_per_phrase=inputs.input_ids.shape[1], shared_tokens=0)
-
-    def vision_tower(self) -> VisionTower | None:
-        """The frozen part whose features `forward` takes instead of pixels; None: there is no such part.
-
-        A backend that has one has a processor that is a `FeatureProcessor`.
-        """
-        return None
 
     @abc.abstractmethod
     def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:

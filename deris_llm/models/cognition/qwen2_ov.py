@@ -21,7 +21,7 @@ from transformers import LlavaOnevisionModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from deris_llm.config import CognitionConfig
-from deris_llm.models.cognition.base import CognitionBackend, PlannedInputs, TokenCount, VisionTower, say_once
+from deris_llm.models.cognition.base import CognitionBackend, PlannedInputs, TokenCount, say_once
 from deris_llm.models.cognition.lora import add_lora
 from deris_llm.models.cognition.prompts import LeftAlignment, PromptTokenizer, padded
 from deris_llm.models.cognition.shared_prefix import PackedPrompts, check_prefix, pack_prompts, run_packed
@@ -73,24 +73,14 @@ class Qwen2OneVisionProcessor:
         self, images: Sequence[Image.Image], phrases: Sequence[str], image_index: Sequence[int]
     ) -> CognitionInputs:
         """See `CognitionProcessor`. Prompts are padded on the right."""
-        return self._inputs(phrases, torch.stack([self.pixels(image) for image in images]))
-
-    def with_features(self, vision_feats: Tensor, phrases: Sequence[str]) -> CognitionInputs:
-        """See `FeatureProcessor`."""
-        return self._inputs(phrases, torch.zeros(len(vision_feats), 3, 0, 0), vision_feats)
-
-    def _inputs(
-        self, phrases: Sequence[str], pixel_values: Tensor, vision_feats: Tensor | None = None
-    ) -> CognitionInputs:
         input_ids, padding_mask, text_feature_mask = padded(
             [self.encode(phrase) for phrase in phrases], self.prompts.pad_token_id
         )
         return CognitionInputs(
-            pixel_values=pixel_values,
+            pixel_values=torch.stack([self.pixels(image) for image in images]),
             input_ids=input_ids,
             token_padding_mask=padding_mask,
             text_feature_mask=text_feature_mask,
-            vision_feats=vision_feats,
         )
 
     def pixels(self, image: Image.Image) -> Tensor:
@@ -283,24 +273,12 @@ class Qwen2OneVision(CognitionBackend):
         is_prefix = torch.ones(num_images, prefix, dtype=torch.bool, device=image_index.device)
         return pack_prompts(~inputs.token_padding_mask[:, prefix:], is_prefix, image_index), prefix
 
-    def vision_tower(self) -> VisionTower:
-        """See `CognitionBackend`. The projector, cheap and in some models wider, is not part of it."""
-        architecture: Any = self.model.config
-        about = f"{architecture.vision_config.image_size} px, hidden states {architecture.vision_feature_layer}"
-        return VisionTower(self.model.vision_tower, self._vision_feats, about)
-
     @torch.no_grad()
     def _image_tokens(self, inputs: CognitionInputs) -> Tensor:
         """Vision tower and projector, once per image: (I, N, D), row-major, top row first."""
-        known = inputs.vision_feats
-        return self.model.multi_modal_projector(self._vision_feats(inputs.pixel_values) if known is None else known)
-
-    @torch.no_grad()
-    def _vision_feats(self, pixel_values: Tensor) -> Tensor:
-        """The vision tower alone: (I, 3, s, s) -> (I, N, D_v)."""
         tower = self.model.vision_tower
-        states = tower(pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
-        return states[self.model.config.vision_feature_layer]
+        states = tower(inputs.pixel_values.to(tower.dtype), output_hidden_states=True).hidden_states
+        return self.model.multi_modal_projector(states[self.model.config.vision_feature_layer])
 
     def _run_prompts(self, embeddings: Tensor, is_valid: Tensor) -> Tensor:
         """Runs the language model over whole prompts, each by itself: (P, L, D) -> (P, L, D)."""

@@ -89,14 +89,9 @@ class Perception(nn.Module):
                 layer.eval()
         return self
 
-    def forward(self, image: Tensor, pyramid: tuple[Tensor, ...] = ()) -> PerceptionFeatures:
-        """Computes what depends on the images alone.
-
-        Args:
-            image: see `pyramid`.
-            pyramid: what `pyramid` has made of the images, from the cache; empty computes it.
-        """
-        pyramid = pyramid or self.pyramid(image)
+    def forward(self, image: Tensor) -> PerceptionFeatures:
+        """Computes what depends on the images alone; `image` as in `pyramid`."""
+        pyramid = self.pyramid(image)
         if self.checkpointing and self.training:
             decoded = checkpoint(self.pixel_decoder, pyramid, use_reentrant=False)
         else:
