@@ -30,6 +30,7 @@ for _name, _value in (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("TOKEN
     os.environ.setdefault(_name, _value)  # read when torch and transformers are imported
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # scripts import each other as `scripts.*`
 GOLDEN = ROOT / "tests" / "golden"
 LOSSES = GOLDEN / "losses"
 CHECKPOINT = GOLDEN / "quickstart_checkpoint"
@@ -147,10 +148,10 @@ def parity_losses(num_steps: int = NUM_STEPS) -> list[float]:
     import torch
 
     from deris_llm.config import load_config
-    from deris_llm.criterion import build_criterion
-    from deris_llm.interop.parity_losses import read_case
-    from deris_llm.interop.parity_model import build_parity_model, parity_batch
-    from deris_llm.interop.parity_recipe import MODELS, recipe_inputs, recipe_state_dict
+    from deris_llm.losses.criterion import build_criterion
+    from scripts.parity.arrays import build_parity_model, parity_batch
+    from scripts.parity.losses import read_case
+    from scripts.parity.recipe import MODELS, recipe_inputs, recipe_state_dict
 
     extract = GOLDEN / "parity"
     run_config, seeds = MODELS["B_refcoco"]

@@ -1,8 +1,8 @@
 """Golden losses: what is trained and answered stays equal to tests/golden/losses, or a commit says why it does not.
 
 Where machine and libraries equal those of the recording, every number must be equal to the last digit, elsewhere within
-1e-5. Measured against other rounding (ATEN_CPU_CAPABILITY=default, ONEDNN_MAX_CPU_ISA=SSE41, both, with equal versions):
-see MEASURED.
+1e-5. Measured with ONEDNN_MAX_CPU_ISA=SSE41, alone and with ATEN_CPU_CAPABILITY=default, in place of AVX2: losses of all
+tiny runs within 1.6e-6.
 """
 
 import json
@@ -63,17 +63,12 @@ def test_released_preset_on_the_parity_extract():
     check(golden_losses.PARITY, losses={"1 rank": golden_losses.parity_losses(NUM_PARITY_STEPS)})
 
 
-def test_predictions_of_the_quickstart_checkpoint(world: Path):
-    check(golden_losses.PREDICTIONS, predictions=golden_losses.predictions(world))
-
-
 def test_every_recording_is_complete():
     stored = loss_compare.read_recordings(golden_losses.LOSSES)
-    assert stored.keys() == {*golden_losses.RUNS, golden_losses.PARITY, golden_losses.PREDICTIONS}
+    assert stored.keys() == {*golden_losses.RUNS, golden_losses.PARITY}
     for name in golden_losses.RUNS:
         assert {ranks: len(losses) for ranks, losses in stored[name]["losses"].items()} == {"1 rank": 8, "2 ranks": 8}
     assert len(stored[golden_losses.PARITY]["losses"]["1 rank"]) == 8
-    assert len(stored[golden_losses.PREDICTIONS]["predictions"]) == 20
     assert all("golden_losses.py" in content["command"] and len(content["commit"]) == 40 for content in stored.values())
 
 
