@@ -120,7 +120,7 @@ def test_overrides():
         ("data.train=[]", "data.train: expected at least one dataset"),
         (
             "data.train=[refcoco/train]",
-            "data.train: expected a dataset like refcoco, whose train split is taken, got 'refcoco/train'",
+            "data.train: expected a dataset like refcoco, whose train split is used, got 'refcoco/train'",
         ),
         ("data.train=[refcoco, refcoco]", "data.train: 'refcoco' is listed 2 times"),
         ("data.eval=[refcoco/]", "data.eval: expected `dataset/split`"),
@@ -140,7 +140,7 @@ def test_all_problems_are_said_at_once():
     assert len(caught.value.problems) == 3
 
 
-NUMBERS = [(name, default) for name, kind, default, _ in iter_fields() if kind in (int, float)] + [
+NUMBERS = [(name, default) for name, kind, default, *_ in iter_fields() if kind in (int, float)] + [
     ("training.betas", (0.9, 0.999)),
     ("training.decay_epochs", ()),
 ]
@@ -272,7 +272,7 @@ def test_every_field_says_what_it_means_and_is_read_somewhere():
     source = "\n".join(p.read_text() for p in package.rglob("*.py") if p.name != "config.py")
     fields = list(iter_fields(RunConfig))
     assert len(fields) > 50
-    assert all(len(about) > 20 for *_, about in fields)
+    assert all(len(field.about) > 20 for field in fields)
     fields = [field for field in fields if field[0] != "compat"]  # config.py itself reads it, before there is a config
     unread = [name for name, *_ in fields if not re.search(rf"\.{name.rsplit('.', 1)[-1]}\b", source)]
     assert unread == []

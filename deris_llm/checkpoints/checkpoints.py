@@ -79,7 +79,7 @@ from deris_llm.checkpoints.layout import (
 from deris_llm.common.folders import link_or_copy, written_aside
 from deris_llm.common.hub import SMALL_FILES, commit_of
 from deris_llm.common.ranks import gathered, on_first_rank, rank, reduced, world_size
-from deris_llm.config import RunConfig, config_to_dict, load_config, save_config
+from deris_llm.config import Beit3Cognition, RunConfig, config_to_dict, fields_that_may_differ, load_config, save_config
 from deris_llm.config.protocols import protocols_of
 from deris_llm.models.out_of_memory import explains_out_of_memory
 from deris_llm.models.pretrained import weights_folder
@@ -93,28 +93,7 @@ _CHUNK = 1 << 16
 _NUM_CHUNKS = 64
 _LORA, _UNDER_LORA = ".lora_", ".base_layer."  # peft's names: of the updates, of the linear that has one
 
-MAY_DIFFER = frozenset(
-    {
-        "name",
-        "data.root",
-        "data.check_images",
-        "data.num_workers",
-        "training.images_per_device",
-        "training.accumulation",
-        "training.eval_every",
-        "training.eval_max_images",
-        "training.save_every",
-        "training.keep_checkpoints",
-        "training.log_every",
-        "training.wandb",
-        "perception.activation_checkpointing",
-        "perception.deformable_attention",
-        "cognition.gradient_checkpointing",
-        "evaluation.images_per_device",
-        "evaluation.max_phrases_per_batch",
-        "evaluation.compare_workers",
-    }
-)
+MAY_DIFFER = fields_that_may_differ()
 """Config fields that may change when a run goes on: they do not change what is learned (images per step is checked)."""
 
 # What a checkpoint made of another one takes over; the last: deris_llm.evaluation.calibration.
@@ -692,9 +671,9 @@ def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
         own = (
             folder / PROCESSOR_FOLDER / "cognition" / TOKENIZER_FILE
         )  # of an exported run: its processor alone is used
-        has_own = own.is_file() and not config.cognition.tokenizer
-        cognition = dataclasses.replace(config.cognition, tokenizer=str(own)) if has_own else config.cognition
-        return dataclasses.replace(config, cognition=cognition)
+        if isinstance(config.cognition, Beit3Cognition) and own.is_file() and not config.cognition.tokenizer:
+            config = dataclasses.replace(config, cognition=dataclasses.replace(config.cognition, tokenizer=str(own)))
+        return config
     given = {text.partition("=")[0].strip() for text in overrides}
     return with_files_of(base, config, wins=base == folder, given=given)
 
@@ -711,7 +690,7 @@ def with_files_of(
         given: names of fields that stay as they are.
     """
     found = {f"{part}.weights": folder / PROCESSOR_FOLDER / part for part in ("cognition", "perception")}
-    if wins or not config.cognition.tokenizer:
+    if isinstance(config.cognition, Beit3Cognition) and (wins or not config.cognition.tokenizer):
         found["cognition.tokenizer"] = folder / TOKENIZER_FILE
     for name, path in found.items():
         if path.exists() and name not in given:
@@ -746,7 +725,7 @@ def _processor_files(config: RunConfig) -> dict[str, Path]:
         if part == "perception":
             kept = [folder / "config.json"]
         files |= {f"{PROCESSOR_FOLDER}/{part}/{path.name}": path for path in kept}
-    if config.cognition.tokenizer:
+    if isinstance(config.cognition, Beit3Cognition) and config.cognition.tokenizer:
         files[f"{PROCESSOR_FOLDER}/cognition/{TOKENIZER_FILE}"] = Path(config.cognition.tokenizer).expanduser()
     return files
 

@@ -589,10 +589,10 @@ def run_config_fields(arguments: argparse.Namespace) -> int:
     found = [field for field in iter_fields() if arguments.match in field[0]]
     if not found:
         raise ValueError(f"config fields: expected part of a field's name, got {arguments.match!r}, which none holds")
-    for name, kind, default, about in found:
+    for name, kind, default, about, bounds, _ in found:
         typed = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
         shown.print(f"{name}: {typed.replace('typing.', '')} = {default!r}")
-        shown.print(Padding(about, (0, 0, 0, 4)))
+        shown.print(Padding(f"{about}; in {bounds}" if bounds else about, (0, 0, 0, 4)))
     return 0
 
 

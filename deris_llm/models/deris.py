@@ -144,9 +144,10 @@ def build_model(
             structure=options.structure,
         ).to(dtype)
         if weights and not cognition.shares_images:
+            order = getattr(config.cognition, "prompt_order", "image_first")
             say_once(
                 f"cognition.backend={config.cognition.backend} does not share an image between its phrases and runs once per phrase"
-                + (": cognition.prompt_order=text_first" if config.cognition.prompt_order == "text_first" else "")
+                + (": cognition.prompt_order=text_first" if order == "text_first" else "")
             )
         model = Deris(cognition, None if options.structure == "cognition_centric" else perception, loopback)
     if config.cognition.gradient_checkpointing:

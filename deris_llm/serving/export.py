@@ -34,7 +34,7 @@ from deris_llm.checkpoints.layout import (
 )
 from deris_llm.common.folders import check_new_folder, written_aside
 from deris_llm.common.version import __version__
-from deris_llm.config import RunConfig, load_config, save_config
+from deris_llm.config import Beit3Cognition, RunConfig, load_config, save_config
 from deris_llm.config.protocols import protocols_of
 from deris_llm.evaluation.calibration import CALIBRATION_FILE, calibrated_config, threshold_source
 from deris_llm.evaluation.report import read_report
@@ -130,10 +130,13 @@ def _finish(
 
 
 def _public_config(config: RunConfig) -> RunConfig:
+    cognition = dataclasses.replace(config.cognition, weights=_public_name(config.cognition.weights))
+    if isinstance(cognition, Beit3Cognition):
+        cognition = dataclasses.replace(cognition, tokenizer="")
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, root="data"),
-        cognition=dataclasses.replace(config.cognition, weights=_public_name(config.cognition.weights), tokenizer=""),
+        cognition=cognition,
         perception=dataclasses.replace(config.perception, weights=_public_name(config.perception.weights)),
         training=dataclasses.replace(config.training, start_from=""),
     )

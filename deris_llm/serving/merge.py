@@ -17,7 +17,7 @@ from torch import nn
 from deris_llm.checkpoints.checkpoints import files_beside_weights, load_checkpoint, save_full_checkpoint
 from deris_llm.checkpoints.layout import CONFIG_FILE, find_checkpoint
 from deris_llm.common.folders import check_new_folder
-from deris_llm.config import RunConfig, config_from_dict, config_to_dict, load_config
+from deris_llm.config import Beit3Cognition, RunConfig, config_from_dict, config_to_dict, load_config
 from deris_llm.models.cognition import build_processor
 from deris_llm.models.preprocess import perception_pixels
 from deris_llm.structures import DerisOutput, ReferringBatch
@@ -115,9 +115,12 @@ def merge_lora(model: nn.Module) -> int:
 def _without_lora(config: RunConfig, where: str) -> RunConfig:
     """The run config of a checkpoint that is merged; a folder of this machine that it started from is of no use there."""
     lora = dataclasses.replace(config.cognition.lora, r=0, dropout=0.0)
+    cognition = dataclasses.replace(config.cognition, lora=lora, quantization="none")
+    if isinstance(cognition, Beit3Cognition):
+        cognition = dataclasses.replace(cognition, tokenizer="")
     changed = dataclasses.replace(
         config,
-        cognition=dataclasses.replace(config.cognition, lora=lora, tokenizer="", quantization="none"),
+        cognition=cognition,
         training=dataclasses.replace(config.training, start_from=""),
     )
     return config_from_dict(config_to_dict(changed), where=f"merged {where}")

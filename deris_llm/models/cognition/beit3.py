@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from deris_llm.config import CognitionConfig
+from deris_llm.config import Beit3Cognition
 from deris_llm.models.cognition.base import CognitionBackend, PlannedInputs
 from deris_llm.models.cognition.lora import add_lora
 from deris_llm.models.cognition.prompts import raised_messages
@@ -443,7 +443,7 @@ class Beit3(CognitionBackend):
         self.train(self.training)
 
     @classmethod
-    def build(cls, config: CognitionConfig, *, weights: bool, dtype: torch.dtype) -> Self:
+    def build(cls, config: Beit3Cognition, *, weights: bool, dtype: torch.dtype) -> Self:
         """See `CognitionBackend`."""
         architecture = _architecture(config, weights=weights)
         model = load_pretrained(
@@ -464,12 +464,12 @@ class Beit3(CognitionBackend):
         )
 
     @classmethod
-    def check_weights(cls, config: CognitionConfig) -> None:
+    def check_weights(cls, config: Beit3Cognition) -> None:
         """See `CognitionBackend`."""
         check_names(Beit3Model, config.weights, _architecture(config, weights=True), left_in_file=_LEFT_IN_FILE)
 
     @classmethod
-    def build_processor(cls, config: CognitionConfig) -> Beit3Processor:
+    def build_processor(cls, config: Beit3Cognition) -> Beit3Processor:
         """See `CognitionBackend`."""
         architecture = _architecture(config, weights=False)  # a full checkpoint brings no base weights
         path = _tokenizer_path(config)
@@ -489,7 +489,7 @@ class Beit3(CognitionBackend):
         )
 
     @classmethod
-    def plan_inputs(cls, config: CognitionConfig, phrase: str, image_index: Sequence[int]) -> PlannedInputs:
+    def plan_inputs(cls, config: Beit3Cognition, phrase: str, image_index: Sequence[int]) -> PlannedInputs:
         """See `CognitionBackend`; the length of the phrase is estimated, the tokenizer may be absent."""
         architecture = _architecture(config, weights=False)
         side = _image_size(config, architecture)
@@ -541,7 +541,7 @@ def _both_ways(kind: type[nn.Module], *args: Any, **kwargs: Any) -> Multiway:
     return Multiway(kind(*args, **kwargs), kind(*args, **kwargs))
 
 
-def _architecture(config: CognitionConfig, *, weights: bool) -> Beit3Config:
+def _architecture(config: Beit3Cognition, *, weights: bool) -> Beit3Config:
     """The config of a BEiT-3, with the run's stochastic depth; its `image_size` stays that of the position table."""
     architecture = architecture_of(config.weights, weights=weights)
     if not isinstance(architecture, Beit3Config):
@@ -559,7 +559,7 @@ def _architecture(config: CognitionConfig, *, weights: bool) -> Beit3Config:
     return architecture
 
 
-def _image_size(config: CognitionConfig, architecture: Beit3Config) -> int:
+def _image_size(config: Beit3Cognition, architecture: Beit3Config) -> int:
     size = config.image_size or architecture.image_size
     if size <= 0 or size % architecture.patch_size:
         raise ValueError(
@@ -569,7 +569,7 @@ def _image_size(config: CognitionConfig, architecture: Beit3Config) -> int:
     return size
 
 
-def _tokenizer_path(config: CognitionConfig) -> Path:
+def _tokenizer_path(config: Beit3Cognition) -> Path:
     if config.tokenizer:
         path, where = Path(config.tokenizer).expanduser(), f"cognition.tokenizer={config.tokenizer}"
     else:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlavaOnevisionModel, PreTrainedTokenizerBase
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from deris_llm.config import CognitionConfig
+from deris_llm.config import Qwen2OvCognition
 from deris_llm.models.cognition.base import CognitionBackend, PlannedInputs, TokenCount, say_once
 from deris_llm.models.cognition.lora import add_lora
 from deris_llm.models.cognition.prompts import LeftAlignment, PromptTokenizer, padded
@@ -143,7 +143,7 @@ class Qwen2OneVision(CognitionBackend):
         self.train(self.training)
 
     @classmethod
-    def build(cls, config: CognitionConfig, *, weights: bool, dtype: torch.dtype) -> Self:
+    def build(cls, config: Qwen2OvCognition, *, weights: bool, dtype: torch.dtype) -> Self:
         """See `CognitionBackend`."""
         architecture = _architecture(config.weights, weights=weights)
         model = load_pretrained(
@@ -167,13 +167,13 @@ class Qwen2OneVision(CognitionBackend):
         )
 
     @classmethod
-    def check_weights(cls, config: CognitionConfig) -> None:
+    def check_weights(cls, config: Qwen2OvCognition) -> None:
         """See `CognitionBackend`."""
         architecture = _architecture(config.weights, weights=True)
         check_names(LlavaOnevisionModel, config.weights, architecture, left_in_file=_LEFT_IN_FILE)
 
     @classmethod
-    def build_processor(cls, config: CognitionConfig) -> Qwen2OneVisionProcessor:
+    def build_processor(cls, config: Qwen2OvCognition) -> Qwen2OneVisionProcessor:
         """See `CognitionBackend`."""
         architecture = _architecture(config.weights, weights=True)
         tokenizer = load_tokenizer(config.weights)
@@ -197,7 +197,7 @@ class Qwen2OneVision(CognitionBackend):
         )
 
     @classmethod
-    def plan_inputs(cls, config: CognitionConfig, phrase: str, image_index: Sequence[int]) -> PlannedInputs:
+    def plan_inputs(cls, config: Qwen2OvCognition, phrase: str, image_index: Sequence[int]) -> PlannedInputs:
         """See `CognitionBackend`; without weights at hand the architecture suffices, as shipped for the run configs."""
         name = config.weights
         if name.startswith("builtin:") or Path(name).is_dir():

@@ -33,7 +33,7 @@ from transformers import (
     Qwen3VLModel,
 )
 
-from deris_llm.config import CognitionConfig
+from deris_llm.config import QwenVlCognition
 from deris_llm.models.cognition.base import CognitionBackend, PlannedInputs, TokenCount
 from deris_llm.models.cognition.lora import add_lora
 from deris_llm.models.cognition.maps import resampled_maps
@@ -212,7 +212,7 @@ class QwenVL(CognitionBackend):
         self.train(self.training)
 
     @classmethod
-    def build(cls, config: CognitionConfig, *, weights: bool, dtype: torch.dtype) -> Self:
+    def build(cls, config: QwenVlCognition, *, weights: bool, dtype: torch.dtype) -> Self:
         """See `CognitionBackend`."""
         architecture = _architecture(config.weights, weights=weights)
         model = load_pretrained(
@@ -237,13 +237,13 @@ class QwenVL(CognitionBackend):
         )
 
     @classmethod
-    def check_weights(cls, config: CognitionConfig) -> None:
+    def check_weights(cls, config: QwenVlCognition) -> None:
         """See `CognitionBackend`."""
         architecture = _architecture(config.weights, weights=True)
         check_names(MODELS[architecture.model_type], config.weights, architecture, left_in_file=("lm_head.weight",))
 
     @classmethod
-    def build_processor(cls, config: CognitionConfig) -> QwenVLProcessor:
+    def build_processor(cls, config: QwenVlCognition) -> QwenVLProcessor:
         """See `CognitionBackend`."""
         architecture = _architecture(config.weights, weights=True)
         tokenizer = load_tokenizer(config.weights)
@@ -280,7 +280,7 @@ class QwenVL(CognitionBackend):
         )
 
     @classmethod
-    def plan_inputs(cls, config: CognitionConfig, phrase: str, image_index: Sequence[int]) -> PlannedInputs:
+    def plan_inputs(cls, config: QwenVlCognition, phrase: str, image_index: Sequence[int]) -> PlannedInputs:
         """See `CognitionBackend`; without weights at hand the architecture suffices, as shipped for the run configs."""
         architecture = _architecture(config.weights, weights=False)
         if config.weights.startswith("builtin:") or Path(config.weights).is_dir():
@@ -479,7 +479,7 @@ def resized_size(height: int, width: int, token_size: int, *, min_pixels: int, m
 
 
 def _planned_inputs(
-    config: CognitionConfig, vision: Any, image_token_id: int, image_index: Sequence[int]
+    config: QwenVlCognition, vision: Any, image_token_id: int, image_index: Sequence[int]
 ) -> CognitionInputs:
     """Inputs of usual pictures and an estimated number of text tokens."""
     token_size = vision.patch_size * vision.spatial_merge_size

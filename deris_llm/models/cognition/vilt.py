@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ViltConfig, ViltImageProcessor, ViltModel
 from transformers.models.vilt.modeling_vilt import ViltEmbeddings
 
-from deris_llm.config import CognitionConfig
+from deris_llm.config import ViltCognition
 from deris_llm.models.cognition.base import CognitionBackend, PlannedInputs
 from deris_llm.models.cognition.lora import BERT_PATHS, add_lora
 from deris_llm.models.cognition.maps import resampled_maps
@@ -148,7 +148,7 @@ class Vilt(CognitionBackend):
         self.train(self.training)
 
     @classmethod
-    def build(cls, config: CognitionConfig, *, weights: bool, dtype: torch.dtype) -> Self:
+    def build(cls, config: ViltCognition, *, weights: bool, dtype: torch.dtype) -> Self:
         """See `CognitionBackend`."""
         model = load_pretrained(
             OrderedVilt,
@@ -169,13 +169,13 @@ class Vilt(CognitionBackend):
         )
 
     @classmethod
-    def check_weights(cls, config: CognitionConfig) -> None:
+    def check_weights(cls, config: ViltCognition) -> None:
         """See `CognitionBackend`."""
         architecture = _architecture(config, weights=True)
         check_names(OrderedVilt, config.weights, architecture, left_in_file=_LEFT_IN_FILE)
 
     @classmethod
-    def build_processor(cls, config: CognitionConfig) -> ViltProcessor:
+    def build_processor(cls, config: ViltCognition) -> ViltProcessor:
         """See `CognitionBackend`."""
         architecture = _architecture(config, weights=True)
         phrases = load_phrase_tokenizer(
@@ -192,7 +192,7 @@ class Vilt(CognitionBackend):
         return ViltProcessor(phrases, image_processor, patch_size=patch_size)
 
     @classmethod
-    def plan_inputs(cls, config: CognitionConfig, phrase: str, image_index: Sequence[int]) -> PlannedInputs:
+    def plan_inputs(cls, config: ViltCognition, phrase: str, image_index: Sequence[int]) -> PlannedInputs:
         """See `CognitionBackend`; the phrase's length is estimated, the picture is a usual one of COCO."""
         architecture = _architecture(config, weights=False)
         patch_size = _side(architecture.patch_size)
@@ -300,7 +300,7 @@ def _corner_mask(sizes: Tensor, height: int, width: int) -> Tensor:
     return is_row[:, :, None] & is_column[:, None, :]
 
 
-def _architecture(config: CognitionConfig, *, weights: bool) -> ViltConfig:
+def _architecture(config: ViltCognition, *, weights: bool) -> ViltConfig:
     architecture = architecture_of(config.weights, weights=weights)
     if not isinstance(architecture, ViltConfig):
         raise ValueError(
