@@ -13,6 +13,7 @@ from deris_llm.config.schema import (
     QwenVlCognition,
     RunConfig,
     TrainingConfig,
+    fields_of,
 )
 
 
@@ -129,8 +130,11 @@ def _text_features_that_saw_the_image(config: RunConfig) -> Iterator[str]:
         yield (
             f"{where}: the text features of cognition.backend={cognition.backend} have seen the image; set cognition.backend=bert"
         )
-    is_language_model = isinstance(cognition, LanguageModelCognition) and cognition.backend in COGNITION_CONFIGS
-    if is_language_model and (cognition.prompt_order != "text_first" or cognition.text_features != "phrase"):
+    if (
+        isinstance(cognition, LanguageModelCognition)
+        and cognition.backend in COGNITION_CONFIGS
+        and (cognition.prompt_order, cognition.text_features) != ("text_first", "phrase")
+    ):
         yield (
             f"{where}: expected text features that have not seen the image, got those after it; set cognition.backend=bert, or "
             "cognition.prompt_order=text_first with cognition.text_features=phrase"
@@ -146,8 +150,11 @@ def _presence(config: RunConfig) -> Iterator[str]:
             f"evaluation.selection={evaluation.selection} always answers with a mask, so that N-acc on {gres[0]} is 0: set "
             "evaluation.selection=threshold, or evaluation.presence=gate"
         )
-    is_language_model = isinstance(cognition, LanguageModelCognition) and cognition.backend in COGNITION_CONFIGS
-    if is_language_model and loopback.presence_source == "image" and cognition.prompt_order == "image_first":
+    if (
+        isinstance(cognition, LanguageModelCognition)
+        and cognition.backend in COGNITION_CONFIGS
+        and (loopback.presence_source, cognition.prompt_order) == ("image", "image_first")
+    ):
         yield (
             f"{image_source} cannot take effect with cognition.prompt_order=image_first: image tokens that come first have not "
             "read the phrase, so all phrases of an image get the same answer; set cognition.prompt_order=text_first"
@@ -207,4 +214,4 @@ def _epochs_schedule(training: TrainingConfig) -> Iterator[str]:
 
 def _is_changed(section: Any, field: str) -> bool:
     """Whether a field has another value than its default."""
-    return getattr(section, field) != section.__pydantic_fields__[field].default
+    return getattr(section, field) != fields_of(section)[field].default

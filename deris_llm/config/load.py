@@ -20,6 +20,7 @@ from deris_llm.config.schema import (
     RunConfig,
     cognition_fields,
     cognition_tag,
+    fields_of,
     iter_fields,
 )
 
@@ -268,9 +269,7 @@ def _unknown(*path: int | str, got: Any, backend: int | str) -> str:
     *groups, key = map(str, path)
     here = "".join(f"{group}." for group in groups)
     readers = (
-        [name for name, kind in COGNITION_CONFIGS.items() if key in kind.__pydantic_fields__]
-        if groups == ["cognition"]
-        else []
+        [name for name, kind in COGNITION_CONFIGS.items() if key in fields_of(kind)] if groups == ["cognition"] else []
     )
     if readers:
         return (

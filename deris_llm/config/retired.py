@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deris_llm.config.schema import PluginCognition, cognition_fields
+from deris_llm.config.schema import PluginCognition, cognition_fields, fields_of
 
 _ANY = object()
 RETIRED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -41,7 +41,7 @@ def without_retired(tree: dict[str, Any], problems: list[str]) -> dict[str, Any]
 
 
 def _defaults_of_other_backends(cognition: Mapping[str, Any]) -> list[str]:
-    mine, every = cognition_fields(cognition), PluginCognition.__pydantic_fields__
+    mine, every = cognition_fields(cognition), fields_of(PluginCognition)
     return [
         key for key, value in cognition.items() if key in every.keys() - mine.keys() and value == every[key].default
     ]

@@ -294,7 +294,7 @@ COGNITION_CONFIGS: dict[str, type[CognitionConfig]] = {
 
 def cognition_fields(cognition: Any) -> dict[str, FieldInfo]:
     """The fields that the backend of a section reads."""
-    return COGNITION_CONFIGS.get(cognition_tag(cognition), PluginCognition).__pydantic_fields__
+    return fields_of(COGNITION_CONFIGS.get(cognition_tag(cognition), PluginCognition))
 
 
 def cognition_tag(cognition: Any) -> str:
@@ -518,9 +518,14 @@ class Option(NamedTuple):
     may_differ: bool = False  # on resume
 
 
+def fields_of(section: Any) -> dict[str, FieldInfo]:
+    """The fields of a section or of its class, by name."""
+    return section.__pydantic_fields__
+
+
 def iter_fields(of: Any = RunConfig, prefix: str = "") -> Iterator[Option]:
     """Yields every field of a section, or of a config: of the backend that it has, otherwise of every backend."""
-    for name, field in of.__pydantic_fields__.items():
+    for name, field in fields_of(of).items():
         if not field.default_factory:
             yield _option(f"{prefix}{name}", field)
         elif not isinstance(of, type):

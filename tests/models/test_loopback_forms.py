@@ -359,7 +359,7 @@ def test_every_trainable_parameter_takes_part(weights: list[str], options: tuple
             ["loopback.structure=cognition_centric", "perception.freeze_backbone=false"],
             "perception.freeze_backbone cannot take effect with loopback.structure=cognition_centric",
         ),
-        (["loopback.structure=perception_centric"], "expected text features that have not seen the picture"),
+        (["loopback.structure=perception_centric"], "expected text features that have not seen the image"),
         (
             ["loopback.structure=perception_centric", "loopback.presence_source=cls", *TEXT_FIRST],
             "loopback.presence_source=cls contradicts loopback.structure=perception_centric",
@@ -384,7 +384,7 @@ def test_every_trainable_parameter_takes_part(weights: list[str], options: tuple
             ["criterion.presence_weight=0", "loopback.presence_source=cls"],
             "loopback.presence_source cannot take effect with criterion.presence_weight=0",
         ),
-        (["criterion.aux_weight=-1"], "criterion.aux_weight: expected 0 or more, got -1.0"),
+        (["criterion.aux_weight=-1"], "criterion.aux_weight: expected 0 or more, got -1"),
         (["loopback.form=both"], "loopback.form: expected one of loopback, p2c, c2p, hierarchical, got 'both'"),
     ],
 )
@@ -401,7 +401,7 @@ def test_backends_that_cannot_serve_an_option_are_told():
         ("deris-bert-grefcoco", "loopback.presence_source=image"),
         ("deris-bert-grefcoco", "loopback.structure=cognition_centric"),
     ):
-        with pytest.raises(ConfigError, match="the picture"):
+        with pytest.raises(ConfigError, match="the image"):
             load_config(config, [option])
     load_config("deris-bert-grefcoco", ["loopback.structure=perception_centric", "loopback.presence_head=linear"])
     load_config("deris-b-grefcoco", ["loopback.presence_source=image", "loopback.presence_head=linear"])
