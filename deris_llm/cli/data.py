@@ -25,13 +25,11 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     synth.add_argument("--out", type=path, required=True, metavar="DIR", help="data root to write")
     synth.add_argument("--seed", type=at_least(0), default=0, help="the same seed writes the same files")
     synth.add_argument(
-        "--num-train", type=at_least(1), default=2400, metavar="N", help="pictures of refcoco/train (default 2400)"
+        "--num-train", type=at_least(1), default=2400, metavar="N", help="images of refcoco/train (default 2400)"
     )
+    synth.add_argument("--num-val", type=at_least(1), default=120, metavar="N", help="images of each val (default 120)")
     synth.add_argument(
-        "--num-val", type=at_least(1), default=120, metavar="N", help="pictures of each val (default 120)"
-    )
-    synth.add_argument(
-        "--num-test", type=at_least(1), default=120, metavar="N", help="pictures of each test split (default 120)"
+        "--num-test", type=at_least(1), default=120, metavar="N", help="images of each test split (default 120)"
     )
     synth.add_argument(
         "--workers", type=at_least(1), default=1, metavar="N", help="processes (default 1); the files are the same"
@@ -47,7 +45,7 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     prepare.add_argument("--source", required=True, metavar="PATH", help="file or folder (hf: a name too)")
     prepare.add_argument("--out", type=path, required=True, metavar="ROOT/NAME", help="a run names it NAME/split")
     prepare.add_argument(
-        "--images", type=path, metavar="DIR", help="the pictures' folder; default: where the format has it"
+        "--images", type=path, metavar="DIR", help="the images' folder; default: where the format has it"
     )
     prepare.add_argument("--splits", nargs="+", default=(), metavar="SPLIT", help="default: all")
     prepare.add_argument(
@@ -61,12 +59,12 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--coordinates",
         choices=("px", "normalised"),
         default="px",
-        help="unit of polygons: px (default), or shares of the picture's width and height, from 0 to 1",
+        help="unit of polygons: px (default), or shares of the image's width and height, from 0 to 1",
     )
     prepare.add_argument(
         "--exif",
         choices=("displayed", "stored"),
-        help="which way up pictures were annotated where their size does not say it (EXIF turns them by 180 degrees, mirrors "
+        help="which way up images were annotated where their size does not say it (EXIF turns them by 180 degrees, mirrors "
         "them, or turns square ones): as viewers and most tools display them (default), or as their pixels are stored "
         "(default of refer and seqtr, as COCO)",
     )
@@ -84,13 +82,13 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--val-share",
         type=float,
         metavar="SHARE",
-        help="a source with one split only: this share of its pictures (0.1: a tenth) becomes val, the others train; "
+        help="a source with one split only: this share of its images (0.1: a tenth) becomes val, the others train; "
         "chosen by content, so the same on every machine",
     )
     prepare.add_argument(
         "--follow-links",
         action="store_true",
-        help="follow links that leave the pictures' folder, as those of Hugging Face's cache do",
+        help="follow links that leave the images' folder, as those of Hugging Face's cache do",
     )
     prepare.add_argument(
         "--workers", type=at_least(1), default=1, metavar="N", help="processes (default 1); the set is the same"
@@ -102,12 +100,12 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     check.add_argument("--datasets", nargs="+", metavar="NAME", help="default: all that are there")
     check.add_argument(
         "--images", action="store_true",
-        help="also decode every picture, and name each that is missing, cut off, of another size or no picture",
+        help="also decode every image, and name each that is missing, cut off, of another size or no image",
     )  # fmt: skip
     check.add_argument("--workers", type=int, metavar="N", help="threads of --images (default: one per core)")
     check.set_defaults(run=run_check)
 
-    show = subparsers.add_parser("show", help="a page or a sheet of pictures with phrases and masks")
+    show = subparsers.add_parser("show", help="a page or a sheet of images with phrases and masks")
     show.add_argument("split", metavar="SPLIT", help="dataset/split, e.g. refcoco/val")
     show.add_argument("--root", type=path, default=Path("data"), metavar="DIR", help="data root (default data)")
     show.add_argument(
@@ -129,7 +127,7 @@ def run_synth(arguments: argparse.Namespace) -> int:
     if not arguments.out.is_dir():
         check_writable(arguments.out, "--out")
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("drawing pictures", total=None)
+        task = progress.add_task("drawing images", total=None)
         write_world(
             arguments.out,
             seed=arguments.seed,
@@ -171,7 +169,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         takes_crowds=arguments.crowds == "taken",
     )
     with Progress(*_columns(), console=Console(stderr=True)) as progress:
-        tasks = {stage: progress.add_task(stage, total=None) for stage in ("pictures", "phrases")}
+        tasks = {stage: progress.add_task(stage, total=None) for stage in ("images", "phrases")}
         made = prepare(
             options, on_progress=lambda stage, done, total: progress.update(tasks[stage], completed=done, total=total)
         )
@@ -179,7 +177,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     for split, found in made.manifest["splits"].items():
         lines.append(
             f"{name}/{split}: {found['num_phrases']:,} phrases ({found['num_no_target']:,} without a target) of "
-            f"{found['num_refs']:,} entries, {found['num_images']:,} pictures"
+            f"{found['num_refs']:,} entries, {found['num_images']:,} images"
         )
         lines += [f"{name}/{split}: {note}" for note in found.get("notes", ())]
     for split, counts in made.manifest["skipped"].items():
@@ -249,21 +247,21 @@ def _published(split: SplitCounts) -> str:
 
 
 def _pictures_are_whole(root: Path, splits: Sequence[str], *, workers: int | None) -> bool:
-    """Decodes the pictures of splits, each once, with a bar; prints what is wrong."""
+    """Decodes the images of splits, each once, with a bar; prints what is wrong."""
     from rich.progress import Progress
 
     from deris_llm.common.terminal import console
-    from deris_llm.data.input_checks import first_of_each_picture, undecodable_pictures
+    from deris_llm.data.input_checks import first_of_each_image, undecodable_images
     from deris_llm.data.sources import read_split
 
-    pictures = [first for name in splits for first in first_of_each_picture(read_split(root, name))[0]]
-    number = len({record.image_path for record in pictures})
+    images = [first for name in splits for first in first_of_each_image(read_split(root, name))[0]]
+    number = len({record.image_path for record in images})
     with Progress(*_columns(), console=console(stderr=True)) as progress:
-        task = progress.add_task("pictures", total=number)
-        problems = undecodable_pictures(
-            pictures, workers=workers, on_progress=lambda done, _: progress.update(task, completed=done)
+        task = progress.add_task("images", total=number)
+        problems = undecodable_images(
+            images, workers=workers, on_progress=lambda done, _: progress.update(task, completed=done)
         )
-    said = f"{len(problems):,} of {number:,} pictures cannot be used" if problems else f"{number:,} pictures are whole"
+    said = f"{len(problems):,} of {number:,} images cannot be used" if problems else f"{number:,} images are whole"
     console().print("\n".join([said, *(f"  - {problem}" for problem in problems)]), soft_wrap=True)
     return not problems
 

@@ -1,4 +1,4 @@
-"""What is wrong with a dataset, in one error."""
+"""Errors about data: one error names everything that is wrong with a dataset."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 
 class DataError(ValueError):
-    """A folder, file or record that cannot be used; says where, what was expected, what was found and what to do."""
+    """A folder, file or record that cannot be used; the message says where, expected, got and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
 def printable(text: str) -> str:
-    """The text with lone surrogates as escapes: JSON and names of files that are not UTF-8 hold some, UTF-8 cannot."""
+    """Escapes lone surrogates, which JSON and file names may hold and UTF-8 cannot."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def plain_message(error: BaseException) -> str:
-    """The message of an error; without the traceback that torch puts before one of a loader's worker."""
+    """The message of an error, without the traceback that torch prepends to errors of loader workers."""
     message = str(error)
     if not re.match(r"Caught \w+ in DataLoader worker process", message):
         return message
@@ -30,10 +30,10 @@ def plain_message(error: BaseException) -> str:
 
 
 def check_is_split(name: str, splits: Sequence[str]) -> None:
-    """Checks that the split of ``dataset/split`` is one of the dataset's.
+    """Checks that the split of ``dataset/split`` is one of ``splits``.
 
     Raises:
-        DataError: it is not; with the nearest name.
+        DataError: it is not; the message suggests the nearest name.
     """
     dataset, _, split = name.partition("/")
     if split not in splits:
@@ -47,7 +47,7 @@ def check_is_split(name: str, splits: Sequence[str]) -> None:
 def bad_records_error(
     where: str, problems: Sequence[str], *, num_records: int, num_bad: int | None = None
 ) -> DataError:
-    """One error for all bad records of a file, by cause; ``num_bad``: how many records they spoil, if known."""
+    """One error for all bad records of a file, listed by cause; ``num_bad`` defaults to the number of problems."""
     num_bad = len(problems) if num_bad is None else num_bad
     return DataError(
         f"{where}: {num_bad:,} of {num_records:,} records cannot be used\n{listed_by_cause(problems)}\n"
@@ -56,10 +56,10 @@ def bad_records_error(
 
 
 def listed_by_cause(problems: Sequence[str], *, num_shown: int = 10) -> str:
-    """Lines of a message: the first problem of each cause, how often it occurs and the first places.
+    """Lists the first problem of each cause, how often the cause occurs, and its first places.
 
     Args:
-        problems: ``place: message``; messages that differ in names and numbers alone have one cause.
+        problems: ``place: message``; messages that differ only in names and numbers have the same cause.
         num_shown: causes that are listed.
     """
     causes: dict[str, list[str]] = {}
@@ -75,20 +75,20 @@ def listed_by_cause(problems: Sequence[str], *, num_shown: int = 10) -> str:
 
 
 def _cause(message: str) -> str:
-    """The message without quoted words, names of files and numbers."""
+    """The message without quoted words, file names and numbers."""
     plain = re.sub(r"(?<!\w)('[^']*'|\"[^\"]*\")|\S*[\d/\\]\S*|\S+\.[a-z]{2,5}\b", "#", message[:400])
     return re.sub(r"#(\W*#)+", "#", plain)
 
 
 def missing_path_error(path: Path, purpose: str, *, hint: str = "") -> DataError:
-    """Names the path that should be there, what is there instead and the names that come near."""
+    """Names a missing path, what its folder holds instead, and similar names."""
     folder = path.parent
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     entries = {entry.name: entry.is_dir() for entry in sorted(folder.iterdir())}
     found = [name + "/" * is_dir for name, is_dir in entries.items()]
     wanted = path.relative_to(folder).parts[0]
-    # A folder is mistaken for a folder only, a file for a file.
+    # Suggest folders for a folder, files for a file.
     alike = [name for name, is_dir in entries.items() if is_dir == (folder != path.parent)]
     near = difflib.get_close_matches(wanted, alike, n=3)
     listed = ", ".join(found[:20]) + (f", … ({len(found):,} in all)" if len(found) > 20 else "") if found else "nothing"
@@ -100,7 +100,7 @@ def missing_path_error(path: Path, purpose: str, *, hint: str = "") -> DataError
 
 
 def describe(value: object) -> str:
-    """A value of a file in a few words."""
+    """Describes a parsed value in a few words."""
     if isinstance(value, dict):
         return f"a dict with {', '.join(map(str, list(value)[:8])) or 'nothing'}"
     if isinstance(value, list) and value:

@@ -1,11 +1,12 @@
-"""Picture files of every kind, and the names they are asked by.
+"""Image files of any kind, decoded to 8-bit RGB, and the file names that annotations give them.
 
-What a picture is, however it is stored: RGB, 8 bit a channel. Gray, palette and CMYK are converted; 16 bit are scaled by
-the range of the values (8, 10, 12, 14 or 16 bit);
-what is transparent lies on white, as a browser shows it; of an animation the first frame counts. EXIF: cameras store a
-rotated picture and a note to turn it. Which of both an annotation was made for, its size says: the stored one (COCO's own
-annotations ignore the note), or the displayed one. Turned by 180 degrees, mirrored or square, both are as large: then
-whoever knows the annotations says it (`Exif`). A picture that nobody annotated is taken as displayed, as every viewer does.
+Gray, palette and CMYK images are converted; 16-bit values are scaled by their range (8, 10, 12, 14 or 16 bit); transparent
+pixels are composited on white, as a browser shows them; of an animation the first frame counts.
+
+EXIF: cameras store a rotated image with a note to turn it. The size of an annotation tells which of the two it was made for:
+the stored image (COCO ignores the note) or the displayed one. Images that are turned by 180 degrees, mirrored or square have
+the same size both ways; for these the caller says which one was annotated (`Exif`). An image without annotation is decoded as
+displayed.
 """
 
 from __future__ import annotations
@@ -20,88 +21,67 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps
 
 from deris_llm.data.errors import DataError
 from deris_llm.structures import Exif
 
 MAX_PIXELS = 80_000_000
-"""A picture of more is refused before it is decoded: 80 megapixels are 240 MB as RGB."""
+"""Larger images are refused before they are decoded: 80 megapixels are 240 MB as RGB."""
+
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+"""What Pillow raises for files that it cannot decode."""
 
 _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-
-BROKEN = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-
-
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12
 _HEIF_NAMES = (".heic", ".heif", ".hif")
 
 
-class PictureError(ValueError):
-    """A file that is no whole picture; the message says what it is instead."""
+class ImageError(ValueError):
+    """A file that is not a complete image; the message says what it is instead."""
 
 
-class NoPictureError(PictureError):
-    """A file that is not even the beginning of a picture, or of a kind that nothing installed here reads."""
+class NotAnImageError(ImageError):
+    """A file that does not begin like an image, or whose kind no installed library decodes."""
 
 
 @dataclass(frozen=True)
-class PictureFacts:
-    """What a picture file is, without its pixels."""
+class ImageFacts:
+    """What is known of an image file without its pixels."""
 
     height: int  # px, as stored
     width: int
     orientation: int  # EXIF's, 1 to 8; 1 = displayed as stored
-    sha256: str  # of the file
+    sha256: str  # of the file; "" if it was not read
 
     @property
     def is_sideways(self) -> bool:
-        """EXIF says that it is to be turned by 90 degrees."""
+        """EXIF turns the image by 90 degrees."""
         return self.orientation in _SIDEWAYS
 
     @property
     def is_undecided(self) -> bool:
-        """It is displayed otherwise than stored, and as large: no size says which of both was annotated."""
+        """The displayed image differs from the stored one and has the same size: no size says which one was annotated."""
         return self.orientation != 1 and (not self.is_sideways or self.height == self.width)
 
     def size_hw(self, exif: Exif) -> tuple[int, int]:
-        """Height and width, px, displayed or as stored."""
+        """Height and width in px, as displayed or as stored."""
         is_turned = exif == "displayed" and self.is_sideways
         return (self.width, self.height) if is_turned else (self.height, self.width)
 
     def fits(self, size_hw: tuple[int, int]) -> bool:
-        """An annotation of this size was made for this picture, as stored or turned."""
+        """Whether an annotation of this size was made for this image, stored or displayed."""
         return size_hw in (self.size_hw("stored"), self.size_hw("displayed"))
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """Where a source's names of pictures and masks lead."""
-
-    path: Path
-    follows_links: bool = False  # to files outside it too
-
-    def file(self, name: object) -> tuple[Path | None, str | None]:
-        """As `safe_path`."""
-        return safe_path(self.path, name, follow_links=self.follows_links)
-
-
 def portable_name(name: str) -> str:
-    """The name with / between folders: files that were written on Windows have \\ there."""
+    r"""The name with / between folders; files written on Windows have \ there."""
     return name.replace("\\", "/")
 
 
 def fault_of_name(folder: Path, name: object) -> str | None:
-    """What keeps a name from meaning a file in a folder, links apart; None if nothing does."""
+    """Says why a name cannot mean a file in a folder, links aside; None if it can."""
     if not isinstance(name, str) or not name.strip():
         return f"expected the name of a file, got {name!r}"
     if "\0" in name or re.match(r"[A-Za-z]:", name):
@@ -112,103 +92,93 @@ def fault_of_name(folder: Path, name: object) -> str | None:
     return None
 
 
-def safe_path(folder: Path, name: object, *, follow_links: bool = False) -> tuple[Path | None, str | None]:
-    """The file that a name of somebody else's data means, never one outside the folder unless its owner linked it.
+@dataclass(frozen=True)
+class ImageFolder:
+    """The folder to which a source's names of images and masks are relative."""
 
-    Args:
-        folder: the only place where files are looked for.
-        name: relative to it, parts separated by "/".
-        follow_links: whether a link in the folder may lead outside, as those of Hugging Face's cache do.
+    path: Path
+    follows_links: bool = False  # links may lead outside the folder, as those of Hugging Face's cache do
 
-    Returns:
-        The path, and None; or None, and what is wrong with the name.
-    """
-    if (fault := fault_of_name(folder, name)) is not None or not isinstance(name, str):
-        return None, fault
-    name = portable_name(name)
-    path = folder / name
-    try:
-        if "/" not in name and not os.path.islink(path):
-            return path, None  # the usual case, without asking where each of the folders leads
-        if not path.resolve().is_relative_to(folder.resolve()) and not follow_links:
-            return None, (
-                f"expected a file inside {folder}, got {name!r}, a link to {path.resolve()}. If you trust the links of this "
-                "folder, let them be followed with --follow-links"
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        return None, f"expected the name of a file in {folder}, got {name[:80]!r} ({error})"
-    return path, None
+    def file(self, name: object) -> tuple[Path | None, str | None]:
+        """The path of a name from somebody else's data, or what is wrong with the name; a path never leaves the folder."""
+        if (fault := fault_of_name(self.path, name)) is not None or not isinstance(name, str):
+            return None, fault
+        name = portable_name(name)
+        path = self.path / name
+        try:
+            if "/" not in name and not os.path.islink(path):
+                return path, None  # the usual case, without resolving each parent folder
+            if not self.follows_links and not path.resolve().is_relative_to(self.path.resolve()):
+                return None, (
+                    f"expected a file inside {self.path}, got {name!r}, a link to {path.resolve()}. If you trust the links in "
+                    "this folder, add --follow-links"
+                )
+        except (OSError, ValueError, RuntimeError) as error:
+            return None, f"expected the name of a file in {self.path}, got {name[:80]!r} ({error})"
+        return path, None
 
 
-def pictures_in(folder: Path) -> tuple[list[Path], list[str]]:
-    """The pictures of a folder, in the order of their names; folders in it are not entered.
-
-    Args:
-        folder: that somebody gave as a folder of pictures.
+def images_in(folder: Path) -> tuple[list[Path], list[str]]:
+    """Lists the images of a folder by name; subfolders are not entered.
 
     Returns:
-        The files that begin as a picture does, whole or not, and what else is there, with the reason.
+        The files that begin like an image, complete or not; and the other entries, each with the reason.
     """
     found: list[Path] = []
     others: list[str] = []
     for path in sorted(folder.iterdir()):
         try:
-            _check_may_be_picture(path)
+            _check_may_be_image(path)
             found.append(path)
-        except NoPictureError as error:
+        except NotAnImageError as error:
             others.append(f"{path}: {error}")
     return found, others
 
 
-def _check_may_be_picture(path: Path) -> None:
+def _check_may_be_image(path: Path) -> None:
     if path.name.startswith("."):
-        raise NoPictureError("expected a picture, got a hidden file (macOS writes one, ._NAME, beside each picture)")
+        raise NotAnImageError("expected an image, got a hidden file (macOS writes one, ._NAME, beside each image)")
     known = path.suffix.lower() in Image.registered_extensions() or path.suffix.lower() in _HEIF_NAMES
     if path.is_file() and not known:
-        raise NoPictureError(f"expected a picture, got a file named {path.suffix or 'without extension'}")
+        raise NotAnImageError(f"expected an image, got a file named {path.suffix or 'without extension'}")
     try:
         _opened(path).close()
-    except NoPictureError:
+    except NotAnImageError:
         raise
-    except PictureError:
-        return  # a picture, if one that cannot be used: who reads it says why
+    except ImageError:
+        return  # a damaged image stays in the list; decoding it reports the damage
 
 
-def picture_facts(path: Path) -> PictureFacts:
-    """Size, orientation and content hash of a picture; decodes it once to know that it is whole.
+def image_facts(path: Path) -> ImageFacts:
+    """Reads size, orientation and content hash, and decodes the image once to know that it is complete.
 
     Raises:
-        PictureError: it is not.
+        ImageError: it is not.
     """
     with _opened(path) as file:
         height, width = file.height, file.width
-        file.draft("L", (width // 8, height // 8))  # JPEG: all of the file is read, an eighth of the pixels computed
+        file.draft("L", (width // 8, height // 8))  # JPEG: reads the whole file, computes an eighth of the pixels
         _load(file, path)
         if file.mode.startswith(("I", "F")):
-            rgb_picture(file)  # what training and prediction would refuse
+            rgb_image(file)  # refuses what training and prediction would refuse
         orientation = _orientation(file)
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return PictureFacts(height, width, orientation, digest.hexdigest())
+        return ImageFacts(height, width, orientation, hashlib.file_digest(stream, "sha256").hexdigest())
 
 
-def read_picture(
-    path: str | Path, *, size_hw: tuple[int, int] | None = None, exif: Exif = "displayed"
-) -> Image.Image:
-    """Decodes a picture to RGB, the way up that an annotation of ``size_hw`` was made for.
+def decode_image(path: str | Path, *, size_hw: tuple[int, int] | None = None, exif: Exif = "displayed") -> Image.Image:
+    """Decodes an image to RGB in the orientation for which an annotation of ``size_hw`` was made.
 
     Args:
         path: of any format that Pillow reads.
-        size_hw: px; None: nobody annotated it.
-        exif: which way up where the size does not say it.
+        size_hw: px; None if nobody annotated the image.
+        exif: the orientation to take if the size does not decide.
 
     Returns:
-        RGB; of another size than ``size_hw`` where neither way up has it.
+        RGB; of another size than ``size_hw`` if neither orientation has that size.
 
     Raises:
-        PictureError: the file is missing, cut off, too large or no picture.
+        ImageError: the file is missing, truncated, too large or not an image.
     """
     with _opened(Path(path)) as file:
         _load(file, Path(path))
@@ -219,11 +189,44 @@ def read_picture(
             is_stored = exif == "stored"
         else:
             is_stored = size_hw != displayed_hw
-        return rgb_picture(file if orientation == 1 or is_stored else ImageOps.exif_transpose(file))
+        return rgb_image(file if orientation == 1 or is_stored else ImageOps.exif_transpose(file))
+
+
+def load_image(
+    path: str | Path,
+    *,
+    size_hw: tuple[int, int] | None = None,
+    exif: Exif = "displayed",
+    asked_by: Sequence[str] = (),
+) -> Image.Image:
+    """Decodes an image as `decode_image` does; an image of another size than ``size_hw`` is an error.
+
+    Args:
+        path: of any format that Pillow reads.
+        size_hw: px, for which the masks were annotated; None if nobody annotated the image.
+        exif: the orientation to take if the size does not decide (`ReferringRecord.exif`).
+        asked_by: ids of the phrases that need the image, for the message.
+
+    Raises:
+        DataError: the file is missing, truncated, not an image, too large or of another size.
+    """
+    needed = f" (needed by {', '.join(asked_by[:5])}{' …' if len(asked_by) > 5 else ''})" if asked_by else ""
+    try:
+        image = decode_image(path, size_hw=size_hw, exif=exif)
+    except ImageError as error:
+        raise DataError(
+            f"{path}{needed}: {error}. Restore this file ({Path(path).stem}) from its source, or remove what refers to it"
+        ) from error
+    if size_hw is not None and (image.height, image.width) != size_hw:
+        raise DataError(
+            f"{path}{needed}: expected {size_hw[1]} x {size_hw[0]} px, for which the masks were annotated, got "
+            f"{image.width} x {image.height} px. Use the original file, not a resized one"
+        )
+    return image
 
 
 def _orientation(file: Image.Image) -> int:
-    """EXIF's, 1 where it is none of 1 to 8; asked after decoding, since Pillow decodes a PNG to answer."""
+    """EXIF's orientation, 1 if it is none of 1 to 8. Called after decoding, since Pillow decodes a PNG to answer."""
     found = file.getexif().get(_EXIF_ORIENTATION)
     return found if isinstance(found, int) and found in range(1, 9) else 1
 
@@ -231,30 +234,30 @@ def _orientation(file: Image.Image) -> int:
 def _opened(path: Path) -> Image.Image:
     try:
         if path.is_dir():
-            raise NoPictureError("expected a picture, got a folder")
+            raise NotAnImageError("expected an image, got a folder")
         if not path.is_file():
-            raise NoPictureError(f"expected a picture, got no file{_other_unicode_form(path)}")
+            raise NotAnImageError(f"expected an image, got no file{_other_unicode_form(path)}")
         if os.path.getsize(path) == 0:
-            raise NoPictureError("expected a picture, got a file of 0 bytes")
-    except OSError as error:  # a name longer than a file system takes, a folder that may not be read
-        raise PictureError(f"expected a picture, got {error.strerror}") from error
+            raise NotAnImageError("expected an image, got a file of 0 bytes")
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ImageError(f"expected an image, got {error.strerror}") from error
     try:
         file = Image.open(path)
     except BROKEN as error:
         if not _is_heif(path):
-            raise NoPictureError(f"expected a picture, got {type(error).__name__}: {error}") from error
+            raise NotAnImageError(f"expected an image, got {type(error).__name__}: {error}") from error
         file = _opened_heif(path)
     if isinstance(file, ImageFile.StubImageFile):
-        raise NoPictureError(f"expected a picture, got {file.format}, which Pillow does not decode")
+        raise NotAnImageError(f"expected an image, got {file.format}, which Pillow does not decode")
     if file.width * file.height > MAX_PIXELS:
         size = f"{file.width:,} x {file.height:,} px"
         file.close()
-        raise PictureError(f"expected a picture of at most {MAX_PIXELS:,} pixels, got {size}")
+        raise ImageError(f"expected an image of at most {MAX_PIXELS:,} pixels, got {size}")
     return file
 
 
 def _other_unicode_form(path: Path) -> str:
-    """A hint at a file whose name looks the same: macOS writes letters and their accents apart, others as one."""
+    """A hint at a file whose name looks the same: macOS separates letters and accents, other systems do not."""
     for form in ("NFC", "NFD"):
         if path.with_name(unicodedata.normalize(form, path.name)).is_file():
             return f" of these letters, but one named in Unicode's form {form}: rename the file, or correct its name in the annotations"
@@ -262,7 +265,7 @@ def _other_unicode_form(path: Path) -> str:
 
 
 def _is_heif(path: Path) -> bool:
-    """Whether a file is HEIC or HEIF by its content, whatever its name."""
+    """Whether a file is HEIC or HEIF by its content."""
     with path.open("rb") as stream:
         head = stream.read(12)
     return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
@@ -273,12 +276,12 @@ def _opened_heif(path: Path) -> Image.Image:
         importlib.import_module("pillow_heif").register_heif_opener()
         return Image.open(path)
     except ImportError as error:
-        raise NoPictureError(
-            "expected a picture that Pillow reads, got HEIC: install its reader with `pip install pillow-heif`, or convert the "
-            "picture to JPEG or PNG"
+        raise NotAnImageError(
+            "expected an image that Pillow reads, got HEIC: install its reader with `pip install pillow-heif`, or convert the "
+            "image to JPEG or PNG"
         ) from error
     except BROKEN as error:
-        raise PictureError(f"expected a picture, got damaged HEIC ({type(error).__name__}: {error})") from error
+        raise ImageError(f"expected an image, got damaged HEIC ({type(error).__name__}: {error})") from error
 
 
 def _load(file: Image.Image, path: Path) -> None:
@@ -286,71 +289,38 @@ def _load(file: Image.Image, path: Path) -> None:
     try:
         file.load()
     except BROKEN as error:
-        raise PictureError(
-            f"expected a whole picture, got {type(error).__name__}: {error} ({os.path.getsize(path):,} bytes)"
+        raise ImageError(
+            f"expected a complete image, got {type(error).__name__}: {error} ({os.path.getsize(path):,} bytes)"
         ) from error
     if is_deep:  # Pillow keeps the upper 8 of 16 bits
         channels = file.getbands().index("A") if "A" in file.getbands() else len(file.getbands())
         highest = np.asarray(file)[..., :channels].max()
         if highest < 64:
-            raise PictureError(
-                f"expected colours that use all 16 bits a channel, got none above {highest} / 255, as of 10, 12 or 14 bit in 16: "
-                "convert the picture to 8 bit"
+            raise ImageError(
+                f"expected colours that use all 16 bits per channel, got none above {highest} / 255, as of 10, 12 or 14 bit in 16: "
+                "convert the image to 8 bit"
             )
 
 
-def rgb_picture(image: Image.Image) -> Image.Image:
-    """A decoded picture of any mode in RGB, as the head of this file says.
+def rgb_image(image: Image.Image) -> Image.Image:
+    """Converts a decoded image of any mode to RGB, as this file's docstring says.
 
     Raises:
-        PictureError: its values have no range, or its mode no colours.
+        ImageError: the range of its values is unknown, or its mode has no colours.
     """
-    if image.mode.startswith("I"):  # 16 or 32 bit; Pillow's own conversion cuts off at 255
+    if image.mode.startswith("I"):  # 16 or 32 bit; Pillow's own conversion clips at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise PictureError(f"expected 8 or 16 bit a channel, got values {values.min()} to {values.max()}")
-        # Cameras and microscopes store 10, 12 or 14 bit in 16: the least of these that holds all values is the range.
+            raise ImageError(f"expected 8 or 16 bit per channel, got values {values.min()} to {values.max()}")
+        # Cameras and microscopes store 10, 12 or 14 bit in 16: the smallest of these that holds all values is the range.
         bits = next(bits for bits in (8, 10, 12, 14, 16) if values.max() < 1 << bits)
         return Image.fromarray((values >> (bits - 8)).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise PictureError("expected 8 or 16 bit a channel, got floating-point numbers, whose range nothing says")
+        raise ImageError("expected 8 or 16 bit per channel, got floating-point values of unknown range")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     try:
         return image.convert("RGB")
     except ValueError as error:
-        raise PictureError(f"expected a picture that has colours, got mode {image.mode} ({error})") from error
-
-
-def load_image(
-    path: str | Path,
-    *,
-    size_hw: tuple[int, int] | None = None,
-    exif: Exif = "displayed",
-    asked_by: Sequence[str] = (),
-) -> Image.Image:
-    """Decodes a picture of any kind to RGB (`deris_llm.data.images`).
-
-    Args:
-        path: a file that PIL reads.
-        size_hw: height and width in px that the annotations were made for, as stored or as EXIF displays it; anything else
-            is an error. None: nobody annotated it.
-        exif: which way up where the size does not say it (`ReferringRecord.exif`).
-        asked_by: ids of the phrases that need the picture, for the message.
-
-    Raises:
-        DataError: the file is missing, cut off, no picture, too large, or of another size.
-    """
-    needed = f" (needed by {', '.join(asked_by[:5])}{' …' if len(asked_by) > 5 else ''})" if asked_by else ""
-    try:
-        image = read_picture(path, size_hw=size_hw, exif=exif)
-    except PictureError as error:
-        ask = f"Restore this file ({Path(path).stem}) from its source"
-        raise DataError(f"{path}{needed}: {error}. {ask}, or remove what refers to it") from error
-    if size_hw is not None and (image.height, image.width) != size_hw:
-        raise DataError(
-            f"{path}{needed}: expected {size_hw[1]} x {size_hw[0]} px, for which the masks were annotated, got "
-            f"{image.width} x {image.height} px. Use the original file, not a resized one"
-        )
-    return image
+        raise ImageError(f"expected an image with colours, got mode {image.mode} ({error})") from error

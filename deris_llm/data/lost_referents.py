@@ -1,13 +1,14 @@
-"""Referents that a run cannot learn, counted before it starts: more than it has queries, or gone at its image size."""
+"""Counts referents that a run cannot learn: more per phrase than it has queries, or without a pixel at its image size."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deris_llm.config import RunConfig
-from deris_llm.data.masks import coco_mask, decode_segmentation
+from deris_llm.data.masks import coco_mask, decode_segmentation, segmentation_rle
 from deris_llm.data.store.record_views import in_order
 from deris_llm.models.preprocess import Resize, warp_mask
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
@@ -15,7 +16,7 @@ from deris_llm.structures import InstanceAnnotation, ReferringRecord
 logger = logging.getLogger(__name__)
 
 _SURELY_KEPT_CELLS = 64
-"""A mask whose area is that of so many pixels of the warped image keeps some: only thinner lines than these vanish."""
+"""A mask that covers as much as this many pixels of the warped image keeps some of them: only thin lines vanish."""
 
 
 @dataclass(frozen=True)
@@ -23,24 +24,24 @@ class LostReferents:
     """Counts over the phrases of a training mix."""
 
     num_phrases: int
-    num_phrases_of_too_many: int  # that name more objects than there are queries
+    num_phrases_of_too_many: int  # with more referents than there are queries
     most_objects: int  # of one phrase
-    first_of_too_many: str  # phrase id; empty where there is none
-    num_vanished: int  # distinct objects without a pixel in the warped mask
+    first_of_too_many: str  # phrase id; "" if there is none
+    num_vanished: int  # distinct referents without a pixel in the warped mask
     num_phrases_of_vanished: int  # that name one of them
-    first_of_vanished: str  # phrase id; empty where there is none
+    first_of_vanished: str  # phrase id; "" if there is none
 
 
 def lost_referents(
     records: Sequence[ReferringRecord], *, num_queries: int, image_size: int, resize: Resize
 ) -> LostReferents:
-    """Counts what a run with these settings cannot learn.
+    """Counts the referents that a run with these settings cannot learn.
 
     Args:
-        records: the training mix; records that are not in memory are built one by one.
+        records: the training mix.
         num_queries: mask slots per phrase.
-        image_size: px, side of the square that masks are warped to.
-        resize: how.
+        image_size: side of the square that masks are warped to, px.
+        resize: how masks are warped.
     """
     too_many: list[str] = []
     of_vanished: list[str] = []
@@ -71,14 +72,14 @@ def lost_referents(
 
 
 def warn_of_lost_referents(records: Sequence[ReferringRecord], config: RunConfig) -> LostReferents:
-    """Counts them for a run, and warns where there are some."""
+    """Counts the referents that a run cannot learn and logs warnings about them."""
     size = config.perception.image_size
     num_queries = config.loopback.num_queries
     found = lost_referents(records, num_queries=num_queries, image_size=size, resize=config.perception.resize)
     if found.num_phrases_of_too_many:
         logger.warning(
-            "%s of %s training phrases name more objects than loopback.num_queries=%d (up to %d; first %s): a query learns one "
-            "object, the others of such a phrase stay unlearned; raise loopback.num_queries",
+            "%s of %s training phrases name more objects than loopback.num_queries=%d (up to %d; first %s): each query learns one "
+            "object, so the others of such a phrase are not learned; raise loopback.num_queries",
             f"{found.num_phrases_of_too_many:,}", f"{found.num_phrases:,}", num_queries, found.most_objects,
             found.first_of_too_many,
         )  # fmt: skip
@@ -92,26 +93,15 @@ def warn_of_lost_referents(records: Sequence[ReferringRecord], config: RunConfig
 
 
 def _vanishes(record: ReferringRecord, instance: InstanceAnnotation, image_size: int, resize: Resize) -> bool:
-    """Whether nothing is left of a mask that has pixels (one without any is an error of the data, said elsewhere)."""
+    """Whether warping removes every pixel of a mask; a mask that is empty before is another check's error."""
     height, width = record.height, record.width
     if height <= image_size and width <= image_size:
-        return False  # warping enlarges: each pixel is some new pixel's
+        return False  # warping enlarges: every pixel remains
     cell_px = max(height / image_size, 1) * max(width / image_size, 1)
-    if _area(instance.segmentation) >= _SURELY_KEPT_CELLS * cell_px:
+    segmentation: Any = instance.segmentation
+    is_compressed = isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), (str, bytes))
+    rle = segmentation if is_compressed else segmentation_rle(segmentation, height, width)
+    if coco_mask.area(rle) >= _SURELY_KEPT_CELLS * cell_px:
         return False
-    mask = decode_segmentation(instance.segmentation, height, width)
+    mask = decode_segmentation(segmentation, height, width)
     return bool(mask.any()) and not warp_mask(mask, image_size, resize).any()
-
-
-def _area(segmentation: object) -> float:
-    """In px; of overlapping polygons the sum, 0 where it takes a decoder to know."""
-    if isinstance(segmentation, dict):
-        counts = segmentation.get("counts")
-        return sum(counts[1::2]) if isinstance(counts, list) else float(coco_mask.area(segmentation))
-    polygons = segmentation if isinstance(segmentation, (list, tuple)) else ()
-    return sum(map(_polygon_area, polygons))
-
-
-def _polygon_area(polygon: Sequence[float]) -> float:
-    xs, ys = polygon[0::2], polygon[1::2]
-    return abs(sum(x0 * y1 - x1 * y0 for x0, y0, x1, y1 in zip(xs, ys, [*xs[1:], *xs[:1]], [*ys[1:], *ys[:1]], strict=True))) / 2

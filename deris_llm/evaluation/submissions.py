@@ -35,7 +35,7 @@ from PIL import Image
 from deris_llm.common.strict_files import unique_keys
 from deris_llm.data.errors import DataError, listed_by_cause
 from deris_llm.data.formats.base import read_json_file
-from deris_llm.data.masks import coco_mask, picture_mask, segmentation_rle
+from deris_llm.data.masks import coco_mask, mask_of_image, segmentation_rle
 from deris_llm.evaluation.metrics import Overlap
 from deris_llm.evaluation.predictions import Box
 from deris_llm.structures import ReferringRecord
@@ -519,7 +519,7 @@ def _rle_of_png(path: Path, height: int, width: int) -> dict[str, Any]:
             file.load()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"expected a whole PNG, got {type(error).__name__}: {error}") from error
-    mask, _ = picture_mask(file)
+    mask, _ = mask_of_image(file)
     if file.size != (width, height):
         raise ValueError(f"expected the picture's {width} x {height} px, got {file.width} x {file.height}")
     return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))

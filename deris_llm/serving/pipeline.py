@@ -25,7 +25,7 @@ from torch import nn
 from deris_llm.checkpoints.checkpoints import checkpoint_config, checkpoint_fingerprint, load_checkpoint, with_files_of
 from deris_llm.checkpoints.layout import find_checkpoint
 from deris_llm.config import RunConfig
-from deris_llm.data.images import load_image, rgb_picture
+from deris_llm.data.images import load_image, rgb_image
 from deris_llm.data.token_budget import split_phrases, token_counter
 from deris_llm.data.validation import is_text
 from deris_llm.evaluation.calibration import calibrated_config, threshold_source
@@ -265,7 +265,7 @@ def as_picture(image: Picture, *, exif: Exif = "displayed") -> Image.Image:
     if isinstance(image, (str, Path)):
         return load_image(image, exif=exif)
     if isinstance(image, Image.Image):
-        return rgb_picture(image)
+        return rgb_image(image)
     if not isinstance(image, np.ndarray):
         raise ValueError(
             f"picture: expected a path, a PIL image or a numpy array, got {type(image).__name__}; convert it to one of these."

@@ -32,7 +32,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deris_llm.common.terminal import console as plain_console
-from deris_llm.data.images import pictures_in
+from deris_llm.data.images import images_in
 from deris_llm.data.masks import encode_mask
 from deris_llm.evaluation.boxes import boxes_of_masks
 from deris_llm.evaluation.output import check_writable, default_folder, write_names
@@ -111,7 +111,7 @@ def questions_about(images: Sequence[Path], phrases: Sequence[str], others: list
     files: dict[Path, None] = {}
     for path in images:
         if path.is_dir():
-            found, left_out = pictures_in(path)
+            found, left_out = images_in(path)
             if not found:
                 there = f", but e.g. {left_out[0]}" if left_out else ""
                 raise ValueError(

@@ -425,10 +425,10 @@ def _check_pictures(config: RunConfig, inputs: Mapping[str, Sequence[ReferringRe
         return
     cores = max(1, input_checks.available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     for name, records in inputs.items():
-        pictures = input_checks.first_of_each_picture(records)[0]
+        pictures = input_checks.first_of_each_image(records)[0]
         logger.info("decoding %s pictures of %s (data.check_images=%s)", f"{len(pictures):,}", name, wanted)
         problems = gathered(
-            input_checks.undecodable_pictures(
+            input_checks.undecodable_images(
                 pictures[rank() :: world_size()], workers=cores, on_progress=input_checks.log_progress("pictures")
             )
         )

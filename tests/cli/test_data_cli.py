@@ -1,4 +1,4 @@
-"""`deris-llm data check` and `show` on the hand-made folder; `synth` on a few pictures."""
+"""`deris-llm data check` and `show` on the hand-made folder; `synth` on a few images."""
 
 import argparse
 import base64
@@ -66,13 +66,13 @@ def test_show(refer_root: Path, tmp_path: Path) -> None:
 
 
 def test_show_a_page(refer_folder: Any, world: Any) -> None:
-    """One file: pictures and masks inside, texts escaped, nothing fetched."""
+    """One file: images and masks inside, texts escaped, nothing fetched."""
     page = world.folder / "page.html"
     lines = [
         {"image": "a.png", "phrase": "<script>alert(1)</script> & co", "masks": [world.square, world.other]},
         {"image": "a.png", "phrase": "a unicorn", "no_target": True},
     ]
-    world.pictures("a.png")
+    world.images("a.png")
     world.prepare(world.lines(*lines))
     assert _run("show", "mine/train", "--root", world.root, "--out", page) == 0
     text = page.read_text()
@@ -93,7 +93,7 @@ def test_show_a_page(refer_folder: Any, world: Any) -> None:
 
 
 def test_check_knows_prepared_sets(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    world.pictures("a.png", "b.png")
+    world.images("a.png", "b.png")
     lines = [
         {"image": f"{'ab'[i % 2]}.png", "phrase": f"p{i}", "polygons": world.square, "split": "val"} for i in range(4)
     ]
@@ -137,6 +137,6 @@ def test_synthetic_world_reads_and_mixes(tmp_path: Path, capsys: pytest.CaptureF
     assert "refcoco+/testB" in capsys.readouterr().out
     config = DataConfig(root=str(world))
     mix = training_mix(config)
-    assert mix.report.num_images_removed > 0  # the world shares pictures between datasets as the published sets do
+    assert mix.report.num_images_removed > 0  # the world shares images between datasets as the published sets do
     evaluated = {r.image_id for name in config.eval for r in read_split(world, name)}
     assert not evaluated & {r.image_id for r in mix.records}

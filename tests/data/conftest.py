@@ -1,4 +1,4 @@
-"""A tiny REFER folder, written by hand: plain pictures, rectangles for objects."""
+"""A tiny REFER folder, written by hand: plain images, rectangles for objects."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deris_llm.structures import CognitionInputs, InstanceAnnotation, ReferringR
 
 WIDTH, HEIGHT = 40, 30
 SPLITS = {
-    # dataset folder -> split -> image ids; some pictures are val of one dataset and train of another
+    # dataset folder -> split -> image ids; some images are val of one dataset and train of another
     "refcoco": {"train": [1, 2, 3, 4], "val": [5], "testA": [6], "testB": [7]},
     "refcoco+": {"train": [1, 2, 3, 5], "val": [4], "testA": [6], "testB": [7]},
     "refcocog": {"train": [1, 2, 6, 8], "val": [9], "test": [3]},
@@ -114,8 +114,8 @@ class SourceWorld:
     square = ((4, 5, 16, 5, 16, 25, 4, 25),)  # polygons of an object
     other = ((24, 5, 36, 5, 36, 25, 24, 25),)
 
-    def pictures(self, *names: str, size: tuple[int, int] = (WIDTH, HEIGHT), folder: Path | None = None) -> Path:
-        """Pictures of noise, each another; returns their folder."""
+    def images(self, *names: str, size: tuple[int, int] = (WIDTH, HEIGHT), folder: Path | None = None) -> Path:
+        """Images of noise, each another; returns their folder."""
         folder = self.folder if folder is None else folder
         for name in names:
             path = folder / name
@@ -178,7 +178,7 @@ def make_records() -> Callable[..., list[ReferringRecord]]:
 
 
 class LengthProcessor:
-    """The smallest honest processor: picture means and character codes, so tests can tell rows apart."""
+    """The smallest honest processor: image means and character codes, so tests can tell rows apart."""
 
     def __call__(self, images: list[Image.Image], phrases: tuple[str, ...], image_index: list[int]) -> CognitionInputs:
         assert len(phrases) == len(image_index)

@@ -71,7 +71,7 @@ def test_unreadable_pictures(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no picture")
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name in ("text.jpg", "empty.jpg", "missing.jpg"):
-        with pytest.raises(DataError, match="expected a picture, got"):
+        with pytest.raises(DataError, match="expected an image, got"):
             load_image(tmp_path / name)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from deris_llm.cli.main import main
 from deris_llm.models.cognition import build_processor
 from deris_llm.models.cognition.base import InputChecker
-from deris_llm.data.input_checks import refused_inputs, undecodable_pictures
+from deris_llm.data.input_checks import refused_inputs, undecodable_images
 from deris_llm.data.sources import read_split
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.testing import (
@@ -77,21 +77,21 @@ def test_every_kind_of_broken_picture_is_found_once(world, tmp_path):
     whole[0].write_bytes(content)
     whole[1].write_bytes(content[: len(content) // 2])
     Image.open(first.image_path).resize((20, 10)).save(whole[2])
-    whole[3].write_text("no picture")
+    whole[3].write_text("no image")
     paths = [*whole, tmp_path / "nowhere.jpg"]
     asked = [dataclasses.replace(first, image_path=str(path)) for path in paths for _ in range(2)]
     done = []
-    problems = undecodable_pictures(asked, workers=2, on_progress=lambda *numbers: done.append(numbers))
+    problems = undecodable_images(asked, workers=2, on_progress=lambda *numbers: done.append(numbers))
     assert done == [(i, 5) for i in range(1, 6)]
-    assert [problem.split(":")[0] for problem in problems] == [f"{first.phrase_id} ({path})" for path in paths[1:]]
-    assert "expected a whole picture" in problems[0]
+    assert [problem.split(":")[0] for problem in problems] == [f"{path} (needed by {first.phrase_id})" for path in paths[1:]]
+    assert "expected a complete image" in problems[0]
     assert f"expected {first.width} x {first.height} px, for which the masks were annotated, got 20 x 10 px" in problems[1]
 
 
 def test_data_check_decodes_pictures_when_asked(tmp_path, capsys):
     write_world(tmp_path / "world", seed=3, num_train=4, num_val=3, num_test=3)
     assert main(["data", "check", "--root", str(tmp_path / "world"), "--images", "--workers", "2"]) == 0
-    assert "pictures are whole" in capsys.readouterr().out
+    assert "images are whole" in capsys.readouterr().out
     record = read_split(tmp_path / "world", "refcoco+/testB")[0]
     with open(record.image_path, "r+b") as file:
         file.truncate(200)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deris_llm.data.masks import NoPixel, decode_segmentation, encode_mask, picture_mask, polygons_in_px, usable_segmentation
+from deris_llm.data.masks import NoPixelError, decode_segmentation, encode_mask, mask_of_image, polygons_in_px, visible_rle
 
 RECTANGLE = [2, 1, 6, 1, 6, 4, 2, 4]
 
@@ -80,7 +80,8 @@ def test_malformed_segmentations_say_so(segmentation: object, message: str) -> N
 @pytest.mark.parametrize("polygon", [[0, 0, 0, 0, 0, 0], [0.5, 0.5, 0.503, 0.5, 0.5, 0.504]])
 def test_a_point_in_the_first_pixel_is_not_normalised(polygon: list[float]) -> None:
     """It draws nothing, which is counted; it does not stop a split whose other outlines are in px."""
-    assert isinstance(usable_segmentation([polygon], 80, 100)[1], NoPixel)
+    with pytest.raises(NoPixelError):
+        visible_rle([polygon], 80, 100)
     assert not decode_segmentation([polygon], 80, 100).any()
 
 
@@ -89,7 +90,7 @@ def test_a_point_in_the_first_pixel_is_not_normalised(polygon: list[float]) -> N
     [
         ([600, 400, 700, 400, 700, 470], True),  # 60 of 640 px outside
         ([-100, -100, 50, 10, 10, 50], True),
-        ([10, 10, 50, 10, 50, 4000], False),  # y of another picture
+        ([10, 10, 50, 10, 50, 4000], False),  # y of another image
         ([10, 10, 50, 10, 50, -4000], False),
         ([10, 10, 1200, 10, 50, 50], False),
         ([-700, 10, 50, 10, 50, 50], False),
@@ -97,25 +98,23 @@ def test_a_point_in_the_first_pixel_is_not_normalised(polygon: list[float]) -> N
     ],
 )
 def test_far_outside_is_another_picture(polygon: list[float], is_of_the_picture: bool) -> None:
-    """Relative to the picture of 640 x 480 px; a little outside is clipped."""
-    fault = usable_segmentation([polygon], 480, 640)[1]
-    assert (fault is None) == is_of_the_picture, fault
+    """Relative to the image of 640 x 480 px; a little outside is clipped."""
     if is_of_the_picture:
+        assert visible_rle([polygon], 480, 640)
         assert decode_segmentation([polygon], 480, 640).any()
-    else:
-        assert "lie outside the image (640 x 480 px): the annotation belongs to another picture" in (fault or "")
-        with pytest.raises(ValueError, match="expected polygons of this picture, got [xy] from"):
-            decode_segmentation([[20, 20, 30, 20, 30, 30], polygon], 480, 640)
+        return
+    far = r"got [xy] from .* lie outside the image \(640 x 480 px\): the annotation belongs to another image"
+    with pytest.raises(ValueError, match=far):
+        visible_rle([polygon], 480, 640)
+    with pytest.raises(ValueError, match=far):
+        decode_segmentation([[20, 20, 30, 20, 30, 30], polygon], 480, 640)
 
 
 @pytest.mark.parametrize("polygon", [[0.1, 0.125, 0.4, 0.125, 0.4, 0.5], [0.0, 0, 1, 0, 1, 1, 0, 1], [-0.01, 0, 1.02, 0, 1, 1]])
 def test_normalised_coordinates_are_refused_or_scaled(polygon: list[float]) -> None:
-    for check in (usable_segmentation, decode_segmentation):
-        try:
-            says = check([polygon], 80, 100)[1]
-        except ValueError as error:
-            says = str(error)
-        assert "coordinates look normalised; give --coordinates normalised" in str(says)
+    for check in (visible_rle, decode_segmentation):
+        with pytest.raises(ValueError, match="coordinates look normalised; give --coordinates normalised"):
+            check([polygon], 80, 100)
     in_px = [v * (80 if i % 2 else 100) for i, v in enumerate(polygon)]
     assert polygons_in_px([polygon], 80, 100) == [in_px]
     with pytest.raises(ValueError, match="expected normalised coordinates, from 0 to 1, got 40: for px leave out"):
@@ -132,12 +131,12 @@ def test_a_jpeg_mask_is_thresholded_at_half() -> None:
     mask = decode_segmentation([[13, 9, 75, 20, 60, 70, 20, 61]], 80, 100)
     file = _stored(mask.astype(np.uint8) * 255, format="JPEG", quality=75)
     assert 10 < len(np.unique(np.asarray(file))) < 256  # above 0 would be 30 % more
-    found, is_lossy = picture_mask(file)
+    found, is_lossy = mask_of_image(file)
     assert is_lossy
     np.testing.assert_array_equal(found, mask)
     labels = np.where(mask, 120, 0).astype(np.uint8)
     with pytest.raises(ValueError, match="got grey areas .* as of a label map"):
-        picture_mask(_stored(labels, format="JPEG", quality=75))
+        mask_of_image(_stored(labels, format="JPEG", quality=75))
 
 
 @pytest.mark.parametrize("grey", [30, 60, 120, 200, 220])
@@ -145,14 +144,14 @@ def test_labels_beside_white_are_seen_in_a_jpeg(grey: int) -> None:
     labels = np.zeros((60, 80), np.uint8)
     labels[3:23, 5:25], labels[30:50, 40:70] = grey, 255
     with pytest.raises(ValueError, match=r"got grey areas \(value \d+ around x \d+, y \d+\) as of a label map"):
-        picture_mask(_stored(labels, format="JPEG", quality=75))
+        mask_of_image(_stored(labels, format="JPEG", quality=75))
 
 
 def test_thin_lines_survive_jpeg() -> None:
     mask = np.zeros((60, 80), np.uint8)
     mask[10:12, 5:70] = mask[15:50, 33] = 255
     for quality in (20, 50, 75, 95):
-        found, _ = picture_mask(_stored(mask, format="JPEG", quality=quality))
+        found, _ = mask_of_image(_stored(mask, format="JPEG", quality=quality))
         assert (found != (mask > 0)).mean() < 0.02
 
 
@@ -163,16 +162,16 @@ def test_thin_lines_survive_jpeg() -> None:
 def test_numbers_of_a_palette_mean_what_their_colours_show(palette: list[int], is_clear: bool) -> None:
     numbers = np.zeros((8, 9), np.uint8)
     numbers[2:5, 3:6] = 1
-    picture = Image.fromarray(numbers).convert("P")
-    picture.putpalette(palette)
+    image = Image.fromarray(numbers).convert("P")
+    image.putpalette(palette)
     stream = io.BytesIO()
-    picture.save(stream, "PNG")
+    image.save(stream, "PNG")
     file = Image.open(stream)
     if is_clear:
-        np.testing.assert_array_equal(picture_mask(file)[0], numbers == 1)
+        np.testing.assert_array_equal(mask_of_image(file)[0], numbers == 1)
     else:
         with pytest.raises(ValueError, match="expected a palette whose first colour alone is black, got number [01] shown"):
-            picture_mask(file)
+            mask_of_image(file)
 
 
 @pytest.mark.parametrize("values", [(0, 1), (0, 255), (0, 65535), (255, 255), (1, 2), (0, 1, 2), (0, 128, 255)])
@@ -180,9 +179,30 @@ def test_a_mask_has_two_values(values: tuple[int, ...]) -> None:
     array = np.resize(np.array(values, np.uint16 if max(values) > 255 else np.uint8), (8, 9))
     file = _stored(array, format="PNG")
     if len(set(values) - {0}) == 1:
-        found, is_lossy = picture_mask(file)
+        found, is_lossy = mask_of_image(file)
         np.testing.assert_array_equal(found, array > 0)
         assert not is_lossy
     else:
         with pytest.raises(ValueError, match="expected 0 and one other value, got .* besides 0 .a label map"):
-            picture_mask(file)
+            mask_of_image(file)
+
+
+def test_degenerate_parts_are_left_out() -> None:
+    square = [2.0, 2, 9, 2, 9, 9, 2, 9]
+    assert visible_rle([[1, 1, 2, 2], square], 30, 40) == visible_rle([square], 30, 40)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [[], None, "text", [[1, 2, "x", 4, 5, 6]], [[float("nan")] * 6], [[1, 1, 9, 1, 9, 9, 1]], {"counts": [1]}, [{}]],
+)
+def test_malformed_segmentations_are_faults(segmentation: object) -> None:
+    with pytest.raises(ValueError, match="expected") as caught:
+        visible_rle(segmentation, 30, 40)
+    assert not isinstance(caught.value, NoPixelError)
+
+
+def test_a_thin_object_between_pixels_is_a_fault_and_a_small_one_is_not() -> None:
+    with pytest.raises(NoPixelError):
+        visible_rle([[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]], 30, 40)
+    assert visible_rle([[5, 5, 7, 5, 7, 7, 5, 7]], 30, 40)

@@ -106,7 +106,7 @@ def _mine(world: Any, name: str, pictures: dict[str, str], **options: Any) -> No
     """A set over pictures: file name -> split; a file's content is that of its first letter."""
     lines = []
     for file, split in pictures.items():
-        world.pictures(file[0], folder=world.folder / "originals")
+        world.images(file[0], folder=world.folder / "originals")
         (world.folder / file).write_bytes((world.folder / "originals" / file[0]).read_bytes())
         lines.append({"image": file, "phrase": f"thing of {file}", "polygons": world.square, "split": split})
     world.prepare(world.lines(*lines, file=f"{name}.jsonl"), name, **options)
@@ -115,13 +115,13 @@ def _mine(world: Any, name: str, pictures: dict[str, str], **options: Any) -> No
 @pytest.fixture
 def no_suffix(world: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pictures need no suffix in these tests."""
-    real = world.pictures
+    real = world.images
 
     def as_png(name: str, *, folder: Path) -> None:
         real(f"{name}.png", folder=folder)
         (folder / f"{name}.png").rename(folder / name)
 
-    monkeypatch.setattr(world, "pictures", as_png, raising=False)
+    monkeypatch.setattr(world, "images", as_png, raising=False)
     return world
 
 
@@ -146,7 +146,7 @@ def test_cocos_names_tell_equal_files_apart_but_a_renamed_one_leaves(no_suffix: 
     folder = world.folder
     folder.mkdir()
     names = [f"COCO_train2014_{i:012d}.jpg" for i in (1, 2)]
-    world.pictures("a", folder=folder)
+    world.images("a", folder=folder)
     for name in (*names, "renamed.jpg"):
         (folder / name).write_bytes((folder / "a").read_bytes())
     lines = [

@@ -206,7 +206,7 @@ def test_bad_pictures_and_phrases_are_named(pictures, pipeline, tmp_path):
     assert [line["image"] for line in lines_of(tmp_path / "out")] == [str(pictures / "picture 0.png")]
     result = predict(pipeline, questions, tmp_path / "out", skip_bad=True, progress=False)
     assert (len(result.lines), result.num_there, len(result.bad)) == (1, 1, 2)
-    assert "expected a whole picture" in result.bad[0]
+    assert "expected a complete image" in result.bad[0]
     assert "special token '<image>'" in result.bad[1]
 
 

@@ -195,8 +195,8 @@ def test_broken_pictures_and_refused_phrases_are_named_before_the_first_step(wor
         ValueError, match=r"pictures of refcoco/train \(data.check_images=first-run\): 1 of 8 cannot"
     ) as caught:
         train(load_config("tiny-refcoco", overrides), output=output)
-    assert "  - refcoco/train/" in str(caught.value)
-    assert f"({spoiled}): expected a whole picture" in str(caught.value)
+    assert f"  - {spoiled} (needed by refcoco/train/" in str(caught.value)
+    assert "): expected a complete image" in str(caught.value)
 
     refs = root / "refcoco" / "refs(unc).p"
     entries = pickle.loads(refs.read_bytes())

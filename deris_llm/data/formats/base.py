@@ -1,6 +1,6 @@
 """What a reader of a source format gives to `deris-llm data prepare`: entries, unchecked, and where each stands.
 
-A reader only finds its way through its format. Whether a name is safe, a picture is there, a mask is a mask and a phrase
+A reader only finds its way through its format. Whether a name is safe, an image is there, a mask is a mask and a phrase
 says something is checked in one place for all formats (`deris_llm.data.validation`), so fields may hold whatever the
 source holds.
 """
@@ -31,7 +31,7 @@ class SourcePhrase:
 
 @dataclass(frozen=True)
 class MaskFile:
-    """A mask that is a picture of one channel; pixels above 0 are inside."""
+    """A mask that is an image of one channel; pixels above 0 are inside."""
 
     name: str  # relative to the reader's image folder
 
@@ -47,7 +47,7 @@ class SourceInstance:
 
 @dataclass(frozen=True, eq=False)
 class SourceEntry:
-    """Phrases of one picture for the same referents."""
+    """Phrases of one image for the same referents."""
 
     where: str  # for messages: "line 7", "ref_id 12"
     split: Any
@@ -56,12 +56,12 @@ class SourceEntry:
     instances: tuple[SourceInstance, ...]
     is_no_target: bool = False  # said by the source: nothing is meant; without it an entry needs an instance
     may_be_empty: bool = False  # if no referent draws a pixel, the truth is empty, as in REFER's own API; else it is a fault
-    size_hw: Any = None  # px, for which the masks were annotated; None: the masks say it themselves, or the picture
+    size_hw: Any = None  # px, for which the masks were annotated; None: the masks say it themselves, or the image
     image_id: Any = None  # only if the source's ids are shared with other datasets
     category: str | None = None
     num_same_class: int | None = None
     ref_id: int | None = None
-    asks_class: bool = False  # means all objects of a class in the picture, so that no other entry may have more of them
+    asks_class: bool = False  # means all objects of a class in the image, so that no other entry may have more of them
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class SourceOptions:
 
     source: str  # a file or folder; of Hugging Face datasets a name too
     name: str  # of the prepared set
-    images: Path | None = None  # folder of the pictures; None: where the format has them
+    images: Path | None = None  # folder of the images; None: where the format has them
     splits: tuple[str, ...] = ()  # only these; () = all
     mapping: Mapping[str, str] = field(default_factory=dict)  # format-specific: which field is what
-    own_pictures: Path = Path("pictures")  # where a reader writes pictures that are no files in the source
-    follow_links: bool = False  # links in the folder of the pictures may lead outside it
+    own_pictures: Path = Path("pictures")  # where a reader writes images that are no files in the source
+    follow_links: bool = False  # links in the folder of the images may lead outside it
     takes_crowds: bool = False  # annotations with iscrowd=1 are objects as others (coco)
 
 
@@ -182,15 +182,15 @@ def existing_source(options: SourceOptions, expected: str) -> Path:
 
 
 def existing_image_folder(folder: Path, *, why: str) -> Path:
-    """The folder of the pictures.
+    """The folder of the images.
 
     Raises:
         DataError: it is no folder.
     """
     if not folder.is_dir():
         raise DataError(
-            f"pictures in {folder} ({why}): expected a folder, got {'a file' if folder.exists() else 'nothing'} there. "
-            "Name the folder of the pictures with --images"
+            f"images in {folder} ({why}): expected a folder, got {'a file' if folder.exists() else 'nothing'} there. "
+            "Name the folder of the images with --images"
         )
     return folder
 

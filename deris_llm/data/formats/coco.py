@@ -1,4 +1,4 @@
-"""Reads COCO-style instances: the phrase is the category's name, the referents are all its instances in the picture.
+"""Reads COCO-style instances: the phrase is the category's name, the referents are all its instances in the image.
 
     {"images": [{"id": 9, "file_name": "a.jpg", "width": 640, "height": 480}],
      "annotations": [{"id": 1, "image_id": 9, "category_id": 3, "segmentation": [[...]], "iscrowd": 0}],
@@ -7,7 +7,7 @@
 `--source` is the JSON, or a folder with such files, in `annotations/` or in a folder per split (Roboflow's
 `train/_annotations.coco.json`). The split is what the file's or the folder's name says (`instances_train2017.json`: `train`,
 `valid/`: `val`), else the file's name. Beside `instances_*.json`, and by their names, files of captions, keypoints and
-panoptic segments are not read. Pictures: each is looked for in `images/`, in the JSON's folder and in those that COCO has
+panoptic segments are not read. Images: each is looked for in `images/`, in the JSON's folder and in those that COCO has
 (`train2017/` beside `annotations/`), or in the same way below --images; LVIS names them in `coco_url`. An annotation with a
 text of its own (`caption`, or the field that `--mapping caption=FIELD` names) is asked by that text, alone. Categories of
 the same name, case and blanks apart, are one. Crowds (`iscrowd`: 1) are left out, counted and named; annotation tools write that for every RLE mask:
@@ -33,14 +33,14 @@ from deris_llm.data.formats.base import (
     other_format,
     read_json_file,
 )
-from deris_llm.data.formats.objects import LabelledObject, class_key, entries_of_picture, find_pictures, split_named
+from deris_llm.data.formats.objects import LabelledObject, class_key, entries_of_image, find_images, split_named
 
 _NOT_INSTANCES = ("captions_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")
 """Beginnings of the names of COCO's other files."""
 
 
 class CocoReader:
-    """Phrases picture by picture, in the order of the files."""
+    """Phrases image by image, in the order of the files."""
 
     identity = ""
     is_generalised: bool | None = None
@@ -73,7 +73,7 @@ class CocoReader:
             notes += [f"{file}: read as split {split}"] if split != file.stem.removeprefix("instances_") else []
             notes += _namesakes(split, tables)
             notes += _crowds(split, tables, are_taken=options.takes_crowds)
-        self._pictures = find_pictures(wanted, follow_links=options.follow_links)
+        self._pictures = find_images(wanted, follow_links=options.follow_links)
         self.image_folder = self._pictures.folder or images or self.files[0].parent
         self.notes = (*notes, *self._pictures.notes)
 
@@ -130,7 +130,7 @@ class CocoReader:
                 yield SourceFault(f"{split} image {image['id']}", split, "target", message)
                 objects = [each for each in objects if class_key(each.label) != label]
             size_hw = (image["height"], image["width"])
-            yield from entries_of_picture(str(image["id"]), split, self._pictures.names[split, image["id"]], size_hw, objects)
+            yield from entries_of_image(str(image["id"]), split, self._pictures.names[split, image["id"]], size_hw, objects)
 
     def _object(self, split: str, annotation: dict[str, Any], names: dict[int | None, str]) -> LabelledObject:
         category = _category(annotation)
@@ -150,7 +150,7 @@ def _category(annotation: dict[str, Any]) -> int | None:
 
 
 def _not_exhaustive(image: dict[str, Any]) -> set[Any]:
-    """Categories of which LVIS annotated only some objects in a picture: their name asks for more than it gives."""
+    """Categories of which LVIS annotated only some objects in an image: their name asks for more than it gives."""
     found = image.get("not_exhaustive_category_ids")
     return {each for each in found if isinstance(each, int)} if isinstance(found, list) else set()
 
@@ -177,7 +177,7 @@ def _split_of(file: Path) -> str:
 
 
 def _picture_folders(file: Path, images: Path | None) -> list[Path]:
-    """Where the pictures of a file may be, likeliest first; some of it may not exist."""
+    """Where the images of a file may be, likeliest first; some of it may not exist."""
     parts = [file.stem.removeprefix("instances_"), file.parent.name, _split_of(file)]  # train2017, valid, val
     if images is not None:
         return [images, images / "images", *(images / part for part in parts)]
@@ -188,7 +188,7 @@ def _picture_folders(file: Path, images: Path | None) -> list[Path]:
 
 
 def _of_url(url: str, file: Path, images: Path | None) -> tuple[str, list[Path]]:
-    """Name and folders of a picture at COCO's site, whose address ends in train2017/000000000009.jpg."""
+    """Name and folders of an image at COCO's site, whose address ends in train2017/000000000009.jpg."""
     folder, name = ["", *url.split("/")][-2:]
     if images is not None:
         return name, [images / folder, images]

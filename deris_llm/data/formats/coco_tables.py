@@ -52,7 +52,7 @@ class CocoTables:
 
 
 def coco_tables(content: object) -> CocoTables | str:
-    """Indexes a parsed COCO instances file; masks and names of pictures are not looked at.
+    """Indexes a parsed COCO instances file; masks and names of images are not looked at.
 
     Returns:
         The tables, or what keeps the file from being COCO instances.

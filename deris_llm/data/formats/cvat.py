@@ -7,8 +7,8 @@
         <mask label="cat" rle="3, 5, 12" left="10" top="20" width="5" height="4"/>
       </image></annotations>
 
-`--source` is the XML, or a folder with such files. The split is the picture's `subset`, else what the folder's name says, else
-`train`. A label is a phrase that asks for all its objects in the picture; an object with an attribute `caption` (or the one
+`--source` is the XML, or a folder with such files. The split is the image's `subset`, else what the folder's name says, else
+`train`. A label is a phrase that asks for all its objects in the image; an object with an attribute `caption` (or the one
 that `--mapping caption=NAME` names) is asked by that text, alone. Shapes of one label and group are one object. Polygons,
 ellipses and masks are drawn; boxes only with `--mapping boxes=masks`. An XML with a document type is refused: entities
 may name other files or fill the memory, and CVAT writes none.
@@ -42,8 +42,8 @@ from deris_llm.data.formats.objects import (
     NO_MASK,
     Shape,
     ellipse,
-    entries_of_picture,
-    find_pictures,
+    entries_of_image,
+    find_images,
     objects_of_shapes,
     pasted,
     rectangle,
@@ -53,7 +53,7 @@ from deris_llm.data.formats.objects import (
 
 
 class CvatReader:
-    """The pictures in the order of the files."""
+    """The images in the order of the files."""
 
     identity = ""
     is_generalised: bool | None = None
@@ -75,7 +75,7 @@ class CvatReader:
             subset = image.get("subset") or ""
             base = [images] if images else [file.parent / "images", file.parent]
             wanted[number] = (image.get("name"), [*(folder / subset for folder in base if subset), *base])
-        self._pictures = find_pictures(wanted, follow_links=options.follow_links)
+        self._pictures = find_images(wanted, follow_links=options.follow_links)
         self.image_folder = self._pictures.folder or images or self.files[0].parent
         tags = sum(len(image.findall("tag")) for _, image in self._pages)
         attributes = Counter(
@@ -83,7 +83,7 @@ class CvatReader:
         )
         unread = [str(name) for name in attributes if name != self._caption]
         self.notes = (
-            *([f"{tags:,} tags of whole pictures were left out"] if tags else []),
+            *([f"{tags:,} tags of whole images were left out"] if tags else []),
             *([f"attributes not read: {', '.join(unread)}; --mapping caption=NAME asks by one"] if unread else []),
             *self._pictures.notes,
         )
@@ -96,7 +96,7 @@ class CvatReader:
                 split = subset
             yield from self._of_image(file.name, split, image, self._pictures.names[number])
 
-    def _of_image(self, file: str, split: str, image: ET.Element, picture: Any) -> Iterator[SourceEntry | SourceFault]:
+    def _of_image(self, file: str, split: str, image: ET.Element, image_name: Any) -> Iterator[SourceEntry | SourceFault]:
         name = image.get("name") or ""
         where = f"{file} image {name}"
         sides = [image.get("height", ""), image.get("width", "")]
@@ -121,7 +121,7 @@ class CvatReader:
         except ValueError as error:
             yield SourceFault(where, split, "mask", str(error))
             return
-        yield from entries_of_picture(name, split, picture, size_hw, objects)
+        yield from entries_of_image(name, split, image_name, size_hw, objects)
 
     def _mask(self, shape: ET.Element, size_hw: tuple[int, int]) -> Any:
         """Polygons or RLE of a shape.

@@ -3,14 +3,14 @@
     --format hf --source FOLDER --mapping image=photo phrase=sentences.sent mask=segmentation
 
 `--mapping FIELD=COLUMN` says which column is what; `a.b` is the member `b` of column `a`, in a list that of each. Fields:
-`image` (a picture, embedded or by path), `phrase` (a text or a list), `raw` (as typed), the referents as one of `mask` (a
-picture, an array or an RLE), `masks` (a list of them), `polygons` (the parts of one object) and `rle`; `no_target`, `id`,
+`image` (an image, embedded or by path), `phrase` (a text or a list), `raw` (as typed), the referents as one of `mask` (a
+image, an array or an RLE), `masks` (a list of them), `polygons` (the parts of one object) and `rle`; `no_target`, `id`,
 `category`, `image_id`. `pairs` says which phrase means which mask where a row has several of both
 (`deris_llm.data.formats.pairs`). What is not mapped is looked for under its own name. Every split of the dataset becomes one.
 `--mapping json=COLUMN,COLUMN` names columns of text that hold JSON; they are parsed first, so that their members can be
 named (`polygons=raw_anns.segmentation`).
 
-Embedded pictures are written as files beside the prepared set, named by their content; paths are relative to --images or
+Embedded images are written as files beside the prepared set, named by their content; paths are relative to --images or
 the source's folder.
 """
 
@@ -66,7 +66,7 @@ class HuggingFaceReader:
         if self._is_embedded:
             self.image_folder = options.own_pictures
         else:
-            self.image_folder = existing_image_folder(options.images or folder, why="pictures are named by path")
+            self.image_folder = existing_image_folder(options.images or folder, why="images are named by path")
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
         for split, rows in self._splits.items():
@@ -189,7 +189,7 @@ class HuggingFaceReader:
         return row
 
     def _picture(self, value: Any) -> Any:
-        """Name of the picture below the image folder; an embedded one is written there first."""
+        """Name of the image below the image folder; an embedded one is written there first."""
         if isinstance(value, dict) and isinstance(value.get("bytes"), bytes) and self._is_embedded:
             name = f"{hashlib.sha256(value['bytes']).hexdigest()[:32]}{_suffix(value['bytes'])}"
             path = self.image_folder / name
@@ -230,7 +230,7 @@ def _load(source: str) -> dict[str, Any]:
 
 
 def _mask(field: str, value: Any) -> Any:
-    """A mask as the validation knows it: polygons, RLE, or the bytes of a picture."""
+    """A mask as the validation knows it: polygons, RLE, or the bytes of an image."""
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return value["bytes"]
     if field == "polygons" and isinstance(value, list) and value and not isinstance(value[0], list):
@@ -253,4 +253,4 @@ def _class_name(value: Any, feature: Any) -> Any:
 
 def _suffix(content: bytes) -> str:
     known = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
-    return next((suffix for magic, suffix in known.items() if content.startswith(magic)), ".picture")
+    return next((suffix for magic, suffix in known.items() if content.startswith(magic)), ".image")

@@ -1,17 +1,17 @@
-"""Reads a user's own JSONL: one line per picture and referents.
+"""Reads a user's own JSONL: one line per image and referents.
 
     {"image": "street/001.jpg", "phrase": "the red car", "polygons": [[10, 10, 60, 10, 60, 40]]}
     {"image": "002.jpg", "phrase": "both dogs", "masks": [{"size": [480, 640], "counts": "..."}, "b.png"]}
     {"image": "003.jpg", "phrase": "the unicorn", "no_target": true, "split": "val", "id": "u-17"}
 
 Referents, one of: `polygons`, the parts of one object, [[x0, y0, x1, y1, ...], ...] in px; `rle`, one object as COCO RLE;
-`png`, one object as a picture of one channel, above 0 = inside; `masks`, a list of objects, each in one of these forms.
+`png`, one object as an image of one channel, above 0 = inside; `masks`, a list of objects, each in one of these forms.
 Where a line has several phrases and several masks, `--mapping pairs=...` says which means which
 (`deris_llm.data.formats.pairs`). `no_target: true` says that nothing is meant; a line that has no mask without saying so is an error.
 
 Optional: `id` (of the phrase; default: the line's number), `split` (default: the file's name, of parts without -00000-of-00002), `width` and `height` (of
-the picture as annotated), `raw` (text as typed), `category`, `image_id` (only if other datasets use the same ids for the
-same pictures). Unknown fields are ignored. `image` and `png` are relative to the folder of the file, or --images.
+the image as annotated), `raw` (text as typed), `category`, `image_id` (only if other datasets use the same ids for the
+same images). Unknown fields are ignored. `image` and `png` are relative to the folder of the file, or --images.
 
 `--source` is a file, or a folder whose `*.jsonl` (without such, `*.json`) are read in the order of their names; a file may
 hold one JSON array of such objects instead of lines. Where several files hold parts of one split, a line's default id is

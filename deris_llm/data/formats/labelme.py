@@ -1,4 +1,4 @@
-"""Reads LabelMe's JSON, one file beside each picture, and LISA's ReasonSeg, which has nearly that form.
+"""Reads LabelMe's JSON, one file beside each image, and LISA's ReasonSeg, which has nearly that form.
 
     {"imagePath": "a.jpg", "imageHeight": 480, "imageWidth": 640,
      "shapes": [{"label": "dog", "shape_type": "polygon", "points": [[10, 10], [60, 10], [60, 40]], "group_id": null,
@@ -6,12 +6,12 @@
     {"text": ["something that can bark", ...], "shapes": [{"label": "target", "points": [...]}]}      ReasonSeg
 
 `--source` is a file, or a folder with such files or with a folder of them per split (`train/`, `valid/`; where no name
-says one, all is `train`). A label is a phrase that asks for all its objects in the picture; an object with a `description`
+says one, all is `train`). A label is a phrase that asks for all its objects in the image; an object with a `description`
 (or the field that `--mapping caption=FIELD` names) is asked by that text, alone. Shapes of one label and `group_id` are one
-object. Polygons, circles and masks are drawn; boxes only with `--mapping boxes=masks`. Pictures: as `imagePath` says, or of
+object. Polygons, circles and masks are drawn; boxes only with `--mapping boxes=masks`. Images: as `imagePath` says, or of
 the JSON's own name; below --images, if given.
 
-ReasonSeg: each text asks for all shapes labelled `target`, joined. Pictures with a region that its evaluation ignores
+ReasonSeg: each text asks for all shapes labelled `target`, joined. Images with a region that its evaluation ignores
 cannot be used: a phrase's mask has no such region here.
 """
 
@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from deris_llm.data.errors import DataError, describe
-from deris_llm.data.masks import picture_mask
+from deris_llm.data.masks import mask_of_image
 from deris_llm.data.images import BROKEN, MAX_PIXELS, portable_name
 from deris_llm.data.formats.base import (
     SourceEntry,
@@ -48,8 +48,8 @@ from deris_llm.data.formats.objects import (
     NO_MASK,
     Shape,
     ellipse,
-    entries_of_picture,
-    find_pictures,
+    entries_of_image,
+    find_images,
     objects_of_shapes,
     pasted,
     rectangle,
@@ -62,7 +62,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".JPG", 
 
 
 class LabelmeReader:
-    """The pictures in the order of their files' names."""
+    """The images in the order of their files' names."""
 
     identity = ""
     is_generalised: bool | None = None
@@ -93,7 +93,7 @@ class LabelmeReader:
             for file, content in self._contents.items()
             if isinstance(content, dict)
         }
-        self._pictures = find_pictures(wanted, follow_links=options.follow_links)
+        self._pictures = find_images(wanted, follow_links=options.follow_links)
         self.image_folder = self._pictures.folder or images or self._root
         self.notes = (
             *([f"not read, as they are not LabelMe's: {', '.join(others)}"] if others else []),
@@ -142,7 +142,7 @@ class LabelmeReader:
         except ValueError as error:
             yield SourceFault(where, split, "mask", str(error))
             return
-        yield from entries_of_picture(name, split, self._pictures.names[file], _declared(content), objects)
+        yield from entries_of_image(name, split, self._pictures.names[file], _declared(content), objects)
 
     def _reasoning(self, file: Path, where: str, split: str, content: Mapping[str, Any]) -> SourceEntry | SourceFault:
         texts = content["text"] if isinstance(content["text"], list) else [content["text"]]
@@ -194,7 +194,7 @@ class LabelmeReader:
 
 
 def _read(file: Path) -> dict[str, Any] | str | None:
-    """The content without the embedded picture; what is wrong with the file; or None for JSON of another form."""
+    """The content without the embedded image; what is wrong with the file; or None for JSON of another form."""
     try:
         content = read_json_file(file)
     except DataError as error:
@@ -205,7 +205,7 @@ def _read(file: Path) -> dict[str, Any] | str | None:
 def _picture_of(
     file: Path, content: Mapping[str, Any], root: Path, images: Path | None
 ) -> tuple[Any, Sequence[Path]]:
-    """Name of a file's picture, and the folders where it may be."""
+    """Name of a file's image, and the folders where it may be."""
     given = content.get("imagePath")
     if not isinstance(given, str) or not given.strip():
         names = [file.with_suffix(suffix).name for suffix in _SUFFIXES]
@@ -244,5 +244,5 @@ def _decoded(encoded: Any, corners: Sequence[float], size_hw: tuple[int, int] | 
     with Image.open(io.BytesIO(content)) as file:
         if file.size != (right - left + 1, bottom - top + 1):  # before it is decoded
             raise ValueError(f"expected a mask of its box, {right - left + 1} x {bottom - top + 1} px, got {file.size}")
-        crop, _ = picture_mask(file)
+        crop, _ = mask_of_image(file)
     return pasted(crop, left, top, size_hw)

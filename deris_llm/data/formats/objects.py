@@ -1,7 +1,7 @@
-"""What readers of annotation tools' files (COCO, LabelMe, CVAT) share: splits and pictures by name, objects as phrases.
+"""What readers of annotation tools' files (COCO, LabelMe, CVAT) share: splits and images by name, objects as phrases.
 
-These files have objects with a class, and pictures whose names are relative to a folder that the file does not name. A
-phrase is the name of a class, which asks for all its objects in the picture, or an object's own text, which asks for it
+These files have objects with a class, and images whose names are relative to a folder that the file does not name. A
+phrase is the name of a class, which asks for all its objects in the image, or an object's own text, which asks for it
 alone.
 """
 
@@ -38,7 +38,7 @@ def split_named(name: str) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class LabelledObject:
-    """An object of a picture as an annotation tool writes it."""
+    """An object of an image as an annotation tool writes it."""
 
     name: str  # of the phrase that asks for it alone, unique in its split
     label: Any  # name of its class
@@ -54,17 +54,17 @@ def class_key(label: Any) -> Any:
     return " ".join(label.casefold().split()) if isinstance(label, str) else label
 
 
-def entries_of_picture(
+def entries_of_image(
     name: str, split: str, image: Any, size_hw: Any, objects: Sequence[LabelledObject]
 ) -> Iterator[SourceEntry]:
     """Objects with a text of their own, then the classes of the others, each with all of its objects.
 
     Args:
-        name: of the picture, in the names of phrases.
-        split: of the picture.
+        name: of the image, in the names of phrases.
+        split: of the image.
         image: its file.
         size_hw: px, for which the masks were drawn; None if nothing says.
-        objects: those of the picture, in the order of the file.
+        objects: those of the image, in the order of the file.
     """
     by_class: dict[Any, list[LabelledObject]] = {}
     for each in objects:
@@ -90,17 +90,17 @@ def entries_of_picture(
 
 @dataclass(frozen=True, eq=False)
 class FoundPictures:
-    """Where the pictures of a source are."""
+    """Where the images of a source are."""
 
-    folder: Path | None  # holds all folders with pictures; None: no folder that was asked for exists
+    folder: Path | None  # holds all folders with images; None: no folder that was asked for exists
     names: Mapping[Any, Any]  # key -> name below the folder
     notes: tuple[str, ...]  # what was found in another way than by its whole name
 
 
-def find_pictures(wanted: Mapping[Any, tuple[Any, Sequence[Path]]], *, follow_links: bool) -> FoundPictures:
-    """Finds pictures whose folder is not said.
+def find_images(wanted: Mapping[Any, tuple[Any, Sequence[Path]]], *, follow_links: bool) -> FoundPictures:
+    """Finds images whose folder is not said.
 
-    A picture that is not there by its whole name is looked for by the last part of it, if no other name ends so. One that
+    An image that is not there by its whole name is looked for by the last part of it, if no other name ends so. One that
     is nowhere is named below its first folder, for the message that it is missing.
 
     Args:
@@ -135,7 +135,7 @@ def find_pictures(wanted: Mapping[Any, tuple[Any, Sequence[Path]]], *, follow_li
     if not any(os.path.lexists(folder / name) for name, folder in places.values()):
         folders = dict.fromkeys(folder for _, folders in wanted.values() for folder in folders if is_dir(folder))
         raise DataError(
-            f"pictures: expected {len(places):,} in one of {', '.join(map(str, folders))}, got none of them, not even "
+            f"images: expected {len(places):,} in one of {', '.join(map(str, folders))}, got none of them, not even "
             f"{next(iter(places.values()))[0]}. Name their folder with --images"
         )
     root = Path(os.path.commonpath({str(folder.absolute()) for _, folder in places.values()}))
@@ -143,7 +143,7 @@ def find_pictures(wanted: Mapping[Any, tuple[Any, Sequence[Path]]], *, follow_li
     names |= {
         key: name if prefix(folder) == "." else f"{prefix(folder)}/{name}" for key, (name, folder) in places.items()
     }
-    said = (f"{len(by_end):,} pictures were found by the last part of their names, e.g. {by_end[0]}",) if by_end else ()
+    said = (f"{len(by_end):,} images were found by the last part of their names, e.g. {by_end[0]}",) if by_end else ()
     return FoundPictures(root, names, said)
 
 
@@ -207,25 +207,25 @@ def _joined(masks: Sequence[Any], size_hw: tuple[int, int] | None) -> Any:
     if all(isinstance(mask, list) for mask in masks):
         return [polygon for mask in masks for polygon in mask]
     if size_hw is None:
-        raise ValueError("expected the picture's size where an object has several masks, got none")
+        raise ValueError("expected the image's size where an object has several masks, got none")
     return encode_mask(np.logical_or.reduce([decode_segmentation(mask, *size_hw) for mask in masks]))
 
 
 def pasted(crop: np.ndarray, left: int, top: int, size_hw: tuple[int, int] | None) -> dict[str, Any]:
-    """The RLE of a mask that was cut out of its picture's size.
+    """The RLE of a mask that was cut out of its image's size.
 
     Args:
         crop: bool (h, w).
         left: px, of its first column.
         top: px, of its first row.
-        size_hw: px, of the picture.
+        size_hw: px, of the image.
 
     Raises:
-        ValueError: it does not lie within the picture, or its size is not known.
+        ValueError: it does not lie within the image, or its size is not known.
     """
     height, width = crop.shape
     if size_hw is None or left < 0 or top < 0 or top + height > size_hw[0] or left + width > size_hw[1]:
-        raise ValueError(f"expected a mask within the picture, {size_hw} px, got {(height, width)} px at row {top}, column {left}")
+        raise ValueError(f"expected a mask within the image, {size_hw} px, got {(height, width)} px at row {top}, column {left}")
     whole = np.zeros(size_hw, bool)
     whole[top : top + height, left : left + width] = crop
     return encode_mask(whole)

@@ -5,7 +5,7 @@
     --mapping pairs=all                                  every phrase means all masks of its record
 
 Without it such a record is refused: both readings are common, and the wrong one gives phrases other objects' masks. A mask
-of a pair is an RLE, the name or bytes of a picture, polygons of one object, or a list of these for several objects.
+of a pair is an RLE, the name or bytes of an image, polygons of one object, or a list of these for several objects.
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@
     root/refcocog/instances.json, root/refcocog/refs(umd).p and/or refs(google).p
     root/grefcoco/instances.json, root/grefcoco/grefs(unc).json (or .p)
 
-Every picture, those of val and test too, is one of COCO's train2014. ``ref["file_name"]`` carries an annotation suffix
-and is not read; the picture's name is that of ``instances.json``.
+Every image, those of val and test too, is one of COCO's train2014. ``ref["file_name"]`` carries an annotation suffix
+and is not read; the image's name is that of ``instances.json``.
 
-A ref of gRefCOCO has a list of annotation ids: [-1] says that its phrases name nothing in the picture; each of several
+A ref of gRefCOCO has a list of annotation ids: [-1] says that its phrases name nothing in the image; each of several
 ids is a referent of its own. Crowds (iscrowd=1) beside other referents are no referents, as in gRefCOCO's own API; a record
 keeps them apart (`ReferringRecord.crowds`), for protocols that take them.
 
@@ -41,7 +41,7 @@ from deris_llm.data.formats.base import (
     is_int64,
 )
 from deris_llm.data.formats.coco_tables import CocoTables, coco_tables
-from deris_llm.data.masks import NoPixel, empty_rle, usable_segmentation
+from deris_llm.data.masks import NoPixelError, visible_rle
 from deris_llm.data.validation import is_text
 from deris_llm.common.unpickle import load_plain_pickle
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
@@ -83,7 +83,7 @@ NO_TARGET_ID = -1
 _REF_KEYS = frozenset({"ref_id", "ann_id", "image_id", "split", "sentences"})
 
 _LAYOUT = """Expected layout below ROOT, which `data.root` names:
-  ROOT/images/train2014/COCO_train2014_*.jpg   or another folder of these pictures named above
+  ROOT/images/train2014/COCO_train2014_*.jpg   or another folder of these images named above
   ROOT/refcoco/     instances.json   refs(unc).p
   ROOT/refcoco+/    instances.json   refs(unc).p
   ROOT/refcocog/    instances.json   refs(umd).p and/or refs(google).p
@@ -176,7 +176,7 @@ def refs_path(root: str | Path, dataset: str) -> Path:
 
 
 def find_image_folder(root: str | Path) -> Path:
-    """The folder of COCO's train2014 pictures below ``root``.
+    """The folder of COCO's train2014 images below ``root``.
 
     Raises:
         DataError: none of the known places exists.
@@ -187,7 +187,7 @@ def find_image_folder(root: str | Path) -> Path:
         return next((folder for folder in there if any(folder.iterdir())), there[0])
     places = ", ".join(IMAGE_FOLDERS)
     raise missing_path_error(
-        root / IMAGE_FOLDERS[0], f"pictures in {root} (one of {places})", hint=_layout_hint(Path(root))
+        root / IMAGE_FOLDERS[0], f"images in {root} (one of {places})", hint=_layout_hint(Path(root))
     )
 
 
@@ -284,7 +284,7 @@ def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> LoadedDataset:
     return LoadedDataset(
         splits=splits,
         images={
-            # A picture is looked up in the images folder only, whatever path a file may name.
+            # An image is looked up in the images folder only, whatever path a file may name.
             image["id"]: _Image(
                 PurePosixPath(image.get("file_name") or f"COCO_train2014_{image['id']:012d}.jpg").name,
                 int(image["width"]),
@@ -381,7 +381,7 @@ def _read_split(
     present = _listing(str(image_folder.resolve()), image_folder.stat().st_mtime_ns)
     records: list[ReferringRecord] = []
     problems: list[str] = []
-    usable: dict[int, tuple[InstanceAnnotation | None, int | None, str | None]] = {}
+    usable: dict[int, tuple[InstanceAnnotation | None, int | None, str | NoPixelError | None]] = {}
     left_out = LeftOut()
     num_phrases = 0
     for ref in loaded.splits[split]:
@@ -404,7 +404,7 @@ def _read_split(
             annotation, image_id, fault = usable[annotation_id]
             if image_id not in (None, ref["image_id"]):
                 fault = f"ann_id {annotation_id} belongs to image {image_id}, the ref to image {ref['image_id']}"
-            if annotation is None or (fault is not None and not isinstance(fault, NoPixel)):
+            if annotation is None or (fault is not None and not isinstance(fault, NoPixelError)):
                 problems.append(f"{where}: {fault}")
                 break
             found[annotation_id] = annotation
@@ -452,7 +452,7 @@ def _read_split(
 
 
 def classes_of(loaded: LoadedDataset, image_id: int, annotation_ids: Sequence[int]) -> tuple[str | None, int | None]:
-    """The one class of some referents, and how many other objects of their classes the picture has."""
+    """The one class of some referents, and how many other objects of their classes the image has."""
     classes = {loaded.classes.get(annotation_id, -1) for annotation_id in annotation_ids}
     if not classes or -1 in classes:
         return None, None
@@ -462,8 +462,8 @@ def classes_of(loaded: LoadedDataset, image_id: int, annotation_ids: Sequence[in
 
 def _checked_annotation(
     loaded: LoadedDataset, annotation_id: int, instances_file: Path
-) -> tuple[InstanceAnnotation | None, int | None, str | None]:
-    """The annotation, the id of its image, and what makes it unusable or None; a `NoPixel` leaves an empty mask."""
+) -> tuple[InstanceAnnotation | None, int | None, str | NoPixelError | None]:
+    """The annotation, the id of its image, and what makes it unusable or None; a `NoPixelError` leaves an empty mask."""
     if annotation_id not in loaded.annotations:
         unknown = f"ann_id {annotation_id} is not among the annotations of {instances_file}"
         return None, None, loaded.repeated.get(("annotations", annotation_id), unknown)
@@ -471,13 +471,15 @@ def _checked_annotation(
     if image_id not in loaded.images:
         return None, None, f"ann_id {annotation_id} belongs to image {image_id}, which {instances_file} has not"
     image = loaded.images[image_id]
-    segmentation, fault = usable_segmentation(segmentation, image.height, image.width)
-    if isinstance(fault, NoPixel):
-        empty = InstanceAnnotation(annotation_id, empty_rle(image.height, image.width))
-        return empty, image_id, NoPixel(f"ann_id {annotation_id} of {image.file_name}: {fault}")
-    if fault:
-        return None, image_id, f"ann_id {annotation_id} of {image.file_name}: {fault}"
-    return InstanceAnnotation(annotation_id, segmentation), image_id, None
+    try:
+        rle = visible_rle(segmentation, image.height, image.width)
+    except NoPixelError as error:
+        empty = {"size": [image.height, image.width], "counts": [image.height * image.width]}
+        fault = NoPixelError(f"ann_id {annotation_id} of {image.file_name}: {error}")
+        return InstanceAnnotation(annotation_id, empty), image_id, fault
+    except ValueError as error:
+        return None, image_id, f"ann_id {annotation_id} of {image.file_name}: {error}"
+    return InstanceAnnotation(annotation_id, {**rle, "counts": rle["counts"].decode("ascii")}), image_id, None
 
 
 @dataclass

@@ -6,7 +6,7 @@
 One file with all splits, or a list per file, whose name is the split's; `--source` is the file, its folder, or a root in
 which `seqtr_type/annotations/*/instances*.json` or `annotations/*/instances*.json` names just one.
 
-Accepted per entry: `image_id` (of COCO's train2014) or the picture's `file_name`; `expressions` as a text, a list, or an
+Accepted per entry: `image_id` (of COCO's train2014) or the image's `file_name`; `expressions` as a text, a list, or an
 object with `raw` (or `sent`) of either; the referent as `mask` (polygons or RLE), or several as `annotations`, each with
 `id` and `segmentation` or `mask`. An annotation of negative id, `empty: true` (DeRIS writes `id: null` beside it) or an id
 of 0 without a mask is gRefCOCO's no target. A list of annotations per expression (SimVG's gRefCOCO) gives each
@@ -249,6 +249,6 @@ def _find_pictures(file: Path) -> Path:
             if (folder / below).is_dir():
                 return folder / below
     raise DataError(
-        f"pictures for {file}: expected COCO's train2014 in a folder above, as one of {', '.join(refer.IMAGE_FOLDERS)}, got "
+        f"images for {file}: expected COCO's train2014 in a folder above, as one of {', '.join(refer.IMAGE_FOLDERS)}, got "
         f"none. Name the folder with --images. {_TREE}"
     )

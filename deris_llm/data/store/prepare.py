@@ -1,8 +1,8 @@
 """`deris-llm data prepare`: a source of any format becomes a prepared set (`deris_llm.data.store.prepared`).
 
-Two passes over the source: its pictures (each decoded once, hashed), then its phrases, in shards. Everything is written
+Two passes over the source: its images (each decoded once, hashed), then its phrases, in shards. Everything is written
 beside the final folder, as `.NAME.preparing`, and renamed when it is whole. Shards that an interrupted run had finished
-are taken over if source, options and pictures are still the same.
+are taken over if source, options and images are still the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from deris_llm.common.version import __version__
 from deris_llm.data.formats import refer
 from deris_llm.data.errors import DataError, bad_records_error, printable
 from deris_llm.data.masks import polygons_in_px
-from deris_llm.data.images import BROKEN, ImageFolder, PictureError, PictureFacts, picture_facts, portable_name
+from deris_llm.data.images import BROKEN, ImageFolder, ImageError, ImageFacts, image_facts, portable_name
 from deris_llm.data.store.prepared import (
     ARROW_FOLDER,
     COCO_STEM,
@@ -78,16 +78,16 @@ class PrepareOptions:
     format: str
     source: str
     out: Path  # ROOT/NAME
-    images: Path | None = None  # folder of the pictures; None: where the format has them
+    images: Path | None = None  # folder of the images; None: where the format has them
     splits: tuple[str, ...] = ()  # only these; () = all
     skip_bad: bool = False  # leave out what cannot be used and count it, instead of stopping
     mapping: dict[str, str] = field(default_factory=dict)
     workers: int = 1
-    val_share: float | None = None  # of the pictures of a source with one split: they become val, the others train
-    follow_links: bool = False  # links in the folder of the pictures may lead outside it
-    exif: Exif | None = None  # which way up pictures were annotated where their size does not say; None: the format's habit
+    val_share: float | None = None  # of the images of a source with one split: they become val, the others train
+    follow_links: bool = False  # links in the folder of the images may lead outside it
+    exif: Exif | None = None  # which way up images were annotated where their size does not say; None: the format's habit
     takes_crowds: bool = False  # annotations with iscrowd=1 are objects as others (coco)
-    normalised: bool = False  # polygons are given as shares of the picture's sides, from 0 to 1
+    normalised: bool = False  # polygons are given as shares of the image's sides, from 0 to 1
     decode_images: bool = True  # False: images must be there, but are neither decoded nor hashed; the source says their sizes
 
 
@@ -108,7 +108,7 @@ def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], N
 
     Args:
         options: what, from where, to where.
-        on_progress: called with the stage (`pictures`, `phrases`), what is done and what is to do.
+        on_progress: called with the stage (`images`, `phrases`), what is done and what is to do.
 
     Raises:
         DataError: unusable records (the first ten are listed; nothing is written), a source that is not of the format,
@@ -161,7 +161,7 @@ def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], N
 
 
 def _described_source(options: PrepareOptions, reader: SourceReader) -> dict[str, Any]:
-    """What a preparation depends on, apart from the pictures."""
+    """What a preparation depends on, apart from the images."""
     base = Path(options.source)
     base = base if base.is_dir() else base.parent
     files = [
@@ -227,7 +227,7 @@ def _existing(out: Path, source: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class _Preparation:
-    """One run: the pictures, the phrases, the manifest."""
+    """One run: the images, the phrases, the manifest."""
 
     def __init__(
         self,
@@ -253,8 +253,8 @@ class _Preparation:
         self.num_total = 0
         self.notes = list(reader.notes)
         self.exif: Exif = options.exif or ("stored" if options.format in _ANNOTATED_AS_STORED else "displayed")
-        self.val_images: frozenset[str] | None = None  # names of pictures; None: the source's own splits
-        self.classes: Counter[int] = Counter()  # hash of split, picture and class -> entries that ask for all of the class
+        self.val_images: frozenset[str] | None = None  # names of images; None: the source's own splits
+        self.classes: Counter[int] = Counter()  # hash of split, image and class -> entries that ask for all of the class
         self.objects: dict[tuple[str, int], tuple[str, SourceInstance, str]] = {}  # (split, id) -> image, first, where
 
     def run(self) -> dict[str, Any]:
@@ -312,10 +312,10 @@ class _Preparation:
                 entry = replace(entry, split="val" if is_val else "train")
             yield entry
 
-    # Pictures
+    # Images
 
     def _pictures(self) -> dict[str, Any]:
-        """Looks at every picture once and writes their table."""
+        """Looks at every image once and writes their table."""
         sizes: dict[str, list[Any]] = {}  # file -> the different sizes that its entries say, in their order
         ids: dict[str, list[Any]] = {}
         splits: dict[str, None] = {}
@@ -341,7 +341,7 @@ class _Preparation:
         facts = self._facts(list(sizes), sizes)
         for name, said in sizes.items():
             found = facts[name]
-            if isinstance(found, PictureFacts):
+            if isinstance(found, ImageFacts):
                 said += self._size_of_mask(masks.get(name)) if found.is_sideways and not said else []
                 row = _image_row(name, found, said, ids[name], self.options.exif)
                 undecided += [name] if isinstance(row, dict) and found.is_undecided else []
@@ -352,7 +352,7 @@ class _Preparation:
                 if of_id.setdefault(row["image_id"], one) != one:
                     row = (
                         "reference",
-                        f"expected each image_id to be one picture, one way up, got {row['image_id']!r} for {name} and another",
+                        f"expected each image_id to be one image, one way up, got {row['image_id']!r} for {name} and another",
                     )
             if isinstance(row, dict):
                 self.images[name] = (len(rows), row["height"], row["width"])
@@ -372,59 +372,59 @@ class _Preparation:
         """Height and width of a mask that is a file; nothing if it is none, which is said when masks are read."""
         path = self.image_folder.file(name)[0] if name is not None else None
         try:
-            facts = picture_facts(path) if path is not None else None
-        except PictureError:
+            facts = image_facts(path) if path is not None else None
+        except ImageError:
             facts = None
         return [] if facts is None else [(facts.height, facts.width)]
 
     def _say_undecided(self, names: Sequence[str]) -> None:
-        """Notes pictures of which both ways up are as large; warns if nobody said which one was annotated."""
+        """Notes images of which both ways up are as large; warns if nobody said which one was annotated."""
         other = "stored" if self.exif == "displayed" else "displayed"
         said = (
-            f"pictures that EXIF turns by 180 degrees, mirrors, or turns and that are square: {len(names):,}; their size does not say "
-            f"which way up they were annotated, and their masks are taken as drawn on the picture as it is {self.exif}: "
+            f"images that EXIF turns by 180 degrees, mirrors, or turns and that are square: {len(names):,}; their size does not say "
+            f"which way up they were annotated, and their masks are taken as drawn on the image as it is {self.exif}: "
             f"{', '.join(names[:10])}{f' and {len(names) - 10:,} more' if len(names) > 10 else ''}"
         )
         if self.options.exif is None:
-            said += f". If they were drawn on the picture as it is {other}: --exif {other}"
-            logger.warning("EXIF: pictures whose size does not say which way up they were annotated: %d", len(names))
+            said += f". If they were drawn on the image as it is {other}: --exif {other}"
+            logger.warning("EXIF: images whose size does not say which way up they were annotated: %d", len(names))
         self.notes.append(said)
 
     def _choose_val(self, share: float, rows: Sequence[dict[str, Any]], split: str) -> None:
-        """Takes pictures out of the only split, those of the lowest content hashes: the same for any order and machine."""
+        """Takes images out of the only split, those of the lowest content hashes: the same for any order and machine."""
         contents = sorted({row["sha256"] for row in rows})
         if len(contents) < 2:
-            raise DataError(f"--val-share {share}: expected at least 2 pictures, got {len(contents)}. Leave it out")
+            raise DataError(f"--val-share {share}: expected at least 2 images, got {len(contents)}. Leave it out")
         chosen = set(contents[: min(max(1, round(share * len(contents))), len(contents) - 1)])
         self.val_images = frozenset(row["file"] for row in rows if row["sha256"] in chosen)
         self.notes.append(
-            f"the only split, {split}, was divided by picture: {len(self.val_images):,} of {len(rows):,} pictures are val "
+            f"the only split, {split}, was divided by image: {len(self.val_images):,} of {len(rows):,} images are val "
             f"(--val-share {share}), the others train"
         )
 
-    def _facts(self, names: list[str], sizes: dict[str, list[Any]]) -> dict[str, PictureFacts | str]:
-        found: dict[str, PictureFacts | str] = {}
+    def _facts(self, names: list[str], sizes: dict[str, list[Any]]) -> dict[str, ImageFacts | str]:
+        found: dict[str, ImageFacts | str] = {}
         if not self.options.decode_images:
             return {name: self._undecoded(name, sizes[name]) for name in names}
         jobs = [names[i : i + _PICTURES_PER_JOB] for i in range(0, len(names), _PICTURES_PER_JOB)]
         look = partial(look_at, self.image_folder)
-        self.on_progress("pictures", 0, len(names))
+        self.on_progress("images", 0, len(names))
         for part in self.pool.map(look, jobs) if self.pool else map(look, jobs):
             found |= part
-            self.on_progress("pictures", len(found), len(names))
+            self.on_progress("images", len(found), len(names))
         return found
 
-    def _undecoded(self, name: str, sizes_hw: Sequence[Any]) -> PictureFacts | str:
+    def _undecoded(self, name: str, sizes_hw: Sequence[Any]) -> ImageFacts | str:
         """The facts that the source states about an image that is there."""
         path, fault = self.image_folder.file(name)
         if path is None:
-            return f"picture: {fault}"
+            return f"image: {fault}"
         if not os.path.isfile(path):
-            return f"picture {path}: expected a picture, got no file"
+            return f"image {path}: expected an image, got no file"
         if not sizes_hw:
-            return f"picture {path}: expected its size in the source, got none"
+            return f"image {path}: expected its size in the source, got none"
         height, width = sizes_hw[0]
-        return PictureFacts(height, width, orientation=1, sha256="")
+        return ImageFacts(height, width, orientation=1, sha256="")
 
     # Phrases
 
@@ -507,7 +507,7 @@ class _Preparation:
             yield shard(split)
 
     def _located(self, order: int, entry: SourceEntry | SourceFault, seen: dict[str, set[str]]) -> LocatedEntry | None:
-        """The entry with its picture, without phrases whose id was there before; None if nothing of it can be used."""
+        """The entry with its image, without phrases whose id was there before; None if nothing of it can be used."""
         if isinstance(entry, SourceFault):
             self._fault(Fault(order, entry.where, str(entry.split), entry.reason, entry.message, entry.num_phrases))
             return None
@@ -519,7 +519,7 @@ class _Preparation:
             return None
         found: Any = self.images.get(entry.image) if isinstance(entry.image, str) else None
         if found is None:
-            found = ("image", f"expected the name of a picture, got {entry.image!r}")
+            found = ("image", f"expected the name of an image, got {entry.image!r}")
         if isinstance(found[0], str):
             self._fault(Fault(order, entry.where, entry.split, found[0], found[1], whole, named))
             return None
@@ -530,7 +530,7 @@ class _Preparation:
                 self._fault(Fault(order, entry.where, entry.split, "mask", str(error), whole, named))
                 return None
         if entry.asks_class and self.classes[self._class_asked(entry)] > 1:
-            message = f"expected one record of picture {entry.image} with all of its objects {entry.phrases[0].text!r}, got several"
+            message = f"expected one record of image {entry.image} with all of its objects {entry.phrases[0].text!r}, got several"
             self._fault(Fault(order, entry.where, entry.split, "target", f"{message}: join them", whole, named))
             return None
         if (message := self._other_object(entry)) is not None:
@@ -586,7 +586,7 @@ class _Preparation:
 
 
 def _in_px(entry: SourceEntry, *, height: int, width: int) -> SourceEntry:
-    """The entry with normalised polygons scaled to the picture; other masks have no unit."""
+    """The entry with normalised polygons scaled to the image; other masks have no unit."""
     return replace(
         entry,
         instances=tuple(
@@ -597,9 +597,9 @@ def _in_px(entry: SourceEntry, *, height: int, width: int) -> SourceEntry:
 
 
 def _image_row(
-    name: str, facts: PictureFacts, sizes_hw: Sequence[Any], given_ids: Sequence[Any], exif: Exif | None
+    name: str, facts: ImageFacts, sizes_hw: Sequence[Any], given_ids: Sequence[Any], exif: Exif | None
 ) -> dict[str, Any] | tuple[FaultReason, str]:
-    """A row of the pictures' table, or what is wrong; sizes and ids are those that the picture's entries say."""
+    """A row of the images' table, or what is wrong; sizes and ids are those that the image's entries say."""
     if len(given_ids) > 1:
         return "reference", f"expected one image_id of {name}, got {given_ids[0]!r} and {given_ids[1]!r}"
     given_id = given_ids[0] if given_ids else None
@@ -610,7 +610,7 @@ def _image_row(
     size = next((size_hw for size_hw in sizes_hw if facts.fits(size_hw)), facts.size_hw(exif or "stored"))
     if not sizes_hw and exif is None and facts.is_sideways and facts.height != facts.width:
         return "size", (
-            f"picture {name}: expected width and height, or --exif displayed or stored for all, for EXIF turns it by 90 degrees and nothing says for which orientation "
+            f"image {name}: expected width and height, or --exif displayed or stored for all, for EXIF turns it by 90 degrees and nothing says for which orientation "
             f"the masks were drawn: {facts.width} x {facts.height} px as stored, {facts.height} x {facts.width} px as shown; "
             "got neither"
         )

@@ -16,8 +16,8 @@ OTHER = [[24, 5, 36, 5, 36, 25, 24, 25]]
 
 @pytest.fixture
 def coco(world: Any) -> dict[str, Any]:
-    """Two dogs and a cat in one picture, nothing in the other."""
-    world.pictures("a.png", "b.png", folder=world.folder / "images")
+    """Two dogs and a cat in one image, nothing in the other."""
+    world.images("a.png", "b.png", folder=world.folder / "images")
     return {
         "images": [{"id": i, "file_name": f"{'ab'[i]}.png", "width": 40, "height": 30} for i in (0, 1)],
         "annotations": [
@@ -88,7 +88,7 @@ def test_captions_are_phrases_of_one_object(world: Any, coco: Any) -> None:
 def test_cocos_own_tree(world: Any, coco: Any) -> None:
     del coco["images"][1], coco["annotations"][3]
     for year in ("train2017", "val2017"):
-        world.pictures("a.png", folder=world.folder / year)
+        world.images("a.png", folder=world.folder / year)
         _write(world, coco, f"annotations/instances_{year}.json")
         _write(world, {**coco, "annotations": [{"id": 1, "image_id": 0, "caption": "x"}]}, f"annotations/captions_{year}.json")
         _write(world, coco, f"annotations/person_keypoints_{year}.json")
@@ -108,7 +108,7 @@ def test_cocos_own_tree(world: Any, coco: Any) -> None:
 
 def test_folders_of_splits_as_roboflow_writes_them(world: Any, coco: Any) -> None:
     for split in ("train", "valid", "test"):
-        world.pictures("a.png", "b.png", folder=world.folder / split)
+        world.images("a.png", "b.png", folder=world.folder / split)
         _write(world, coco, f"{split}/_annotations.coco.json")
     world.prepare(world.folder, format="coco")
     assert split_names(world.root, "mine") == ("train", "val", "test")
@@ -124,7 +124,7 @@ def test_folders_of_splits_as_roboflow_writes_them(world: Any, coco: Any) -> Non
 @pytest.mark.parametrize("given", ["images", "images/train2017", None])
 def test_lvis_names_pictures_in_addresses(world: Any, coco: Any, given: str | None) -> None:
     for image, folder in zip(coco["images"], ("train2017", "val2017"), strict=True):
-        world.pictures(image["file_name"], folder=world.folder / "images" / folder)
+        world.images(image["file_name"], folder=world.folder / "images" / folder)
         image["coco_url"] = f"http://images.cocodataset.org/{folder}/{image.pop('file_name')}"
     del coco["annotations"][3]
     source = _write(world, coco, "lvis_v1_train.json")
@@ -166,15 +166,15 @@ def test_names_as_label_studio_writes_them(world: Any, coco: Any, name: str) -> 
 
 
 def test_pictures_in_a_folder_of_another_name(world: Any, coco: Any) -> None:
-    world.pictures("a.png", "c.png", folder=world.folder / "imgs")
+    world.images("a.png", "c.png", folder=world.folder / "imgs")
     for image, name in zip(coco["images"], ("images/a.png", "images/c.png"), strict=True):
         image["file_name"] = name
     made = world.prepare(_write(world, coco), format="coco", images=world.folder / "imgs")
     assert Path(read_split(world.root, "mine/train")[0].image_path) == world.folder / "imgs/a.png"
-    said = "2 pictures were found by the last part of their names, e.g. images/a.png as a.png"
+    said = "2 images were found by the last part of their names, e.g. images/a.png as a.png"
     assert made.manifest["notes"][-1] == said
     coco["images"][1]["file_name"] = "more/a.png"  # which of both a.png is, nothing says
-    with pytest.raises(DataError, match=r"pictures: expected 2 in one of .*imgs, got none of them, not even images/a\.png\. Name"):
+    with pytest.raises(DataError, match=r"images: expected 2 in one of .*imgs, got none of them, not even images/a\.png\. Name"):
         world.prepare(_write(world, coco), "two", format="coco", images=world.folder / "imgs")
 
 
@@ -201,7 +201,7 @@ def test_a_picture_under_two_ids_has_no_class_twice(world: Any, coco: Any, name:
     first = coco["images"][0]
     coco["images"].append({**first, "id": 77, "file_name": name})
     coco["annotations"].append({**coco["annotations"][0], "id": 99, "image_id": 77})
-    with pytest.raises(DataError, match="expected one record of picture .*a.png with all of its objects 'dog', got several"):
+    with pytest.raises(DataError, match="expected one record of image .*a.png with all of its objects 'dog', got several"):
         world.prepare(_write(world, coco), format="coco")
     world.prepare(_write(world, coco), format="coco", skip_bad=True)
     assert [r.phrase for r in read_split(world.root, "mine/train")] == ["cat"]  # neither half of the dogs is all of them
@@ -236,11 +236,11 @@ def _cat(**values: Any) -> Callable[[dict[str, Any]], None]:
 
 
 RECORDS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "another picture's": (_first("annotations", image_id=9), "expected image_id among `images`, got 9"),
+    "another image's": (_first("annotations", image_id=9), "expected image_id among `images`, got 9"),
     "no category": (_first("annotations", category_id=9), "expected category_id among `categories`, got 9"),
     "a category of text": (_first("annotations", category_id="3"), "expected category_id among `categories`, got '3'"),
     "a list as category": (_first("annotations", category_id=[3]), "expected category_id among `categories`, got [3]"),
-    "no polygons": (_first("annotations", segmentation=[]), "expected polygons or RLE, got list '[]'"),
+    "no polygons": (_first("annotations", segmentation=[]), "got an empty list"),
     "NaN": (_first("annotations", segmentation=[[1, 2, float("nan"), 4, 5, 6]]), "expected polygons [x0, y0"),
     "two points": (_cat(segmentation=[[1, 2, 3, 4]]), "none of its polygons has three points"),
     "outside": (_cat(segmentation=[[50, 50, 60, 50, 60, 60]]), "lie outside the image (40 x 30 px)"),
@@ -250,20 +250,20 @@ RECORDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "an RLE's size": (
         _first("annotations", segmentation={"size": [3, 4], "counts": [0, 12]}),
-        "RLE of the picture's size",
+        "RLE of the image's size",
     ),
     "the same id": (_first("annotations", id=2), "expected one record of id 2 in annotations, got different ones: number 0 (segmentation [[4"),
     "an empty caption": (_first("annotations", caption=""), "expected a phrase a1 of some words, got str ''"),
     "a caption of numbers": (_first("annotations", caption=4), "expected a phrase a1 of some words, got int '4'"),
     "a category without name": (_first("categories", name=" "), "expected the category's name, got str ' '"),
     "another size": (_first("images", width=41), "expected masks drawn for a.png, 40 x 30 px, got 41 x 30 px"),
-    "an absent picture": (_first("images", file_name="c.png"), "expected a picture, got no file"),
+    "an absent image": (_first("images", file_name="c.png"), "expected an image, got no file"),
     "a path": (_first("images", file_name="../instances_train.json"), "that stays inside it"),
-    "no picture": (lambda content: content["images"][0].pop("file_name"), "expected the name of a picture, got None"),
+    "no image": (lambda content: content["images"][0].pop("file_name"), "expected the name of an image, got None"),
     "an id of text": (_first("annotations", id="1"), "number 0 of annotations: expected a whole number as id, got '1'"),
     "an id null": (_first("annotations", id=None), "number 0 of annotations: expected a whole number as id, got None"),
     "half an id": (_first("annotations", id=1.5), "number 0 of annotations: expected a whole number as id, got 1.5"),
-    "another picture's id": (
+    "another image's id": (
         lambda content: content["annotations"].append({**content["annotations"][0], "image_id": 1}),
         "annotation 1: expected one record of id 1 in annotations, got different ones: number 0 (image_id 0) and number 4 "
         "(image_id 1)",
@@ -313,7 +313,7 @@ def test_one_bad_record_does_not_stop_a_file(world: Any, coco: Any) -> None:
     coco["images"].append({"id": 7, "file_name": "b.png"})
     coco["annotations"].append({**coco["annotations"][2], "id": 9, "image_id": 1})
     made = world.prepare(_write(world, coco), format="coco", skip_bad=True)
-    # The other dog and cat of the picture alone would not be what "dog" and "cat" mean there.
+    # The other dog and cat of the image alone would not be what "dog" and "cat" mean there.
     assert made.manifest["skipped"]["train"] == {"structure": 3, "mask": 1, "target": 2}
     assert [[i.annotation_id for i in r.instances] for r in read_split(world.root, "mine/train")] == [[9]]
 

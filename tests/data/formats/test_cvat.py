@@ -34,7 +34,7 @@ def _records(world: Any, split: str = "mine/train") -> list[tuple[str, int, int]
 
 
 def test_every_shape(world: Any) -> None:
-    world.pictures("images/a.png")
+    world.images("images/a.png")
     shapes = [
         DOG,
         f'<polygon label="dog" points="{OTHER}"/>',
@@ -58,13 +58,13 @@ def test_every_shape(world: Any) -> None:
     ball = decode_segmentation(read_split(world.root, "mine/train")[4].instances[0].segmentation, 30, 40)
     assert (ball.any(0).sum(), ball.any(1).sum()) == (20, 10)  # lying
     assert made.manifest["notes"] == [
-        "1 tags of whole pictures were left out",
+        "1 tags of whole images were left out",
         "attributes not read: colour; --mapping caption=NAME asks by one",
     ]
 
 
 def test_subsets_are_splits(world: Any) -> None:
-    world.pictures("images/Train/a.png", "images/Validation/b.png", "images/c.png", "images/mine/d.png")
+    world.images("images/Train/a.png", "images/Validation/b.png", "images/c.png", "images/mine/d.png")
     _write(
         world,
         _image(DOG, more='subset="Train"'),
@@ -84,7 +84,7 @@ SHAPES = {
     "no points": ('<polygon label="x"/>', "expected points x,y;x,y;..., got ''"),
     "no number": ('<ellipse label="x" cx="1" cy="2" rx="3"/>', "expected a number as ry, got None"),
     "counts": ('<mask label="x" rle="1, 2" left="1" top="1" width="2" height="2"/>', "counts of 2 x 2 px in all, got 3"),
-    "outside": ('<mask label="x" rle="0, 4" left="39" top="1" width="2" height="2"/>', "expected a mask within the picture"),
+    "outside": ('<mask label="x" rle="0, 4" left="39" top="1" width="2" height="2"/>', "expected a mask within the image"),
     "huge": ('<mask label="x" rle="0, 9999999999" left="0" top="0" width="9999999999" height="1"/>', "RLE counts of"),
     "a part of a pixel": ('<mask label="x" rle="0, 4" left="1.5" top="1" width="2" height="2"/>', "whole number as left, got '1.5'"),
     "a comma for a point": ('<polygon label="x" points="1,5,2;3,4;5,6"/>', "expected points x,y;x,y;..., got '1,5,2'"),
@@ -94,7 +94,7 @@ SHAPES = {
 
 
 def test_a_class_with_an_unusable_shape_is_not_asked(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     source = _write(world, _image(f'{DOG}<polygon label="Dog" points="1,2;3"/><polygon label="cat" points="{OTHER}"/>'))
     with pytest.raises(DataError, match="image a.png polygon 1: object 2 of 2: expected points x,y;x,y"):
         world.prepare(source, format="cvat")
@@ -105,7 +105,7 @@ def test_a_class_with_an_unusable_shape_is_not_asked(world: Any) -> None:
 @pytest.mark.parametrize("case", SHAPES)
 def test_shapes_that_are_no_masks(world: Any, case: str) -> None:
     shape, expected = SHAPES[case]
-    world.pictures("a.png")
+    world.images("a.png")
     source = _write(world, _image(DOG, shape))
     with pytest.raises(DataError, match=r"\n  - annotations\.xml image a\.png ") as caught:
         world.prepare(source, format="cvat")
@@ -135,7 +135,7 @@ FILES = {
 @pytest.mark.parametrize("case", FILES)
 def test_files_that_are_no_good(world: Any, case: str) -> None:
     content, expected = FILES[case]
-    world.pictures("a.png")
+    world.images("a.png")
     source = _write(world)
     source.write_bytes(content.encode("utf-16" if case == "in UTF-16" else "utf-8"))
     with pytest.raises(DataError) as caught:

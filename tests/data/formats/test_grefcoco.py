@@ -41,7 +41,7 @@ def _ref(ref_id: int, image_id: int, ann_id: list[int], split: str) -> dict[str,
 
 @pytest.fixture
 def grefs(refer_folder: Any) -> list[dict[str, Any]]:
-    """For each picture of conftest's refcoco: its left object, both of them, and nothing."""
+    """For each image of conftest's refcoco: its left object, both of them, and nothing."""
     splits = {1: "train", 2: "train", 5: "val", 6: "testA", 7: "testB"}
     refs = []
     for image_id, split in splits.items():
@@ -176,7 +176,7 @@ def test_the_json_file_is_preferred(refer_folder: Any, grefs: Any) -> None:
 
 
 def test_in_the_training_mix(refer_folder: Any, grefs: Any) -> None:
-    """Picture 5 is val of refcoco and grefcoco; refcoco+ trains on it alone, so it leaves the mix."""
+    """Image 5 is val of refcoco and grefcoco; refcoco+ trains on it alone, so it leaves the mix."""
     root = _written(refer_folder, grefs)
     config = DataConfig(root=str(root), train=("grefcoco", "refcoco+"), eval=("grefcoco/val",))
     mix = training_mix(config)

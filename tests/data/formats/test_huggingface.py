@@ -1,4 +1,4 @@
-"""Hugging Face datasets: pictures inside or by path, every kind of mask column, and rows that are no good."""
+"""Hugging Face datasets: images inside or by path, every kind of mask column, and rows that are no good."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def test_pictures_inside(world: Any) -> None:
     )
     rows = [
         {
-            "image": _inside(_picture(i // 2)),  # two rows of a picture
+            "image": _inside(_picture(i // 2)),  # two rows of an image
             "sentences": [{"raw": f"The {k}-th.", "sent": f"the {k} th"} for k in range(i + 1)],
             "mask": _inside(_png(MASK.astype(np.uint8) * 255)),
             "label": i % 2,
@@ -97,7 +97,7 @@ def test_pictures_inside(world: Any) -> None:
     ],
 )
 def test_kinds_of_masks_and_pictures_by_path(world: Any, field: str, value: Any, number: int) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     source = _save(world, [{"image": "a.png", "phrase": "x", field: value}])
     world.prepare(source, format="hf", images=world.folder)
     (record,) = read_split(world.root, "mine/train")
@@ -107,7 +107,7 @@ def test_kinds_of_masks_and_pictures_by_path(world: Any, field: str, value: Any,
 
 
 def test_no_target_and_absolute_paths(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     rows = [
         {
             "image": str((world.folder / "a.png").resolve()),
@@ -127,7 +127,7 @@ def test_no_target_and_absolute_paths(world: Any) -> None:
 
 def test_what_load_dataset_reads(world: Any) -> None:
     """A folder without `save_to_disk`: JSON files, named by split."""
-    world.pictures("a.png")
+    world.images("a.png")
     folder = world.folder / "files"
     folder.mkdir()
     for split in ("train", "test"):
@@ -139,7 +139,7 @@ def test_what_load_dataset_reads(world: Any) -> None:
 
 
 def test_nested_samples(world: Any) -> None:
-    """Moondream's RefCOCO-M: one row per picture, its objects in a list."""
+    """Moondream's RefCOCO-M: one row per image, its objects in a list."""
     other = decode_segmentation([[24, 5, 36, 5, 36, 25, 24, 25]], 30, 40)
     samples = [
         {"category": "cat", "sentences": ["left", "the left one"], "mask": encode_mask(MASK)},
@@ -163,13 +163,13 @@ def test_nested_samples(world: Any) -> None:
     assert [(r.phrase_id.rpartition("/")[2], r.phrase, r.category) for r in records] == [
         ("0-0-0", "left", "cat"), ("0-0-1", "the left one", "cat"), ("0-1", "right", "dog"),
     ]  # fmt: skip
-    assert {r.image_id for r in records} == {"COCO_train2014_000000100001"}  # RefCOCO's picture, for the mix
+    assert {r.image_id for r in records} == {"COCO_train2014_000000100001"}  # RefCOCO's image, for the mix
     masks = [decode_segmentation(r.instances[0].segmentation, 30, 40) for r in records]
     assert all(map(np.array_equal, masks, [MASK, MASK, other]))
 
 
 def test_an_array_of_labels_is_refused(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     for number, high in enumerate((2, 255)):
         labels = np.zeros((30, 40), int)
         labels[5:9], labels[20:] = 1, high
@@ -184,12 +184,12 @@ GOOD = {"image": "a.png", "phrase": "x", "polygons": SQUARE}
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "empty phrase": ({**GOOD, "phrase": " "}, "expected a phrase 1 of some words, got str ' '"),
     "no phrase": ({**GOOD, "phrase": None}, "expected a phrase 1 of some words, got NoneType"),
-    "no picture": ({**GOOD, "image": None}, "expected the name of a picture, got None"),
-    "absent picture": ({**GOOD, "image": "b.png"}, "expected a picture, got no file"),
-    "picture a folder": ({**GOOD, "image": "set"}, "expected a picture, got a folder"),
+    "no image": ({**GOOD, "image": None}, "expected the name of an image, got None"),
+    "absent image": ({**GOOD, "image": "b.png"}, "expected an image, got no file"),
+    "image a folder": ({**GOOD, "image": "set"}, "expected an image, got a folder"),
     "path": ({**GOOD, "image": "../a.png"}, "that stays inside it, got '../a.png'"),
     "absolute path": ({**GOOD, "image": "/etc/hostname"}, "that stays inside it, got '/etc/hostname'"),
-    "no mask": ({**GOOD, "polygons": None}, "expected a mask, or the word that there is no target"),
+    "no mask": ({**GOOD, "polygons": None}, "expected a mask, or a statement that there is no target"),
     "two points": ({**GOOD, "polygons": [[1.0, 2.0, 3.0, 4.0]]}, "none of its polygons has three points"),
     "NaN": ({**GOOD, "polygons": [[1.0, 2.0, float("nan"), 4.0, 5.0, 6.0]]}, "expected polygons [x0, y0"),
     "infinite": ({**GOOD, "polygons": [[1.0, 2.0, float("inf"), 4.0, 5.0, 6.0]]}, "expected polygons [x0, y0"),
@@ -201,7 +201,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_rows(world: Any, case: str) -> None:
     row, expected = BROKEN[case]
-    world.pictures("a.png")
+    world.images("a.png")
     source = _save(world, [GOOD, row])
     with pytest.raises(DataError) as caught:
         world.prepare(source, format="hf", images=world.folder)
@@ -216,12 +216,12 @@ def test_broken_rows(world: Any, case: str) -> None:
 @pytest.mark.parametrize(
     ("image", "mask", "expected"),
     [
-        (_picture(1), b"no picture", "mask of 10 bytes: expected a picture, got UnidentifiedImageError"),
+        (_picture(1), b"no image", "mask of 8 bytes: expected an image, got UnidentifiedImageError"),
         (_picture(1), _picture(1), "expected one channel, above 0 = inside, got mode RGB"),
         (_picture(1), _png(np.ones((3, 4), np.uint8)), "expected 40 x 30 px, got 4 x 3 px"),
         (_picture(1), _png(np.zeros((30, 40), np.uint8)), "expected some pixels above 0, got none"),
-        (b"no picture", _png(MASK.astype(np.uint8)), "expected a picture, got UnidentifiedImageError"),
-        (_picture(1)[:-400], _png(MASK.astype(np.uint8)), "expected a whole picture, got"),
+        (b"no image", _png(MASK.astype(np.uint8)), "expected an image, got UnidentifiedImageError"),
+        (_picture(1)[:-400], _png(MASK.astype(np.uint8)), "expected a complete image, got"),
     ],
 )
 def test_broken_pictures_inside(world: Any, image: bytes, mask: bytes, expected: str) -> None:
@@ -236,7 +236,7 @@ def test_broken_pictures_inside(world: Any, image: bytes, mask: bytes, expected:
 
 
 def test_unusable_sources(world: Any, tmp_path: Path) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     with pytest.raises(DataError, match=r"expected a Hugging Face dataset .*, got .*\. Check the path"):
         world.prepare(tmp_path / "nowhere", format="hf")
     source = _save(world, [GOOD])
@@ -254,7 +254,7 @@ def test_unusable_sources(world: Any, tmp_path: Path) -> None:
 
 
 def test_columns_of_text_that_hold_json(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     annotation = {"segmentation": SQUARE, "id": 7}
     rows = [
         {"path": "a.png", "sentences": [{"sent": "left"}, {"sent": "first"}], "raw_anns": json.dumps(annotation)},

@@ -22,7 +22,7 @@ def _masks(record: Any) -> list[np.ndarray]:
 
 
 def test_every_form_of_a_mask(world: Any) -> None:
-    folder = world.pictures("a.png")
+    folder = world.images("a.png")
     square, other = (decode_segmentation(polygons, 30, 40) for polygons in (SQUARE, OTHER))
     Image.fromarray(square.astype(np.uint8) * 255).save(folder / "square.png")
     counts = {
@@ -52,7 +52,7 @@ def test_every_form_of_a_mask(world: Any) -> None:
 
 
 def test_parts_of_one_split(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     for part in (0, 1):
         lines = [{"image": "a.png", "phrase": f"{part} {k}", "polygons": SQUARE, "split": "train"} for k in range(2)]
         world.lines(*lines, file=f"part-{part}.jsonl")
@@ -69,7 +69,7 @@ def test_parts_of_one_split(world: Any) -> None:
 
 
 def test_parts_that_are_numbered(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     for part in (0, 1):
         line = {"image": "a.png", "phrase": f"part {part}", "polygons": SQUARE}
         world.lines(line, file=f"train-0000{part}-of-00002.jsonl")
@@ -85,7 +85,7 @@ def test_parts_that_are_numbered(world: Any) -> None:
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_an_array_is_read_as_lines_are(world: Any, indent: int | None) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     entries = [{"image": "a.png", "phrase": "one", "polygons": SQUARE}, 7]
     (world.folder / "annotations.json").write_text("\ufeff\n " + json.dumps(entries, indent=indent), "utf-8")
     with pytest.raises(DataError, match=r"annotations\.json entry 2: expected an object {\.\.\.}, got int '7'"):
@@ -117,7 +117,7 @@ def test_files_that_are_no_lines(world: Any, content: bytes, message: str) -> No
 
 
 def test_ids_splits_and_names_of_fields(world: Any) -> None:
-    world.pictures("a.png", "b/c.png")
+    world.images("a.png", "b/c.png")
     world.lines(
         {"photo": "a.png", "captions": ["one", "two"], "raw": ["One.", "Two."], "polygons": SQUARE, "id": "x"},
         "",
@@ -135,7 +135,7 @@ def test_ids_splits_and_names_of_fields(world: Any) -> None:
 
 
 def test_a_byte_order_mark_at_the_beginning_is_skipped(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     line = json.dumps({"image": "a.png", "phrase": "à la carte", "polygons": SQUARE}, ensure_ascii=False)
     world.prepare(world.lines(b"\xef\xbb\xbf" + line.encode()))
     assert read_split(world.root, "mine/train")[0].phrase == "à la carte"
@@ -157,7 +157,7 @@ RLE = encode_mask(decode_segmentation(OTHER, 30, 40))
 )
 def test_pairs(world: Any, line: dict[str, Any], pairs: str) -> None:
     """The first phrase means the first mask; undeclared it is refused, for others mean that each phrase means all."""
-    folder = world.pictures("a.png")
+    folder = world.images("a.png")
     Image.fromarray(decode_segmentation(OTHER, 30, 40).astype(np.uint8) * 255).save(folder / "other.png")
     source = world.lines({"image": "a.png", **line})
     made = world.prepare(source, mapping={"pairs": pairs})
@@ -171,7 +171,7 @@ def test_pairs(world: Any, line: dict[str, Any], pairs: str) -> None:
 
 @pytest.mark.parametrize("field", ["masks", "polygons"])
 def test_parallel_lists_are_refused_or_declared_common(world: Any, field: str) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     masks = [SQUARE, OTHER] if field == "masks" else [SQUARE[0], OTHER[0]]
     source = world.lines({"image": "a.png", "text": ["one", "two"], "mask": masks})
     mapping = {"phrases": "text", field: "mask"}
@@ -190,7 +190,7 @@ def test_parallel_lists_are_refused_or_declared_common(world: Any, field: str) -
 
 
 def test_fields_of_pairs(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     samples = [
         {"id": "p", "text": ["one", "two"], "raw": ["One", "Two"], "mask": SQUARE, "kind": "cat", "none": False},
         {"id": "q", "text": ["three"], "raw": ["Three"], "mask": None, "kind": "dog", "none": True},
@@ -209,7 +209,7 @@ def test_fields_of_pairs(world: Any) -> None:
         ({"text": ["a"], "mask": [SQUARE, OTHER]}, "text:mask", "as many phrases as masks, .*, got 1 and 2"),
         ({"text": "a", "mask": [SQUARE]}, "text:mask", "expected a list in `text`, as --mapping pairs says, got str 'a'"),
         ({"text": ["a"], "mask": [SQUARE]}, "text:masks", "expected a list in `masks`, .* got NoneType"),
-        ({"text": ["a"], "mask": [None]}, "text:mask", "expected a mask, or the word that there is no target"),
+        ({"text": ["a"], "mask": [None]}, "text:mask", "expected a mask, or a statement that there is no target"),
         ({"text": ["a", "b"], "mask": [SQUARE, OTHER], "id": ["x"]}, "text:mask", "for each of 2 pairs, got others: `id` has 1"),
         ({"text": [["a", "b"]], "mask": [[[*SQUARE], [*OTHER]]]}, "text:mask", "one phrase or one mask in each pair, got 2 and 2"),
         ({"text": ["a"], "mask": [SQUARE]}, "text", "expected PHRASES:MASKS or all, got neither"),
@@ -217,7 +217,7 @@ def test_fields_of_pairs(world: Any) -> None:
     ],
 )
 def test_bad_pairs(world: Any, line: dict[str, Any], pairs: str, says: str) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     mapping = {"pairs": pairs} if pairs else {"phrases": "text", "masks": "mask"}
     with pytest.raises(DataError, match=says):
         world.prepare(world.lines({"image": "a.png", **line}), mapping=mapping)
@@ -261,10 +261,10 @@ BROKEN = {
         "expected a phrase 2",
     ),
     "two masks": ({**GOOD, "png": "m.png"}, "expected one of masks, polygons, rle, png, got polygons and png"),
-    "no mask": ({"image": "a.png", "phrase": "x"}, "expected a mask, or the word that there is no target"),
+    "no mask": ({"image": "a.png", "phrase": "x"}, "expected a mask, or a statement that there is no target"),
     "masks empty": (
         {"image": "a.png", "phrase": "x", "masks": []},
-        "expected a mask, or the word that there is no target",
+        "expected a mask, or a statement that there is no target",
     ),
     "masks no list": (
         {"image": "a.png", "phrase": "x", "masks": {}},
@@ -282,7 +282,7 @@ BROKEN = {
         {**GOOD, "polygons": [[10, 10, None, 10, 40, 40]]},
         "expected polygons [x0, y0, x1, y1, ...] of numbers, got None as coordinate 2 of the polygon [10, 10, None, 10, 40, 40]",
     ),
-    "several objects' polygons": ({**GOOD, "polygons": [SQUARE, OTHER]}, "several objects are named as `masks`"),
+    "several objects' polygons": ({**GOOD, "polygons": [SQUARE, OTHER]}, "several objects are given as `masks`"),
     "counts of floats": (
         {"image": "a.png", "phrase": "x", "rle": {"size": [30, 40], "counts": [0, 600.0, 600]}},
         "expected whole numbers from 0 as RLE counts, got float '600.0' as number 1 of 3",
@@ -293,7 +293,7 @@ BROKEN = {
     ),
     "far outside": (
         {**GOOD, "polygons": [[4, 5, 16, 5, 16, 300]]},
-        "got y from 5 to 300, so that they lie outside the image (40 x 30 px): the annotation belongs to another picture",
+        "got y from 5 to 300, so that they lie outside the image (40 x 30 px): the annotation belongs to another image",
     ),
     "normalised": (
         {**GOOD, "polygons": [[0.1, 0.1, 1, 0, 1, 1]]},
@@ -306,7 +306,7 @@ BROKEN = {
     "texts": ({**GOOD, "polygons": [["1", "2", "3", "4", "5", "6"]]}, "of numbers, got '1' as coordinate 0 of the polygon"),
     "RLE of another size": (
         {"image": "a.png", "phrase": "x", "rle": {"size": [3, 4], "counts": [12]}},
-        "expected an RLE of the picture's size [h, w] = [30, 40], got [3, 4]",
+        "expected an RLE of the image's size [h, w] = [30, 40], got [3, 4]",
     ),
     "RLE too short": (
         {"image": "a.png", "phrase": "x", "rle": {"size": [30, 40], "counts": [3, 4]}},
@@ -323,11 +323,11 @@ BROKEN = {
     "RLE without size": ({"image": "a.png", "phrase": "x", "rle": {"counts": [1200]}}, "expected polygons"),
     "png absent": (
         {"image": "a.png", "phrase": "x", "png": "m.png"},
-        "mask m.png: expected a picture, got FileNotFoundError",
+        "mask m.png: expected an image, got FileNotFoundError",
     ),
     "png a folder": (
         {"image": "a.png", "phrase": "x", "png": "folder"},
-        "mask folder: expected a picture, got IsADirectory",
+        "mask folder: expected an image, got IsADirectory",
     ),
     "png in colours": (
         {"image": "a.png", "phrase": "x", "png": "a.png"},
@@ -343,12 +343,12 @@ BROKEN = {
     ),
     "png outside": ({"image": "a.png", "phrase": "x", "png": "../m.png"}, "mask: expected a name relative to"),
     "the same mask twice": ({"image": "a.png", "phrase": "x", "masks": [SQUARE, SQUARE]}, "expected each object once"),
-    "no picture": ({"phrase": "x", "polygons": SQUARE}, "expected the name of a picture, got None"),
-    "picture absent": ({**GOOD, "image": "b.png"}, "expected a picture, got no file"),
-    "picture a folder": ({**GOOD, "image": "folder"}, "expected a picture, got a folder"),
-    "picture empty": ({**GOOD, "image": "empty.png"}, "expected a picture, got a file of 0 bytes"),
-    "picture a text": ({**GOOD, "image": "text.png"}, "expected a picture, got UnidentifiedImageError"),
-    "picture cut off": ({**GOOD, "image": "cut.jpg"}, "expected a whole picture, got OSError: image file is truncated"),
+    "no image": ({"phrase": "x", "polygons": SQUARE}, "expected the name of an image, got None"),
+    "image absent": ({**GOOD, "image": "b.png"}, "expected an image, got no file"),
+    "image a folder": ({**GOOD, "image": "folder"}, "expected an image, got a folder"),
+    "image empty": ({**GOOD, "image": "empty.png"}, "expected an image, got a file of 0 bytes"),
+    "image a text": ({**GOOD, "image": "text.png"}, "expected an image, got UnidentifiedImageError"),
+    "image cut off": ({**GOOD, "image": "cut.jpg"}, "expected a complete image, got OSError: image file is truncated"),
     "parent": ({**GOOD, "image": "../../etc/passwd"}, "that stays inside it, got '../../etc/passwd'"),
     "parent inside": ({**GOOD, "image": "folder/../../a.png"}, "that stays inside it, got 'folder/../../a.png'"),
     "absolute": ({**GOOD, "image": "/etc/passwd"}, "that stays inside it, got '/etc/passwd'"),
@@ -357,7 +357,7 @@ BROKEN = {
     "backslash": ({**GOOD, "image": "..\\a.png"}, "that stays inside it, got '../a.png'"),
     "NUL": ({**GOOD, "image": "a.png\0.jpg"}, "with / between folders, got 'a.png\\x00.jpg'"),
     "link": ({**GOOD, "image": "link.png"}, "got 'link.png', a link to"),
-    "a number as a name": ({**GOOD, "image": 12}, "expected the name of a picture, got 12"),
+    "a number as a name": ({**GOOD, "image": 12}, "expected the name of an image, got 12"),
     "size differs": (
         {**GOOD, "width": 41, "height": 30},
         "expected masks drawn for a.png, 40 x 30 px, got 41 x 30 px",
@@ -372,8 +372,8 @@ BROKEN = {
     "split a path": ({**GOOD, "split": "../val"}, "expected the name of a split, letters and digits, got '../val'"),
     "split a number": ({**GOOD, "split": 3}, "expected the name of a split, letters and digits, got '3'"),
     "split too long": ({**GOOD, "split": "x" * 5000}, "expected the name of a split, letters and digits, got 'xxx"),
-    "a name too long": ({**GOOD, "image": "x" * 5000}, "expected a picture, got File name too long"),
-    "a mask's name too long": ({"image": "a.png", "phrase": "x", "png": "x" * 5000}, "expected a picture, got OSError"),
+    "a name too long": ({**GOOD, "image": "x" * 5000}, "expected an image, got File name too long"),
+    "a mask's name too long": ({"image": "a.png", "phrase": "x", "png": "x" * 5000}, "expected an image, got OSError"),
     "half a character in image_id": (
         '{"image": "b/b.png", "phrase": "x", "polygons": [[4,5,16,5,16,25]], "image_id": "\\ud800"}',
         "expected image_id to be a text or number, got '\\ud800'",
@@ -389,10 +389,10 @@ BROKEN = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_lines(world: Any, case: str) -> None:
     line, expected = BROKEN[case]
-    folder = world.pictures("a.png", "cut.jpg", "b/b.png")
+    folder = world.images("a.png", "cut.jpg", "b/b.png")
     (folder / "folder").mkdir()
     (folder / "empty.png").write_bytes(b"")
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-300])
     Image.new("L", (4, 3), 1).save(folder / "small.png")
     Image.new("L", (40, 30)).save(folder / "black.png")
@@ -415,18 +415,18 @@ def test_broken_lines(world: Any, case: str) -> None:
 
 
 def test_a_mask_of_another_size_than_its_picture(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     rle = {"size": [30, 41], "counts": [1000, 230]}
-    with pytest.raises(DataError, match="line 2: .*expected an RLE of the picture's size"):
+    with pytest.raises(DataError, match="line 2: .*expected an RLE of the image's size"):
         world.prepare(
             world.lines({**GOOD, "width": 40, "height": 30}, {"image": "a.png", "phrase": "y", "masks": [rle]})
         )
 
 
 def test_two_pictures_of_one_id(world: Any) -> None:
-    world.pictures("a.png", "b.png")
+    world.images("a.png", "b.png")
     source = world.lines({**GOOD, "image_id": 1}, {**GOOD, "image": "b.png", "image_id": 1})
-    with pytest.raises(DataError, match="expected each image_id to be one picture, .*got '1' for b.png and another"):
+    with pytest.raises(DataError, match="expected each image_id to be one image, .*got '1' for b.png and another"):
         world.prepare(source)
     source = world.lines({**GOOD, "image_id": 1}, {**GOOD, "image_id": 2})
     with pytest.raises(DataError, match=r"expected one image_id of a\.png, got 1 and 2"):
@@ -444,11 +444,11 @@ def test_unusable_sources(world: Any, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"expected phrases, got none\. Check the file"):
         world.prepare(tmp_path / "train.jsonl")
-    world.pictures("a.png")
+    world.images("a.png")
     with pytest.raises(DataError, match=r"--mapping foto=\.\.\.: expected one of image, phrase"):
         world.prepare(world.lines(GOOD), mapping={"foto": "image"})
     with pytest.raises(
-        DataError, match=r"expected a folder, got nothing there\. Name the folder of the pictures with --images"
+        DataError, match=r"expected a folder, got nothing there\. Name the folder of the images with --images"
     ):
         world.prepare(world.lines(GOOD), images=tmp_path / "no")
     assert world.is_untouched()

@@ -1,4 +1,4 @@
-"""LabelMe's JSON and LISA's ReasonSeg: every kind of shape, where pictures are, and files that are no good."""
+"""LabelMe's JSON and LISA's ReasonSeg: every kind of shape, where images are, and files that are no good."""
 
 import base64
 import io
@@ -44,7 +44,7 @@ def _records(world: Any, split: str = "mine/train") -> list[tuple[str, int, int]
 
 
 def test_labels_and_descriptions_are_phrases(world: Any) -> None:
-    world.pictures("a.png", "b.png")
+    world.images("a.png", "b.png")
     _write(world, _shape(), _shape(OTHER), _shape(label="cat", description="the left cat"), _shape(OTHER, "tree", description=""))
     _write(world, name="b.json")
     made = world.prepare(world.folder, format="labelme")
@@ -58,7 +58,7 @@ def test_labels_and_descriptions_are_phrases(world: Any) -> None:
 
 
 def test_every_shape(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     stream = io.BytesIO()
     Image.fromarray(np.eye(6, 5) > 0).save(stream, format="PNG")
     mask = {"mask": base64.b64encode(stream.getvalue()).decode(), "shape_type": "mask"}
@@ -96,7 +96,7 @@ SHAPES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def test_a_class_with_an_unusable_shape_is_not_asked(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     source = _write(world, _shape(), _shape([[1, 2], [3, 4]], shape_type="line"), _shape(OTHER, "cat"))
     with pytest.raises(DataError, match="a.json shape 1: object 2 of 2: expected a polygon, circle or mask, got shape_type 'line'"):
         world.prepare(source, format="labelme")
@@ -105,22 +105,22 @@ def test_a_class_with_an_unusable_shape_is_not_asked(world: Any) -> None:
 
 
 def test_a_picture_that_may_be_either_of_two_is_refused(world: Any) -> None:
-    world.pictures("a.png", "a.jpg")
+    world.images("a.png", "a.jpg")
     source = _write(world, _shape(), imagePath=None)
-    with pytest.raises(DataError, match="expected the name of a picture, got .'a.jpg', 'a.png'."):
+    with pytest.raises(DataError, match="expected the name of an image, got .'a.jpg', 'a.png'."):
         world.prepare(source, format="labelme")
 
 
 def test_a_picture_with_two_files_of_one_class_is_refused(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     _write(world, _shape())
     _write(world, _shape(OTHER), name="again.json", imagePath="a.png")
-    with pytest.raises(DataError, match="expected one record of picture a.png with all of its objects 'dog', got several"):
+    with pytest.raises(DataError, match="expected one record of image a.png with all of its objects 'dog', got several"):
         world.prepare(world.folder, format="labelme")
 
 
 def test_a_mask_of_several_values_is_refused(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     stream = io.BytesIO()
     Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).save(stream, "PNG")
     encoded = base64.b64encode(stream.getvalue()).decode()
@@ -132,7 +132,7 @@ def test_a_mask_of_several_values_is_refused(world: Any) -> None:
 @pytest.mark.parametrize("case", SHAPES)
 def test_shapes_that_are_no_masks(world: Any, case: str) -> None:
     shape, expected = SHAPES[case]
-    world.pictures("a.png")
+    world.images("a.png")
     source = _write(world, _shape(label="good"), shape)
     with pytest.raises(DataError) as caught:
         world.prepare(source, format="labelme")
@@ -154,7 +154,7 @@ def test_shapes_that_are_no_masks(world: Any, case: str) -> None:
     ],
 )
 def test_where_pictures_are(world: Any, said: str | None, there: str) -> None:
-    world.pictures(there)
+    world.images(there)
     _write(world, _shape(), name="labels/train/a.json", imagePath=said)
     for name, source in (("mine", world.folder / "labels/train"), ("root", world.folder)):
         if name == "root":
@@ -168,7 +168,7 @@ def test_where_pictures_are(world: Any, said: str | None, there: str) -> None:
 
 def test_a_folder_for_each_split(world: Any) -> None:
     for split in ("train", "valid"):
-        world.pictures("a.png", folder=world.folder / split)
+        world.images("a.png", folder=world.folder / split)
         _write(world, _shape(), name=f"{split}/a.json")
     world.prepare(world.folder, format="labelme")
     assert split_names(world.root, "mine") == ("train", "val")
@@ -176,7 +176,7 @@ def test_a_folder_for_each_split(world: Any) -> None:
 
 
 def test_files_that_are_no_good(world: Any) -> None:
-    world.pictures("a.png", "c.png")
+    world.images("a.png", "c.png")
     good = _write(world, _shape())
     (world.folder / "classes.json").write_text('["dog"]')
     (world.folder / "broken.json").write_text('{"shapes": [')
@@ -202,7 +202,7 @@ def test_files_that_are_no_good(world: Any) -> None:
 
 def test_reasonseg(world: Any) -> None:
     folder = world.folder / "train"
-    world.pictures("1_COCO.jpg", "2.jpg", folder=folder)
+    world.images("1_COCO.jpg", "2.jpg", folder=folder)
     target = {"label": "target", "points": SQUARE, "shape_type": "polygon", "image_name": "1.jpg"}
     content = {"text": ["what barks", "something alive"], "is_sentence": True}
     shapes = [target, {**target, "points": OTHER}, {**target, "label": "flag", "points": [[0, 0], [1, 1], [0, 1]]}]

@@ -14,7 +14,7 @@ from deris_llm.data.formats import refer
 from deris_llm.data.check import KNOWN_COUNTS, check_data
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.data.formats.refer import images_of_split, read_split, split_names, usable_segmentation
+from deris_llm.data.formats.refer import images_of_split, read_split, split_names
 from deris_llm.common.unpickle import UnsafePickleError
 
 
@@ -76,7 +76,7 @@ def test_classes_and_others_of_the_same(refer_folder: Any) -> None:
     after = read_split(refer_folder.write(), "refcoco/val")
     assert {(r.category, r.num_same_class) for r in after} == {
         ("cat", 1)
-    }  # two objects of the picture; crowds are no object
+    }  # two objects of the image; crowds are no object
     assert after == before  # what a record is does not change
 
 
@@ -151,7 +151,7 @@ def test_missing_pictures(refer_root: Path) -> None:
     shutil.rmtree(refer_root / "images")
     with pytest.raises(DataError, match="mscoco") as caught:
         read_split(refer_root, "refcoco/val")
-    assert f"pictures in {refer_root} (one of images/train2014, train2014, images/mscoco/" in str(caught.value)
+    assert f"images in {refer_root} (one of images/train2014, train2014, images/mscoco/" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -263,26 +263,6 @@ def test_polygon_over_the_border_is_clipped(refer_folder: Any) -> None:
     mask = decode_segmentation(instance.segmentation, 30, 40)
     assert mask[20:, 30:].all()
     assert mask.sum() == 100
-
-
-def test_degenerate_parts_are_left_out() -> None:
-    square = [2.0, 2, 9, 2, 9, 9, 2, 9]
-    segmentation, fault = usable_segmentation([[1, 1, 2, 2], square], 30, 40)
-    assert fault is None
-    assert segmentation == [square]
-
-
-@pytest.mark.parametrize(
-    "segmentation",
-    [[], None, "text", [[1, 2, "x", 4, 5, 6]], [[float("nan")] * 6], [[1, 1, 9, 1, 9, 9, 1]], {"counts": [1]}, [{}]],
-)
-def test_malformed_segmentations_are_faults(segmentation: object) -> None:
-    assert usable_segmentation(segmentation, 30, 40)[1]
-
-
-def test_a_thin_object_between_pixels_is_a_fault_and_a_small_one_is_not() -> None:
-    assert usable_segmentation([[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]], 30, 40)[1]
-    assert usable_segmentation([[5, 5, 7, 5, 7, 7, 5, 7]], 30, 40)[1] is None
 
 
 def test_hostile_refs_file(refer_root: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def _val_image(folder: Any) -> dict[str, Any]:
 
 RECORDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "annotation absent": (lambda f: _val_ref(f).update(ann_id=999), "expected ann_id among the annotations"),
-    "annotation of another picture": (
+    "annotation of another image": (
         lambda f: _val_ref(f).update(ann_id=10),
         "expected an annotation of image 5, got ann_id 10",
     ),
@@ -58,20 +58,20 @@ RECORDS: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda f: _val_annotation(f).update(segmentation=[[90, 90, 99, 90, 99, 99]]),
         "lie outside the image (40 x 30 px)",
     ),
-    "no mask": (lambda f: _val_annotation(f).update(segmentation=None), "expected polygons or RLE, got NoneType"),
+    "no mask": (lambda f: _val_annotation(f).update(segmentation=None), "list or string}, got None"),
     "bad RLE": (
         lambda f: _val_annotation(f).update(segmentation={"size": [30, 40], "counts": [1, 2, 3]}),
         "expected RLE counts that sum to 30 x 40",
     ),
     "RLE of another size": (
         lambda f: _val_annotation(f).update(segmentation={"size": [40, 30], "counts": [1200]}),
-        "expected an RLE of the picture's size [h, w] = [30, 40], got [40, 30]",
+        "expected an RLE of the image's size [h, w] = [30, 40], got [40, 30]",
     ),
     "size differs": (
         lambda f: _val_image(f).update(width=41),
         "expected masks drawn for COCO_train2014_000000000005.jpg, 40 x 30 px",
     ),
-    "path": (lambda f: _val_image(f).update(file_name="COCO_train2014_0.jpg"), "expected a picture, got no file"),
+    "path": (lambda f: _val_image(f).update(file_name="COCO_train2014_0.jpg"), "expected an image, got no file"),
 }
 
 
@@ -95,10 +95,10 @@ def test_broken_records(refer_folder: Any, world: Any, case: str) -> None:
 
 
 PICTURES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "absent": (lambda path: path.unlink(), "expected a picture, got no file"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "expected a picture, got a folder"),
-    "empty": (lambda path: path.write_bytes(b""), "expected a picture, got a file of 0 bytes"),
-    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-300]), "expected a whole picture, got OSError"),
+    "absent": (lambda path: path.unlink(), "expected an image, got no file"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "expected an image, got a folder"),
+    "empty": (lambda path: path.write_bytes(b""), "expected an image, got a file of 0 bytes"),
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:-300]), "expected a complete image, got OSError"),
     "resized": (
         lambda path: Image.new("RGB", (20, 15)).save(path),
         "expected masks drawn for COCO_train2014_000000000005.jpg, 20 x 15",
@@ -118,7 +118,7 @@ def test_broken_pictures(refer_folder: Any, world: Any, case: str) -> None:
     with pytest.raises(DataError) as caught:
         world.prepare(root, "refcoco", format="refer")
     assert expected in str(caught.value), str(caught.value)
-    assert "5 of " in str(caught.value)  # the phrases of that picture
+    assert "5 of " in str(caught.value)  # the phrases of that image
     assert world.is_untouched()
 
 
@@ -139,7 +139,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
         b'{"images": [{"id": 5, "width": 4, "height": 3, "file_name": 7}], "annotations": []}',
         "number 0 of images: expected a text as file_name, got 7",
     ),
-    "an annotation without picture": (
+    "an annotation without image": (
         "instances.json", b'{"images": [], "annotations": [{"id": 5}]}', "number 0 of annotations: expected a whole number as image_id, got none",
     ),
     "two categories of one id": (
@@ -193,7 +193,7 @@ def test_annotation_ids_given_twice(refer_folder: Any, world: Any) -> None:
     with pytest.raises(DataError, match=repeated) as caught:
         world.prepare(root, "refcoco", format="refer")
     assert "\n  - ref_id 0: " in str(caught.value)
-    assert "expected polygons or RLE, got NoneType" in str(caught.value)
+    assert "list or string}, got None" in str(caught.value)
     with pytest.raises(DataError, match=repeated):
         refer_module.read_split(root, "refcoco/train")
     assert refer_module.read_split(root, "refcoco/testB")[-1].instances[0].annotation_id == annotations[-3]["id"]
@@ -297,5 +297,5 @@ def test_images_that_are_not_decoded_must_be_there(refer_folder: Any, world: Any
     record = read_split(world.root, "refcoco/val")[0]
     assert (record.width, record.height) == (40, 30)  # as instances.json says
     refer_folder.image_path(5).unlink()
-    with pytest.raises(DataError, match=r"COCO_train2014_000000000005\.jpg: expected a picture, got no file"):
+    with pytest.raises(DataError, match=r"COCO_train2014_000000000005\.jpg: expected an image, got no file"):
         world.prepare(root, "other", format="refer", mapping={"dataset": "refcoco"}, decode_images=False)

@@ -18,9 +18,9 @@ SIZED = {**ENTRY, "width": 40, "height": 30}
 
 @pytest.fixture
 def tree(world: Any) -> Path:
-    """A root with pictures where COCO has them and a folder for annotations."""
+    """A root with images where COCO has them and a folder for annotations."""
     images = world.folder / "images/mscoco/images/train2014"
-    world.pictures(*(f"COCO_train2014_{i:012d}.jpg" for i in (5, 6)), folder=images)
+    world.images(*(f"COCO_train2014_{i:012d}.jpg" for i in (5, 6)), folder=images)
     (world.folder / "seqtr_type/annotations/refcoco-unc").mkdir(parents=True)
     return world.folder
 
@@ -97,7 +97,7 @@ def test_grefcoco(world: Any, tree: Path) -> None:
     ["seqtr_type/images/mscoco/train2014", "images/mscoco/train2014", "coco2014/train2014", "coco_2014/train2014"],
 )
 def test_trees_of_deris_and_others(world: Any, below: str) -> None:
-    world.pictures("COCO_train2014_000000000005.jpg", folder=world.folder / below)
+    world.images("COCO_train2014_000000000005.jpg", folder=world.folder / below)
     _write(world.folder, {"train": [ENTRY]}, "seqtr_type/annotations/grefs/instance.json")
     world.prepare(world.folder, format="seqtr")
     assert Path(read_split(world.root, "mine/train")[0].image_path).parent == (world.folder / below).resolve()
@@ -170,7 +170,7 @@ def test_masks_of_cocos_own_file(world: Any, tree: Path) -> None:
 
 
 def test_one_annotation_id_is_one_object(world: Any, tree: Path) -> None:
-    """Several entries may name it; another mask or picture under it would be found as the first one's."""
+    """Several entries may name it; another mask or image under it would be found as the first one's."""
     first = {**ENTRY, "annotation_id": 9}
     world.prepare(_write(tree, {"train": [first, {**first, "expressions": ["again"]}, {**ENTRY, "mask": OTHER}]}), format="seqtr")
     assert [r.instances[0].annotation_id for r in read_split(world.root, "mine/train")[:3]] == [9, 9, 9]
@@ -221,14 +221,14 @@ BROKEN: dict[str, tuple[Any, str]] = {
         {**ENTRY, "annotations": [{"id": 3, "mask": SQUARE}] * 2},
         "expected each object once, got one twice",
     ),
-    "another picture": ({**ENTRY, "image_id": 7}, "COCO_train2014_000000000007.jpg: expected a picture, got no file"),
-    "no picture": ({**ENTRY, "image_id": None}, "expected the name of a picture, got None"),
+    "another image": ({**ENTRY, "image_id": 7}, "COCO_train2014_000000000007.jpg: expected an image, got no file"),
+    "no image": ({**ENTRY, "image_id": None}, "expected the name of an image, got None"),
     "a path": ({**ENTRY, "file_name": "../x.jpg"}, "that stays inside it, got '../x.jpg'"),
     "size differs": ({**SIZED, "width": 39}, "expected masks drawn for COCO_train2014_000000000005.jpg, 40 x 30 px"),
     "two points": ({**ENTRY, "mask": [[1, 2, 3, 4]]}, "none of its polygons has three points"),
     "outside": ({**ENTRY, "mask": [[99, 99, 98, 99, 99, 98]]}, "lie outside the image (40 x 30 px)"),
     "bad RLE": ({**ENTRY, "mask": {"size": [30, 40], "counts": "~"}}, "got one of no valid form"),
-    "a mask of text": ({**ENTRY, "mask": "x"}, "expected polygons or RLE, got str 'x'"),
+    "a mask of text": ({**ENTRY, "mask": "x"}, "list or string}, got 'x'"),
 }
 
 

@@ -32,7 +32,7 @@ from deris_llm.data.sources import (
 
 
 def _source(world: Any, *, num_phrases: int = 12) -> Path:
-    world.pictures("a.png", "b.png", "COCO_train2014_000000000009.jpg")
+    world.images("a.png", "b.png", "COCO_train2014_000000000009.jpg")
     names = ("a.png", "b.png", "COCO_train2014_000000000009.jpg")
     return world.lines(
         *(
@@ -190,7 +190,7 @@ def test_one_line_per_cause(world: Any) -> None:
         *({"image": "a.png", "phrase": "x", "rle": {"size": [30, 40], "counts": [600.5 + i, 1]}} for i in range(3)),
         {"image": "a.png", "phrase": "x", "no_target": "yes", "polygons": world.square},
     ]
-    world.pictures("a.png")
+    world.images("a.png")
     with pytest.raises(DataError, match="13 of 13 records cannot be used") as caught:
         world.prepare(world.lines(*lines))
     listed = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
@@ -228,14 +228,14 @@ def test_all_that_was_left_out_is_named_in_a_file(world: Any) -> None:
     assert [line["image"] for line in lines] == [*(f"no{i}.png" for i in range(30)), *["a.png"] * 14]
     assert [line["where"] for line in lines] == [f"train.jsonl line {i}" for i in range(13, 57)]
     assert (lines[0]["split"], lines[0]["reason"], lines[-1]["reason"]) == ("train", "image", "phrase")
-    assert "expected a picture, got no file" in lines[29]["message"]
+    assert "expected an image, got no file" in lines[29]["message"]
     world.prepare(_source(world), name="whole")
     assert not (world.root / "whole/left_out.jsonl").exists()
 
 
 @pytest.mark.parametrize("field", ["image", "id", "split", "phrase", "raw", "category", "image_id", "png"])
 def test_text_that_utf8_cannot_hold_is_named_and_left_out(world: Any, field: str) -> None:
-    world.pictures("a.png", "b.png")
+    world.images("a.png", "b.png")
     good = {"image": "a.png", "phrase": "a cat", "polygons": world.square, "id": "good"}
     bad = {**good, "image": "b.png", "id": "bad", field: "x\udcff\ud800"}
     if field == "png":
@@ -257,7 +257,7 @@ def test_text_that_utf8_cannot_hold_is_named_and_left_out(world: Any, field: str
 
 def test_a_share_of_the_pictures_becomes_val(world: Any) -> None:
     names = [f"{i}.png" for i in range(20)]
-    world.pictures(*names)
+    world.images(*names)
     shutil.copy(world.folder / "0.png", world.folder / "copy of 0.png")
     lines = [
         {"image": name, "phrase": f"{name} {k}", "polygons": world.square, "id": f"{name}-{k}"}
@@ -271,7 +271,7 @@ def test_a_share_of_the_pictures_becomes_val(world: Any) -> None:
     assert (len(train), len(val)) == (16, 4)
     assert len(read_split(world.root, "mine/train")) + len(read_split(world.root, "mine/val")) == 63
     assert made.manifest["source"]["val_share"] == 0.2
-    assert "the only split, all, was divided by picture: " in made.manifest["notes"][0]
+    assert "the only split, all, was divided by image: " in made.manifest["notes"][0]
     world.prepare(world.lines(*reversed(lines), file="all.jsonl"), name="again", val_share=0.2)
     assert images_of_split(world.root, "again/val") == val
     with pytest.raises(DataError, match="with other val_share"):
@@ -286,7 +286,7 @@ def test_a_share_of_the_pictures_becomes_val(world: Any) -> None:
 
 
 def test_links_of_a_cache_are_followed_when_asked(world: Any, tmp_path: Path) -> None:
-    blobs = world.pictures("1234.png", "5678.png", folder=tmp_path / "blobs")
+    blobs = world.images("1234.png", "5678.png", folder=tmp_path / "blobs")
     (world.folder / "images").mkdir(parents=True)
     (world.folder / "images/a.png").symlink_to(blobs / "1234.png")
     Image.new("L", (40, 30), 255).save(blobs / "mask.png")
@@ -302,7 +302,7 @@ def test_links_of_a_cache_are_followed_when_asked(world: Any, tmp_path: Path) ->
 
 
 def test_names_written_on_windows(world: Any) -> None:
-    world.pictures("street/a.png")
+    world.images("street/a.png")
     Image.new("L", (40, 30), 255).save(world.folder / "street/m.png")
     world.prepare(world.lines({"image": "street\\a.png", "phrase": "a cat", "png": "street\\m.png"}))
     assert read_split(world.root, "mine/train")[0].image_path == str(world.folder / "street/a.png")
@@ -327,13 +327,13 @@ def test_names_are_explained(world: Any) -> None:
 
 
 def test_pictures_may_move_with_the_root(world: Any) -> None:
-    world.folder = world.root / "pictures"
+    world.folder = world.root / "images"
     world.prepare(_source(world))
     world.root.rename(world.root.parent / "elsewhere")
     record = read_split(world.root.parent / "elsewhere", "mine/train")[0]
     assert Path(record.image_path).is_file()
-    shutil.rmtree(world.root.parent / "elsewhere/pictures")
-    with pytest.raises(DataError, match="expected its pictures in .*elsewhere/pictures, got no such folder"):
+    shutil.rmtree(world.root.parent / "elsewhere/images")
+    with pytest.raises(DataError, match="expected its pictures in .*elsewhere/images, got no such folder"):
         read_split(world.root.parent / "elsewhere", "mine/train")
 
 
@@ -391,7 +391,7 @@ def test_a_killed_worker(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_texts_as_typed(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     source = world.lines({"image": "a.png", "phrase": "a cat", "raw": "A cat!", "polygons": world.square})
     world.prepare(source)
     assert read_split(world.root, "mine/train", phrase_field="raw")[0].phrase == "A cat!"
@@ -423,7 +423,7 @@ def test_the_command(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["prepare", "--format", "jsonl", "--source", str(source), "--out", str(world.root / "mine")]
     arguments = parser.parse_args([*words, "--mapping", "phrase=phrase"])
     assert arguments.run(arguments) == 0
-    assert "mine/train: 9 phrases (0 without a target) of 9 entries, 3 pictures" in capsys.readouterr().out
+    assert "mine/train: 9 phrases (0 without a target) of 9 entries, 3 images" in capsys.readouterr().out
     assert arguments.run(arguments) == 0
     assert "was made of this source before" in capsys.readouterr().out
     source.write_text(f"{source.read_text()}7\n")
@@ -433,14 +433,14 @@ def test_the_command(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "divided/train: 1 phrases left out (1 structure)" in said
     assert f"{world.root / 'divided/left_out.jsonl'} names all that was left out" in said
-    assert "note: the only split, train, was divided by picture: 2 of 3 pictures are val (--val-share 0.5)" in said
+    assert "note: the only split, train, was divided by image: 2 of 3 images are val (--val-share 0.5)" in said
     arguments = parser.parse_args([*words, "--mapping", "phrase"])
     with pytest.raises(DataError, match=r"Write e\.g\. phrase=caption"):
         arguments.run(arguments)
 
 
 def test_normalised_polygons(world: Any) -> None:
-    world.pictures("a.png")
+    world.images("a.png")
     mask = decode_segmentation([[4, 6, 20, 6, 20, 24, 4, 24]], 30, 40)
     shares = [[0.1, 0.2, 0.5, 0.2, 0.5, 0.8, 0.1, 0.8]]
     source = world.lines(
@@ -457,7 +457,7 @@ def test_normalised_polygons(world: Any) -> None:
 
 
 def test_jpeg_masks_are_said(world: Any) -> None:
-    folder = world.pictures("a.png")
+    folder = world.images("a.png")
     mask = decode_segmentation(world.square, 30, 40)
     Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "m.jpg", quality=75)
     made = world.prepare(world.lines({"image": "a.png", "phrase": "x", "png": "m.jpg"}))
@@ -468,7 +468,7 @@ def test_jpeg_masks_are_said(world: Any) -> None:
 
 def test_one_of_several_objects_without_a_pixel_is_left_out_and_named(world: Any) -> None:
     """The phrase keeps the others; one that has no other cannot be used."""
-    world.pictures("a.png")
+    world.images("a.png")
     empty = {"size": [30, 40], "counts": [1200]}
     both = {"image": "a.png", "phrase": "both", "masks": [[*map(list, world.square)], empty]}
     made = world.prepare(world.lines(both)).manifest

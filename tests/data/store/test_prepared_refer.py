@@ -42,7 +42,7 @@ DATASETS = ("refcoco", "refcoco+", "refcocog_umd", "grefcoco")
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """REFER's files, and sets of the same names prepared of them; the pictures are the same folder."""
+    """REFER's files, and sets of the same names prepared of them; the images are the same folder."""
     folder = tmp_path_factory.mktemp("roots")
     own = folder / "refer"
     write_world(own, seed=3, num_train=16, num_val=16, num_test=3, workers=1)
@@ -120,7 +120,7 @@ def test_the_same_groups(roots: tuple[Path, Path]) -> None:
     assert list(group_phrase_ids(own)) == list(group_phrase_ids(made))
     for one, two in zip(own, made, strict=True):
         assert [r.phrase_id for r in one.records] == [r.phrase_id for r in two.records]
-    assert any(len({r.dataset for r in group.records}) > 1 for group in made)  # a picture of several sets is one group
+    assert any(len({r.dataset for r in group.records}) > 1 for group in made)  # an image of several sets is one group
     of_own, step = every_nth_record(own, 20)
     of_made, same_step = every_nth_record(made, 20)
     assert step == same_step > 1

@@ -1,4 +1,4 @@
-"""Pictures of every kind become RGB of 8 bit, the right way up; what is no picture is named."""
+"""Images of every kind become RGB of 8 bit, the right way up; what is no image is named."""
 
 import io
 import os
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from deris_llm.data import images as pictures
+from deris_llm.data import images
 from deris_llm.data import collate
 from deris_llm.data.dataset import ImageGroup
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation, encode_mask
-from deris_llm.data.images import PictureError, picture_facts, read_picture, safe_path
+from deris_llm.data.images import ImageError, ImageFolder, decode_image, image_facts
 from deris_llm.data.sources import read_split
 from deris_llm.data.images import load_image
 from deris_llm.serving.pipeline import as_picture
@@ -49,31 +49,31 @@ def test_png_kinds(colours: np.ndarray, tmp_path: Path) -> None:
     kinds = {"RGB": image, "P": image.quantize(8), "RGBA": image.convert("RGBA")}
     for mode, kind in kinds.items():
         assert kind.mode == mode
-        assert np.array_equal(read_picture(_saved(kind, tmp_path / f"{mode}.png")), colours)
+        assert np.array_equal(decode_image(_saved(kind, tmp_path / f"{mode}.png")), colours)
     gray = image.convert("L")
     for mode in ("L", "LA"):
-        read = np.asarray(read_picture(_saved(gray.convert(mode), tmp_path / f"{mode}.png")))
+        read = np.asarray(decode_image(_saved(gray.convert(mode), tmp_path / f"{mode}.png")))
         assert np.array_equal(read, np.repeat(np.asarray(gray)[..., None], 3, axis=2))
-    bilevel = np.asarray(read_picture(_saved(gray.point(lambda v: 255 * (v > 40)).convert("1"), tmp_path / "1.png")))
+    bilevel = np.asarray(decode_image(_saved(gray.point(lambda v: 255 * (v > 40)).convert("1"), tmp_path / "1.png")))
     assert set(np.unique(bilevel)) == {0, 255}
 
 
 def test_16_bit(tmp_path: Path) -> None:
     ramp = np.linspace(0, 65535, HEIGHT * WIDTH).astype(np.uint16).reshape(HEIGHT, WIDTH)
     for suffix in ("png", "tif"):
-        read = np.asarray(read_picture(_saved(Image.fromarray(ramp), tmp_path / f"deep.{suffix}")))
+        read = np.asarray(decode_image(_saved(Image.fromarray(ramp), tmp_path / f"deep.{suffix}")))
         assert read.shape == (HEIGHT, WIDTH, 3)
         assert np.array_equal(read[..., 0], ramp >> 8)
     wide = _saved(Image.fromarray(ramp.astype(np.int32) * 4), tmp_path / "wide.tif")
-    with pytest.raises(PictureError, match="expected 8 or 16 bit a channel, got values 0 to 262140"):
-        read_picture(wide)
-    with pytest.raises(PictureError, match="got values 0 to 262140"):
-        picture_facts(wide)  # what `data prepare` asks: what training refuses is refused there
+    with pytest.raises(ImageError, match="expected 8 or 16 bit per channel, got values 0 to 262140"):
+        decode_image(wide)
+    with pytest.raises(ImageError, match="got values 0 to 262140"):
+        image_facts(wide)  # what `data prepare` asks: what training refuses is refused there
     real = _saved(Image.fromarray(ramp.astype(np.float32)), tmp_path / "real.tif")
-    with pytest.raises(PictureError, match="expected 8 or 16 bit a channel, got floating-point"):
-        read_picture(real)
-    with pytest.raises(PictureError, match="got floating-point"):
-        picture_facts(real)
+    with pytest.raises(ImageError, match="expected 8 or 16 bit per channel, got floating-point"):
+        decode_image(real)
+    with pytest.raises(ImageError, match="got floating-point"):
+        image_facts(real)
 
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
@@ -81,8 +81,8 @@ def test_16_bit(tmp_path: Path) -> None:
 def test_fewer_bits_in_16_and_32_are_scaled_by_their_range(tmp_path: Path, bits: int, dtype: Any) -> None:
     ramp = np.linspace(0, 2**bits - 1, HEIGHT * WIDTH).astype(dtype).reshape(HEIGHT, WIDTH)
     path = _saved(Image.fromarray(ramp), tmp_path / "deep.tif")
-    picture_facts(path)
-    read = np.asarray(read_picture(path))
+    image_facts(path)
+    read = np.asarray(decode_image(path))
     assert np.array_equal(read[..., 0], ramp >> (bits - 8))
     assert read.max() == 255
     assert np.array_equal(np.asarray(as_picture(Image.open(path))), read)  # what `predict` does
@@ -95,16 +95,16 @@ def test_colours_of_12_in_16_bit_are_refused(tmp_path: Path, suffix: str) -> Non
     colours = np.random.default_rng(0).integers(0, 4096, (HEIGHT, WIDTH, 3)).astype(np.uint16)
     assert cv2.imwrite(str(tmp_path / f"dark.{suffix}"), colours)
     assert cv2.imwrite(str(tmp_path / f"whole.{suffix}"), colours * 16)
-    for read in (read_picture, picture_facts):
-        with pytest.raises(PictureError, match="expected colours that use all 16 bits a channel, got none above 15 / 255"):
+    for read in (decode_image, image_facts):
+        with pytest.raises(ImageError, match="expected colours that use all 16 bits per channel, got none above 15 / 255"):
             read(tmp_path / f"dark.{suffix}")
-    assert np.array_equal(np.asarray(read_picture(tmp_path / f"whole.{suffix}"))[..., ::-1], colours >> 4)
+    assert np.array_equal(np.asarray(decode_image(tmp_path / f"whole.{suffix}"))[..., ::-1], colours >> 4)
 
 
 def test_cmyk(colours: np.ndarray, tmp_path: Path) -> None:
     path = _saved(Image.fromarray(colours).convert("CMYK"), tmp_path / "cmyk.jpg", quality=95)
     assert Image.open(path).mode == "CMYK"
-    difference = np.abs(np.asarray(read_picture(path)).astype(int) - colours)
+    difference = np.abs(np.asarray(decode_image(path)).astype(int) - colours)
     assert difference.mean() < 4  # JPEG; inverted colours would be 100 and more
 
 
@@ -112,14 +112,14 @@ def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
     array = np.zeros((4, 6, 4), np.uint8)
     array[:, :2] = (10, 20, 30, 255)
     array[:, 2:4] = (0, 0, 0, 128)
-    read = np.asarray(read_picture(_saved(Image.fromarray(array), tmp_path / "a.png")))
+    read = np.asarray(decode_image(_saved(Image.fromarray(array), tmp_path / "a.png")))
     assert read[0, 0].tolist() == [10, 20, 30]
     assert read[0, 2].tolist() == [127, 127, 127]
     assert read[0, 5].tolist() == [255, 255, 255]
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([0, 0, 0, 255, 0, 0])
     palette.putpixel((1, 1), 1)
-    read = np.asarray(read_picture(_saved(palette, tmp_path / "p.png", transparency=0)))
+    read = np.asarray(decode_image(_saved(palette, tmp_path / "p.png", transparency=0)))
     assert read[0, 0].tolist() == [255, 255, 255]
     assert read[1, 1].tolist() == [255, 0, 0]
 
@@ -129,7 +129,7 @@ def test_of_an_animation_the_first_frame(tmp_path: Path) -> None:
     for suffix in ("gif", "webp", "png"):
         options = {"lossless": True} if suffix == "webp" else {}
         path = _saved(frames[0], tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], **options)
-        assert np.asarray(read_picture(path))[0, 0].tolist() == [255, 0, 0]
+        assert np.asarray(decode_image(path))[0, 0].tolist() == [255, 0, 0]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -148,12 +148,12 @@ def test_exif(colours: np.ndarray, tmp_path: Path, orientation: int) -> None:
         7: colours[::-1, ::-1].transpose(1, 0, 2),
         8: np.rot90(colours),
     }
-    assert np.array_equal(read_picture(path), turned[orientation])
-    assert np.array_equal(np.asarray(read_picture(path, exif="stored")), colours)
-    assert np.array_equal(np.asarray(read_picture(path, size_hw=(HEIGHT, WIDTH), exif="stored")), colours)
-    displayed = np.asarray(read_picture(path, size_hw=(HEIGHT, WIDTH), exif="displayed"))
+    assert np.array_equal(decode_image(path), turned[orientation])
+    assert np.array_equal(np.asarray(decode_image(path, exif="stored")), colours)
+    assert np.array_equal(np.asarray(decode_image(path, size_hw=(HEIGHT, WIDTH), exif="stored")), colours)
+    displayed = np.asarray(decode_image(path, size_hw=(HEIGHT, WIDTH), exif="displayed"))
     assert np.array_equal(displayed, colours if orientation > 4 else turned[orientation])
-    facts = picture_facts(path)
+    facts = image_facts(path)
     assert (facts.orientation, facts.is_undecided) == (orientation, orientation in (2, 3, 4))
     assert (facts.height, facts.width, facts.is_sideways) == (HEIGHT, WIDTH, orientation > 4)
     assert facts.fits((WIDTH, HEIGHT)) == (orientation > 4)
@@ -166,7 +166,7 @@ def test_exif(colours: np.ndarray, tmp_path: Path, orientation: int) -> None:
 
 
 def _trained_on(record: ReferringRecord) -> Image.Image:
-    """The picture as the training loader decodes it."""
+    """The image as the training loader decodes it."""
     return collate._decoded(collate._picture(ImageGroup((record,))))
 
 
@@ -207,8 +207,8 @@ def test_pictures_as_large_either_way_up(
             else:
                 assert np.array_equal(seen, np.asarray(as_picture(path, exif="stored")))
             (note,) = made.manifest["notes"]
-            assert note.startswith("pictures that EXIF turns by 180 degrees, mirrors, or turns and that are square: 1; ")
-            assert f"their masks are taken as drawn on the picture as it is {exif}: a.jpg" in note
+            assert note.startswith("images that EXIF turns by 180 degrees, mirrors, or turns and that are square: 1; ")
+            assert f"their masks are taken as drawn on the image as it is {exif}: a.jpg" in note
             assert ("which way up they were annotated: 1" in caplog.text) == ("--exif stored" in note) == (given is None)
 
 
@@ -239,7 +239,7 @@ def test_the_size_of_a_mask_file_says_which_way_up(colours: np.ndarray, world: A
 
 
 def test_masks_of_a_turned_picture(colours: np.ndarray, world: Any) -> None:
-    """Drawn on the stored picture or on the shown one: the size of the mask says which; nothing says it for polygons alone."""
+    """Drawn on the stored image or on the shown one: the size of the mask says which; nothing says it for polygons alone."""
     exif = Image.Exif()
     exif[0x0112] = 6
     for name in ("stored", "shown", "unknown"):
@@ -287,30 +287,30 @@ def test_what_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     png = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(png, format="PNG")
     files = {
-        "cut.jpg": (jpeg.getvalue()[:-500], "expected a whole picture, got OSError"),
-        "cut.png": (png.getvalue()[:-2000], "expected a whole picture, got"),
-        "header.jpg": (jpeg.getvalue()[:30], "expected a picture, got|expected a whole picture, got"),
-        "text.jpg": (b"<html>404</html>", "expected a picture, got UnidentifiedImageError"),
-        "empty.jpg": (b"", "expected a picture, got a file of 0 bytes"),
-        "bomb.png": (_bomb(), "expected a picture"),
+        "cut.jpg": (jpeg.getvalue()[:-500], "expected a complete image, got OSError"),
+        "cut.png": (png.getvalue()[:-2000], "expected a complete image, got"),
+        "header.jpg": (jpeg.getvalue()[:30], "expected an image, got|expected a complete image, got"),
+        "text.jpg": (b"<html>404</html>", "expected an image, got UnidentifiedImageError"),
+        "empty.jpg": (b"", "expected an image, got a file of 0 bytes"),
+        "bomb.png": (_bomb(), "expected an image"),
     }
     for name, (content, expected) in files.items():
         (tmp_path / name).write_bytes(content)
-        for read in (read_picture, picture_facts):
-            with pytest.raises(PictureError, match=expected):
+        for read in (decode_image, image_facts):
+            with pytest.raises(ImageError, match=expected):
                 read(tmp_path / name)
         with pytest.raises(DataError, match=rf"{name}.*Restore this file"):
             load_image(tmp_path / name)
-    with pytest.raises(PictureError, match="expected a picture, got a folder"):
-        read_picture(tmp_path)
-    with pytest.raises(PictureError, match="expected a picture, got File name too long"):
-        picture_facts(tmp_path / ("x" * 5000))
-    with pytest.raises(PictureError, match="expected a picture, got no file"):
-        read_picture(tmp_path / "nowhere.png")
+    with pytest.raises(ImageError, match="expected an image, got a folder"):
+        decode_image(tmp_path)
+    with pytest.raises(ImageError, match="expected an image, got File name too long"):
+        image_facts(tmp_path / ("x" * 5000))
+    with pytest.raises(ImageError, match="expected an image, got no file"):
+        decode_image(tmp_path / "nowhere.png")
     Image.new("RGB", (40, 30)).save(tmp_path / "large.png")
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 1000)
-    with pytest.raises(PictureError, match="expected a picture of at most 1,000 pixels, got 40 x 30 px"):
-        read_picture(tmp_path / "large.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    with pytest.raises(ImageError, match="expected an image of at most 1,000 pixels, got 40 x 30 px"):
+        decode_image(tmp_path / "large.png")
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_names_that_lead_outside(tmp_path: Path, name: object) -> None:
     (tmp_path / "a").write_text("secret")
     os.symlink(tmp_path / "a", folder / "link")
     os.symlink(tmp_path, folder / "link_dir")
-    path, fault = safe_path(folder, name)
+    path, fault = ImageFolder(folder).file(name)
     if name == "x" * 5000:  # too long for a file name, but not outside
         assert path is None or not path.parent.samefile(tmp_path)
         return
@@ -343,7 +343,7 @@ def test_names_inside(tmp_path: Path) -> None:
     os.symlink(folder / "b/c d.jpg", folder / "link")
     os.symlink(folder, tmp_path / "linked")  # the folder itself may be a link
     for name in ("b/c d.jpg", "link", "b/./c d.jpg", "a..b.jpg", "нет.png", "absent.jpg"):
-        assert safe_path(tmp_path / "linked", name) == (tmp_path / "linked" / name, None)
+        assert ImageFolder(tmp_path / "linked").file(name) == (tmp_path / "linked" / name, None)
 
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
@@ -355,7 +355,7 @@ def test_heic_is_named_with_its_cure(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed
     with pytest.raises(DataError, match=r"got HEIC: install its reader with `pip install pillow-heif`, or convert"):
         load_image(tmp_path / name)
-    assert pictures.pictures_in(tmp_path)[0] == []
+    assert images.images_in(tmp_path)[0] == []
 
 
 def test_heic_is_read_where_its_reader_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +374,7 @@ def test_heic_is_read_where_its_reader_is_installed(tmp_path: Path, monkeypatch:
 
 
 def test_a_folder_gives_what_begins_as_a_picture(colours: np.ndarray, tmp_path: Path) -> None:
-    """A damaged picture stays in the list: it is named by whoever reads it."""
+    """A damaged image stays in the list: it is named by whoever reads it."""
     _saved(Image.fromarray(colours), tmp_path / "b.PNG")
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     whole = _saved(Image.fromarray(noise), tmp_path / "a.jpg").read_bytes()
@@ -383,7 +383,7 @@ def test_a_folder_gives_what_begins_as_a_picture(colours: np.ndarray, tmp_path: 
         (tmp_path / name).write_bytes(b"<html>" if name == "page.jpg" else b"")
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "folder").mkdir()
-    found, others = pictures.pictures_in(tmp_path)
+    found, others = images.images_in(tmp_path)
     assert [path.name for path in found] == ["a.jpg", "b.PNG", "cut.jpg"]
     reasons = {Path(line.partition(": ")[0]).name: line for line in others}
     assert sorted(reasons) == ["._a.jpg", "empty.jpg", "folder", "gone.jpg", "notes.txt", "page.jpg"]
@@ -397,5 +397,5 @@ def test_a_name_in_another_unicode_form_is_named(tmp_path: Path, there: str, ask
     Image.new("RGB", (4, 3)).save(tmp_path / there)
     if (tmp_path / asked).is_file():
         pytest.skip("this file system takes both names for one")
-    with pytest.raises(PictureError, match=f"got no file of these letters, but one named in Unicode's form {form}: rename"):
-        picture_facts(tmp_path / asked)
+    with pytest.raises(ImageError, match=f"got no file of these letters, but one named in Unicode's form {form}: rename"):
+        image_facts(tmp_path / asked)
