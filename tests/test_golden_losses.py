@@ -63,12 +63,17 @@ def test_released_preset_on_the_parity_extract():
     check(golden_losses.PARITY, losses={"1 rank": golden_losses.parity_losses(NUM_PARITY_STEPS)})
 
 
+def test_predictions_of_the_quickstart_checkpoint(world: Path):
+    check(golden_losses.PREDICTIONS, predictions=golden_losses.predictions(world))
+
+
 def test_every_recording_is_complete():
     stored = loss_compare.read_recordings(golden_losses.LOSSES)
-    assert stored.keys() == {*golden_losses.RUNS, golden_losses.PARITY}
+    assert stored.keys() == {*golden_losses.RUNS, golden_losses.PARITY, golden_losses.PREDICTIONS}
     for name in golden_losses.RUNS:
         assert {ranks: len(losses) for ranks, losses in stored[name]["losses"].items()} == {"1 rank": 8, "2 ranks": 8}
     assert len(stored[golden_losses.PARITY]["losses"]["1 rank"]) == 8
+    assert len(stored[golden_losses.PREDICTIONS]["predictions"]) == 20
     assert all("golden_losses.py" in content["command"] and len(content["commit"]) == 40 for content in stored.values())
 
 
