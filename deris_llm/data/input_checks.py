@@ -13,7 +13,7 @@ import numpy as np
 
 from deris_llm.data.errors import DataError
 from deris_llm.data.images import load_image
-from deris_llm.data.store.record_views import image_numbers, phrases
+from deris_llm.data.store.records import as_records
 from deris_llm.structures import ReferringRecord
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _LISTED = 10
 
 def first_of_each_image(records: Sequence[ReferringRecord]) -> tuple[list[ReferringRecord], np.ndarray]:
     """The first record of each image; and for each record the index of its image in that list, int64."""
-    numbers, _ = image_numbers(records)
+    numbers, _ = as_records(records).image_numbers()
     _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
     return [records[int(i)] for i in first], inverse
 
@@ -70,7 +70,7 @@ def refused_inputs(checker: InputChecker, records: Sequence[ReferringRecord], ro
     """
     images, number = first_of_each_image(records)
     sizes = [(image.height, image.width) for image in images]
-    refused = checker.refused(phrases(records, rows), [sizes[i] for i in number[rows]])
+    refused = checker.refused(as_records(records).phrases(rows), [sizes[i] for i in number[rows]])
     found = [(records[int(rows[i])], message) for i, message in sorted(refused.items())]
     return [f"{record.phrase_id} ({record.image_path}): {message}" for record, message in found]
 

@@ -1,4 +1,4 @@
-"""Torch loaders over the samplers and the collator."""
+"""PyTorch loaders that join samplers and collator."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.utils.data import DataLoader
 
 from deris_llm.config import RunConfig
 from deris_llm.data.collate import ReferringCollator
-from deris_llm.data.dataset import GroupDataset, ImageGroup, ImageGroups, every_nth_record, group_by_image
+from deris_llm.data.dataset import GroupDataset, ImageGroups, group_by_image
 from deris_llm.data.phrase_conversion import PhraseConversion
 from deris_llm.data.sampler import EvaluationBatchSampler, TrainingBatchSampler
 from deris_llm.data.token_budget import phrase_limits
 from deris_llm.structures import ReferringBatch, ReferringRecord
 
-if TYPE_CHECKING:  # the loader's workers need no model library
+if TYPE_CHECKING:  # loader workers do not import the model libraries
     from deris_llm.models.cognition import CognitionProcessor
 
 logger = logging.getLogger(__name__)
@@ -26,17 +26,17 @@ _PHRASES_IN_STATISTICS = 20_000  # about a second
 
 
 class TrainingLoader(DataLoader[ReferringBatch]):
-    """A loader over a `TrainingBatchSampler`, reachable as ``.batch_sampler``; already this rank's part."""
+    """A loader over one rank's `TrainingBatchSampler`, which is its ``batch_sampler``."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose order the next iteration follows (transformers' Trainer calls it)."""
+        """Sets the epoch of the next iteration; transformers' Trainer calls it."""
         assert isinstance(self.batch_sampler, TrainingBatchSampler), "built by train_loader"
         self.batch_sampler.set_epoch(epoch)
 
 
 def train_loader(
     config: RunConfig,
-    groups: Sequence[ImageGroup],
+    groups: ImageGroups,
     processor: CognitionProcessor,
     *,
     rank: int = 0,
@@ -44,18 +44,18 @@ def train_loader(
     seed: int | None = None,
     epoch: int = 0,
 ) -> TrainingLoader:
-    """Batches of ``training.images_per_device`` images with ``data.phrases_per_image`` phrases each, for one rank.
+    """Makes batches of ``training.images_per_device`` images with up to ``data.phrases_per_image`` phrases each.
 
-    With ``data.conversion.rate`` above 0 some phrases are swapped (`PhraseConversion`); rank 0 logs what that does.
+    With ``data.conversion.rate`` above 0 some phrases are replaced (`PhraseConversion`); rank 0 logs the counts.
 
     Args:
         config: sizes and number of workers.
-        groups: from `group_by_image`; the same list on every rank.
-        processor: the cognition backend's.
-        rank: which rank's batches.
+        groups: from `group_by_image`; the same on every rank.
+        processor: of the cognition backend.
+        rank: whose batches.
         world_size: number of ranks.
-        seed: of the order and the conversion; None takes ``training.seed``.
-        epoch: the first epoch to iterate.
+        seed: of the order and the conversion; None = ``training.seed``.
+        epoch: the first one.
     """
     seed = config.training.seed if seed is None else seed
     sampler = TrainingBatchSampler(
@@ -70,11 +70,11 @@ def train_loader(
     )
     conversion = phrase_conversion(config, groups, seed=seed)
     if conversion is not None and rank == 0:
-        records, step = every_nth_record(groups, _PHRASES_IN_STATISTICS)
+        step = max(1, -(-len(groups.records) // _PHRASES_IN_STATISTICS))
         of_which = f" (counted on one phrase in {step})" if step > 1 else ""
-        logger.info("%s%s", conversion.statistics(records, epoch), of_which)
+        logger.info("%s%s", conversion.statistics(list(groups.every_nth(step)), epoch), of_which)
     return TrainingLoader(
-        cast(Any, GroupDataset(groups, conversion)),  # DataLoader's type is that of the samples, ours of the batches
+        cast(Any, GroupDataset(groups, conversion)),  # DataLoader is typed by sample, ours by batch
         batch_sampler=sampler,
         collate_fn=ReferringCollator(config, processor),
         persistent_workers=config.data.num_workers > 0,
@@ -82,13 +82,13 @@ def train_loader(
     )
 
 
-def phrase_conversion(config: RunConfig, groups: Sequence[ImageGroup], *, seed: int) -> PhraseConversion | None:
-    """The conversion that ``data.conversion`` asks for over these phrases; None at rate 0."""
+def phrase_conversion(config: RunConfig, groups: ImageGroups, *, seed: int) -> PhraseConversion | None:
+    """Returns the conversion that ``data.conversion`` asks for, or None at rate 0."""
     wanted = config.data.conversion
     if wanted.rate == 0:
         return None
     return PhraseConversion(
-        groups if isinstance(groups, ImageGroups) else (record for group in groups for record in group.records),
+        groups,
         rate=wanted.rate,
         similarity_threshold=wanted.threshold,
         min_words=wanted.min_words,
@@ -107,7 +107,7 @@ def evaluation_loader(
     world_size: int = 1,
     with_targets: bool = True,
 ) -> DataLoader[ReferringBatch]:
-    """This rank's exact shard of the records, by image, in batches of the sizes of ``config.evaluation``."""
+    """Makes batches of one rank's exact shard of the records, with the batch sizes of ``config.evaluation``."""
     groups = group_by_image(records)
     sampler = EvaluationBatchSampler(
         groups,
@@ -118,7 +118,7 @@ def evaluation_loader(
         limits=phrase_limits(config, groups, processor),
     )
     return DataLoader(
-        cast(Any, GroupDataset(groups)),  # DataLoader's type is that of the samples, ours that of the batches
+        cast(Any, GroupDataset(groups)),  # see train_loader
         batch_sampler=sampler,
         collate_fn=ReferringCollator(config, processor, with_targets=with_targets),
         **_worker_options(config),
@@ -126,5 +126,5 @@ def evaluation_loader(
 
 
 def _worker_options(config: RunConfig) -> dict[str, Any]:
-    # Torch gives each worker process a single intra-op thread by itself.
+    # PyTorch itself limits each worker process to one intra-op thread.
     return {"num_workers": config.data.num_workers, "pin_memory": torch.cuda.is_available()}

@@ -9,7 +9,6 @@ from typing import Any
 
 from deris_llm.config import RunConfig
 from deris_llm.data.masks import coco_mask, decode_segmentation, segmentation_rle
-from deris_llm.data.store.record_views import in_order
 from deris_llm.models.preprocess import Resize, warp_mask
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
@@ -47,7 +46,7 @@ def lost_referents(
     of_vanished: list[str] = []
     vanishes: dict[tuple[str, str, int], bool] = {}
     num_phrases = most = 0
-    for record in in_order(records):
+    for record in records:
         num_phrases += 1
         most = max(most, len(record.instances))
         if len(record.instances) > num_queries:

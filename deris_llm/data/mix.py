@@ -15,7 +15,7 @@ import pyarrow as pa
 from deris_llm.config import DataConfig, RunConfig
 from deris_llm.data.errors import DataError
 from deris_llm.data.store.prepared import COCO_STEM, PreparedSplit
-from deris_llm.data.store.record_views import RecordView, image_numbers, is_lazy
+from deris_llm.data.store.records import RecordView, as_records
 from deris_llm.data.formats.refer import DATASETS
 from deris_llm.data.sources import image_hashes_of_split, images_of_split, read_split, split_names
 from deris_llm.structures import ReferringRecord
@@ -65,7 +65,7 @@ class MixReport:
 class TrainingMix:
     """The phrases to train on, dataset after dataset, and how they came about."""
 
-    records: Sequence[ReferringRecord]  # a tuple; not in memory (`RecordView`) where a prepared set is part of the mix
+    records: RecordView
     report: MixReport
 
 
@@ -102,8 +102,8 @@ def training_mix(config: DataConfig) -> TrainingMix:
         if not name.endswith("/train")
         for digest, image_id in image_hashes_of_split(config.root, name).items()
     }
-    parts = [read_split(config.root, f"{name}/train", phrase_field=config.phrase_field) for name in config.train]
-    found = [image_numbers(part) for part in parts]
+    parts = [as_records(read_split(config.root, f"{name}/train", phrase_field=config.phrase_field)) for name in config.train]
+    found = [part.image_numbers() for part in parts]
     of_eval = [
         _is_of_evaluation(part, ids, eval_images, eval_hashes) for part, (_, ids) in zip(parts, found, strict=True)
     ]
@@ -143,8 +143,7 @@ def training_mix(config: DataConfig) -> TrainingMix:
             f"{report.num_eval_images_kept:,}",
             ", ".join(eval_splits),
         )
-    view = RecordView(parts, chosen)
-    return TrainingMix(view if any(map(is_lazy, parts)) else tuple(view), report)
+    return TrainingMix(RecordView(parts, chosen), report)
 
 
 def _is_of_evaluation(

@@ -19,12 +19,13 @@ import dataclasses
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import numpy as np
 
+from deris_llm.data.dataset import ImageGroups
 from deris_llm.structures import ReferringRecord
 
 CONVERTED_SUFFIX = "#converted"
@@ -113,37 +114,25 @@ class ConversionStatistics:
         )
 
 
-@runtime_checkable
-class PhrasePool(Protocol):
-    """Phrases by picture, wherever they are; pictures are numbered in the order of their first appearance."""
-
-    def __len__(self) -> int: ...
-    def image_id(self, image: int, /) -> str: ...
-    def num_phrases(self, image: int, /) -> int: ...
-    def phrase(self, image: int, number: int, /) -> str: ...
-    def phrases_of(self, image_id: str, /) -> Sequence[str]: ...
-
-
 class PhraseConversion:
-    """Converts records; knows the phrases of the training set by picture.
+    """Converts some records of a training set.
 
     Args:
-        phrases: the phrases that may be drawn: the training set, as records or as a pool. A picture is drawn first, each
-            as likely as another, then one of its phrases (as the public code does).
+        groups: the training set. An image is drawn first, uniformly, then one of its phrases, as in the public code.
         rate: probability in [0, 1] that a phrase with a target is converted.
         similarity_threshold: only phrases less similar than this are taken.
         min_words: only phrases of more words than this are taken.
         mode: what `phrase_similarity` compares.
-        max_tries: phrases drawn before the record is left as it is.
+        max_tries: number of phrases drawn before the record is left as it is.
         seed: of the draws.
 
     Raises:
-        ValueError: there are not two pictures to draw from.
+        ValueError: there are fewer than two images to draw from.
     """
 
     def __init__(
         self,
-        phrases: Iterable[ReferringRecord] | PhrasePool,
+        groups: ImageGroups,
         *,
         rate: float,
         similarity_threshold: float,
@@ -152,13 +141,12 @@ class PhraseConversion:
         max_tries: int,
         seed: int,
     ) -> None:
-        pool = phrases if isinstance(phrases, PhrasePool) else _PhrasesInMemory(phrases)
-        if len(pool) < 2:
+        if len(groups) < 2:
             raise ValueError(
-                f"data.conversion: expected phrases of two pictures at least to draw from, got {len(pool)}; "
+                f"data.conversion: expected phrases of at least two images to draw from, got {len(groups)}; "
                 "set data.conversion.rate=0 or give more data"
             )
-        self._pool = pool
+        self._groups = groups
         self.rate = rate
         self.similarity_threshold = similarity_threshold
         self.min_words = min_words
@@ -170,15 +158,16 @@ class PhraseConversion:
         """Draws what becomes of a record in an epoch; a record without a target is never touched."""
         if record.is_no_target:
             return Conversion(record, "kept")
-        random = np.random.default_rng([self.seed, epoch, text_number(record.phrase_id)])
+        random = np.random.default_rng([self.seed, epoch, _text_number(record.phrase_id)])
         if random.random() >= self.rate:
             return Conversion(record, "kept")
-        own = frozenset(map(_plain, self._pool.phrases_of(record.image_id)))
+        own = frozenset(map(_plain, self._groups.phrases_of(record.image_id)))
         refused: Counter[str] = Counter()
         for tries in range(1, self.max_tries + 1):
-            image = int(random.integers(len(self._pool)))
-            phrase = self._pool.phrase(image, int(random.integers(self._pool.num_phrases(image))))
-            if self._pool.image_id(image) == record.image_id or _plain(phrase) in own:
+            image = int(random.integers(len(self._groups)))
+            number = int(random.integers(self._groups.sizes[image]))
+            phrase = self._groups.phrases(image, slice(number, number + 1))[0]
+            if self._groups.image_id(image) == record.image_id or _plain(phrase) in own:
                 refused["same_image"] += 1
             elif len(phrase.split()) <= self.min_words:
                 refused["too_short"] += 1
@@ -207,35 +196,10 @@ class PhraseConversion:
         )
 
 
-class _PhrasesInMemory:
-    """The pool of records that are in memory anyway."""
-
-    def __init__(self, records: Iterable[ReferringRecord]) -> None:
-        self._phrases: dict[str, list[str]] = {}
-        for record in records:
-            self._phrases.setdefault(record.image_id, []).append(record.phrase)
-        self._images = list(self._phrases)
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def image_id(self, image: int) -> str:
-        return self._images[image]
-
-    def num_phrases(self, image: int) -> int:
-        return len(self._phrases[self._images[image]])
-
-    def phrase(self, image: int, number: int) -> str:
-        return self._phrases[self._images[image]][number]
-
-    def phrases_of(self, image_id: str) -> Sequence[str]:
-        return self._phrases.get(image_id, ())
-
-
 def _plain(phrase: str) -> str:
     return " ".join(phrase.lower().split())
 
 
-def text_number(text: str) -> int:
+def _text_number(text: str) -> int:
     """64 bits of a text, the same on every machine and in every process, which Python's `hash` is not."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deris_llm.config import RunConfig
-from deris_llm.data.dataset import ImageGroup
+from deris_llm.data.dataset import ImageGroups
 
-if TYPE_CHECKING:  # the loader's workers need no model library
+if TYPE_CHECKING:  # loader workers do not import the model libraries
     from deris_llm.models.cognition import CognitionProcessor
     from deris_llm.models.cognition.base import TokenCounter
 
@@ -22,7 +22,7 @@ _GROUPS_AT_ONCE = 1024
 
 
 def phrase_limits(
-    config: RunConfig, groups: Sequence[ImageGroup], processor: CognitionProcessor, *, is_swapped: bool = False
+    config: RunConfig, groups: ImageGroups, processor: CognitionProcessor, *, is_swapped: bool = False
 ) -> list[int] | None:
     """The most phrases of each group that fit `data.max_tokens_per_image` together, whichever they are.
 
@@ -120,7 +120,7 @@ def _does_not_fit(limit: int, phrase: str, shared: int, own: int) -> ValueError:
     )
 
 
-def _token_counts(groups: Sequence[ImageGroup], processor: TokenCounter) -> tuple[list[int], list[np.ndarray]]:
+def _token_counts(groups: ImageGroups, processor: TokenCounter) -> tuple[list[int], list[np.ndarray]]:
     """Tokens shared in each group, and of each of its phrases; records are built by the block, and let go."""
     shared: list[int] = []
     own: list[np.ndarray] = []

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from deris_llm.config import RunConfig
 from deris_llm.data.check import known_num_images, known_num_phrases
-from deris_llm.data.dataset import group_by_image, group_sizes
+from deris_llm.data.dataset import group_by_image
 from deris_llm.data.mix import training_mix
 from deris_llm.data.sources import is_there
 from deris_llm.models.cognition import PlannedInputs, resolve_backend
@@ -433,7 +433,7 @@ def _epoch(config: RunConfig, *, gpus: int, tokens_per_phrase: int, shared_token
     else:
         mix = training_mix(config.data)
         phrases = mix.report.num_phrases
-        shown = sum(-(-size // per_image) for size in group_sizes(group_by_image(mix.records)))
+        shown = sum(-(-size // per_image) for size in group_by_image(mix.records).sizes.tolist())
         source = f"the files under {config.data.root!r}"
     per_step = config.training.images_per_device * config.training.accumulation * gpus
     steps = -(-shown // per_step)

@@ -356,7 +356,7 @@ def _resume_from(config: RunConfig, output: Path, resume: str) -> Path | None:
     return checkpoint
 
 
-def _evaluation_records(config: RunConfig) -> list[ReferringRecord]:
+def _evaluation_records(config: RunConfig) -> Sequence[ReferringRecord]:
     from deris_llm.data.dataset import some_images  # noqa: PLC0415
     from deris_llm.data.sources import read_split  # noqa: PLC0415
 

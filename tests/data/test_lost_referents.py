@@ -12,7 +12,7 @@ import pytest
 from deris_llm.config import load_config
 from deris_llm.data.lost_referents import LostReferents, lost_referents, warn_of_lost_referents
 from deris_llm.data.masks import decode_segmentation, encode_mask
-from deris_llm.data.store.record_views import RecordView, in_order
+from deris_llm.data.store.records import RecordList, RecordView
 from deris_llm.models.preprocess import warp_mask
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
@@ -87,9 +87,9 @@ def test_the_log_names_field_count_and_first_phrase(caplog: pytest.LogCaptureFix
     assert caplog.text == ""
 
 
-def test_records_in_order_are_those_by_number() -> None:
-    parts = [[record(i) for i in range(5)], [record(i) for i in range(10, 13)], [record(20)]]
+def test_iterating_a_view_gives_its_records_by_number() -> None:
+    numbers = (range(5), range(10, 13), [20])
+    parts = [RecordList([record(i) for i in of_part]) for of_part in numbers]
     for positions in ([0, 2, 4, 5, 8], [8], [], [1, 6, 7], list(range(9))):
         view = RecordView(parts, np.array(positions, dtype=np.int64))
-        assert list(in_order(view)) == [view[i] for i in range(len(view))]
-    assert list(in_order(parts[0])) == parts[0]
+        assert list(view) == [view[i] for i in range(len(view))]

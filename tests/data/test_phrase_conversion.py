@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from deris_llm.config import RunConfig
-from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroup, group_by_image
+from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroups, group_by_image
 from deris_llm.data.loaders import train_loader
 from deris_llm.data.phrase_conversion import CONVERTED_SUFFIX, PhraseConversion, phrase_similarity
 from deris_llm.data.formats.refer import read_split
@@ -52,7 +52,7 @@ def _conversion(records: list[ReferringRecord], **changes: Any) -> PhraseConvers
     settings: dict[str, Any] = {
         "rate": 1.0, "similarity_threshold": 0.6, "min_words": 2, "mode": "words", "max_tries": 50, "seed": 7,
     }  # fmt: skip
-    return PhraseConversion(records, **{**settings, **changes})
+    return PhraseConversion(group_by_image(records), **{**settings, **changes})
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_it_gives_up_and_leaves_the_phrase() -> None:
 
 
 def test_one_picture_is_not_enough() -> None:
-    with pytest.raises(ValueError, match="expected phrases of two pictures at least to draw from, got 1"):
+    with pytest.raises(ValueError, match="expected phrases of at least two images to draw from, got 1"):
         _conversion(_records(1))
 
 
@@ -187,10 +187,10 @@ def test_the_dataset_converts_by_the_epoch_of_the_selection() -> None:
     )
 
 
-def _groups(root: Path) -> list[ImageGroup]:
+def _groups(root: Path) -> ImageGroups:
     """Of conftest's pictures, which all have the same phrases: told apart by their number."""
     records = read_split(root, "refcoco/train")
-    return group_by_image(dataclasses.replace(r, phrase=f"{r.phrase} in {r.image_id}") for r in records)
+    return group_by_image([dataclasses.replace(r, phrase=f"{r.phrase} in {r.image_id}") for r in records])
 
 
 def _config(root: Path, rate: float, num_workers: int = 0) -> RunConfig:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deris_llm.cli.main import main
 from deris_llm.config import load_config
-from deris_llm.data.dataset import group_by_image, group_sizes
+from deris_llm.data.dataset import group_by_image
 from deris_llm.data.mix import training_mix
 from deris_llm.data.sampler import TrainingBatchSampler
 from deris_llm.data.synthetic.world import write_world
@@ -155,7 +155,7 @@ def test_one_phrase_at_a_time_shares_nothing(world: list[str]) -> None:
 
 
 def test_parts_are_estimated_where_only_counts_are_known(world: list[str]) -> None:
-    sizes = group_sizes(group_by_image(training_mix(load_config("tiny-refcoco", world).data).records))
+    sizes = group_by_image(training_mix(load_config("tiny-refcoco", world).data).records).sizes.tolist()
     for per_image in (1, 2, 4, 7):
         parts = sum(-(-size // per_image) for size in sizes)
         assert expected_parts(sum(sizes), len(sizes), per_image) == pytest.approx(parts, rel=0.1)

@@ -18,12 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
 from deris_llm.data.errors import DataError
+from deris_llm.data.store.records import Records, distinct_ids
 from deris_llm.structures import Exif, InstanceAnnotation, ReferringRecord
 
 MANIFEST_FILE = "manifest.json"
@@ -111,7 +112,7 @@ def _read_manifest(path: Path, _modified_ns: int) -> Manifest:
     return Manifest(path.parent, content)
 
 
-class PreparedSplit(Sequence[ReferringRecord]):
+class PreparedSplit(Records):
     """The records of ``dataset/split``; each is built when it is asked for.
 
     Args:
@@ -164,15 +165,9 @@ class PreparedSplit(Sequence[ReferringRecord]):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    @overload
-    def __getitem__(self, index: int) -> ReferringRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ReferringRecord]: ...
-    def __getitem__(self, index: int | slice) -> ReferringRecord | list[ReferringRecord]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        batch, row = self._place(index)
-        return self._record(batch.slice(row, 1).to_pylist()[0])
+    def record(self, row: int) -> ReferringRecord:
+        batch, row_of_batch = self._place(row)
+        return self._record(batch.slice(row_of_batch, 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[ReferringRecord]:
         for batch in self._batches:
@@ -188,22 +183,20 @@ class PreparedSplit(Sequence[ReferringRecord]):
         """Content hashes of the set's pictures, by the rows that `image_rows` names."""
         return self._images.column("sha256").combine_chunks()
 
-    def phrase_ids(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """The phrase ids of some records, without the rest of them."""
+    def image_numbers(self) -> tuple[np.ndarray, pa.Array]:
+        return distinct_ids(self.image_rows, [self.image_ids])
+
+    def phrase_ids(self, rows: np.ndarray) -> list[str]:
         return [f"{self.dataset}/{self.split}/{name}" for name in self._texts("id", rows)]
 
-    def phrases(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """The phrases of some records, without the rest of them."""
+    def phrases(self, rows: np.ndarray) -> list[str]:
         return self._texts(self._text, rows)
 
-    def _texts(self, column: str, rows: Sequence[int] | np.ndarray) -> list[str]:
+    def _texts(self, column: str, rows: np.ndarray) -> list[str]:
         places = map(self._place, map(int, rows))
         return [batch.column(column)[row].as_py() for batch, row in places]
 
     def _place(self, index: int) -> tuple[pa.RecordBatch, int]:
-        index = index + len(self) if index < 0 else index
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.dataset}/{self.split}: record {index} of {len(self)}")
         number = bisect_right(self._ends, index)
         return self._batches[number], index - (int(self._ends[number - 1]) if number else 0)
 
