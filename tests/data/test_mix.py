@@ -94,12 +94,13 @@ def test_leakage_notice() -> None:
     assert "refcocog_umd/test" in (leakage_notice(one, ["refcoco/val", "refcocog_umd/test"]) or "")
 
 
-@pytest.mark.parametrize("excluded", [True, False])
-def test_the_fields_earlier_name_in_peoples_checkpoints(excluded: bool) -> None:
-    tree = {"name": "old", "data": {"root": "elsewhere", "exclude_eval_images": excluded}}
-    config = config_from_dict(tree)
-    assert config.data.allow_leakage is not excluded
-    assert config.data.root == "elsewhere"
+def test_the_field_that_allow_leakage_replaces() -> None:
+    """Checkpoints of earlier versions carry it; only its default reads as before."""
+    tree = {"name": "old", "data": {"root": "elsewhere", "exclude_eval_images": True}}
+    assert not config_from_dict(tree).data.allow_leakage
+    tree["data"]["exclude_eval_images"] = False  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"data\.exclude_eval_images: .* set data\.allow_leakage=true"):
+        config_from_dict(tree)
 
 
 def _mine(world: Any, name: str, pictures: dict[str, str], **options: Any) -> None:
