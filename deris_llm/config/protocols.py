@@ -53,10 +53,19 @@ class Protocol:
         """Size (h, w) in px at which the masks of a picture of this size are compared."""
         return (height, width) if self.fixed_px is None else (self.fixed_px, self.fixed_px)
 
+    def drawn_size_hw(self, height: int, width: int) -> tuple[int, int]:
+        """Size (h, w) in px at which the masks of an image of this size are drawn; finished masks are resized afterwards."""
+        return (height, width) if self.resizes_finished_masks else self.size_hw(height, width)
+
+    @property
+    def resizes_finished_masks(self) -> bool:
+        """Whether binary masks of the image's own size are resized, not logits."""
+        return self.prediction_resampling == "finished_mask"
+
     @property
     def compares_finished_masks(self) -> bool:
-        """Whether a mask at the picture's own size is all that is needed of an answer."""
-        return self.size == "original" or self.prediction_resampling == "finished_mask"
+        """Whether a mask at the image's own size is all that is needed of an answer."""
+        return self.size == "original" or self.resizes_finished_masks
 
     @property
     def rule(self) -> Rule:

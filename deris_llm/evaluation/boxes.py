@@ -1,45 +1,22 @@
-"""Boxes x0, y0, x1, y1 in px: overlap, generalised overlap, and those around masks.
+"""Boxes x0, y0, x1, y1 in px: those around masks, and whether an answer's boxes are right (F1 of gRefCOCO's detection task).
 
-Letters: N boxes against M boxes.
+Letters: N answered boxes against M true ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+Box = tuple[float, float, float, float]
+"""x0, y0, x1, y1 in px of the original image."""
 
-def box_iou(boxes_xyxy_px: np.ndarray, others_xyxy_px: np.ndarray) -> np.ndarray:
-    """Intersection over union of all pairs.
-
-    Args:
-        boxes_xyxy_px: float (N, 4).
-        others_xyxy_px: float (M, 4).
-
-    Returns:
-        float (N, M) in [0, 1]; 0 for two boxes without area.
-    """
-    return _overlaps(boxes_xyxy_px, others_xyxy_px)[0]
-
-
-def box_giou(boxes_xyxy_px: np.ndarray, others_xyxy_px: np.ndarray) -> np.ndarray:
-    """Generalised IoU of all pairs: IoU less the share of the smallest box around both that neither covers.
-
-    Args:
-        boxes_xyxy_px: float (N, 4).
-        others_xyxy_px: float (M, 4).
-
-    Returns:
-        float (N, M) in [-1, 1]; no small constant in a denominator, and 0 where a denominator is 0.
-    """
-    iou, union = _overlaps(boxes_xyxy_px, others_xyxy_px)
-    corner = np.minimum(boxes_xyxy_px[:, None, :2], others_xyxy_px[None, :, :2])
-    opposite = np.maximum(boxes_xyxy_px[:, None, 2:], others_xyxy_px[None, :, 2:])
-    around = np.prod(np.clip(opposite - corner, 0, None), axis=-1)
-    return iou - np.divide(around - union, around, out=np.zeros_like(around), where=around > 0)
+_MATCH = 0.5  # generalised IoU from which on two boxes match
 
 
 def boxes_of_masks(masks: np.ndarray) -> np.ndarray:
-    """The smallest boxes around masks.
+    """Returns the smallest boxes around masks.
 
     Args:
         masks: bool (N, h, w); empty masks have no box and are left out.
@@ -55,15 +32,50 @@ def boxes_of_masks(masks: np.ndarray) -> np.ndarray:
     return np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
 
-def _overlaps(boxes: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """IoU and union (N, M)."""
-    boxes, others = np.asarray(boxes, dtype=np.float64), np.asarray(others, dtype=np.float64)
+def boxes_f1(boxes_xyxy_px: Sequence[Box] | np.ndarray, truth_xyxy_px: np.ndarray) -> float:
+    """Returns the F1 of one phrase's boxes in [0, 1]; matched greedily, the pair with the greatest generalised IoU first.
+
+    Args:
+        boxes_xyxy_px: N; none answers that there is no target.
+        truth_xyxy_px: float (M, 4); none = no target.
+    """
+    boxes = np.asarray(boxes_xyxy_px, dtype=np.float64).reshape(-1, 4)
+    if not len(boxes) or not len(truth_xyxy_px):
+        return float(len(boxes) == len(truth_xyxy_px))
+    left = box_giou(boxes, truth_xyxy_px)
+    matched = 0
+    while matched < min(left.shape):
+        box, truth = np.unravel_index(np.argmax(left), left.shape)
+        if left[box, truth] < _MATCH:
+            break
+        left[box, :] = left[:, truth] = -np.inf
+        matched += 1
+    return 2 * matched / sum(left.shape)
+
+
+def box_giou(boxes_xyxy_px: np.ndarray, others_xyxy_px: np.ndarray) -> np.ndarray:
+    """Returns the generalised IoU of all pairs: IoU minus the share of the smallest enclosing box that neither covers.
+
+    Args:
+        boxes_xyxy_px: float (N, 4).
+        others_xyxy_px: float (M, 4).
+
+    Returns:
+        float (N, M) in [-1, 1]; no small constant in a denominator, and 0 where a denominator is 0.
+    """
+    iou, union = iou_and_union(boxes_xyxy_px, others_xyxy_px)
+    corner = np.minimum(boxes_xyxy_px[:, None, :2], others_xyxy_px[None, :, :2])
+    opposite = np.maximum(boxes_xyxy_px[:, None, 2:], others_xyxy_px[None, :, 2:])
+    around = np.prod(np.clip(opposite - corner, 0, None), axis=-1)
+    return iou - np.divide(around - union, around, out=np.zeros_like(around), where=around > 0)
+
+
+def iou_and_union(boxes_xyxy_px: np.ndarray, others_xyxy_px: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns IoU in [0, 1] (0 for two boxes without area) and union in px of all pairs, float64 (N, M)."""
+    boxes, others = (np.asarray(each, dtype=np.float64) for each in (boxes_xyxy_px, others_xyxy_px))
     corner = np.maximum(boxes[:, None, :2], others[None, :, :2])
     opposite = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     shared = np.prod(np.clip(opposite - corner, 0, None), axis=-1)
-    union = _areas(boxes)[:, None] + _areas(others)[None, :] - shared
+    areas, other_areas = (np.prod(np.clip(each[:, 2:] - each[:, :2], 0, None), axis=-1) for each in (boxes, others))
+    union = areas[:, None] + other_areas[None, :] - shared
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0), union
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return np.prod(np.clip(boxes[:, 2:] - boxes[:, :2], 0, None), axis=-1)

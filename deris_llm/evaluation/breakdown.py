@@ -1,6 +1,6 @@
-"""Numbers by kind of phrase and object: where a method is good, and where it fails.
+"""The main metric by kind of phrase and object: where a method is good, and where it fails.
 
-A phrase can be in several rows of a dimension (of location words) or in none (no target has no size).
+A phrase can be in several rows of a dimension (location words) or in none (a no-target phrase has no size).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from deris_llm.evaluation.intervals import Ratio, intervals, metric_ratios
-from deris_llm.evaluation.predictions import PhrasePrediction
+from deris_llm.evaluation.answers import Answer
+from deris_llm.evaluation.intervals import intervals
+from deris_llm.evaluation.metrics import Ratio
 from deris_llm.structures import ReferringRecord
 
 _COCO_SMALL_PX, _COCO_LARGE_PX = 32**2, 96**2
@@ -31,41 +32,32 @@ LOCATION_WORDS: Mapping[str, tuple[str, ...]] = {
 
 
 def breakdown(
-    predictions: Sequence[PhrasePrediction],
-    records: Mapping[str, ReferringRecord],
-    protocol: str,
-    *,
-    is_generalised: bool,
+    answers: Sequence[Answer], records: Mapping[str, ReferringRecord], metrics: Mapping[str, Ratio]
 ) -> dict[str, list[dict[str, Any]]]:
-    """The main metric by dimension and row.
+    """Returns the main metric by dimension and row.
 
     Args:
-        predictions: those that the protocol counts.
+        answers: those that a protocol counts.
         records: by phrase id.
-        protocol: id.
-        is_generalised: gIoU instead of mIoU.
+        metrics: of these answers, the main one first (`metrics.metric_ratios`).
 
     Returns:
         Dimension -> rows ``{"label", "n_phrases", "mIoU" or "gIoU", "oracle" if known, "interval"}`` in percent, see
         `intervals.intervals`; rows and dimensions without phrases are left out.
     """
-    metric = "gIoU" if is_generalised else "mIoU"
-    every = metric_ratios(predictions, protocol, is_generalised=is_generalised)
-    asked = [(prediction, records[prediction.phrase_id]) for prediction in predictions]
+    metric = next(iter(metrics))
+    oracle = metrics.get(f"oracle_{metric}")
     rows: dict[tuple[str, str], np.ndarray] = {}
     for dimension, (labels, labels_of) in _DIMENSIONS.items():
-        if dimension == "targets" and not is_generalised:
+        if dimension == "targets" and metric != "gIoU":
             continue
-        found = [labels_of(prediction, record) for prediction, record in asked]
+        found = [labels_of(answer, records[answer.phrase_id]) for answer in answers]
         for label in labels:
             phrases = np.array([label in labelled for labelled in found], dtype=bool)
             if phrases.any():
                 rows[dimension, label] = phrases
-    ratios: dict[str, Ratio] = {
-        str(number): every[metric].among(phrases) for number, phrases in enumerate(rows.values())
-    }
-    sure = intervals(ratios, [p.image_id for p in predictions])
-    oracle = every.get(f"oracle_{metric}")
+    ratios = {str(number): metrics[metric].among(phrases) for number, phrases in enumerate(rows.values())}
+    sure = intervals(ratios, [answer.image_id for answer in answers])
     dimensions: dict[str, list[dict[str, Any]]] = {}
     for number, ((dimension, label), phrases) in enumerate(rows.items()):
         row: dict[str, Any] = {"label": label, "n_phrases": int(phrases.sum()), metric: ratios[str(number)].percent}
@@ -75,30 +67,30 @@ def breakdown(
     return dimensions
 
 
-def _size(prediction: PhrasePrediction, _: ReferringRecord) -> tuple[str, ...]:
-    """COCO's bounds on the area of the truth (several referents: of their union) in px of the original picture."""
-    if not prediction.has_target:
+def _size(answer: Answer, _: ReferringRecord) -> tuple[str, ...]:
+    """By COCO's bounds on the area of the truth (the union of several referents) in px of the original image."""
+    if not answer.has_target:
         return ()
-    area = prediction.truth_px
+    area = answer.truth_px
     return (_SIZES[0 if area < _COCO_SMALL_PX else 1 if area <= _COCO_LARGE_PX else 2],)
 
 
-def _length(prediction: PhrasePrediction, _: ReferringRecord) -> tuple[str, ...]:
-    number = len(prediction.phrase.split())
+def _length(answer: Answer, _: ReferringRecord) -> tuple[str, ...]:
+    number = len(answer.phrase.split())
     return (_LENGTHS[0 if number <= 2 else 1 if number <= 5 else 2 if number <= 9 else 3],)
 
 
-def _location(prediction: PhrasePrediction, _: ReferringRecord) -> tuple[str, ...]:
-    words = set(re.findall(r"\w+", prediction.phrase.lower()))
+def _location(answer: Answer, _: ReferringRecord) -> tuple[str, ...]:
+    words = set(re.findall(r"\w+", answer.phrase.lower()))
     return tuple(row for row, known in LOCATION_WORDS.items() if words & set(known)) or (_NO_LOCATION,)
 
 
-def _same_class(_: PhrasePrediction, record: ReferringRecord) -> tuple[str, ...]:
+def _same_class(_: Answer, record: ReferringRecord) -> tuple[str, ...]:
     number = record.num_same_class
     return () if number is None else (_SAME_CLASS[min(number, 3)],)
 
 
-def _targets(_: PhrasePrediction, record: ReferringRecord) -> tuple[str, ...]:
+def _targets(_: Answer, record: ReferringRecord) -> tuple[str, ...]:
     return (_TARGETS[min(len(record.instances), 2)],)
 
 
@@ -108,7 +100,7 @@ _NO_LOCATION = "no location word"
 _SAME_CLASS = ("alone in its class", "1 other of its class", "2 others", "3 others or more")
 _TARGETS = ("no target", "one target", "several targets")
 
-_Labels = Callable[[PhrasePrediction, ReferringRecord], tuple[str, ...]]
+_Labels = Callable[[Answer, ReferringRecord], tuple[str, ...]]
 _DIMENSIONS: Mapping[str, tuple[Sequence[str], _Labels]] = {
     "targets": (_TARGETS, _targets),
     "object_size": (_SIZES, _size),
@@ -116,4 +108,4 @@ _DIMENSIONS: Mapping[str, tuple[Sequence[str], _Labels]] = {
     "location_words": ((*LOCATION_WORDS, _NO_LOCATION), _location),
     "same_class": (_SAME_CLASS, _same_class),
 }
-"""Dimension -> its rows in their order, and which of them a phrase is in."""
+"""Dimension -> its rows in order, and the function that says which of them a phrase is in."""

@@ -13,8 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from deris_llm.evaluation.intervals import NUM_FLIPS, differences, metric_ratios, sign_flip_p_value
-from deris_llm.evaluation.predictions import EvaluationResult
+from deris_llm.evaluation.intervals import NUM_FLIPS, differences, sign_flip_p_value
+from deris_llm.evaluation.results import EvaluationResult
 
 COMPARISON_FILE = "comparison.json"
 _TEST = (
@@ -45,14 +45,12 @@ def compare(
         "difference" (second - first, points), "interval" (95 %, bootstrap by picture)}}, ``p_value``, ``wins`` {"first",
         "second", "ties"} in phrases.
     """
-    ids = [p.phrase_id for p in first.predictions]
-    assert ids == [p.phrase_id for p in second.predictions], "results of the same records"
-    images = [p.image_id for p in first.predictions]
+    ids = [p.phrase_id for p in first.answers]
+    assert ids == [p.phrase_id for p in second.answers], "results of the same records"
+    images = [p.image_id for p in first.answers]
     found: dict[str, Any] = {}
     for name in protocols:
-        one, other = (
-            metric_ratios(result.predictions, name, is_generalised=result.is_generalised) for result in (first, second)
-        )
+        one, other = first.ratios[name], second.ratios[name]
         main = next(iter(one))
         ious = one[main].above, other[main].above
         found[name] = {

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,19 +31,11 @@ from deris_llm.data.loaders import evaluation_loader
 from deris_llm.data.masks import encode_mask
 from deris_llm.data.sampler import EvaluationBatchSampler
 from deris_llm.data.sources import is_generalised
+from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.background import in_order
-from deris_llm.evaluation.boxes import boxes_of_masks
-from deris_llm.evaluation.gres_metrics import GrecOutcome
-from deris_llm.evaluation.metrics import Overlap, overlap
-from deris_llm.evaluation.predictions import (
-    Box,
-    EvaluationResult,
-    OtherAnswer,
-    PhrasePrediction,
-    box_array,
-    boxes_around,
-    check_misses,
-)
+from deris_llm.evaluation.boxes import Box, boxes_f1, boxes_of_masks
+from deris_llm.evaluation.metrics import Outcome, overlap
+from deris_llm.evaluation.results import EvaluationResult, check_misses
 from deris_llm.evaluation.truth import decoded_referents, merged_truths, resampled_truth
 from deris_llm.models.cognition import CognitionProcessor
 from deris_llm.models.postprocess import PhraseAnswer, answer_masks, upsampled_masks
@@ -121,7 +113,7 @@ class HasPhraseId(typing.Protocol):
     def phrase_id(self) -> str: ...
 
 
-Answer = TypeVar("Answer", bound=HasPhraseId)
+Found = TypeVar("Found", bound=HasPhraseId)
 
 
 def answers_of(
@@ -129,14 +121,14 @@ def answers_of(
     config: RunConfig,
     records: Sequence[ReferringRecord],
     processor: CognitionProcessor,
-    compare: Callable[[DerisOutput, Sequence[ReferringRecord]], list[Answer]],
+    compare: Callable[[DerisOutput, Sequence[ReferringRecord]], list[Found]],
     *,
     device: torch.device | str,
     rank: int = 0,
     world_size: int = 1,
     progress: bool = True,
     title: str = "evaluation",
-) -> list[Answer]:
+) -> list[Found]:
     """Runs the model over records in exact shards and gathers what ``compare`` makes of its output.
 
     Args:
@@ -162,7 +154,7 @@ def answers_of(
     records_by_id = {record.phrase_id: record for record in records}
     dtype = torch.bfloat16 if config.training.precision == "bf16" else None
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-    answers: list[Answer] = []
+    answers: list[Found] = []
     failure: Exception | None = None
     most_batches = _most_batches(len(loader)) if world_size > 1 and _is_partitioned(model) else len(loader)
     try:
@@ -193,73 +185,78 @@ def compared(
     *,
     protocols: Sequence[Protocol],
     is_generalised: bool,
-) -> list[PhrasePrediction]:
+) -> list[Answer]:
     """Answers P phrases and compares the masks under every protocol.
 
     Args:
         output: the model's, of these P phrases.
-        asked: P records; where the ground truth comes from.
-        protocols: those of one run; the first one's rule chooses `PhrasePrediction.mask`.
+        asked: P records with the ground truth.
+        protocols: those of one run; the first one's rule chooses `Answer.mask`.
         is_generalised: phrases may name nothing, or several objects: boxes are compared too.
 
     Returns:
-        P predictions.
+        P answers.
     """
     referents = decoded_referents(asked)
+    sizes = [(record.height, record.width) for record in asked]
+    drawn = {
+        rule: _answers(output, rule, sizes) for rule in dict.fromkeys(protocol.rule for protocol in protocols)
+    }  # at the images' own sizes
+    boxes = {
+        rule: [_boxes(answer.instance_masks) if is_generalised else None for answer in answers]
+        for rule, answers in drawn.items()
+    }
+    true_boxes = [boxes_of_masks(masks) if is_generalised else None for masks in referents]
     truths = {"left_out": [np.logical_or.reduce(masks, axis=0) for masks in referents]}
     if any(protocol.crowds == "taken" for protocol in protocols):
         truths["taken"] = merged_truths(asked, "taken")
-    originals = {
-        rule: _answers(output, rule, [(record.height, record.width) for record in asked])
-        for rule in dict.fromkeys(protocol.rule for protocol in protocols)
-    }
-    boxes = {
-        rule: [boxes_around(answer.instance_masks) if is_generalised else None for answer in answers]
-        for rule, answers in originals.items()
-    }
-    oracle_queries = _best_queries(output, referents)
-    by_protocol = {
-        protocol.id: _compared_under(
-            protocol,
-            output,
-            originals[protocol.rule],
-            truths[protocol.crowds],
-            oracle_queries,
-            boxes[protocol.rule],
-            keeps_masks=protocol.rule != protocols[0].rule or not protocol.compares_finished_masks,
-        )
-        for protocol in protocols
-    }
-    predictions = []
-    for i, (record, answer) in enumerate(zip(asked, originals[protocols[0].rule], strict=True)):
-        found = {name: rows[i] for name, rows in by_protocol.items()}
-        true_boxes = boxes_of_masks(referents[i]) if is_generalised else None
-        predictions.append(
-            PhrasePrediction(
-                phrase_id=record.phrase_id,
-                image=Path(record.image_path).name,
-                image_id=record.image_id,
-                phrase=record.phrase,
-                mask=encode_mask(answer.mask),
-                overlaps={name: row.overlap for name, row in found.items()},
-                oracle_overlaps={name: row.oracle for name, row in found.items()},
-                top_scores=tuple(float(s) for s in np.sort(answer.referring_scores)[::-1][:_NUM_TOP_SCORES]),
-                presence=answer.presence,
-                has_target=not record.is_no_target,
+    best_queries = _best_queries(output, referents)
+    outcomes: list[dict[str, Outcome]] = [{} for _ in asked]
+    others: list[dict[str, Answer]] = [{} for _ in asked]
+    first = protocols[0]
+    for protocol in protocols:
+        drawn_sizes = [protocol.drawn_size_hw(*size) for size in sizes]
+        answers = drawn[protocol.rule]
+        if drawn_sizes != sizes:
+            answers = _answers(output, protocol.rule, drawn_sizes)
+        is_other_mask = protocol.rule != first.rule or not protocol.compares_finished_masks
+        oracles = upsampled_masks(output, best_queries, drawn_sizes)
+        for i, answer in enumerate(answers):
+            mask, oracle = answer.mask, np.logical_or.reduce(oracles[i], axis=0)
+            if protocol.resizes_finished_masks:
+                mask, oracle = resampled_truth(protocol, mask), resampled_truth(protocol, oracle)
+            truth = resampled_truth(protocol, truths[protocol.crowds][i])
+            found, expected = boxes[protocol.rule][i], true_boxes[i]
+            outcomes[i][protocol.id] = Outcome(
+                overlap(mask, truth),
+                has_target=not asked[i].is_no_target,
                 says_target=answer.says_target,
-                areas={name: row.area for name, row in found.items()},
-                boxes={}
-                if true_boxes is None
-                else {
-                    protocol.id: GrecOutcome.of(box_array(boxes[protocol.rule][i]), true_boxes)
-                    for protocol in protocols
-                },
-                instance_boxes=boxes[protocols[0].rule][i],
-                other_answers={name: row.other for name, row in found.items() if row.other is not None},
-                truth_px=int(np.count_nonzero(truths[protocols[0].crowds][i])),
+                oracle=overlap(oracle, truth),
+                boxes_match=None if found is None or expected is None else boxes_f1(found, expected) == 1,
+                truth_px=int(np.count_nonzero(truth)),
+                image_px=truth.size,
             )
+            if is_other_mask:
+                others[i][protocol.id] = Answer(mask=encode_mask(mask), says_target=answer.says_target, boxes=found)
+    return [
+        Answer(
+            phrase_id=record.phrase_id,
+            image=Path(record.image_path).name,
+            image_id=record.image_id,
+            phrase=record.phrase,
+            mask=encode_mask(answer.mask),
+            top_scores=tuple(float(s) for s in np.sort(answer.referring_scores)[::-1][:_NUM_TOP_SCORES]),
+            presence=answer.presence,
+            has_target=not record.is_no_target,
+            says_target=answer.says_target,
+            boxes=around,
+            answers=other,
+            truth_px=int(np.count_nonzero(truth)),
+        ).with_outcomes(outcome)
+        for record, answer, around, other, truth, outcome in zip(
+            asked, drawn[first.rule], boxes[first.rule], others, truths[first.crowds], outcomes, strict=True
         )
-    return predictions
+    ]
 
 
 def _answers(output: DerisOutput, rule: Rule, sizes_hw: Sequence[tuple[int, int]]) -> list[PhraseAnswer]:
@@ -269,55 +266,9 @@ def _answers(output: DerisOutput, rule: Rule, sizes_hw: Sequence[tuple[int, int]
     )
 
 
-class _Compared(NamedTuple):
-    """One phrase under one protocol."""
-
-    overlap: Overlap
-    oracle: Overlap
-    area: tuple[int, int]  # px of truth, of picture
-    other: OtherAnswer | None
-
-
-def _compared_under(
-    protocol: Protocol,
-    output: DerisOutput,
-    originals: Sequence[PhraseAnswer],
-    truths: Sequence[np.ndarray],
-    oracle_queries: Sequence[Sequence[int]],
-    boxes: Sequence[tuple[Box, ...] | None],
-    *,
-    keeps_masks: bool,
-) -> list[_Compared]:
-    """Compares P phrases under one protocol.
-
-    Args:
-        protocol: where and how.
-        output: of the P phrases.
-        originals: P answers at the pictures' own sizes, by the protocol's rule.
-        truths: P masks, bool (h, w) at the pictures' own sizes.
-        oracle_queries: P lists of the queries that fit the referents best.
-        boxes: P times those around the answer's instances.
-        keeps_masks: the prediction must hold these masks, because they are not those of `PhrasePrediction.mask`.
-    """
-    original_sizes = [(truth.shape[0], truth.shape[1]) for truth in truths]
-    finished = protocol.prediction_resampling == "finished_mask"
-    sizes = original_sizes if finished else [protocol.size_hw(*size) for size in original_sizes]
-    answers = originals if sizes == original_sizes else _answers(output, protocol.rule, sizes)
-    masks = [answer.mask for answer in answers]
-    oracles = [np.logical_or.reduce(drawn, axis=0) for drawn in upsampled_masks(output, oracle_queries, sizes)]
-    if finished:
-        masks, oracles = ([resampled_truth(protocol, mask) for mask in drawn] for drawn in (masks, oracles))
-    return [
-        _Compared(
-            overlap(mask, truth),
-            overlap(oracle, truth),
-            (int(np.count_nonzero(truth)), truth.size),
-            OtherAnswer(encode_mask(mask), answer.says_target, around) if keeps_masks else None,
-        )
-        for mask, oracle, truth, answer, around in zip(
-            masks, oracles, map(partial(resampled_truth, protocol), truths), answers, boxes, strict=True
-        )
-    ]
+def _boxes(masks: np.ndarray) -> tuple[Box, ...]:
+    """Boxes around instance masks, bool (N, h, w), as plain numbers; empty masks have none."""
+    return tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in boxes_of_masks(masks).tolist())
 
 
 def control_phrases(records: Sequence[ReferringRecord]) -> dict[str, str]:
@@ -390,7 +341,7 @@ def check_records(records: Sequence[ReferringRecord], root: str | Path) -> None:
         )
 
 
-def _gather(predictions: list[Answer], failure: Exception | None, world_size: int) -> list[Answer]:
+def _gather(predictions: list[Found], failure: Exception | None, world_size: int) -> list[Found]:
     if world_size == 1:
         return predictions
     parts: list[Any] = [None] * world_size
@@ -406,7 +357,7 @@ def _gather(predictions: list[Answer], failure: Exception | None, world_size: in
     return [prediction for part, _ in parts for prediction in part]
 
 
-def _in_order(predictions: list[Answer], records: Sequence[ReferringRecord]) -> list[Answer]:
+def _in_order(predictions: list[Found], records: Sequence[ReferringRecord]) -> list[Found]:
     by_id = {prediction.phrase_id: prediction for prediction in predictions}
     assert len(predictions) == len(by_id) == len(records), (
         f"every phrase must be predicted exactly once: {len(records)} phrases, {len(predictions)} predictions "

@@ -1,8 +1,8 @@
-"""How sure a number is: bootstrap intervals, and whether two methods differ. Both by picture, not by phrase.
+"""Bootstrap intervals, and a test whether two methods differ. Both resample images, not phrases.
 
-Phrases of one picture share its difficulty: drawing them one by one would make every interval too narrow.
+Phrases of one image share its difficulty: drawing them one by one would make every interval too narrow.
 
-Letters: P phrases, M pictures, K columns, D draws.
+Letters: P phrases, M images, K columns, D draws.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deris_llm.evaluation.gres_metrics import GRES_PRECISION_LEVELS
-from deris_llm.evaluation.metrics import PRECISION_LEVELS, Overlap
-from deris_llm.evaluation.predictions import PhrasePrediction, has_oracle
+from deris_llm.evaluation.metrics import Ratio
 
 NUM_DRAWS = 1000
 NUM_FLIPS = 10_000
@@ -23,70 +21,19 @@ _PERCENTILES = (2.5, 97.5)
 _NUMBERS_AT_A_TIME = 4_000_000  # D x M that are drawn together: 32 MB
 
 
-class Ratio(NamedTuple):
-    """A metric as sum over phrases / sum over phrases."""
-
-    above: np.ndarray  # float64 (P,)
-    below: np.ndarray  # float64 (P,)
-
-    def among(self, phrases: np.ndarray) -> Ratio:
-        """The metric of some phrases, bool (P,)."""
-        return Ratio(self.above * phrases, self.below * phrases)
-
-    @property
-    def percent(self) -> float | None:
-        below = float(self.below.sum())
-        return 100 * float(self.above.sum()) / below if below else None
-
-
-def metric_ratios(predictions: Sequence[PhrasePrediction], protocol: str, *, is_generalised: bool) -> dict[str, Ratio]:
-    """Every metric of a split by name, the main one (mIoU, gIoU) first.
-
-    Args:
-        predictions: P, those that the protocol counts.
-        protocol: id.
-        is_generalised: which metrics.
-    """
-    outcomes = [p.outcome(protocol) for p in predictions]
-    ones = np.ones(len(predictions))
-    if is_generalised:
-        iou = np.array([o.iou for o in outcomes])
-        target = np.array([o.has_target for o in outcomes])
-        says = np.array([o.says_target for o in outcomes])
-        found = {
-            "gIoU": Ratio(iou, ones),
-            "cIoU": _pixels([o.pixels for o in outcomes]),
-            "N-acc": Ratio((~says & ~target) * 1.0, (~target) * 1.0),
-            "T-acc": Ratio((says & target) * 1.0, target * 1.0),
-        }
-        found |= {f"Pr@{x}": Ratio((target & (iou >= x)) * 1.0, target * 1.0) for x in GRES_PRECISION_LEVELS}
-        if all(protocol in p.boxes for p in predictions):
-            found["F1"] = Ratio(np.array([p.boxes[protocol].f1 == 1 for p in predictions]) * 1.0, ones)
-        if has_oracle(predictions, protocol):
-            found["oracle_gIoU"] = Ratio(np.array([p.oracle_outcome(protocol).iou for p in predictions]), ones)
-        return found
-    overlaps = [p.overlaps[protocol] for p in predictions]
-    iou = np.array([o.iou for o in overlaps])
-    found = {"mIoU": Ratio(iou, ones), "oIoU": _pixels(overlaps)}
-    found |= {f"Pr@{x}": Ratio((iou >= x) * 1.0, ones) for x in PRECISION_LEVELS}
-    if has_oracle(predictions, protocol):
-        found["oracle_mIoU"] = Ratio(np.array([p.oracle_overlaps[protocol].iou for p in predictions]), ones)
-    return found
-
-
 def intervals(
     ratios: Mapping[str, Ratio], image_ids: Sequence[str], *, num_draws: int = NUM_DRAWS, seed: int = SEED
 ) -> dict[str, tuple[float, float] | None]:
-    """95 % bootstrap intervals, percent: pictures are drawn with replacement, each with all of its phrases.
+    """Returns 95 % bootstrap intervals in percent: images are drawn with replacement, each with all of its phrases.
 
     Args:
-        ratios: metrics over P phrases; all are taken of the same draws.
+        ratios: metrics over P phrases; all use the same draws.
         image_ids: P.
         num_draws: D.
         seed: of the draws.
 
     Returns:
-        By the names of ``ratios``; None where the phrases of a metric are of fewer than two pictures.
+        By the names of ``ratios``; None if the phrases of a metric belong to fewer than two images.
     """
     sums_MK, num_images = _by_image(ratios.values(), image_ids)
     if not ratios or not num_images:
@@ -107,13 +54,13 @@ class Difference(NamedTuple):
     first: float | None  # percent
     second: float | None
     difference: float | None  # points
-    interval: tuple[float, float] | None  # 95 % bootstrap of the difference, both methods on the same drawn pictures
+    interval: tuple[float, float] | None  # 95 % bootstrap of the difference, both methods on the same drawn images
 
 
 def differences(
     first: Mapping[str, Ratio], second: Mapping[str, Ratio], image_ids: Sequence[str], *, num_draws: int = NUM_DRAWS
 ) -> dict[str, Difference]:
-    """Metrics that both methods have, side by side; see `intervals`."""
+    """Returns the metrics that both methods have, side by side; see `intervals`."""
     names = [name for name in first if name in second]
     sums_MK, num_images = _by_image([each[name] for each in (first, second) for name in names], image_ids)
     above_DK, below_DK = _drawn(sums_MK, num_draws=num_draws, seed=SEED)
@@ -138,8 +85,8 @@ def sign_flip_p_value(
 ) -> float:
     """Two-sided paired permutation test: could the sum of the phrases' differences come about by chance?
 
-    If both methods were alike, either could have got either value of a picture: the sign of a picture's whole difference
-    is flipped at random.
+    If both methods were equally good, either could have got either value of an image: the sign of an image's whole
+    difference is flipped at random.
 
     Args:
         first_P: float (P,), IoU of the first method.
@@ -161,13 +108,8 @@ def sign_flip_p_value(
     return (1 + as_far) / (1 + num_flips)
 
 
-def _pixels(overlaps: Sequence[Overlap]) -> Ratio:
-    found = np.array([(o.intersection, o.union) for o in overlaps], dtype=np.float64).reshape(-1, 2)
-    return Ratio(found[:, 0], found[:, 1])
-
-
 def _by_image(ratios: Iterable[Ratio], image_ids: Sequence[str]) -> tuple[np.ndarray, int]:
-    """Sums of each picture's phrases, float64 (M, 2K): a metric's `above` and `below` side by side; and M."""
+    """Returns the sums over each image's phrases, float64 (M, 2K), a metric's `above` and `below` side by side; and M."""
     names, index_P = np.unique(np.array(image_ids, dtype=str), return_inverse=True)
     columns = [column for ratio in ratios for column in ratio]
     sums = np.zeros((len(names), len(columns)))
@@ -177,7 +119,7 @@ def _by_image(ratios: Iterable[Ratio], image_ids: Sequence[str]) -> tuple[np.nda
 
 
 def _drawn(sums_MK: np.ndarray, *, num_draws: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The sums over M pictures drawn with replacement: `above` (D, K), `below` (D, K)."""
+    """Returns the sums over M images drawn with replacement: `above` (D, K), `below` (D, K)."""
     random, num_images = np.random.default_rng(seed), len(sums_MK)
     parts = []
     for size in _portions(num_draws, num_images):

@@ -13,13 +13,13 @@ from typing import Any
 from deris_llm.config import EvaluationConfig
 from deris_llm.config.protocols import Protocol
 from deris_llm.evaluation.breakdown import breakdown
-from deris_llm.evaluation.intervals import intervals, metric_ratios
+from deris_llm.evaluation.intervals import intervals
 from deris_llm.evaluation.overlays import Case, choose_cases, write_contact_sheet
 from deris_llm.evaluation.overlays import write_page as write_overlays
 from deris_llm.evaluation.page.page import PAGE_FILE, write_page
 from deris_llm.evaluation.page.stored import Evaluation, open_evaluation
-from deris_llm.evaluation.predictions import EvaluationResult, counted_under
 from deris_llm.evaluation.report import Section, read_report, update_report
+from deris_llm.evaluation.results import EvaluationResult
 from deris_llm.evaluation.views import VIEWS_FILE, write_views
 from deris_llm.structures import ReferringRecord
 
@@ -111,7 +111,7 @@ class EvaluationFolder:
             path = self.folder / "predictions" / f"{file_name(split)}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             result.write_jsonl(path)
-            self._cases[split] = choose_cases(result.predictions, by_id, protocol=self.protocols[0].id)
+            self._cases[split] = choose_cases(result.answers, by_id, protocol=self.protocols[0].id)
         return numbers
 
     def write_pictures(self, look_inside: Callable[[Evaluation], Evaluation] | None = None) -> None:
@@ -169,8 +169,7 @@ def extras(
         "answer", "error"}: what the choice of queries loses against the best ones, in points, where the best are known;
         ``breakdown``, see `breakdown.breakdown`.
     """
-    counted = counted_under(protocol, result.predictions)
-    ratios = metric_ratios(counted, protocol.id, is_generalised=result.is_generalised)
+    counted, ratios = result.counted[protocol.id], result.ratios[protocol.id]
     sure = intervals(ratios, [p.image_id for p in counted])
     found: dict[str, Any] = {
         "fingerprint": protocol.fingerprint(),
@@ -181,7 +180,7 @@ def extras(
         answer, oracle = ratios[metric].percent or 0.0, ratios[f"oracle_{metric}"].percent or 0.0
         found["selection"] = {"metric": metric, "oracle": oracle, "answer": answer, "error": oracle - answer}
     if with_breakdown and counted:
-        found["breakdown"] = breakdown(counted, records, protocol.id, is_generalised=result.is_generalised)
+        found["breakdown"] = breakdown(counted, records, ratios)
     return found
 
 

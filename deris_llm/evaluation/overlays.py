@@ -12,14 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from deris_llm.data.images import load_image
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.evaluation.predictions import PhrasePrediction
+from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.truth import merged_truth
 from deris_llm.structures import ReferringRecord
 
@@ -43,7 +42,7 @@ class Case:
     """One answer that is shown."""
 
     kind: str  # "random", "best" or "worst"
-    prediction: PhrasePrediction
+    prediction: Answer
     record: ReferringRecord
 
     @cached_property
@@ -56,7 +55,7 @@ class Case:
 
 
 def choose_cases(
-    predictions: Sequence[PhrasePrediction],
+    predictions: Sequence[Answer],
     records: Mapping[str, ReferringRecord],
     *,
     protocol: str,
@@ -72,7 +71,7 @@ def choose_cases(
         num_each: cases of each of the three kinds.
         seed: of the random ones.
     """
-    by_iou = sorted(predictions, key=lambda p: p.outcome(protocol).iou)
+    by_iou = sorted(predictions, key=lambda p: p.iou[protocol])
     shuffled = random.Random(seed).sample(by_iou, len(by_iou))
     cases: list[Case] = []
     seen: Counter[str] = Counter()  # cases by picture: a new picture is preferred
@@ -81,16 +80,6 @@ def choose_cases(
         for chosen in pick([p for p in ranking if p.phrase_id not in taken], num_each, seen):
             cases.append(Case(kind, chosen, records[chosen.phrase_id]))
     return cases
-
-
-class OfPicture(Protocol):
-    """An answer about a picture."""
-
-    @property
-    def image_id(self) -> str: ...
-
-
-Answer = TypeVar("Answer", bound=OfPicture)
 
 
 def pick(ranking: Iterable[Answer], number: int, seen: Counter[str]) -> list[Answer]:
@@ -190,7 +179,7 @@ def _tile(case: Case, protocol: str) -> Image.Image:
     tile = Image.new("RGB", (TILE_WIDTH_PX, overlay.height + _CAPTION_PX), (244, 244, 247))
     tile.paste(overlay, ((TILE_WIDTH_PX - overlay.width) // 2, 0))
     draw = ImageDraw.Draw(tile)
-    iou = 100 * case.prediction.outcome(protocol).iou
+    iou = case.prediction.iou[protocol]
     badge, font = f"IoU {iou:.1f}", ImageFont.load_default(17)
     badge_width = draw.textlength(badge, font=font) + 16
     draw.rounded_rectangle((8, 8, 8 + badge_width, 34), radius=6, fill=_badge_rgb(iou))
@@ -208,7 +197,7 @@ def _figure(case: Case, protocol: str) -> str:
     stream = io.BytesIO()
     case.overlay.save(stream, format="JPEG", quality=90)
     picture = base64.b64encode(stream.getvalue()).decode("ascii")
-    iou = 100 * case.prediction.outcome(protocol).iou
+    iou = case.prediction.iou[protocol]
     phrase, phrase_id = html.escape(case.prediction.phrase), html.escape(case.prediction.phrase_id)
     colour = f"rgb{_badge_rgb(iou)}"
     return (

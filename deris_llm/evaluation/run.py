@@ -21,8 +21,8 @@ from deris_llm.data.sources import read_split, split_notes
 from deris_llm.evaluation.evaluator import control_phrases, evaluate
 from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder
 from deris_llm.evaluation.page.page import look_inside_model
-from deris_llm.evaluation.predictions import EvaluationResult
 from deris_llm.evaluation.report import Section, read_report
+from deris_llm.evaluation.results import EvaluationResult
 from deris_llm.models.cognition import CognitionProcessor
 from deris_llm.structures import ReferringRecord
 

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,24 +27,17 @@ from deris_llm.config.protocols import Protocol, protocols_of_file
 from deris_llm.data.dataset import group_by_image
 from deris_llm.data.masks import coco_mask, segmentation_rle
 from deris_llm.data.sources import is_generalised, read_split, split_notes
-from deris_llm.evaluation.boxes import boxes_of_masks
+from deris_llm.evaluation.answers import Answer, Rle
+from deris_llm.evaluation.boxes import boxes_f1, boxes_of_masks
 from deris_llm.evaluation.comparison import compare, write_comparison
-from deris_llm.evaluation.gres_metrics import GrecOutcome
-from deris_llm.evaluation.metrics import Overlap, overlap
+from deris_llm.evaluation.metrics import Outcome, Overlap, overlap
 from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder, file_name, write_names
-from deris_llm.evaluation.predictions import (
-    EvaluationResult,
-    OtherAnswer,
-    PhrasePrediction,
-    box_array,
-    check_misses,
-)
 from deris_llm.evaluation.report import read_report
+from deris_llm.evaluation.results import EvaluationResult, check_misses
 from deris_llm.evaluation.submissions import (
     PREDICTIONS_FILE,
     Submission,
     SubmissionError,
-    Submitted,
     read_submission,
     rle_of,
 )
@@ -56,8 +49,6 @@ logger = logging.getLogger(__name__)
 MISSING_SHOWN = 10
 _CHUNK = 500  # phrases a process takes at a time; whole pictures
 _WORTH_PROCESSES = 2000  # fewer phrases are scored where we are
-
-Rle = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,10 +66,10 @@ class Scored:
         notes = []
         if self.missing:
             shown = ", ".join(self.missing[:MISSING_SHOWN])
-            split = self.result.predictions[0].phrase_id.split("/")[:2]
+            split = self.result.answers[0].phrase_id.split("/")[:2]
             more = f", ... (all in {missing_file('/'.join(split))})" if len(self.missing) > MISSING_SHOWN else ""
             notes.append(
-                f"{len(self.missing):,} of {len(self.result.predictions):,} phrases have no prediction and count as misses: "
+                f"{len(self.missing):,} of {len(self.result.answers):,} phrases have no prediction and count as misses: "
                 f"{shown}{more}"
             )
         if self.other_folder:
@@ -242,7 +233,7 @@ def _with_own_masks(protocol: Protocol, submission: Submission) -> Protocol:
     """The protocol with the masks that the file holds for it, where it holds them for every phrase it answers."""
     if protocol.fixed_px is None or protocol.id not in submission.protocols_with_own_masks():
         return protocol
-    masks = [(answer.answers or {})[protocol.id].mask for answer in submission.answers.values()]
+    masks = [answer.answers[protocol.id].mask for answer in submission.answers.values()]
     sizes = {
         tuple(mask["size"]) if isinstance(mask, dict) and isinstance(mask.get("size"), list) else None for mask in masks
     }
@@ -259,9 +250,9 @@ def _with_own_masks(protocol: Protocol, submission: Submission) -> Protocol:
 
 def _chunks(
     records: Sequence[ReferringRecord], submission: Submission
-) -> list[list[tuple[ReferringRecord, Submitted | None]]]:
+) -> list[list[tuple[ReferringRecord, Answer | None]]]:
     """Whole pictures together, so that each truth is drawn once."""
-    chunks: list[list[tuple[ReferringRecord, Submitted | None]]] = [[]]
+    chunks: list[list[tuple[ReferringRecord, Answer | None]]] = [[]]
     for group in group_by_image(records):
         if len(chunks[-1]) >= _CHUNK:
             chunks.append([])
@@ -270,15 +261,15 @@ def _chunks(
 
 
 def _score_chunk(
-    chunk: Sequence[tuple[ReferringRecord, Submitted | None]],
+    chunk: Sequence[tuple[ReferringRecord, Answer | None]],
     *,
     protocols: Sequence[Protocol],
     own: frozenset[str],
     is_generalised: bool,
-) -> tuple[list[PhrasePrediction], list[str]]:
+) -> tuple[list[Answer], list[str]]:
     """Predictions, and what is wrong with masks; runs in a process of its own."""
     truths = _Truths()
-    predictions: list[PhrasePrediction] = []
+    predictions: list[Answer] = []
     problems: list[str] = []
     for record, submitted in chunk:
         try:
@@ -338,66 +329,58 @@ def _referents(record: ReferringRecord, protocol: Protocol) -> tuple[InstanceAnn
 
 def _scored(
     record: ReferringRecord,
-    submitted: Submitted | None,
+    submitted: Answer | None,
     truths: _Truths,
     protocols: Sequence[Protocol],
     own: frozenset[str],
     *,
     is_generalised: bool,
-) -> PhrasePrediction:
-    given = submitted or Submitted("missing", None, says_target=record.is_no_target)
-    mask = _checked(given, record.height, record.width)
-    says_target = bool(coco_mask.area(mask)) if given.says_target is None else given.says_target
+) -> Answer:
+    given = submitted or Answer(says_target=record.is_no_target, where="missing")
+    answer = _checked(given, record.height, record.width)
     true_boxes = None
     if is_generalised and given.boxes is not None:
         instances = [coco_mask.decode(truths.instance(i, record)).astype(bool) for i in record.instances]
         true_boxes = boxes_of_masks(np.array(instances).reshape(-1, record.height, record.width))
-    overlaps: dict[str, Overlap] = {}
-    areas: dict[str, tuple[int, int]] = {}
-    boxes: dict[str, GrecOutcome] = {}
-    others: dict[str, OtherAnswer] = {}
+    outcomes: dict[str, Outcome] = {}
+    others: dict[str, Answer] = {}
     drawn_WH = None
     for protocol in protocols:
         size = protocol.size_hw(record.height, record.width)
-        other = (given.answers or {}).get(protocol.id) if protocol.id in own else None
-        compared, answered_boxes, truth = mask, given.boxes, truths.of(record, protocol)
-        if other is not None:
-            compared, answered_boxes = _checked(other, *size), other.boxes
-            says = bool(coco_mask.area(compared)) if other.says_target is None else other.says_target
-            others[protocol.id] = OtherAnswer(_plain(compared), says, other.boxes)
+        compared, truth = answer, truths.of(record, protocol)
+        if protocol.id in own and protocol.id in given.answers:
+            compared = others[protocol.id] = _checked(given.answers[protocol.id], *size)
         if protocol.fixed_px is None:
-            overlaps[protocol.id] = _overlap(compared, truth)
-            areas[protocol.id] = (int(coco_mask.area(truth)), size[0] * size[1])
+            pixels, truth_px = _overlap(compared.mask, truth), int(coco_mask.area(truth))
         else:
-            if other is not None:
-                answer_WH = _transposed(compared)
+            if compared is not answer:
+                answer_WH = _transposed(compared.mask)
             else:
-                drawn_WH = _transposed(mask) if drawn_WH is None else drawn_WH
+                drawn_WH = _transposed(answer.mask) if drawn_WH is None else drawn_WH
                 answer_WH = resampled_truth(protocol, drawn_WH)
-            wanted_WH = truths.resized_truth(record, protocol)
-            overlaps[protocol.id] = overlap(answer_WH, wanted_WH)
-            areas[protocol.id] = (int(np.count_nonzero(wanted_WH)), wanted_WH.size)
-        if true_boxes is not None and answered_boxes is not None:
-            boxes[protocol.id] = GrecOutcome.of(box_array(answered_boxes), true_boxes)
-    oracle = given.oracle_px or {}
-    return PhrasePrediction(
+            truth_WH = truths.resized_truth(record, protocol)
+            pixels, truth_px = overlap(answer_WH, truth_WH), int(np.count_nonzero(truth_WH))
+        has_boxes = true_boxes is not None and compared.boxes is not None
+        outcomes[protocol.id] = Outcome(
+            pixels,
+            has_target=not record.is_no_target,
+            says_target=bool(compared.says_target),
+            oracle=given.oracle_px.get(protocol.id) if _compares_as_evaluated(protocol) else None,
+            boxes_match=boxes_f1(compared.boxes, true_boxes) == 1 if has_boxes else None,
+            truth_px=truth_px,
+            image_px=size[0] * size[1],
+        )
+    return replace(
+        answer,
         phrase_id=record.phrase_id,
         image=Path(record.image_path).name,
         image_id=record.image_id,
         phrase=record.phrase,
-        mask=_plain(mask),
-        overlaps=overlaps,
-        oracle_overlaps={p.id: oracle[p.id] for p in protocols if p.id in oracle and _compares_as_evaluated(p)},
-        top_scores=given.top_scores,
-        presence=given.presence,
+        mask=_plain(answer.mask),
         has_target=not record.is_no_target,
-        says_target=says_target,
-        areas=areas,
-        boxes=boxes,
-        instance_boxes=given.boxes,
-        other_answers=others,
+        answers={name: replace(other, mask=_plain(other.mask)) for name, other in others.items()},
         truth_px=int(coco_mask.area(truths.of(record, protocols[0]))),
-    )
+    ).with_outcomes(outcomes)
 
 
 def _compares_as_evaluated(protocol: Protocol) -> bool:
@@ -405,11 +388,14 @@ def _compares_as_evaluated(protocol: Protocol) -> bool:
     return protocol.fixed_px is None or protocol.prediction_resampling == "given"
 
 
-def _checked(submitted: Submitted, height: int, width: int) -> Rle:
+def _checked(answer: Answer, height: int, width: int) -> Answer:
+    """The answer with its mask as compressed RLE; where it leaves `says_target` to the mask, the mask says it."""
     try:
-        return rle_of(submitted.mask, height, width)
+        mask = rle_of(answer.mask, height, width)
     except ValueError as error:
-        raise _BadMaskError(f"{submitted.where}: {error}") from error
+        raise _BadMaskError(f"{answer.where}: {error}") from error
+    says_target = bool(coco_mask.area(mask)) if answer.says_target is None else answer.says_target
+    return replace(answer, mask=mask, says_target=says_target)
 
 
 def _transposed(mask: Rle) -> np.ndarray:

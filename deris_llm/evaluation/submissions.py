@@ -21,7 +21,6 @@ JSON array instead of lines.
 from __future__ import annotations
 
 import json
-import math
 import unicodedata
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -36,8 +35,7 @@ from deris_llm.common.strict_files import unique_keys
 from deris_llm.data.errors import DataError, listed_by_cause
 from deris_llm.data.formats.base import read_json_file
 from deris_llm.data.masks import coco_mask, mask_of_image, segmentation_rle
-from deris_llm.evaluation.metrics import Overlap
-from deris_llm.evaluation.predictions import Box
+from deris_llm.evaluation.answers import Answer, Rle, shortened
 from deris_llm.structures import ReferringRecord
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -47,25 +45,11 @@ _PROBLEMS_SHOWN = 10
 
 
 @dataclass(frozen=True, eq=False)
-class Submitted:
-    """An answer as it was handed in: its masks are not checked yet (`rle`)."""
-
-    where: str  # line or file, for messages
-    mask: object  # COCO RLE, polygons, the path of a PNG, or None = no answer
-    says_target: bool | None = None
-    top_scores: tuple[float, ...] = ()
-    presence: float | None = None
-    boxes: tuple[Box, ...] | None = None
-    oracle_px: Mapping[str, Overlap] | None = None  # by protocol id
-    answers: Mapping[str, Submitted] | None = None  # by protocol id: its own mask, where it is not `mask`
-
-
-@dataclass(frozen=True, eq=False)
 class Submission:
     """Answers by phrase id, and whom nobody answered."""
 
     path: Path
-    answers: dict[str, Submitted]
+    answers: dict[str, Answer]
     missing: tuple[str, ...]  # phrase ids, in the order of the records
     other_folder: tuple[
         str, ...
@@ -107,24 +91,24 @@ def read_submission(path: str | Path, records: Sequence[ReferringRecord]) -> Sub
     if not path.is_file():
         raise DataError(f"{path}: expected a JSONL file or a folder of PNG masks, got nothing there: check the path")
     problems: list[str] = []
-    found: dict[str, Submitted] = {}
-    by_text: dict[tuple[str, ...], list[Submitted]] = defaultdict(list)  # phrase ids -> lines
+    found: dict[str, Answer] = {}
+    by_text: dict[tuple[str, ...], list[Answer]] = defaultdict(list)  # phrase ids -> lines
     number_of_lines = 0
     for where, line in _lines(path):
         number_of_lines += 1
         try:
             tree = _parsed(line) if isinstance(line, bytes) else line
             if not isinstance(tree, dict):
-                raise ValueError(f"expected one JSON object, got {_short(tree)}")
+                raise ValueError(f"expected one JSON object, got {shortened(tree)}")
             ids = phrases.of(tree)
-            submitted = _submitted(tree, where)
+            answer = Answer.from_json(tree, where)
         except (ValueError, RecursionError) as error:
             problems.append(f"{where}: {error}")
             continue
         if len(ids) == 1:
-            _put(found, ids[0], submitted, problems)
+            _put(found, ids[0], answer, problems)
         else:
-            by_text[ids].append(submitted)
+            by_text[ids].append(answer)
     if not number_of_lines:
         raise DataError(f"{path}: expected predictions, a line of JSON each, got an empty file: make them again")
     for ids, lines in by_text.items():
@@ -133,16 +117,16 @@ def read_submission(path: str | Path, records: Sequence[ReferringRecord]) -> Sub
                 f"{lines[-1].where}: picture and phrase are those of {len(ids)} phrases ({ids[0]}, ...), for which {len(lines)} "
                 "lines are given: give one for all, one for each, or phrase ids"
             )
-        for phrase_id, submitted in zip(ids, lines * len(ids) if len(lines) == 1 else lines, strict=False):
-            _put(found, phrase_id, submitted, problems)
+        for phrase_id, answer in zip(ids, lines * len(ids) if len(lines) == 1 else lines, strict=False):
+            _put(found, phrase_id, answer, problems)
     return _whole(path, found, problems, number_of_lines, phrases)
 
 
-def rle_of(mask: object, height: int, width: int) -> dict[str, Any]:
-    """Checks a submitted mask and gives it as compressed RLE.
+def rle_of(mask: object, height: int, width: int) -> Rle:
+    """Checks a answer mask and gives it as compressed RLE.
 
     Args:
-        mask: as in `Submitted`.
+        mask: as in `Answer`.
         height: that it must have, px.
         width: that it must have, px.
 
@@ -208,7 +192,7 @@ class _Phrases:
                 return (found,)
         phrase = tree.get("phrase")
         if phrase is not None and not isinstance(phrase, str):
-            raise ValueError(f"phrase: expected text, got {_short(phrase)}")
+            raise ValueError(f"phrase: expected text, got {shortened(phrase)}")
         if tree.get("ref_id") is not None:
             return self._of_ref(tree["ref_id"], phrase)
         image = tree.get("image_id") if tree.get("image_id") is not None else tree.get("image")
@@ -220,7 +204,7 @@ class _Phrases:
         found = _same_text(self._by_text.get((self._path_of(image), _plain(phrase)), ()), phrase)
         if not found:
             raise ValueError(
-                f"image {_short(image)} has no phrase {_short(phrase)} in {self.split} (--phrase-field raw?)"
+                f"image {shortened(image)} has no phrase {shortened(phrase)} in {self.split} (--phrase-field raw?)"
             )
         return found
 
@@ -245,8 +229,8 @@ class _Phrases:
         others = self._by_text.get((path, _plain(phrase)), []) if isinstance(phrase, str) else []
         if not same_picture or (others and phrase_id not in {other.phrase_id for other in others}):
             raise ValueError(
-                f"{phrase_id} is {record.phrase!r} in {PurePosixPath(record.image_path).name}, but the line names {_short(phrase)} in "
-                f"{_short(image)}: are its ids those of another version of the data?"
+                f"{phrase_id} is {record.phrase!r} in {PurePosixPath(record.image_path).name}, but the line names {shortened(phrase)} in "
+                f"{shortened(image)}: are its ids those of another version of the data?"
             )
 
     def of_name(self, name: object, key: str) -> str:
@@ -257,7 +241,7 @@ class _Phrases:
         """
         text = str(name) if isinstance(name, (str, int)) and not isinstance(name, bool) else ""
         found = next((names[text] for names in self._by_id if text in names), [])
-        return self._one(found, f"{key} {_short(name)}", "the whole phrase id")
+        return self._one(found, f"{key} {shortened(name)}", "the whole phrase id")
 
     def of_file(self, name: str) -> str:
         """The phrase of a mask's file, without extension, parts separated by "/" or, in a file's name, by "_".
@@ -266,7 +250,7 @@ class _Phrases:
             ValueError: of none, or of several.
         """
         if name in self._by_file and not any(name in names for names in self._by_id):
-            return self._one(self._by_file[name], f"file {_short(name)}", "folders, DATASET/SPLIT/ID.png")
+            return self._one(self._by_file[name], f"file {shortened(name)}", "folders, DATASET/SPLIT/ID.png")
         return self.of_name(name, "file")
 
     def has_file(self, name: str, *, but: Collection[str]) -> bool:
@@ -288,10 +272,12 @@ class _Phrases:
     def _of_ref(self, ref_id: object, phrase: str | None) -> tuple[str, ...]:
         refs = self._by_ref.get(ref_id, []) if isinstance(ref_id, int) else []
         if not refs:
-            raise ValueError(f"ref_id {_short(ref_id)} is none of {self.split}")
+            raise ValueError(f"ref_id {shortened(ref_id)} is none of {self.split}")
         chosen = tuple(r.phrase_id for r in refs) if phrase is None else _same_text(refs, phrase)
         if not chosen:
-            raise ValueError(f"ref_id {ref_id} has no phrase {_short(phrase)}, but {_short([r.phrase for r in refs])}")
+            raise ValueError(
+                f"ref_id {ref_id} has no phrase {shortened(phrase)}, but {shortened([r.phrase for r in refs])}"
+            )
         if phrase is None and len(chosen) > 1:
             raise ValueError(f"ref_id {ref_id} has {len(chosen)} phrases: say which with `phrase` or `sent_id`")
         return chosen
@@ -303,17 +289,17 @@ class _Phrases:
             ValueError: none, or several.
         """
         if isinstance(image, bool) or not isinstance(image, (str, int)):
-            raise ValueError(f"image {_short(image)} is none of {self.split}")
+            raise ValueError(f"image {shortened(image)} is none of {self.split}")
         found = list(self._images.get(image, ())) or (self._of_path(image) if isinstance(image, str) else [])
         if not found and isinstance(image, str) and image.isdecimal():
             found = list(self._images.get(int(image), ()))
         if not found:
             other = list(self._files.get(PurePosixPath(str(image)).stem, ()))
             hint = f"; did you mean {PurePosixPath(other[0]).name}?" if other else ""
-            raise ValueError(f"image {_short(image)} is none of {self.split}{hint}")
+            raise ValueError(f"image {shortened(image)} is none of {self.split}{hint}")
         if len(found) > 1:
             raise ValueError(
-                f"image {_short(image)} means {len(found)} pictures, {found[0]} and {found[1]}: give more of the path"
+                f"image {shortened(image)} means {len(found)} pictures, {found[0]} and {found[1]}: give more of the path"
             )
         return found[0]
 
@@ -373,7 +359,7 @@ def _parsed(line: bytes) -> Any:
         raise ValueError("expected UTF-8, got other bytes") from None
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"expected one JSON object, got {_short(line.decode('utf-8').strip())} ({error.msg})"
+            f"expected one JSON object, got {shortened(line.decode('utf-8').strip())} ({error.msg})"
         ) from None
 
 
@@ -381,78 +367,11 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"expected finite numbers, got {name}")
 
 
-def _submitted(tree: Mapping[str, Any], where: str) -> Submitted:
-    if "mask" not in tree:
-        raise ValueError("expected a mask (null for no answer), got none")
-    score = _number(tree, "score")
-    listed = tree.get("top_scores")
-    top_scores = tuple(_numbers(listed, "top_scores")) if listed else ()
-    answers = tree.get("answers") or {}
-    if not isinstance(answers, dict) or not all(isinstance(value, dict) for value in answers.values()):
-        raise ValueError(f"answers: expected {{protocol: {{mask, says_target}}}}, got {_short(answers)}")
-    oracle = tree.get("oracle_px") or {}
-    if not isinstance(oracle, dict):
-        raise ValueError(f"oracle_px: expected {{protocol: [intersection, union]}}, got {_short(oracle)}")
-    return Submitted(
-        where=where,
-        mask=tree["mask"],
-        says_target=_says_target(tree),
-        top_scores=top_scores or (() if score is None else (score,)),
-        presence=_number(tree, "presence"),
-        boxes=_boxes(tree),
-        oracle_px={name: _overlap(value) for name, value in oracle.items()},
-        answers={
-            name: Submitted(f"{where}, answers.{name}", value.get("mask"), _says_target(value), boxes=_boxes(value))
-            for name, value in answers.items()
-        },
-    )
-
-
-def _says_target(tree: Mapping[str, Any]) -> bool | None:
-    value = tree.get("says_target")
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"says_target: expected true or false, got {_short(value)}")
-    return value
-
-
-def _number(tree: Mapping[str, Any], key: str) -> float | None:
-    value = tree.get(key)
-    return None if value is None else _numbers([value], key)[0]
-
-
-def _numbers(values: object, key: str) -> list[float]:
-    fits = isinstance(values, list) and all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    )
-    if not fits or not isinstance(values, list):
-        raise ValueError(f"{key}: expected finite numbers, got {_short(values)}")
-    return [float(value) for value in values]
-
-
-def _boxes(tree: Mapping[str, Any]) -> tuple[Box, ...] | None:
-    boxes = tree.get("boxes")
-    if boxes is None:
-        return None
-    if not isinstance(boxes, list) or not all(isinstance(box, list) and len(box) == 4 for box in boxes):
-        raise ValueError(f"boxes: expected [[x0, y0, x1, y1], ...] in px, got {_short(boxes)}")
-    found = [_numbers(box, "boxes") for box in boxes]
-    if any(x0 > x1 or y0 > y1 for x0, y0, x1, y1 in found):
-        raise ValueError(f"boxes: expected x0 <= x1 and y0 <= y1, got {_short(boxes)}")
-    return tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in found)
-
-
-def _overlap(value: object) -> Overlap:
-    match value:
-        case [int(intersection), int(union)] if 0 <= intersection <= union:
-            return Overlap(intersection, union)
-    raise ValueError(f"oracle_px: expected [intersection, union] in px, got {_short(value)}")
-
-
-def _put(found: dict[str, Submitted], phrase_id: str, submitted: Submitted, problems: list[str]) -> None:
+def _put(found: dict[str, Answer], phrase_id: str, answer: Answer, problems: list[str]) -> None:
     if phrase_id in found:
-        problems.append(f"{submitted.where}: {phrase_id} has a prediction already, {found[phrase_id].where}")
+        problems.append(f"{answer.where}: {phrase_id} has a prediction already, {found[phrase_id].where}")
     else:
-        found[phrase_id] = submitted
+        found[phrase_id] = answer
 
 
 def _lines_of_folder(path: Path, split: str) -> Path:
@@ -480,7 +399,7 @@ def _lines_of_folder(path: Path, split: str) -> Path:
 
 def _read_folder(path: Path, phrases: _Phrases) -> Submission:
     problems: list[str] = []
-    found: dict[str, Submitted] = {}
+    found: dict[str, Answer] = {}
     there = sorted(file for file in path.rglob("*") if not file.name.startswith("."))  # ._NAME: macOS' own
     files = [file for file in there if file.suffix.lower() == ".png"]
     if not files:
@@ -492,7 +411,7 @@ def _read_folder(path: Path, phrases: _Phrases) -> Submission:
         except ValueError as error:
             problems.append(f"{name}.png: {error}")
             continue
-        _put(found, phrase_id, Submitted(f"{name}.png", file), problems)
+        _put(found, phrase_id, Answer(mask=file, says_target=None, where=f"{name}.png"), problems)
     for file in there:
         name = file.relative_to(path).with_suffix("").as_posix()
         if (
@@ -504,16 +423,14 @@ def _read_folder(path: Path, phrases: _Phrases) -> Submission:
     return _whole(path, found, problems, len(files), phrases)
 
 
-def _whole(
-    path: Path, found: dict[str, Submitted], problems: Sequence[str], number: int, phrases: _Phrases
-) -> Submission:
+def _whole(path: Path, found: dict[str, Answer], problems: Sequence[str], number: int, phrases: _Phrases) -> Submission:
     if problems:
         raise SubmissionError(path, problems, number)
     missing = tuple(phrase_id for phrase_id in phrases.ids if phrase_id not in found)
     return Submission(path, found, missing, tuple(phrases.other_folder))
 
 
-def _rle_of_png(path: Path, height: int, width: int) -> dict[str, Any]:
+def _rle_of_png(path: Path, height: int, width: int) -> Rle:
     try:
         with Image.open(path) as file:
             file.load()
@@ -523,8 +440,3 @@ def _rle_of_png(path: Path, height: int, width: int) -> dict[str, Any]:
     if file.size != (width, height):
         raise ValueError(f"expected the picture's {width} x {height} px, got {file.width} x {file.height}")
     return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

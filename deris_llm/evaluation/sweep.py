@@ -1,4 +1,4 @@
-"""All score thresholds in one pass: a phrase's mask changes only where one of its queries crosses the threshold.
+"""Evaluates all score thresholds in one pass: a phrase's mask changes only where one of its queries crosses the threshold.
 
 Letters: P phrases, Q queries, T thresholds.
 """
@@ -6,9 +6,10 @@ Letters: P phrases, Q queries, T thresholds.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +21,7 @@ from deris_llm.data.dataset import some_images
 from deris_llm.data.sources import is_generalised, read_split
 from deris_llm.evaluation.calibration import Calibration, choose
 from deris_llm.evaluation.evaluator import answers_of, check_records
-from deris_llm.evaluation.gres_metrics import GresMetrics, GresOutcome
-from deris_llm.evaluation.metrics import Overlap, RisMetrics, overlap
+from deris_llm.evaluation.metrics import Outcome, metric_ratios, overlap, percents
 from deris_llm.evaluation.truth import merged_truths, resampled_truth
 from deris_llm.models.cognition import CognitionProcessor
 from deris_llm.models.postprocess import answering_queries, upsampled_masks
@@ -31,18 +31,15 @@ THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20))
 _CURVE = {False: ("mIoU", "oIoU", "Pr@0.5"), True: ("gIoU", "cIoU", "N-acc", "T-acc")}  # by is_generalised
 
 
-@dataclass(frozen=True)
-class SweptPhrase:
+class SweptPhrase(NamedTuple):
     """One phrase under T thresholds."""
 
     phrase_id: str
-    has_target: bool
-    overlaps: tuple[Overlap, ...]  # T
-    says_target: tuple[bool, ...]  # T
+    outcomes: tuple[Outcome, ...]  # T
 
 
 def check_sweep(config: RunConfig, split: str) -> Protocol:
-    """Whether a threshold may be chosen on a split, and makes a difference; before the work.
+    """Checks, before any work, that a threshold may be chosen on a split and makes a difference.
 
     Returns:
         The protocol that decides: the run's first.
@@ -54,18 +51,18 @@ def check_sweep(config: RunConfig, split: str) -> Protocol:
     if not dataset or not part.startswith("val"):
         raise ValueError(
             f"--sweep {split}: expected a val split, `dataset/val`, got {part or 'none'!r}: a threshold that is chosen on the "
-            "split it is reported on, or on what was trained on, says nothing. Take a val split"
+            "split it is reported on, or on training data, means nothing. Choose a val split"
         )
     protocol = protocols_of(config)[0]
     if protocol.selection == "best":
         raise ValueError(
-            "--sweep: expected evaluation.selection=threshold or threshold_or_best, got best, which takes the best query whatever "
-            "the threshold: nothing to sweep. Change it with --set"
+            "--sweep: expected evaluation.selection=threshold or threshold_or_best, got best, which ignores the threshold: nothing "
+            "to sweep. Change it with --set"
         )
     if protocol.miss == "dropped":
         raise ValueError(
             f"--sweep: expected a protocol with miss=empty_mask, got {protocol.id}, which drops phrases without an answer: the "
-            "highest threshold would win by dropping. Name another --protocol"
+            "highest threshold would win by dropping. Choose another --protocol"
         )
     evaluation = config.evaluation
     rule = (evaluation.score_threshold, evaluation.selection, evaluation.presence)
@@ -91,19 +88,19 @@ def sweep(
     max_images: int = 0,
     progress: bool = True,
 ) -> Calibration:
-    """Evaluates a split under every threshold and chooses the one of the best mIoU (generalised: gIoU).
+    """Evaluates a split under every threshold and chooses the one with the best mIoU (generalised: gIoU).
 
     Args:
         model: a `Deris` or a wrapper of one; all ranks call this together.
-        config: the run; its selection and use of presence stay as they are, its first protocol decides.
+        config: the run, with its selection and presence rule; its first protocol decides.
         processor: the cognition backend's.
         split: a val split.
-        thresholds: in (0, 1); the present one joins them.
-        present: the threshold in use, which stays where another is not better; None = that of ``config``.
+        thresholds: in (0, 1); the present one is added to them.
+        present: the threshold in use, which is kept unless another is better; None = that of ``config``.
         device: where the model is; None = where its parameters are.
         rank: this process.
         world_size: number of ranks.
-        max_images: evenly spaced pictures of the split; 0 = all.
+        max_images: evenly spaced images of the split; 0 = all.
         progress: shows a bar on rank 0.
 
     Returns:
@@ -130,10 +127,10 @@ def sweep(
         progress=progress,
         title=f"sweep {split}",
     )
-    curve = tuple(
-        {"threshold": threshold, **_numbers(phrases, t, is_generalised=generalised)}
-        for t, threshold in enumerate(thresholds)
-    )
+    curve = []
+    for t, threshold in enumerate(thresholds):
+        values = percents(metric_ratios([phrase.outcomes[t] for phrase in phrases], is_generalised=generalised))
+        curve.append({"threshold": threshold} | {name: values[name] for name in _CURVE[generalised]})
     metric = _CURVE[generalised][0]
     chosen = choose(curve, metric, present)
     return Calibration(
@@ -146,7 +143,7 @@ def sweep(
         fingerprint=replace(protocol, score_threshold=chosen).fingerprint(),
         n_phrases=len(phrases),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        curve=curve,
+        curve=tuple(curve),
     )
 
 
@@ -155,11 +152,8 @@ def swept(
 ) -> list[SweptPhrase]:
     """Compares P phrases under T thresholds; each distinct answer is drawn once.
 
-    The selected queries are always the best ones, more of them the lower the threshold; each mask is upsampled once and
+    The selected queries are always the best ones, more of them the lower the threshold: each mask is upsampled once and
     joined to those of better queries.
-
-    Returns:
-        P phrases.
     """
     scores = output.final.referring_logits.float().sigmoid().cpu().numpy()
     presence = output.presence_logit.float().sigmoid().tolist()
@@ -172,37 +166,19 @@ def swept(
         for row, exists in zip(scores, presence, strict=True)
     ]
     most = [max(answers, key=len) for answers in selected]  # the others are its first so many
-    original_sizes = [(record.height, record.width) for record in asked]
-    finished = protocol.prediction_resampling == "finished_mask"
-    sizes = original_sizes if finished else [protocol.size_hw(*size) for size in original_sizes]
+    sizes = [protocol.drawn_size_hw(record.height, record.width) for record in asked]
     found = []
     truths = map(partial(resampled_truth, protocol), merged_truths(asked, protocol.crowds))
     for record, truth, answers, masks in zip(
         asked, truths, selected, upsampled_masks(output, most, sizes), strict=True
     ):
         joined = np.concatenate([np.zeros((1, *masks.shape[1:]), dtype=bool), np.logical_or.accumulate(masks, axis=0)])
-        overlaps: dict[int, Overlap] = {}
-        is_drawn = [bool(mask.any()) for mask in joined]
+        outcomes: dict[int, Outcome] = {}  # by number of selected queries
         for number in {len(answer) for answer in answers}:
-            mask = resampled_truth(protocol, joined[number]) if finished else joined[number]
-            overlaps[number] = overlap(mask, truth)
-        found.append(
-            SweptPhrase(
-                phrase_id=record.phrase_id,
-                has_target=not record.is_no_target,
-                overlaps=tuple(overlaps[len(answer)] for answer in answers),
-                says_target=tuple(is_drawn[len(answer)] for answer in answers),
+            mask = resampled_truth(protocol, joined[number]) if protocol.resizes_finished_masks else joined[number]
+            says_target = bool(joined[number].any())
+            outcomes[number] = Outcome(
+                overlap(mask, truth), has_target=not record.is_no_target, says_target=says_target
             )
-        )
+        found.append(SweptPhrase(record.phrase_id, tuple(outcomes[len(answer)] for answer in answers)))
     return found
-
-
-def _numbers(phrases: Sequence[SweptPhrase], t: int, *, is_generalised: bool) -> dict[str, float | None]:
-    """What stands in the curve of one threshold, percent."""
-    named: Mapping[str, float | None]
-    if is_generalised:
-        outcomes = [GresOutcome(p.overlaps[t], has_target=p.has_target, says_target=p.says_target[t]) for p in phrases]
-        named = GresMetrics.of(outcomes).named()
-    else:
-        named = RisMetrics.of([p.overlaps[t] for p in phrases]).named()
-    return {name: named[name] for name in _CURVE[is_generalised]}

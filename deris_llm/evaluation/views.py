@@ -30,7 +30,7 @@ from deris_llm.models.postprocess import answer_masks, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringRecord
 
 if TYPE_CHECKING:
-    from deris_llm.evaluation.page.stored import StoredAnswer
+    from deris_llm.evaluation.answers import Answer
     from deris_llm.models.cognition import CognitionProcessor
 
 VIEWS_FILE = "views.json"
@@ -68,7 +68,7 @@ class PhraseView:
 
 
 def choose_phrases(
-    answers: Mapping[str, Sequence[StoredAnswer]], protocols: Mapping[str, str], *, number: int, seed: int
+    answers: Mapping[str, Sequence[Answer]], protocols: Mapping[str, str], *, number: int, seed: int
 ) -> dict[str, dict[str, str]]:
     """Phrases to look into, in turn from every split: where a query had the mask and another was chosen, and by chance.
 
@@ -82,7 +82,7 @@ def choose_phrases(
         Split -> phrase id -> why it was chosen.
     """
     chosen: dict[str, dict[str, str]] = {split: {} for split in answers}
-    queues: list[tuple[str, str, list[StoredAnswer]]] = []
+    queues: list[tuple[str, str, list[Answer]]] = []
     for why in ("the choice failed", "by chance"):
         for split, found in answers.items():
             protocol = protocols[split]

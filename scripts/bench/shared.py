@@ -253,7 +253,7 @@ def bench_split(config: RunConfig, split: str, max_images: int, device: torch.de
         run = partial(evaluate, model, each, records, processor, device=device, progress=False)
         spent, result = timed(run, device)
         seconds.append(spent)
-        answers.append({p.phrase_id: (p.mask, p.top_scores, p.presence, p.overlaps) for p in result.predictions})
+        answers.append({p.phrase_id: (p.mask, p.top_scores, p.presence, p.outcomes) for p in result.answers})
     drawn = [
         {name: decode_segmentation(found[0], *found[0]["size"]) for name, found in each.items()} for each in answers
     ]

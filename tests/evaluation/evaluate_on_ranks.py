@@ -32,7 +32,7 @@ def main() -> None:
     records = write_records(Path(folder))
     processor = build_processor(config)
     result = evaluate(model, config, records, processor, device="cpu", rank=rank, world_size=world_size, progress=False)
-    found = {"numbers": result.numbers, "predictions": [p.to_json() for p in result.predictions]}
+    found = {"numbers": result.numbers, "predictions": [p.to_json() for p in result.answers]}
     Path(out, f"rank{rank}.json").write_text(json.dumps(found))
     # rank 1 has other records: pictures shift between the shards, and one is predicted twice
     other = records if rank == 0 else [record for record in records if record.image_id != "picture_3"]

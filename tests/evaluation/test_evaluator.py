@@ -16,6 +16,7 @@ from torch import nn
 from deris_llm.config import RunConfig
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.evaluation.evaluator import control_phrases, evaluate
+from deris_llm.evaluation.metrics import metric_ratios
 from deris_llm.evaluation.truth import merged_truth
 from deris_llm.models.cognition import CognitionProcessor, build_processor
 from deris_llm.models.deris import build_model
@@ -84,7 +85,7 @@ def test_right_answers_score_100(
     config: RunConfig, processor: CognitionProcessor, records: list[ReferringRecord]
 ) -> None:
     result = evaluate(Answers(records), config, records, processor, device="cpu", progress=False)
-    assert [p.phrase_id for p in result.predictions] == [r.phrase_id for r in records]
+    assert [p.phrase_id for p in result.answers] == [r.phrase_id for r in records]
     for name in ("original", "deris"):
         numbers = result.numbers[name]
         assert numbers["mIoU"] > 96  # an edge pixel of the resized masks may differ
@@ -109,7 +110,7 @@ def test_processes_that_compare_change_nothing(
         evaluate(model, each, records, processor, device="cpu", progress=False)
         for each in (tiny_config(*overrides), config)
     )
-    assert elsewhere.predictions == here.predictions
+    assert elsewhere.answers == here.answers
     assert elsewhere.numbers == here.numbers
 
 
@@ -129,10 +130,10 @@ def test_misses_count_as_empty(
     strict = tiny_config(*_overrides_of(config), "evaluation.selection=threshold")
     result = evaluate(Answers(records, missed=missed), strict, records, processor, device="cpu", progress=False)
     right = evaluate(Answers(records), strict, records, processor, device="cpu", progress=False)
-    assert result.predictions[0].overlaps["original"].union == merged_truth(records[0]).sum()
+    assert result.answers[0].outcomes["original"].overlap.union == merged_truth(records[0]).sum()
     for name in ("original", "deris"):
-        assert [p.overlaps[name].intersection for p in result.predictions[:3]] == [0, 0, 0]
-        expected = sum(p.overlaps[name].iou for p in right.predictions[3:]) / 15
+        assert [p.outcomes[name].overlap.intersection for p in result.answers[:3]] == [0, 0, 0]
+        expected = sum(p.outcomes[name].overlap.iou for p in right.answers[3:]) / 15
         assert result.numbers[name]["mIoU"] == pytest.approx(100 * expected)
         assert result.numbers[name]["Pr@0.5"] == pytest.approx(80)
 
@@ -224,7 +225,7 @@ def test_two_ranks_equal_one(
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0] == ranks[1]
     assert len(ranks[0]["predictions"]) == len(records) == 15
-    for ours, theirs in zip(alone.predictions, ranks[0]["predictions"], strict=True):
+    for ours, theirs in zip(alone.answers, ranks[0]["predictions"], strict=True):
         expected = ours.to_json()
         assert theirs["phrase_id"] == expected["phrase_id"]
         # other batches, other rounding: a score may move in its last digit and a pixel at the border may flip
@@ -297,7 +298,7 @@ def test_a_generalised_split_has_its_own_metrics(
     shares = [merged_truth(r).mean() for r in generalised]
     assert right.numbers["original"]["never_empty_gIoU"] == pytest.approx(100 * sum(shares) / 15)
     assert right.notes == ()
-    lines = [p.to_json() for p in right.predictions]
+    lines = [p.to_json() for p in right.answers]
     assert [line["has_target"] for line in lines] == [line["says_target"] for line in lines]
     assert all(line["iou"]["original"] > 90 for line in lines)  # 100 where nothing was to be found
 
@@ -315,9 +316,10 @@ def test_the_quadrants_of_a_generalised_split(
     assert numbers["T-acc"] == pytest.approx(100 * 9 / 11)
     assert numbers["F1"] == pytest.approx(100 * 12 / 15)
     assert numbers["oracle_gIoU"] > 96
-    outcomes = {p.phrase_id: p.outcome("original") for p in result.predictions}
-    assert outcomes[nothing[0]].pixels.intersection == 0
-    assert outcomes[nothing[0]].pixels.union == 32 * 32  # a quarter of the picture of 64 x 64 px
+    outcomes = {p.phrase_id: p.outcomes["original"] for p in result.answers}
+    pixels = metric_ratios([outcomes[nothing[0]]], is_generalised=True)["cIoU"]
+    assert pixels.above.tolist() == [0]
+    assert pixels.below.tolist() == [32 * 32]  # a quarter of the picture of 64 x 64 px
     gated = tiny_config(*overrides, "evaluation.selection=threshold", "evaluation.presence=gate")
     saved = evaluate(model, gated, generalised, processor, device="cpu", progress=False)
     assert saved.numbers["original"]["N-acc"] == 100

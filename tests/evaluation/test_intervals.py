@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
+from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.breakdown import breakdown
-from deris_llm.evaluation.gres_metrics import GresMetrics
-from deris_llm.evaluation.intervals import differences, intervals, metric_ratios, sign_flip_p_value
-from deris_llm.evaluation.metrics import Overlap, RisMetrics
-from deris_llm.evaluation.predictions import PhrasePrediction
+from deris_llm.evaluation.intervals import differences, intervals, sign_flip_p_value
+from deris_llm.evaluation.metrics import Outcome, Overlap, Ratio, metric_ratios
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
 PROTOCOL = "original"
@@ -20,7 +19,7 @@ PHRASES = (
 )
 
 
-def _predictions(seed: int = 0, *, generalised: bool = False) -> list[PhrasePrediction]:
+def _predictions(seed: int = 0, *, generalised: bool = False) -> list[Answer]:
     """30 pictures of 1 to 5 phrases."""
     random = np.random.default_rng(seed)
     found = []
@@ -31,25 +30,28 @@ def _predictions(seed: int = 0, *, generalised: bool = False) -> list[PhrasePred
             says_target = not (generalised and random.random() < 0.3)
             inside = int(union * random.random()) if has_target else 0
             found.append(
-                PhrasePrediction(
+                Answer(
                     phrase_id=f"refcoco/val/{image}-{k}",
                     image=f"{image}.jpg",
                     image_id=str(image),
                     phrase=PHRASES[k],
-                    mask={},
-                    overlaps={PROTOCOL: Overlap(inside, union)},
-                    oracle_overlaps={PROTOCOL: Overlap((inside + union) // 2 if has_target else 0, union)},
-                    top_scores=(),
-                    presence=None,
                     has_target=has_target,
                     says_target=says_target,
                     truth_px=int(union * 0.7) if has_target else 0,
+                    outcomes={
+                        PROTOCOL: Outcome(
+                            Overlap(inside, union),
+                            has_target=has_target,
+                            says_target=says_target,
+                            oracle=Overlap((inside + union) // 2 if has_target else 0, union),
+                        )
+                    },
                 )
             )
     return found
 
 
-def _record(prediction: PhrasePrediction, number: int) -> ReferringRecord:
+def _record(prediction: Answer, number: int) -> ReferringRecord:
     instances = tuple(InstanceAnnotation(i, []) for i in range(number % 3)) if not prediction.has_target else ()
     return ReferringRecord(
         prediction.phrase_id, "refcoco", "val", prediction.image_id, "", 640, 480, prediction.phrase, instances,
@@ -57,23 +59,34 @@ def _record(prediction: PhrasePrediction, number: int) -> ReferringRecord:
     )  # fmt: skip
 
 
+def _ratios(answers: list[Answer], *, generalised: bool = False) -> dict[str, Ratio]:
+    return metric_ratios([answer.outcomes[PROTOCOL] for answer in answers], is_generalised=generalised)
+
+
 @pytest.mark.parametrize("generalised", [False, True])
 def test_ratios_are_the_metrics(generalised: bool) -> None:
-    predictions = _predictions(generalised=generalised)
-    ratios = metric_ratios(predictions, PROTOCOL, is_generalised=generalised)
-    expected = (
-        GresMetrics.of([p.outcome(PROTOCOL) for p in predictions]).named()
-        if generalised
-        else RisMetrics.of([p.overlaps[PROTOCOL] for p in predictions]).named()
-    )
-    assert {name: ratios[name].percent for name in expected} == pytest.approx(expected)
-    assert set(ratios) - set(expected) <= {"oracle_mIoU", "oracle_gIoU", "F1"}
+    """By loops over the phrases, which share nothing with the columns."""
+    outcomes = [answer.outcomes[PROTOCOL] for answer in _predictions(generalised=generalised)]
+    ious = [o.iou if generalised else o.overlap.iou for o in outcomes]
+    asked = [o for o in outcomes if o.has_target]
+    union = sum(o.overlap.union for o in outcomes if o.has_target or o.says_target)
+    shared = sum(o.overlap.intersection for o in outcomes if o.has_target and o.says_target)
+    expected = dict.fromkeys(("gIoU",) if generalised else ("mIoU",), 100 * np.mean(ious))
+    expected["cIoU" if generalised else "oIoU"] = 100 * shared / union
+    if generalised:
+        expected["N-acc"] = 100 * np.mean([not o.says_target for o in outcomes if not o.has_target])
+        expected["T-acc"] = 100 * np.mean([o.says_target for o in asked])
+    for level in (0.7, 0.8, 0.9) if generalised else (0.5, 0.6, 0.7, 0.8, 0.9):
+        expected[f"Pr@{level}"] = 100 * np.mean([o.iou >= level for o in asked])
+    expected[f"oracle_{next(iter(expected))}"] = 100 * np.mean([o.oracle_iou for o in outcomes])
+    found = metric_ratios(outcomes, is_generalised=generalised)
+    assert {name: ratio.percent for name, ratio in found.items()} == expected  # to the last digit
 
 
 @pytest.mark.parametrize("generalised", [False, True])
 def test_intervals_equal_a_loop_over_draws(generalised: bool) -> None:
     predictions = _predictions(generalised=generalised)
-    ratios = metric_ratios(predictions, PROTOCOL, is_generalised=generalised)
+    ratios = _ratios(predictions, generalised=generalised)
     found = intervals(ratios, [p.image_id for p in predictions], num_draws=200, seed=3)
     images = sorted({p.image_id for p in predictions})  # the order in which pictures are numbered
     drawn = np.random.default_rng(3).integers(0, len(images), (200, len(images)))
@@ -92,7 +105,7 @@ def test_pictures_are_drawn_and_not_phrases() -> None:
     """Ten copies of every phrase in its own picture tell nothing new; in pictures of their own they would."""
     predictions = _predictions()
     images = [p.image_id for p in predictions]
-    ratios = metric_ratios(predictions, PROTOCOL, is_generalised=False)
+    ratios = _ratios(predictions)
     (low, high), (low_10, high_10) = (
         intervals({"mIoU": ratio}, ids)["mIoU"] or (0, 0)
         for ratio, ids in (
@@ -105,7 +118,7 @@ def test_pictures_are_drawn_and_not_phrases() -> None:
 
 def test_one_picture_has_no_interval() -> None:
     predictions = [p for p in _predictions() if p.image_id == "4"]
-    ratios = metric_ratios(predictions, PROTOCOL, is_generalised=False)
+    ratios = _ratios(predictions)
     assert set(intervals(ratios, [p.image_id for p in predictions]).values()) == {None}
     assert intervals({}, []) == {}
 
@@ -113,7 +126,7 @@ def test_one_picture_has_no_interval() -> None:
 def test_a_method_against_itself_and_against_a_better_one() -> None:
     predictions = _predictions()
     images = [p.image_id for p in predictions]
-    ratios = metric_ratios(predictions, PROTOCOL, is_generalised=False)
+    ratios = _ratios(predictions)
     same = differences(ratios, ratios, images)
     assert {name: (d.difference, d.interval) for name, d in same.items()} == dict.fromkeys(ratios, (0.0, (0.0, 0.0)))
     iou = ratios["mIoU"].above
@@ -140,7 +153,7 @@ def test_p_values_are_uniform_where_methods_are_alike() -> None:
 def test_breakdown_rows_are_means_of_their_phrases(generalised: bool) -> None:
     predictions = _predictions(generalised=generalised)
     records = {p.phrase_id: _record(p, number) for number, p in enumerate(predictions)}
-    found = breakdown(predictions, records, PROTOCOL, is_generalised=generalised)
+    found = breakdown(predictions, records, _ratios(predictions, generalised=generalised))
     assert set(found) == {"object_size", "phrase_length", "location_words", "same_class"} | (
         {"targets"} if generalised else set()
     )
@@ -149,10 +162,9 @@ def test_breakdown_rows_are_means_of_their_phrases(generalised: bool) -> None:
     def row(dimension: str, label: str) -> dict:
         return next(row for row in found[dimension] if row["label"] == label)
 
-    def mean(chosen: list[PhrasePrediction]) -> float:
-        return 100 * float(
-            np.mean([p.outcome(PROTOCOL).iou if generalised else p.overlaps[PROTOCOL].iou for p in chosen])
-        )
+    def mean(chosen: list[Answer]) -> float:
+        outcomes = [answer.outcomes[PROTOCOL] for answer in chosen]
+        return 100 * float(np.mean([o.iou if generalised else o.overlap.iou for o in outcomes]))
 
     dogs = [p for p in predictions if p.phrase in ("dog", "cat")]
     assert row("phrase_length", "1-2 words")["n_phrases"] == len(dogs)

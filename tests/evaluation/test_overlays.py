@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from deris_llm.data.masks import encode_mask
-from deris_llm.evaluation.metrics import Overlap
+from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.overlays import (
     PREDICTED_RGB,
     TRUTH_RGB,
@@ -16,11 +16,10 @@ from deris_llm.evaluation.overlays import (
     write_contact_sheet,
     write_page,
 )
-from deris_llm.evaluation.predictions import PhrasePrediction
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
 
-def _case(folder: Path, number: int, *, iou: int) -> tuple[PhrasePrediction, ReferringRecord]:
+def _case(folder: Path, number: int, *, iou: int) -> tuple[Answer, ReferringRecord]:
     path = folder / f"{number}.png"
     Image.new("RGB", (60, 40), (90, 90, 90)).save(path)
     mask = np.zeros((40, 60), dtype=bool)
@@ -32,9 +31,9 @@ def _case(folder: Path, number: int, *, iou: int) -> tuple[PhrasePrediction, Ref
         phrase_id=f"refcoco/val/{number}", dataset="refcoco", split="val", image_id=path.stem, image_path=str(path), width=60, height=40,
         phrase=phrase, instances=(InstanceAnnotation(number, [[30, 5, 50, 5, 50, 30, 30, 30]]),),
     )  # fmt: skip
-    prediction = PhrasePrediction(
+    prediction = Answer(
         phrase_id=record.phrase_id, image=path.name, image_id=path.stem, phrase=phrase, mask=encode_mask(mask),
-        overlaps={"original": Overlap(iou, 100)}, oracle_overlaps={}, top_scores=(0.9,), presence=0.8,
+        iou={"original": iou}, top_scores=(0.9,), presence=0.8,
     )  # fmt: skip
     return prediction, record
 
@@ -72,7 +71,7 @@ def test_cases_are_random_worst_best_without_repetition(tmp_path: Path) -> None:
     cases = choose_cases([p for p, _ in pairs], {r.phrase_id: r for _, r in pairs}, protocol="original", num_each=3)
     assert [c.kind for c in cases] == ["random"] * 3 + ["worst"] * 3 + ["best"] * 3
     assert len({c.record.phrase_id for c in cases}) == 9
-    iou = [c.prediction.overlaps["original"].iou for c in cases]
+    iou = [c.prediction.iou["original"] for c in cases]
     assert max(iou[3:6]) < min(iou[6:])
     assert iou[6] == max(iou[6:])
     assert len({c.record.image_id for c in cases}) == 9

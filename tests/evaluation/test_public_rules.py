@@ -22,7 +22,7 @@ from deris_llm.data.masks import decode_segmentation, encode_mask
 from deris_llm.data.sources import read_split
 from deris_llm.data.synthetic.scene import mask_box_xyxy
 from deris_llm.data.synthetic.world import rle_counts, write_world
-from deris_llm.evaluation.predictions import EvaluationResult
+from deris_llm.evaluation.results import EvaluationResult
 from deris_llm.evaluation.score import run_score, score_submission
 from deris_llm.evaluation.submissions import read_submission
 from deris_llm.evaluation.truth import merged_truth, resampled_truth
@@ -249,7 +249,7 @@ def test_score_counts_as_lavt_and_lisa_do(root: Path, tmp_path: Path, split: str
     layers = {name: api.layers(by_phrase[name]) for name in records}
     whole = [name for name, found in layers.items() if found.max() == 1]
     for protocol, resized, rules in (("original", lambda mask: mask, (lisa,)), ("rela480", _at_480, (lavt,))):
-        of_phrase = {p.phrase_id: p.overlaps[protocol] for p in result.predictions}
+        of_phrase = {p.phrase_id: p.outcomes[protocol].overlap for p in result.answers}
 
         def compared(names: Any, truths: dict[str, np.ndarray], resized: Any = resized) -> list[Compared]:
             return [Compared(resized(masks[n]).astype(bool), resized(truths[n]), True, True) for n in names]

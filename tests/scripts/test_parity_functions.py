@@ -1,6 +1,7 @@
 """Pure functions equal to the public code: on the fixtures beside the checkout, and on the copies in tests/golden."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.parity.functions import ParityRow, check_metrics, check_preprocess, check_similarity
+from scripts.parity.functions import (
+    ParityRow,
+    check_metrics,
+    check_preprocess,
+    check_similarity,
+    detection_accuracy,
+    top_box_iou,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "parity"
 SHARED = Path(__file__).parents[2].parent / "shared" / "parity"
@@ -89,3 +97,11 @@ def test_a_wrong_or_new_array_is_seen(fixtures: Path) -> None:
     np.savez(path, **arrays, b_depth=np.zeros(3))
     with pytest.raises(ValueError, match="b_depth"):
         check_preprocess(fixtures)
+
+
+def test_detection_takes_the_best_scoring_box_alone() -> None:
+    boxes = np.array([[0.0, 0, 10, 10], [0, 0, 10, 6]])
+    truth = np.array([0.0, 0, 10, 10])
+    assert top_box_iou(boxes, np.array([0.2, 0.9]), truth) == 0.6
+    assert detection_accuracy([0.6, 1.0, 0.0, 0.6]) == {0.5: 75, 0.6: 75, 0.7: 25, 0.8: 25, 0.9: 25}
+    assert all(math.isnan(value) for value in detection_accuracy([]).values())

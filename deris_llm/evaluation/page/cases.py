@@ -14,9 +14,10 @@ from PIL import Image
 
 from deris_llm.data.images import load_image
 from deris_llm.data.masks import decode_segmentation
+from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.overlays import draw_overlay, pick
 from deris_llm.evaluation.page.html import Node, element, phrase, picture
-from deris_llm.evaluation.page.stored import Evaluation, StoredAnswer
+from deris_llm.evaluation.page.stored import Evaluation
 from deris_llm.evaluation.truth import merged_truth
 from deris_llm.evaluation.views import PhraseView, QueryView
 from deris_llm.structures import Exif, ReferringRecord
@@ -42,11 +43,11 @@ class Group:
     """Cases of one kind."""
 
     title: str
-    answers: Sequence[StoredAnswer]
+    answers: Sequence[Answer]
 
 
 def choose_groups(
-    answers: Sequence[StoredAnswer], protocol: str, *, is_generalised: bool, num_each: int, seed: int
+    answers: Sequence[Answer], protocol: str, *, is_generalised: bool, num_each: int, seed: int
 ) -> list[Group]:
     """Random cases first (what to expect), then worst and best, on a generalised split of those found; then by quadrant.
 
@@ -61,7 +62,7 @@ def choose_groups(
     judged = [a for a in by_iou if a.has_target and a.says_target] if is_generalised else by_iou
     shuffled = random.Random(seed).sample(by_iou, len(by_iou))
     end = max(num_each, min(8 * num_each, len(judged) // 3))  # other pictures are looked for so far from the very worst
-    rankings: list[tuple[str, Sequence[StoredAnswer]]] = [
+    rankings: list[tuple[str, Sequence[Answer]]] = [
         ("Random", shuffled),
         ("Worst", judged[:end]),
         ("Best", judged[::-1][:end]),
@@ -81,9 +82,9 @@ def choose_groups(
     return groups
 
 
-def many_phrases(answers: Sequence[StoredAnswer], *, seed: int) -> list[StoredAnswer]:
+def many_phrases(answers: Sequence[Answer], *, seed: int) -> list[Answer]:
     """Phrases of one picture that has many, with and without target if there are such: the paper's figure 13."""
-    by_image: dict[str, list[StoredAnswer]] = defaultdict(list)
+    by_image: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         by_image[answer.image_id].append(answer)
     most = max((min(len(found), _MANY_PHRASES) for found in by_image.values()), default=0)
@@ -97,7 +98,7 @@ def many_phrases(answers: Sequence[StoredAnswer], *, seed: int) -> list[StoredAn
     return sorted(chosen, key=found.index)
 
 
-def quadrant_table(answers: Sequence[StoredAnswer]) -> Element:
+def quadrant_table(answers: Sequence[Answer]) -> Element:
     """How often the answer says that there is a target, by whether there is one."""
     counts = Counter((a.has_target, a.says_target) for a in answers)
     rows = []
@@ -128,7 +129,7 @@ def cases(
     return [element("div", made, class_="groups")]
 
 
-def case(answer: StoredAnswer, record: ReferringRecord, protocol: str) -> Element:
+def case(answer: Answer, record: ReferringRecord, protocol: str) -> Element:
     """One answer: picture, IoU, phrase, what the model was sure of."""
     said = [f"best score {answer.top_scores[0]:.2f}"] if answer.top_scores else []
     said += [f"presence {answer.presence:.2f}"] if answer.presence is not None else []
@@ -145,7 +146,7 @@ def case(answer: StoredAnswer, record: ReferringRecord, protocol: str) -> Elemen
     )
 
 
-def badge(answer: StoredAnswer, protocol: str) -> Element:
+def badge(answer: Answer, protocol: str) -> Element:
     """IoU, or the quadrant where there is none to speak of; never by colour alone."""
     if answer.has_target and answer.says_target:
         iou = answer.iou[protocol]
@@ -157,7 +158,7 @@ def badge(answer: StoredAnswer, protocol: str) -> Element:
 
 
 def answer_picture(
-    answer: StoredAnswer, record: ReferringRecord, *, width: int = _TILE_WIDTH, max_bytes: int = _TILE_BYTES
+    answer: Answer, record: ReferringRecord, *, width: int = _TILE_WIDTH, max_bytes: int = _TILE_BYTES
 ) -> Element:
     """The picture with the answer's mask and the truth."""
     mask = decode_segmentation(answer.mask, record.height, record.width)
@@ -186,7 +187,7 @@ def key() -> Element:
     return element("p", element("span", answer, "answer"), element("span", truth, "ground truth"), class_="key")
 
 
-def view(seen: PhraseView, answer: StoredAnswer | None, record: ReferringRecord) -> Element:
+def view(seen: PhraseView, answer: Answer | None, record: ReferringRecord) -> Element:
     """A phrase from the inside: its best queries in the last round, and the first of them in every round."""
     size = (record.height, record.width)
     facts = [

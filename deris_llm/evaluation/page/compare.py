@@ -9,13 +9,14 @@ from xml.etree.ElementTree import Element
 
 import numpy as np
 
+from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.intervals import Ratio, differences, sign_flip_p_value
 from deris_llm.evaluation.overlays import pick
 from deris_llm.evaluation.page.cases import answer_picture, badge, mask_picture
 from deris_llm.evaluation.page.charts import Line, line_chart
 from deris_llm.evaluation.page.html import Node, element, phrase, shortened
 from deris_llm.evaluation.page.numbers import main_metric, number, precision_curve, with_code
-from deris_llm.evaluation.page.stored import Evaluation, StoredAnswer
+from deris_llm.evaluation.page.stored import Evaluation
 from deris_llm.structures import ReferringRecord
 
 NUM_PAIRS = 24
@@ -26,8 +27,8 @@ NUM_PAIRS = 24
 class Pair:
     """Two answers to one phrase."""
 
-    ours: StoredAnswer
-    other: StoredAnswer
+    ours: Answer
+    other: Answer
     gain: float  # points of IoU that ours is better
 
     @property
@@ -215,16 +216,16 @@ def _figure(pair: Pair, record: ReferringRecord, protocol: str, labels: tuple[st
     )
 
 
-def _sure(answer: StoredAnswer) -> str:
+def _sure(answer: Answer) -> str:
     said = [f"best score {answer.top_scores[0]:.2f}"] if answer.top_scores else []
     return " · ".join(said + ([f"presence {answer.presence:.2f}"] if answer.presence is not None else []))
 
 
-def _ours(pair: Pair) -> StoredAnswer:
+def _ours(pair: Pair) -> Answer:
     return pair.ours
 
 
-def _other(pair: Pair) -> StoredAnswer:
+def _other(pair: Pair) -> Answer:
     return pair.other
 
 

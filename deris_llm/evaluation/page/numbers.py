@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.etree.ElementTree import Element
 
+from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.page.charts import NUM_SERIES, Line, Marker, line_chart, share_bar, value_bar
 from deris_llm.evaluation.page.html import Node, element, shortened
-from deris_llm.evaluation.page.stored import Evaluation, StoredAnswer, logged
+from deris_llm.evaluation.page.stored import Evaluation, logged
 from deris_llm.evaluation.report import (
     GRES_NOTE,
     NOTE,
@@ -301,7 +302,7 @@ def precision_charts(evaluation: Evaluation) -> list[Node]:
     ]
 
 
-def precision_curve(answers: Sequence[StoredAnswer], protocol: str) -> list[tuple[float, float]]:
+def precision_curve(answers: Sequence[Answer], protocol: str) -> list[tuple[float, float]]:
     """(x, percent of the answers whose IoU is at least x) for x from 0 to 1."""
     levels = [step / _CURVE_STEPS for step in range(_CURVE_STEPS + 1)]
     iou = [answer.iou[protocol] for answer in answers]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deris_llm.checkpoints.layout import BEST, TRAINER_STATE_FILE, newest_checkpoint
 from deris_llm.data.sources import read_split
+from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.calibration import Calibration
 from deris_llm.evaluation.report import read_report
 from deris_llm.evaluation.views import VIEWS_FILE, PhraseView, read_views
@@ -20,46 +21,12 @@ PREDICTIONS = "predictions"
 
 
 @dataclass(frozen=True)
-class StoredAnswer:
-    """One line of a predictions file."""
-
-    phrase_id: str
-    image: str  # file name of the picture
-    phrase: str
-    mask: dict[str, Any]  # COCO RLE at the original size
-    iou: dict[str, float]  # percent by protocol id; of a generalised dataset by quadrant (`gres_metrics`)
-    oracle_iou: dict[str, float]  # percent by protocol id, of the best query
-    top_scores: tuple[float, ...]  # descending
-    presence: float | None
-    has_target: bool
-    says_target: bool
-    image_id: str  # equal = the same picture; of files without it the picture's name
-
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> StoredAnswer:
-        """Reads what `PhrasePrediction.to_json` gives; what only a model knows may be missing."""
-        return cls(
-            phrase_id=str(found["phrase_id"]),
-            image=str(found["image"]),
-            phrase=str(found["phrase"]),
-            mask=dict(found["mask"]),
-            iou={str(name): float(value) for name, value in found["iou"].items()},
-            oracle_iou={str(name): float(value) for name, value in (found.get("oracle_iou") or {}).items()},
-            top_scores=tuple(float(score) for score in found.get("top_scores") or ()),
-            presence=None if found.get("presence") is None else float(found["presence"]),
-            has_target=bool(found.get("has_target", True)),
-            says_target=bool(found.get("says_target", True)),
-            image_id=str(found.get("image_id", found["image"])),
-        )
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """What is known of an evaluation; parts that are not there are empty."""
 
     folder: Path
     report: dict[str, Any]
-    answers: dict[str, list[StoredAnswer]] = field(default_factory=dict)  # by split
+    answers: dict[str, list[Answer]] = field(default_factory=dict)  # by split
     views: tuple[PhraseView, ...] = ()
     checkpoint: Path | None = None
     training: tuple[dict[str, Any], ...] = ()  # the run's log entries, in their order
@@ -120,7 +87,7 @@ def open_evaluation(folder: str | Path, checkpoint: str | Path | None = None) ->
     )
 
 
-def read_answers(path: Path) -> list[StoredAnswer]:
+def read_answers(path: Path) -> list[Answer]:
     """The lines of a predictions file.
 
     Raises:
@@ -130,8 +97,13 @@ def read_answers(path: Path) -> list[StoredAnswer]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
-                answers.append(StoredAnswer.from_json(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                answer = Answer.from_json(json.loads(line))
+                if not (answer.phrase_id and answer.image and answer.iou and isinstance(answer.mask, dict)):
+                    raise ValueError("not all of these are there")
+                if answer.says_target is None:  # written before phrases could name nothing
+                    answer = replace(answer, says_target=True)
+                answers.append(answer)
+            except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{path}:{number}: expected a prediction with phrase_id, image, phrase, mask and iou in JSON, got "
                     f"{line[:60]!r} ({type(error).__name__}: {error}): delete the file and evaluate again"
