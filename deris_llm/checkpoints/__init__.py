@@ -1,1 +1,1 @@
-"""Folders of weights and training state."""
+"""Checkpoint folders: their layout, saving, loading, fingerprints and the state of a run."""

@@ -1,6 +1,32 @@
-"""The files of a checkpoint: their names, which folder is one, and whether its files are as they were saved.
+"""The files of a checkpoint: their names, which folder holds one, and whether they are as they were saved.
 
-Needs neither torch nor transformers: commands check a folder here before they import anything large.
+A run writes folders ``checkpoint-STEP`` with
+
+    config.yaml             the complete run config
+    trainable.safetensors   every trainable parameter by name, float32 (under bf16 the optimizer's master weights)
+    base_weights.json       fingerprints of the weights that the frozen parameters came from
+    data.json               the training data: datasets, counts, hashes (`training.data_manifest`)
+    protocol.json           the run's evaluation protocols with all fields; the first one selects `best`
+    checksums.json          size and SHA-256 of each of these files, compared before any of them is used
+    optimizer.safetensors   ``exp_avg/NAME``, ``exp_avg_sq/NAME`` and, with AMSGrad, ``max_exp_avg_sq/NAME``, float32; the
+                            step is in its metadata
+    state.pt                scheduler, random states by rank, images per step
+    trainer_state.json      the Trainer's own state: step, epoch, log history, best metric
+
+and ``best`` with the first six and ``metrics.json``; `deris-llm eval --sweep` adds ``calibration.json``. Checkpoints of earlier
+versions may lack ``data.json``, ``protocol.json`` or ``checksums.json`` and are still read. These files do not depend on the ZeRO
+stage or the number of ranks. DeepSpeed's own format does: it also stores the frozen 15 GB, and its universal checkpoints mix
+up the rates of parameter groups (0.19.8).
+
+A *full* checkpoint needs no base weights. `deris-llm convert`, `merge` and `export --merge` write it:
+
+    config.yaml             the complete run config
+    model.safetensors       every parameter and saved buffer by name, frozen ones too
+    beit3.spm               the tokenizer, if the backend needs one of its own (it overrides `cognition.tokenizer`)
+    processor/cognition/    the base weights' small files: config.json, tokenizer, image processor
+    processor/perception/   config.json of the Mask2Former
+
+This module imports neither torch nor transformers, so that commands can check a folder before they import anything slow.
 """
 
 from __future__ import annotations
@@ -22,8 +48,8 @@ CONFIG_FILE = "config.yaml"
 TRAINABLE_FILE = "trainable.safetensors"
 MODEL_FILE = "model.safetensors"
 TOKENIZER_FILE = "beit3.spm"
-PROCESSOR_FOLDER = "processor"  # in it a folder of each part that reads files of its own, in Hugging Face form
-BASE_CHECKPOINT = "checkpoint"  # the part of `base_weights.json` that a run has instead of `weights` of its config
+PROCESSOR_FOLDER = "processor"
+BASE_CHECKPOINT = "checkpoint"  # key in `base_weights.json` of a run that started from a full checkpoint
 BASE_WEIGHTS_FILE = "base_weights.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.pt"
@@ -34,34 +60,34 @@ PROTOCOL_FILE = "protocol.json"
 CHECKSUMS_FILE = "checksums.json"
 BEST = "best"
 
-FILES_TO_GO_ON = (OPTIMIZER_FILE, STATE_FILE, TRAINER_STATE_FILE)
+FILES_TO_RESUME = (OPTIMIZER_FILE, STATE_FILE, TRAINER_STATE_FILE)
 _FILES_TO_USE = (
     CONFIG_FILE, TRAINABLE_FILE, MODEL_FILE, TOKENIZER_FILE, BASE_WEIGHTS_FILE, METRICS_FILE, DATA_FILE, PROTOCOL_FILE,
 )  # fmt: skip
 _PREFIX, _DAMAGED = "checkpoint-", "damaged-"
-_CHUNK = 1 << 26  # bytes that a thread hashes at a time
+_CHUNK = 1 << 26  # bytes that one thread hashes at a time
 
 
 class CheckpointError(ValueError):
-    """A checkpoint could not be written or read; what was there before is untouched."""
+    """A checkpoint could not be written or read. Existing files are untouched."""
 
 
 # -- folders of a run ------------------------------------------------------------------------------------------------
 
 
 def checkpoint_folder(output: Path, step: int) -> Path:
-    """The final name of the checkpoint of a step."""
+    """Returns the folder of the checkpoint of a step."""
     return output / f"{_PREFIX}{step}"
 
 
 def checkpoints_of(output: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; ``best`` is not among them."""
+    """Returns the complete checkpoints of a run, oldest first, without ``best``."""
     found = [path for path in output.glob(f"{_PREFIX}*") if path.is_dir() and path.name.removeprefix(_PREFIX).isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The complete checkpoint with the most steps, or None."""
+    """Returns the complete checkpoint with the most steps, or None."""
     found = checkpoints_of(output)
     return found[-1] if found else None
 
@@ -73,22 +99,22 @@ def keep_newest(output: Path, number: int) -> None:
 
 
 def newest_undamaged(output: Path) -> Path | None:
-    """The newest checkpoint to go on from, or None where there is none; damaged newer ones are renamed, not removed.
+    """Returns the newest checkpoint to resume from, or None. Newer, damaged ones are renamed, not removed.
 
     Raises:
-        CheckpointError: all are damaged; the message is that of the newest.
+        CheckpointError: all checkpoints are damaged; describes the newest.
     """
     damaged: list[tuple[Path, CheckpointError]] = []
     for folder in reversed(checkpoints_of(output)):
         try:
-            check_files(folder, to_go_on=True)
+            check_files(folder, to_resume=True)
         except CheckpointError as error:
             damaged.append((folder, error))
             continue
         for path, error in damaged:
             aside = _free_name(path.with_name(f"{_DAMAGED}{path.name}"))
             path.rename(aside)
-            logger.warning("%s\nIt is kept as %s; going on from %s, the one before", error, aside.name, folder.name)
+            logger.warning("%s\nIt is kept as %s; resuming from the previous one, %s", error, aside.name, folder.name)
         return folder
     if damaged:
         raise damaged[0][1]
@@ -131,7 +157,7 @@ def find_checkpoint(given: str | Path, overrides: Sequence[str] = ()) -> FoundCh
         best = folders.complete_copy(folder / BEST)
         inside = best if best.is_dir() else newest_checkpoint(folder)
         if inside is not None:
-            logger.info("%s is the folder of a run: taking its %s", folder, inside.name)
+            logger.info("%s is a run folder: using its %s", folder, inside.name)
             folder = inside
         else:
             folder = folders.complete_copy(folder)
@@ -156,19 +182,19 @@ def _downloaded(name: str) -> Path | None:
 
 
 def is_full(folder: Path) -> bool:
-    """Whether a checkpoint folder holds every tensor, not only the trained ones."""
+    """Returns whether a checkpoint holds all tensors, not only the trained ones."""
     return (folder / MODEL_FILE).is_file()
 
 
 def check_is_checkpoint(folder: Path, where: str = "") -> None:
-    """Refuses a folder that is no checkpoint of either kind, or a damaged one.
+    """Checks that a folder is a checkpoint of either kind and undamaged.
 
     Args:
-        folder: that somebody gave.
-        where: what named it, for the message.
+        folder: to check.
+        where: prefix of the message: the option or field that named the folder.
 
     Raises:
-        CheckpointError: says what is missing and, where one is inside, which folder was probably meant; or `check_files`.
+        CheckpointError: lists the missing files and suggests a checkpoint inside the folder; or see `check_files`.
     """
     wanted = (CONFIG_FILE,) if is_full(folder) else (CONFIG_FILE, TRAINABLE_FILE, BASE_WEIGHTS_FILE)
     absent = [name for name in wanted if not (folder / name).is_file()]
@@ -186,7 +212,7 @@ def check_is_checkpoint(folder: Path, where: str = "") -> None:
 
 
 def _content(folder: Path) -> str:
-    """What is at a path, for a message."""
+    """Describes what is at a path, for a message."""
     if not folder.is_dir():
         return "it: there is only a file of that name" if folder.exists() else "it: there is no such folder"
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
@@ -198,7 +224,7 @@ def _content(folder: Path) -> str:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes the sizes and hashes of a checkpoint's files into it; the last thing before the folder gets its name."""
+    """Writes the sizes and hashes of a checkpoint's files into it, after all other files."""
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
         for path in sorted(_checked_files(folder))
@@ -207,22 +233,22 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def check_files(folder: Path, where: str = "", *, to_go_on: bool = False) -> None:
-    """Refuses a checkpoint whose files are not as they were saved; one of an earlier version, without hashes, passes.
+def check_files(folder: Path, where: str = "", *, to_resume: bool = False) -> None:
+    """Checks that a checkpoint's files are as they were saved. A checkpoint without ``checksums.json`` passes.
 
     Args:
         folder: a checkpoint.
-        where: what named it, for the message.
-        to_go_on: whether the optimizer's files are needed too.
+        where: prefix of the message: the option or field that named the folder.
+        to_resume: whether the optimizer's files are needed too.
 
     Raises:
-        CheckpointError: names each file that is missing, cut off or changed, and what to do.
+        CheckpointError: names each file that is missing, truncated or changed.
     """
     path = folder / CHECKSUMS_FILE
     if not path.is_file():
-        if to_go_on and (absent := [name for name in FILES_TO_GO_ON if not (folder / name).is_file()]):
+        if to_resume and (absent := [name for name in FILES_TO_RESUME if not (folder / name).is_file()]):
             raise _damaged(folder, where, [f"no {name}" for name in absent])
-        if to_go_on:
+        if to_resume:
             read_json(folder / TRAINER_STATE_FILE)
         return
     try:
@@ -233,20 +259,20 @@ def check_files(folder: Path, where: str = "", *, to_go_on: bool = False) -> Non
         files, is_whole = {}, False
     if not is_whole:
         raise CheckpointError(
-            f"{where}{path}: expected the sizes and hashes of this checkpoint's files, got a damaged file. The others may be "
-            f"whole: take another checkpoint{_others(folder)}, or remove {CHECKSUMS_FILE} and they are used unchecked"
+            f"{where}{path}: expected the sizes and hashes of this checkpoint's files, got a damaged file. The other files may be "
+            f"intact: use another checkpoint{_others(folder)}, or remove {CHECKSUMS_FILE} to use them unchecked"
         )
-    needed = {name: entry for name, entry in files.items() if to_go_on or name not in FILES_TO_GO_ON}
+    needed = {name: entry for name, entry in files.items() if to_resume or name not in FILES_TO_RESUME}
     problems = [problem for name, entry in needed.items() if (problem := _problem(folder / name, name, entry))]
     if problems:
         raise _damaged(folder, where, problems)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file of a checkpoint, an object in all of them.
+    """Reads a JSON file of a checkpoint; every one holds an object.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: no such file, or not a JSON object.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -254,9 +280,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"expected an object, got {str(content)[:40]!r}")
         return content
     except (OSError, ValueError) as error:
-        reason = f"{path.stat().st_size:,} bytes that are no JSON ({error})" if path.is_file() else f"{error}"
+        reason = f"{path.stat().st_size:,} bytes that are not JSON ({error})" if path.is_file() else f"{error}"
         raise CheckpointError(
-            f"{path}: expected a JSON file of a checkpoint, got {reason}. Copy it again, or take another checkpoint"
+            f"{path}: expected a JSON file of a checkpoint, got {reason}. Copy it again, or use another checkpoint"
             f"{_others(path.parent)}"
         ) from error
 
@@ -266,18 +292,18 @@ def _problem(path: Path, name: str, entry: dict[str, Any]) -> str:
         return f"no {name}"
     if (size := path.stat().st_size) != entry["bytes"]:
         return f"{name} of {size:,} bytes, saved with {entry['bytes']:,}"
-    return "" if _digest(path) == entry["sha256"] else f"{name} with other bytes than were saved (sha256 differs)"
+    return "" if _digest(path) == entry["sha256"] else f"{name} with changed content (its sha256 differs)"
 
 
 def _damaged(folder: Path, where: str, problems: list[str]) -> CheckpointError:
     return CheckpointError(
         f"{where}{folder}: expected the files of a checkpoint as they were saved, got {'; '.join(problems)}. Copy these files "
-        f"again, or take another checkpoint{_others(folder)}. If you changed them knowingly, remove {folder / CHECKSUMS_FILE}"
+        f"again, or use another checkpoint{_others(folder)}. If you changed them on purpose, remove {folder / CHECKSUMS_FILE}"
     )
 
 
 def _others(folder: Path) -> str:
-    """The other checkpoints beside one, newest first, for a message."""
+    """Lists the sibling checkpoints, newest first, for a message."""
     others = [path.name for path in reversed(checkpoints_of(folder.parent)) if path != folder]
     if folder.name != BEST and (folder.parent / BEST).is_dir():
         others.append(BEST)
@@ -285,7 +311,7 @@ def _others(folder: Path) -> str:
 
 
 def _checked_files(folder: Path) -> Iterator[Path]:
-    for name in (*_FILES_TO_USE, *FILES_TO_GO_ON):
+    for name in (*_FILES_TO_USE, *FILES_TO_RESUME):
         if (folder / name).is_file():
             yield folder / name
     yield from (path for path in (folder / PROCESSOR_FOLDER).rglob("*") if path.is_file())
@@ -302,7 +328,7 @@ def _digest(path: Path) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _digest_of_state(path: Path, size: int, _modified_ns: int) -> str:
-    """SHA-256 of the SHA-256 of each 64 MiB of a file: several threads hash a file of 15 GB."""
+    """Returns the SHA-256 of the SHA-256 of each 64 MiB, so that several threads can hash a file of 15 GB."""
 
     def digest_of_chunk(start: int) -> bytes:
         with path.open("rb") as file:
@@ -314,14 +340,14 @@ def _digest_of_state(path: Path, size: int, _modified_ns: int) -> str:
 
 
 def interrupted_message(output: Path, step: int | None = None) -> str:
-    """What to say after Ctrl-C: where the run is, what is kept, and how it goes on.
+    """Returns the message after Ctrl-C: what is saved and how to resume.
 
     Args:
         output: folder of the run.
-        step: the last step that was done, where that is known.
+        step: the last finished step, if known.
     """
     newest = newest_checkpoint(output)
     at = "interrupted" if step is None else f"interrupted after step {step}"
     if newest is None:
-        return f"{at}: no checkpoint was saved yet (training.save_every, in steps); the same command starts again"
-    return f"{at}: the last checkpoint is {newest}; the same command goes on from there"
+        return f"{at}: no checkpoint was saved yet (training.save_every, in steps); the same command starts the run again"
+    return f"{at}: the last checkpoint is {newest}; the same command resumes from it"
