@@ -25,8 +25,9 @@ from typing import IO, Any, NoReturn
 
 from rich.console import Console
 
-from deris_llm.checkpoints.checkpoints import base_fingerprints, check_same_run
+from deris_llm.checkpoints.fingerprints import base_fingerprints
 from deris_llm.checkpoints.layout import BEST, CheckpointError, newest_checkpoint
+from deris_llm.checkpoints.same_run import check_same_run
 from deris_llm.common.version import __version__
 from deris_llm.config import RunConfig, config_to_dict, load_config
 from deris_llm.evaluation.report import report_table, update_report

@@ -349,5 +349,7 @@ def interrupted_message(output: Path, step: int | None = None) -> str:
     newest = newest_checkpoint(output)
     at = "interrupted" if step is None else f"interrupted after step {step}"
     if newest is None:
-        return f"{at}: no checkpoint was saved yet (training.save_every, in steps); the same command starts the run again"
+        return (
+            f"{at}: no checkpoint was saved yet (training.save_every, in steps); the same command starts the run again"
+        )
     return f"{at}: the last checkpoint is {newest}; the same command resumes from it"

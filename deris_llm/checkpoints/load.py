@@ -30,7 +30,7 @@ from deris_llm.checkpoints.layout import (
     is_full,
 )
 from deris_llm.checkpoints.same_run import differing_fields
-from deris_llm.config import RunConfig, load_config
+from deris_llm.config import Beit3Cognition, RunConfig, load_config
 from deris_llm.models.out_of_memory import explains_out_of_memory
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     config = load_config(folder / CONFIG_FILE, ["perception.deformable_attention=grid_sample", *overrides])
     base = folder if is_full(folder) else recorded_base_checkpoint(folder)
     if base is None:
-        own = folder / PROCESSOR_FOLDER / "cognition" / TOKENIZER_FILE  # of an exported run
-        return _with_field(config, "cognition.tokenizer", own) if not config.cognition.tokenizer else config
+        exported = folder / PROCESSOR_FOLDER / "cognition" / TOKENIZER_FILE
+        return _with_field(config, "cognition.tokenizer", exported) if _lacks_tokenizer(config) else config
     given = {text.partition("=")[0].strip() for text in overrides}
     return with_files_of(base, config, wins=base == folder, given=given)
 
@@ -113,12 +113,17 @@ def with_files_of(
         given: fields to leave unchanged.
     """
     found = {f"{part}.weights": folder / PROCESSOR_FOLDER / part for part in ("cognition", "perception")}
-    if wins or not config.cognition.tokenizer:
+    if _lacks_tokenizer(config) or (wins and isinstance(config.cognition, Beit3Cognition)):
         found["cognition.tokenizer"] = folder / TOKENIZER_FILE
     for name, path in found.items():
         if name not in given:
             config = _with_field(config, name, path)
     return config
+
+
+def _lacks_tokenizer(config: RunConfig) -> bool:
+    """Returns whether the backend needs a tokenizer file and the config names none."""
+    return isinstance(config.cognition, Beit3Cognition) and not config.cognition.tokenizer
 
 
 def _with_field(config: RunConfig, name: str, path: Path) -> RunConfig:

@@ -7,39 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from deris_llm.checkpoints.layout import CONFIG_FILE, CheckpointError
-from deris_llm.config import RunConfig, config_to_dict, load_config
-
-MAY_DIFFER = frozenset(
-    {
-        "name",
-        "data.root",
-        "data.check_images",
-        "data.num_workers",
-        "data.feature_cache",
-        "training.images_per_device",
-        "training.accumulation",
-        "training.eval_every",
-        "training.eval_max_images",
-        "training.save_every",
-        "training.keep_checkpoints",
-        "training.log_every",
-        "training.wandb",
-        "perception.activation_checkpointing",
-        "perception.deformable_attention",
-        "cognition.gradient_checkpointing",
-        "evaluation.images_per_device",
-        "evaluation.max_phrases_per_batch",
-        "evaluation.compare_workers",
-    }
-)
-"""Config fields that may change on resume. They do not change what is learned; images per step are checked separately."""
-
+from deris_llm.config import RunConfig, config_to_dict, fields_that_may_differ, load_config
 
 def check_same_run(folder: Path, config: RunConfig) -> None:
     """Checks that a checkpoint belongs to this run config.
 
     Raises:
-        CheckpointError: lists the fields that differ (except those of `MAY_DIFFER`) with both values.
+        CheckpointError: lists the fields that differ (except `fields_that_may_differ`) with both values.
     """
     fields = differing_fields(folder, config)
     if not fields:
@@ -60,13 +34,10 @@ def check_same_run(folder: Path, config: RunConfig) -> None:
 
 
 def differing_fields(folder: Path, config: RunConfig) -> list[tuple[str, Any, Any]]:
-    """Returns name, saved value and present value of each config field that differs from a checkpoint's (not `MAY_DIFFER`)."""
+    """Returns name, saved value and present value of each config field that differs from a checkpoint's and may not."""
     saved, now = _flat(config_to_dict(load_config(folder / CONFIG_FILE))), _flat(config_to_dict(config))
-    return [
-        (name, saved.get(name), value)
-        for name, value in now.items()
-        if saved.get(name) != value and name not in MAY_DIFFER
-    ]
+    names = now.keys() - fields_that_may_differ()
+    return [(name, saved.get(name), now[name]) for name in now if name in names and saved.get(name) != now[name]]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -37,7 +37,7 @@ from deris_llm.checkpoints.state import optimizer_moments, scheduler_state, trai
 from deris_llm.common.folders import link_or_copy, written_aside
 from deris_llm.common.hub import SMALL_FILES
 from deris_llm.common.ranks import on_first_rank
-from deris_llm.config import RunConfig, save_config
+from deris_llm.config import Beit3Cognition, RunConfig, save_config
 from deris_llm.config.protocols import protocols_of
 from deris_llm.models.pretrained import weights_folder
 
@@ -173,7 +173,7 @@ def _processor_files(config: RunConfig) -> dict[str, Path]:
         if part == "perception":
             kept = [folder / "config.json"]
         files |= {f"{PROCESSOR_FOLDER}/{part}/{path.name}": path for path in kept}
-    if config.cognition.tokenizer:
+    if isinstance(config.cognition, Beit3Cognition) and config.cognition.tokenizer:
         files[f"{PROCESSOR_FOLDER}/cognition/{TOKENIZER_FILE}"] = Path(config.cognition.tokenizer).expanduser()
     return files
 

@@ -339,7 +339,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     import torch
     from torch import distributed
 
-    from deris_llm.checkpoints.checkpoints import checkpoint_fingerprint
+    from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
     from deris_llm.common.ranks import OtherRankError
     from deris_llm.common.terminal import console
     from deris_llm.evaluation.calibration import calibrated_config, calibration_notes, threshold_source
@@ -431,7 +431,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
 def _model_to_evaluate(arguments: argparse.Namespace, device: torch.device) -> tuple[RunConfig, nn.Module]:
     from transformers import set_seed
 
-    from deris_llm.checkpoints.checkpoints import load_checkpoint
+    from deris_llm.checkpoints.load import load_checkpoint
     from deris_llm.config import load_config
     from deris_llm.models.deris import build_model
     from deris_llm.models.out_of_memory import explains_out_of_memory

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deris_llm.checkpoints.checkpoints import save_full_checkpoint
+from deris_llm.checkpoints.save import save_full_checkpoint
 from deris_llm.common.weight_files import WeightFileError, read_weight_file
 from deris_llm.config import RunConfig, load_config
 from deris_llm.interop import mask2former

@@ -13,13 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from deris_llm.checkpoints.checkpoints import (
-    checkpoint_config,
-    checkpoint_fingerprint,
-    files_beside_weights,
-    recorded_base_checkpoint,
-    weights_fingerprint,
-)
+from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint, recorded_base_checkpoint, weights_fingerprint
 from deris_llm.checkpoints.layout import (
     BASE_WEIGHTS_FILE,
     CONFIG_FILE,
@@ -32,6 +26,8 @@ from deris_llm.checkpoints.layout import (
     is_full,
     write_checksums,
 )
+from deris_llm.checkpoints.load import checkpoint_config
+from deris_llm.checkpoints.save import files_beside_weights
 from deris_llm.common.folders import check_new_folder, written_aside
 from deris_llm.common.version import __version__
 from deris_llm.config import Beit3Cognition, RunConfig, load_config, save_config

@@ -14,8 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import nn
 
-from deris_llm.checkpoints.checkpoints import files_beside_weights, load_checkpoint, save_full_checkpoint
 from deris_llm.checkpoints.layout import CONFIG_FILE, find_checkpoint
+from deris_llm.checkpoints.load import load_checkpoint
+from deris_llm.checkpoints.save import files_beside_weights, save_full_checkpoint
 from deris_llm.common.folders import check_new_folder
 from deris_llm.config import Beit3Cognition, RunConfig, config_from_dict, config_to_dict, load_config
 from deris_llm.models.cognition import build_processor

@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from deris_llm.checkpoints.checkpoints import checkpoint_config, checkpoint_fingerprint, load_checkpoint, with_files_of
+from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
 from deris_llm.checkpoints.layout import find_checkpoint
+from deris_llm.checkpoints.load import checkpoint_config, load_checkpoint, with_files_of
 from deris_llm.config import RunConfig
 from deris_llm.data.images import load_image, rgb_image
 from deris_llm.data.token_budget import split_phrases, token_counter

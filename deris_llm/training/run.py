@@ -23,9 +23,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from deris_llm.checkpoints import checkpoints
 from deris_llm.checkpoints import layout as checkpoint_folders
+from deris_llm.checkpoints.fingerprints import (
+    base_checkpoint,
+    base_fingerprints,
+    check_base_weights,
+    first_weights_folder,
+    recorded_base_checkpoint,
+)
 from deris_llm.checkpoints.layout import interrupted_message
+from deris_llm.checkpoints.load import load_checkpoint, restore_first_weights, restore_full_weights, with_files_of
+from deris_llm.checkpoints.same_run import check_same_run
+from deris_llm.checkpoints.state import trainable_tensors
 from deris_llm.common.error_file import ERROR_FILE, INTERRUPTED, leave_last_words
 from deris_llm.common.folders import check_writable, finish_replacements
 from deris_llm.common.ranks import OtherRankError, barrier, gathered, on_first_rank, rank, world_size
@@ -124,10 +133,8 @@ def train(
     )
     records = _evaluation_records(config)
     set_seed(config.training.seed)
-    base = (
-        checkpoints.base_checkpoint(config) if checkpoint is None else checkpoints.recorded_base_checkpoint(checkpoint)
-    )
-    used = config if base is None else checkpoints.with_files_of(base, config)
+    base = base_checkpoint(config) if checkpoint is None else recorded_base_checkpoint(checkpoint)
+    used = config if base is None else with_files_of(base, config)
     processor = build_processor(used)
     trained, evaluated = ", ".join(f"{name}/train" for name in config.data.train), config.training.eval_split
     _check_phrases(config, processor, {trained: mix.records, evaluated: records}, data)
@@ -135,12 +142,12 @@ def train(
     with explains_out_of_memory(config, loading=True):
         model = build_model(used, weights=base is None)
         if checkpoint is None:
-            checkpoints.restore_first_weights(model, config)
+            restore_first_weights(model, config)
         else:
-            checkpoints.check_base_weights(checkpoint, config)
+            check_base_weights(checkpoint, config)
             if base is not None:
-                checkpoints.restore_full_weights(model, base)
-    on_first_rank(lambda: checkpoints.fingerprints_of_run(config))  # now: its folders may be gone at the first save
+                restore_full_weights(model, base)
+    on_first_rank(lambda: base_fingerprints(config))  # now: its folders may be gone at the first save
     loader = train_loader(config, group_by_image(mix.records), processor, rank=rank(), world_size=world_size())
     on_first_rank(lambda: save_config(config, output / checkpoint_folders.CONFIG_FILE))
     on_first_rank(lambda: write_data_manifest(output, data))
@@ -176,7 +183,7 @@ def train(
     assert newest is not None, "the Trainer saves at its last step"
     result = _result(newest)
     if fast_dev_run:
-        saved = checkpoints.trainable_tensors(model)
+        saved = trainable_tensors(model)
         del trainer, model
         metrics = _reloaded(newest, config, records, processor, arguments.device, saved)
         result = dataclasses.replace(result, metrics=metrics)
@@ -322,7 +329,7 @@ def check_start(
         check_writable(output / FAST_DEV_RUN, "--output")
     elif _resume_from(config, output, resume) is not None:
         return
-    if checkpoints.base_checkpoint(config) is None:
+    if base_checkpoint(config) is None:
         from deris_llm.models.deris import check_weight_files  # brings transformers, for which no other check waits
 
         check_weight_files(config)
@@ -330,7 +337,7 @@ def check_start(
 
 def _resume_from(config: RunConfig, output: Path, resume: str) -> Path | None:
     """The checkpoint to go on from, checked, or None for a new run; `training.start_from` is checked in both cases."""
-    checkpoints.first_weights_folder(config)
+    first_weights_folder(config)
     check_writable(output, "--output")
     finish_replacements(output)
     newest = checkpoint_folders.newest_checkpoint(output)
@@ -349,9 +356,9 @@ def _resume_from(config: RunConfig, output: Path, resume: str) -> Path | None:
                 f"--resume {resume}: expected `auto`, `never` or a folder checkpoint-STEP of a run, got a path without "
                 f"{checkpoint_folders.STATE_FILE} (`best` holds no optimizer state)"
             )
-        checkpoint_folders.check_files(checkpoint, "--resume ", to_go_on=True)
+        checkpoint_folders.check_files(checkpoint, "--resume ", to_resume=True)
     if checkpoint is not None:
-        checkpoints.check_same_run(checkpoint, config)
+        check_same_run(checkpoint, config)
         logger.info("going on from %s", checkpoint)
     return checkpoint
 
@@ -479,7 +486,7 @@ def _reloaded(
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config  # noqa: PLC0415
 
     unset_hf_deepspeed_config()  # a model for use is not partitioned
-    _, model = checkpoints.load_checkpoint(folder, device, allow_module=True)  # our own
+    _, model = load_checkpoint(folder, device, allow_module=True)  # our own
     if saved:  # rank 0
         loaded = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         differ = [

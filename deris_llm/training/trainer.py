@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import resource
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from deris_llm.checkpoints import checkpoints
 from deris_llm.checkpoints import layout as checkpoint_folders
+from deris_llm.checkpoints.load import restore_weights
+from deris_llm.checkpoints.save import save_training_state, save_weights, update_trainer_state
+from deris_llm.checkpoints.state import base_optimizer, restore_random_state, restore_training_state
 from deris_llm.common.ranks import any_rank, gathered, on_first_rank, rank, reduced, world_size
 from deris_llm.config import RunConfig
 from deris_llm.data.loaders import TrainingLoader
@@ -239,7 +242,7 @@ class DerisTrainer(Trainer):
         if "loss" in logs:
             logs.pop("learning_rate", None)
             logs.update(self._meter.numbers(self.args.device))
-            groups = checkpoints.base_optimizer(self.optimizer).param_groups
+            groups = base_optimizer(self.optimizer).param_groups
             rates = {group["name"].partition("/")[0]: group["lr"] for group in groups}
             logs.update({f"learning_rate/{name}": float(rate) for name, rate in rates.items()})
         super().log(logs, start_time)
@@ -258,11 +261,11 @@ class DerisTrainer(Trainer):
                 self.state.best_metric = number
                 self.state.best_global_step = self.state.global_step
                 saved = {"step": self.state.global_step, "split": self.config.training.eval_split, **numbers}
-                checkpoints.save_weights(self.output / checkpoint_folders.BEST, self.deris, self.config, saved)
-            state = checkpoints.plain_state(self.state)
+                save_weights(self.output / checkpoint_folders.BEST, self.deris, self.config, saved)
+            state = dataclasses.asdict(self.state)
             folder = checkpoint_folders.checkpoint_folder(self.output, self.state.global_step)
             if folder.is_dir():  # not where a checkpoint of another folder was resumed and is evaluated first
-                on_first_rank(lambda: checkpoints.update_trainer_state(folder, state))
+                on_first_rank(lambda: update_trainer_state(folder, state))
         return metrics
 
     # -- checkpoints
@@ -286,8 +289,8 @@ class DerisTrainer(Trainer):
         with self._meter.paused():
             folder = checkpoint_folders.checkpoint_folder(self.output, self.state.global_step)
             optimizer, schedule = self._optimizer_and_schedule()
-            state = checkpoints.plain_state(self.state)
-            checkpoints.save_training_state(folder, self.deris, optimizer, schedule, self.config, state)
+            state = dataclasses.asdict(self.state)
+            save_training_state(folder, self.deris, optimizer, schedule, self.config, state)
             on_first_rank(lambda: checkpoint_folders.keep_newest(self.output, self.config.training.keep_checkpoints))
             logger.info("saved %s", folder)
 
@@ -296,7 +299,7 @@ class DerisTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if resume_from_checkpoint is not None:
-            checkpoints.restore_weights(self.deris, Path(resume_from_checkpoint))
+            restore_weights(self.deris, Path(resume_from_checkpoint))
         dtypes = {name: buffer.dtype for name, buffer in self.deris.named_buffers()}
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         cast = [name for name, buffer in self.deris.named_buffers() if buffer.dtype != dtypes[name]]
@@ -306,9 +309,7 @@ class DerisTrainer(Trainer):
             )
         if resume_from_checkpoint is not None:
             optimizer, schedule = self._optimizer_and_schedule()
-            checkpoints.restore_training_state(
-                Path(resume_from_checkpoint), self.deris, optimizer, schedule, self.config
-            )
+            restore_training_state(Path(resume_from_checkpoint), self.deris, optimizer, schedule, self.config)
         self._meter = _Meter()
         return prepared
 
@@ -319,7 +320,7 @@ class DerisTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            checkpoints.restore_random_state(Path(checkpoint))
+            restore_random_state(Path(checkpoint))
 
 
 def selecting_number(numbers: Mapping[str, float]) -> float | None:

@@ -25,7 +25,7 @@ from _bench import bench_console
 from rich.table import Column, Table
 from torch import Tensor
 
-from deris_llm.checkpoints.checkpoints import load_checkpoint
+from deris_llm.checkpoints.load import load_checkpoint
 from deris_llm.config import RunConfig, load_config
 from deris_llm.data.collate import ReferringCollator
 from deris_llm.data.dataset import ImageGroup, group_by_image

@@ -15,7 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from safetensors import safe_open
 from torch import Tensor
 
-from deris_llm.checkpoints.checkpoints import base_fingerprints
+from deris_llm.checkpoints.fingerprints import base_fingerprints
 from deris_llm.common import hub
 from deris_llm.models.cognition import build_processor, resolve_backend
 from deris_llm.models.deris import build_model

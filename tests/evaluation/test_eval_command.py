@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deris_llm.checkpoints.checkpoints import checkpoint_fingerprint, save_full_checkpoint
+from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
+from deris_llm.checkpoints.save import save_full_checkpoint
 from deris_llm.cli.main import main
 from deris_llm.cli.main import main as cli
 from deris_llm.common.error_file import QUIET

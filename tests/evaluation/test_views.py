@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from deris_llm.checkpoints.checkpoints import save_full_checkpoint
+from deris_llm.checkpoints.save import save_full_checkpoint
 from deris_llm.cli.main import main
 from deris_llm.config import RunConfig
 from deris_llm.data.masks import decode_segmentation

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from deris_llm.checkpoints.checkpoints import load_checkpoint
+from deris_llm.checkpoints.load import load_checkpoint
 from deris_llm.common.weight_files import WeightFileError
 from deris_llm.config import RunConfig, load_config
 from deris_llm.interop.deris import convert, rename, targets_of, unused_reason

@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from deris_llm.checkpoints import checkpoints
+from deris_llm.checkpoints.load import checkpoint_config, load_checkpoint
+from deris_llm.checkpoints.same_run import check_same_run
+from deris_llm.checkpoints.save import save_weights
 from deris_llm.cli.main import main
 from deris_llm.common.error_file import ERROR_FILE, last_words, leave_last_words
 from deris_llm.config import config_names, load_config
@@ -68,7 +70,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def checkpoint(overrides: list[str], tmp_path: Path) -> Path:
     config = tiny_config(*overrides)
-    checkpoints.save_weights(tmp_path / "run" / "best", build_model(config).eval(), config, {})
+    save_weights(tmp_path / "run" / "best", build_model(config).eval(), config, {})
     return tmp_path / "run" / "best"
 
 
@@ -154,8 +156,8 @@ def test_an_evaluation_in_training_that_does_not_fit_leaves_a_whole_checkpoint(
     there = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert there == ["checkpoint-1", "checkpoint-2", "config.yaml", "data.json", "tensorboard"]  # saved, then evaluated
     lower = tiny_config(*overrides, "evaluation.max_phrases_per_batch=80", "evaluation.images_per_device=8")
-    checkpoints.check_same_run(tmp_path / "run" / "checkpoint-1", lower)  # the run may go on with what it was told
-    assert checkpoints.load_checkpoint(tmp_path / "run" / "checkpoint-1")[0].evaluation.images_per_device == 16
+    check_same_run(tmp_path / "run" / "checkpoint-1", lower)  # the run may go on with what it was told
+    assert load_checkpoint(tmp_path / "run" / "checkpoint-1")[0].evaluation.images_per_device == 16
 
 
 @ON_CPU
@@ -198,7 +200,7 @@ def test_a_picture_that_does_not_fit(checkpoint: Path, tmp_path: Path, capsys: p
 
 
 def test_a_model_that_does_not_fit(checkpoint: Path) -> None:
-    config = checkpoints.checkpoint_config(checkpoint)
+    config = checkpoint_config(checkpoint)
     with pytest.raises(DoesNotFitError) as caught, explains_out_of_memory(config, loading=True):
         torch.empty(2**50)
     told = str(caught.value)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from deris_llm.checkpoints.checkpoints import moment_names
+from deris_llm.checkpoints.state import moment_names
 from deris_llm.config import load_config
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.losses.criterion import build_criterion

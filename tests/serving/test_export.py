@@ -7,8 +7,9 @@ import pytest
 import safetensors.torch
 import yaml
 
-from deris_llm.checkpoints.checkpoints import checkpoint_fingerprint, save_full_checkpoint, save_weights
+from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
 from deris_llm.checkpoints.layout import CheckpointError
+from deris_llm.checkpoints.save import save_full_checkpoint, save_weights
 from deris_llm.cli.main import main
 from deris_llm.config import load_config
 from deris_llm.data.mix import training_mix

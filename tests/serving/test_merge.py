@@ -8,8 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from deris_llm.checkpoints import checkpoints
-from deris_llm.checkpoints.checkpoints import load_checkpoint, save_full_checkpoint, save_weights
+from deris_llm.checkpoints.fingerprints import base_checkpoint
+from deris_llm.checkpoints.load import load_checkpoint, restore_first_weights, with_files_of
+from deris_llm.checkpoints.save import save_full_checkpoint, save_weights
 from deris_llm.cli.main import main
 from deris_llm.config import load_config
 from deris_llm.models.cognition import build_processor
@@ -180,11 +181,11 @@ def test_a_run_starts_from_it_with_lora_of_its_own(merged, config, model, weight
     start = tiny_config(
         *tiny_weights(weights), "cognition.weights=no/such-weights", f"training.start_from={merged}", "training.seed=1"
     )
-    base = checkpoints.base_checkpoint(start)
+    base = base_checkpoint(start)
     assert base == merged
-    used = checkpoints.with_files_of(base, start)
+    used = with_files_of(base, start)
     fresh = build_model(used, weights=False).eval()
-    checkpoints.restore_first_weights(fresh, start)
+    restore_first_weights(fresh, start)
     batch = synthetic_batch(used, processor=build_processor(used))
     with torch.no_grad():
         assert max(differences(fresh(batch), model(batch))) < 1e-5  # its LoRA starts with B = 0

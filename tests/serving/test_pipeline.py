@@ -13,8 +13,9 @@ from PIL import Image
 
 import deris_llm
 from deris_llm import DerisPipeline
-from deris_llm.checkpoints.checkpoints import checkpoint_fingerprint, save_full_checkpoint, save_weights
+from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
 from deris_llm.checkpoints.layout import CheckpointError, find_checkpoint
+from deris_llm.checkpoints.save import save_full_checkpoint, save_weights
 from deris_llm.config import save_config
 from deris_llm.models.deris import build_model
 from deris_llm.serving.pipeline import as_picture

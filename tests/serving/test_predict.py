@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from deris_llm.checkpoints.checkpoints import checkpoint_fingerprint, save_weights
+from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
+from deris_llm.checkpoints.save import save_weights
 from deris_llm.cli.main import main
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.evaluation.boxes import boxes_of_masks

@@ -7,8 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from deris_llm.checkpoints.checkpoints import load_checkpoint, save_full_checkpoint
 from deris_llm.checkpoints.layout import CheckpointError
+from deris_llm.checkpoints.load import load_checkpoint
+from deris_llm.checkpoints.save import save_full_checkpoint
 from deris_llm.config import load_config
 from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_beit3, tiny_config

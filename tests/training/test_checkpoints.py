@@ -10,12 +10,20 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from deris_llm.checkpoints import checkpoints
 from deris_llm.checkpoints import layout as checkpoint_folders
-from deris_llm.checkpoints.checkpoints import load_checkpoint, recorded_base_checkpoint, save_weights
+from deris_llm.checkpoints.fingerprints import (
+    base_fingerprints,
+    file_digest,
+    recorded_base_checkpoint,
+    weights_fingerprint,
+)
 from deris_llm.checkpoints.layout import CheckpointError
+from deris_llm.checkpoints.load import checkpoint_config, load_checkpoint
+from deris_llm.checkpoints.same_run import MAY_DIFFER, _flat, check_same_run
+from deris_llm.checkpoints.save import save_weights
 from deris_llm.cli.main import main
 from deris_llm.common.folders import FolderError, finish_replacements, written_aside
+from deris_llm.config import config_to_dict
 from deris_llm.data.mix import training_mix
 from deris_llm.models.deris import build_model
 from deris_llm.testing import synthetic_batch, tiny_config
@@ -42,7 +50,7 @@ def saved(config, model, tmp_path_factory):
 
 @pytest.fixture
 def copy(saved, tmp_path):
-    """For tests that change files knowingly: without hashes."""
+    """For tests that change files on purpose: without hashes."""
     return shutil.copytree(saved, tmp_path / "best", ignore=shutil.ignore_patterns("checksums.json"))
 
 
@@ -86,7 +94,7 @@ def test_other_base_weights_are_refused_with_both_fingerprints(copy, config):
     (copy / "base_weights.json").write_text(json.dumps(prints))
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(copy)
-    ours = checkpoints.base_fingerprints(config)["perception"]
+    ours = base_fingerprints(config)["perception"]
     assert (
         f"expected the base weights it was trained on (base_weights.json), got other files for perception: {ours['weights']} has "
         f"fingerprint {ours['files']['model.safetensors'][:12]}, it was trained on {ours['weights']} with {'0' * 12}."
@@ -101,10 +109,10 @@ def test_base_weights_may_lie_elsewhere(copy, config, tmp_path):
 
 def test_a_fingerprint_of_several_files_does_not_depend_on_their_order():
     files = {"b.safetensors": "1" * 64, "a.safetensors": "2" * 64}
-    together = checkpoints.weights_fingerprint(files)
-    assert together == checkpoints.weights_fingerprint(dict(sorted(files.items())))
+    together = weights_fingerprint(files)
+    assert together == weights_fingerprint(dict(sorted(files.items())))
     assert len(together) == 12
-    assert together != checkpoints.weights_fingerprint({"a.safetensors": "2" * 64})
+    assert together != weights_fingerprint({"a.safetensors": "2" * 64})
 
 
 def test_the_protocols_of_the_run_lie_beside_the_weights(saved):
@@ -157,7 +165,7 @@ def test_fingerprint_changes_with_one_changed_weight(tmp_path):
     tensor = torch.zeros(1 << 22)
     safetensors.torch.save_file({"w": tensor}, tmp_path / "a.safetensors")
     safetensors.torch.save_file({"w": tensor + 1e-3}, tmp_path / "b.safetensors")
-    a, again, b = (checkpoints.file_digest(tmp_path / f"{name}.safetensors") for name in ("a", "a", "b"))
+    a, again, b = (file_digest(tmp_path / f"{name}.safetensors") for name in ("a", "a", "b"))
     assert a == again != b
 
 
@@ -229,14 +237,14 @@ def test_another_config_is_refused_with_the_fields(saved, run_overrides):
         *run_overrides, "training.seed=7", "loopback.rounds=2", "training.log_every=3", "data.num_workers=1"
     )
     with pytest.raises(CheckpointError) as caught:
-        checkpoints.check_same_run(saved, other)
+        check_same_run(saved, other)
     assert "2 fields differ" in str(caught.value)
     assert "loopback.rounds: 3 there, 2 now" in str(caught.value)
     assert "training.seed: 42 there, 7 now" in str(caught.value)
 
 
 def test_fields_that_may_differ_exist(config):
-    assert set(checkpoints._flat(checkpoints.config_to_dict(config))) >= checkpoints.MAY_DIFFER
+    assert set(_flat(config_to_dict(config))) >= MAY_DIFFER
 
 
 def test_a_checkpoint_cannot_name_code_to_import(copy):
@@ -250,10 +258,10 @@ def test_a_checkpoint_cannot_ask_for_downloaded_kernels(copy, config):
     asking = dataclasses.replace(
         config, perception=dataclasses.replace(config.perception, deformable_attention="hub_kernel")
     )
-    checkpoints.save_weights(copy, build_model(config), asking, {})
+    save_weights(copy, build_model(config), asking, {})
     assert "hub_kernel" in (copy / checkpoint_folders.CONFIG_FILE).read_text()
-    assert checkpoints.checkpoint_config(copy).perception.deformable_attention == "grid_sample"
-    asked = checkpoints.checkpoint_config(copy, ["perception.deformable_attention=hub_kernel"])
+    assert checkpoint_config(copy).perception.deformable_attention == "grid_sample"
+    asked = checkpoint_config(copy, ["perception.deformable_attention=hub_kernel"])
     assert asked.perception.deformable_attention == "hub_kernel"
 
 
@@ -262,7 +270,7 @@ def test_a_checkpoint_cannot_ask_for_downloaded_kernels(copy, config):
     [
         (
             "[]",
-            r"base_weights.json: expected a JSON file of a checkpoint, got 2 bytes that are no JSON \(expected an object, got '\[\]'",
+            r"base_weights.json: expected a JSON file of a checkpoint, got 2 bytes that are not JSON \(expected an object, got '\[\]'",
         ),
         (
             '{"base_checkpoint": "elsewhere"}',

@@ -11,9 +11,11 @@ import safetensors.torch
 import torch
 from sentencepiece import SentencePieceTrainer
 
-from deris_llm.checkpoints import checkpoints
-from deris_llm.checkpoints.checkpoints import load_checkpoint, save_full_checkpoint, save_weights
+from deris_llm.checkpoints import fingerprints
+from deris_llm.checkpoints.fingerprints import base_checkpoint, base_fingerprints
 from deris_llm.checkpoints.layout import CheckpointError
+from deris_llm.checkpoints.load import checkpoint_config, load_checkpoint, restore_first_weights
+from deris_llm.checkpoints.save import save_full_checkpoint, save_weights
 from deris_llm.cli.main import main
 from deris_llm.common.folders import FolderError, written_aside
 from deris_llm.config import load_config, save_config
@@ -64,7 +66,7 @@ def full(config, model, tmp_path_factory):
 
 @pytest.fixture
 def copy(full, tmp_path):
-    """For tests that change files knowingly: without hashes."""
+    """For tests that change files on purpose: without hashes."""
     return shutil.copytree(full, tmp_path / "copy", ignore=shutil.ignore_patterns("checksums.json"))
 
 
@@ -84,7 +86,7 @@ def same_state(model, reference, *, but_for=lambda name: False):
 
 
 def test_a_full_checkpoint_needs_no_base_weights(full, config, model, monkeypatch):
-    monkeypatch.setattr(checkpoints, "base_fingerprints", None)
+    monkeypatch.setattr(fingerprints, "_fingerprint", None)
     for weights in (config.cognition.weights, config.perception.weights):
         for path in Path(weights).glob("*.safetensors"):
             path.rename(path.with_suffix(".away"))
@@ -137,7 +139,7 @@ def test_at_most_ten_names_are_listed(copy):
 def test_a_broken_file_is_a_clear_error(copy):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"expected a safetensors file, got .*copy it again"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: expected a safetensors file, got "):
         load_checkpoint(copy)
 
 
@@ -155,11 +157,11 @@ def test_disk_full_is_a_clear_error_and_leaves_the_old_folder_whole(copy, config
 
 
 def test_the_tokenizer_in_the_folder_wins_but_not_over_the_command_line(copy):
-    assert checkpoints.checkpoint_config(copy).cognition.tokenizer == str(copy / "beit3.spm")
-    said = checkpoints.checkpoint_config(copy, ["cognition.backend=beit3", "cognition.tokenizer=mine.spm"])
+    assert checkpoint_config(copy).cognition.tokenizer == str(copy / "beit3.spm")
+    said = checkpoint_config(copy, ["cognition.backend=beit3", "cognition.tokenizer=mine.spm"])
     assert said.cognition.tokenizer == "mine.spm"
     (copy / "beit3.spm").unlink()
-    assert checkpoints.checkpoint_config(copy).cognition.tokenizer == ""
+    assert checkpoint_config(copy).cognition.tokenizer == ""
 
 
 def test_eval_reads_a_full_checkpoint(full, tmp_path):
@@ -201,7 +203,7 @@ def test_a_run_starts_from_a_full_checkpoint(full, started, model):
 def test_before_its_first_step_it_is_the_checkpoint(full, overrides, model):
     config = tiny_config(*overrides, f"training.start_from={full}")
     fresh = build_model(config, weights=False)
-    checkpoints.restore_first_weights(fresh, config)
+    restore_first_weights(fresh, config)
     assert same_state(fresh, model)
 
 
@@ -260,7 +262,9 @@ def test_a_damaged_base_is_named(full, started, tmp_path):
         byte = file.read(1)[0]
         file.seek(-1, 1)
         file.write(bytes([byte ^ 1]))
-    with pytest.raises(CheckpointError, match=r"which stands on .*moved: .* got model\.safetensors with other bytes"):
+    with pytest.raises(
+        CheckpointError, match=r"which builds on .*moved: .* got model\.safetensors with changed content"
+    ):
         load_checkpoint(checkpoint)
 
 
@@ -269,11 +273,11 @@ def test_starting_from_a_run_on_hub_weights(config, overrides, tmp_path):
     first = build_model(config)
     save_weights(tmp_path / "best", first, config, {})
     start = tiny_config(*overrides, f"training.start_from={tmp_path / 'best'}")
-    assert checkpoints.base_checkpoint(start) is None
-    assert checkpoints.base_fingerprints(start) == checkpoints.base_fingerprints(config)
+    assert base_checkpoint(start) is None
+    assert base_fingerprints(start) == base_fingerprints(config)
     second = build_model(start)
     assert not same_state(second, first)
-    checkpoints.restore_first_weights(second, start)
+    restore_first_weights(second, start)
     assert same_state(second, first)
 
 
@@ -285,7 +289,7 @@ def test_starting_from_a_run_on_other_hub_weights_is_refused(config, model, over
     (tmp_path / "best" / "checksums.json").unlink()
     start = tiny_config(*overrides, f"training.start_from={tmp_path / 'best'}")
     with pytest.raises(CheckpointError, match=r"expected the base weights it was trained on .*cognition"):
-        checkpoints.restore_first_weights(build_model(start), start)
+        restore_first_weights(build_model(start), start)
 
 
 def test_starting_with_another_model_names_what_differs(full, overrides):
@@ -295,7 +299,7 @@ def test_starting_with_another_model_names_what_differs(full, overrides):
     ):
         config = tiny_config(*overrides, f"training.start_from={full}", change)
         with pytest.raises(CheckpointError) as caught:
-            checkpoints.restore_first_weights(build_model(config, weights=False), config)
+            restore_first_weights(build_model(config, weights=False), config)
         assert said in str(caught.value)
 
 
@@ -303,7 +307,7 @@ def test_starting_with_another_reading_of_the_weights_is_said(full, overrides, c
     config = tiny_config(*overrides, f"training.start_from={full}", "cognition.text_features=last")
     model = build_model(config, weights=False)
     with caplog.at_level(logging.WARNING):
-        checkpoints.restore_first_weights(model, config)
+        restore_first_weights(model, config)
     said = [record.getMessage() for record in caplog.records if "start_from" in record.getMessage()]
     assert len(said) == 1
     assert said[0].endswith("cognition.text_features: 'phrase_and_after' there, 'last' now")
@@ -330,7 +334,7 @@ def test_beit3_from_a_full_checkpoint_reads_only_that_folder(tmp_path, monkeypat
         save_config(load_config("deris-b-refcoco"), partial / "config.yaml")
         shutil.copyfile(tmp_path / "tiny.model", partial / "beit3.spm")
         (partial / "model.safetensors").write_bytes(safetensors.torch.save({}))  # not read here
-    config = checkpoints.checkpoint_config(folder)
+    config = checkpoint_config(folder)
     assert not Path(config.cognition.weights).exists()
     inputs = build_processor(config)(synthetic_images(1), ["the red circle"], [0])
     assert inputs.pixel_values.shape == (1, 3, 224, 224)

@@ -166,11 +166,11 @@ def test_of_several_ranks_the_first_one_speaks(tmp_path, monkeypatch):
 
 def test_an_interruption_says_where_the_run_is(tmp_path):
     assert interrupted_message(tmp_path, 3) == (
-        "interrupted after step 3: no checkpoint was saved yet (training.save_every, in steps); the same command starts again"
+        "interrupted after step 3: no checkpoint was saved yet (training.save_every, in steps); the same command starts the run again"
     )
     (tmp_path / "checkpoint-20").mkdir()
     assert interrupted_message(tmp_path, 37) == (
-        f"interrupted after step 37: the last checkpoint is {tmp_path / 'checkpoint-20'}; the same command goes on from there"
+        f"interrupted after step 37: the last checkpoint is {tmp_path / 'checkpoint-20'}; the same command resumes from it"
     )
 
 

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from deris_llm.checkpoints.checkpoints import load_checkpoint, read_state
 from deris_llm.checkpoints.layout import (
-    FILES_TO_GO_ON,
+    FILES_TO_RESUME,
     CheckpointError,
     check_files,
     find_checkpoint,
     newest_undamaged,
 )
+from deris_llm.checkpoints.load import load_checkpoint
+from deris_llm.checkpoints.state import read_state
 from deris_llm.cli.main import main
 from deris_llm.config import load_config
 from deris_llm.data.mix import training_mix
@@ -109,13 +110,13 @@ def test_every_damaged_file_is_named_and_the_checkpoint_before_is_taken(trained,
         assert newest_undamaged(output) == newest
         return
     with pytest.raises(CheckpointError) as caught:
-        check_files(newest, "--resume ", to_go_on=True)
+        check_files(newest, "--resume ", to_resume=True)
     said = str(caught.value)
     assert said.startswith(f"--resume {newest}")
     assert name in said
     assert "(beside it: checkpoint-2, best)" in said
     assert "\n" not in said
-    is_needed = name not in FILES_TO_GO_ON
+    is_needed = name not in FILES_TO_RESUME
     if is_needed:
         with pytest.raises(CheckpointError, match=name):
             find_checkpoint(newest)  # what eval, predict, export and start_from ask
@@ -123,7 +124,7 @@ def test_every_damaged_file_is_named_and_the_checkpoint_before_is_taken(trained,
         assert find_checkpoint(newest).folder == newest
     assert newest_undamaged(output) == output / "checkpoint-2"
     assert (output / "damaged-checkpoint-4").is_dir()  # kept, for who can repair it
-    assert "going on from checkpoint-2, the one before" in caplog.text
+    assert "resuming from the previous one, checkpoint-2" in caplog.text
 
 
 def test_all_checkpoints_damaged_is_an_error_and_nothing_is_renamed(trained, tmp_path):

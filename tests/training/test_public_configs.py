@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deris_llm.checkpoints.checkpoints import load_checkpoint
+from deris_llm.checkpoints.load import load_checkpoint
 from deris_llm.config import ConversionConfig, TrainingConfig, load_config
 from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_beit3

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from deris_llm.checkpoints.checkpoints import load_checkpoint
+from deris_llm.checkpoints.load import load_checkpoint
 from deris_llm.config import load_config
 from deris_llm.training.run import train
 

@@ -139,8 +139,8 @@ def look_inside(
     """
     import torch  # noqa: PLC0415
 
-    from deris_llm.checkpoints.checkpoints import load_checkpoint  # noqa: PLC0415
     from deris_llm.checkpoints.layout import find_checkpoint  # noqa: PLC0415
+    from deris_llm.checkpoints.load import load_checkpoint  # noqa: PLC0415
     from deris_llm.models.cognition import build_processor  # noqa: PLC0415 - only who looks inside waits for transformers
     from deris_llm.models.cpu_inference import for_cpu_inference  # noqa: PLC0415
 

@@ -23,7 +23,7 @@ from deris_llm.models.cognition import build_processor, resolve_backend
 from deris_llm.config import load_config
 from deris_llm.planning.plan import plan_run
 from deris_llm.testing import check_cognition_backend
-from deris_llm.checkpoints.checkpoints import load_checkpoint
+from deris_llm.checkpoints.load import load_checkpoint
 from deris_llm.training.run import train
 
 folder, overrides = Path(sys.argv[1]), sys.argv[2:]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from deris_llm.checkpoints.checkpoints import load_checkpoint, save_weights
+from deris_llm.checkpoints.load import load_checkpoint
+from deris_llm.checkpoints.save import save_weights
 from deris_llm.config import ConfigError
 from deris_llm.models import pretrained as weights
 from deris_llm.models.deris import Deris, build_model, trainable_names
