@@ -9,6 +9,7 @@ from typing import Any
 from deris_llm.checkpoints.layout import CONFIG_FILE, CheckpointError
 from deris_llm.config import RunConfig, config_to_dict, fields_that_may_differ, load_config
 
+
 def check_same_run(folder: Path, config: RunConfig) -> None:
     """Checks that a checkpoint belongs to this run config.
 
