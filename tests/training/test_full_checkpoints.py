@@ -18,7 +18,7 @@ from deris_llm.checkpoints.load import checkpoint_config, load_checkpoint, resto
 from deris_llm.checkpoints.save import save_full_checkpoint, save_weights
 from deris_llm.cli.main import main
 from deris_llm.common.folders import FolderError, written_aside
-from deris_llm.config import load_config, save_config
+from deris_llm.config import Beit3Cognition, RunConfig, load_config, save_config
 from deris_llm.models.cognition import build_processor
 from deris_llm.models.deris import build_model
 from deris_llm.testing import synthetic_batch, synthetic_images, tiny_config
@@ -96,7 +96,6 @@ def test_a_full_checkpoint_needs_no_base_weights(full, config, model, monkeypatc
         for weights in (config.cognition.weights, config.perception.weights):
             for path in Path(weights).glob("*.away"):
                 path.rename(path.with_suffix(".safetensors"))
-    assert loaded_config.cognition.tokenizer == str(full / "beit3.spm")
     assert loaded_config.training == config.training
     assert same_state(loaded, model)
     assert not loaded.training
@@ -156,12 +155,24 @@ def test_disk_full_is_a_clear_error_and_leaves_the_old_folder_whole(copy, config
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 
 
-def test_the_tokenizer_in_the_folder_wins_but_not_over_the_command_line(copy):
-    assert checkpoint_config(copy).cognition.tokenizer == str(copy / "beit3.spm")
-    said = checkpoint_config(copy, ["cognition.backend=beit3", "cognition.tokenizer=mine.spm"])
-    assert said.cognition.tokenizer == "mine.spm"
-    (copy / "beit3.spm").unlink()
-    assert checkpoint_config(copy).cognition.tokenizer == ""
+def test_the_tokenizer_in_the_folder_wins_but_not_over_the_command_line(tmp_path):
+    folder, run = tmp_path / "full", tmp_path / "run" / "best"
+    for each in (folder, run):
+        each.mkdir(parents=True)
+        save_config(load_config("deris-b-refcoco"), each / "config.yaml")
+    (folder / "beit3.spm").write_bytes(b"a sentencepiece model")
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save({}))  # not read here
+    (run / "base_weights.json").write_text(json.dumps({"checkpoint": {"weights": str(folder), "files": {}}}))
+    for each in (folder, run):  # the checkpoint itself, and a run that started from it
+        assert _tokenizer(checkpoint_config(each)) == str(folder / "beit3.spm")
+        assert _tokenizer(checkpoint_config(each, ["cognition.tokenizer=mine.spm"])) == "mine.spm"
+    (folder / "beit3.spm").unlink()
+    assert _tokenizer(checkpoint_config(folder)) == ""
+
+
+def _tokenizer(config: RunConfig) -> str:
+    assert isinstance(config.cognition, Beit3Cognition)
+    return config.cognition.tokenizer
 
 
 def test_eval_reads_a_full_checkpoint(full, tmp_path):
@@ -191,7 +202,7 @@ def test_a_run_starts_from_a_full_checkpoint(full, started, model):
     config, trained = load_checkpoint(started.checkpoint)
     assert same_state(trained, model, but_for=lambda name: dict(trained.named_parameters())[name].requires_grad)
     assert not same_state(trained, model)
-    assert (config.training.start_from, config.cognition.tokenizer) == (str(full), str(full / "beit3.spm"))
+    assert config.training.start_from == str(full)
     recorded = json.loads((started.checkpoint / "base_weights.json").read_text())
     assert {part: entry["weights"] for part, entry in recorded.items()} == {"checkpoint": str(full)}
     assert not (started.checkpoint / "model.safetensors").exists()
@@ -225,9 +236,8 @@ def test_a_run_that_starts_from_it_stands_on_the_same_base(full, started, overri
     shutil.rmtree(tmp_path / "first")  # what it trained is all in the second run's checkpoint
     recorded = json.loads((second.checkpoint / "base_weights.json").read_text())
     assert recorded == json.loads((started.checkpoint / "base_weights.json").read_text())
-    config, trained = load_checkpoint(second.checkpoint)
+    _, trained = load_checkpoint(second.checkpoint)
     _, reference = load_checkpoint(started.checkpoint)
-    assert config.cognition.tokenizer == str(full / "beit3.spm")
     assert same_state(trained, reference, but_for=lambda name: dict(trained.named_parameters())[name].requires_grad)
 
 
