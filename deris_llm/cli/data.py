@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deris_llm.cli.arguments import at_least, path
+from deris_llm.data.formats import FORMATS
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
     from deris_llm.data.check import SplitCounts
-
-FORMAT_NAMES = ("refer", "seqtr", "hf", "coco", "labelme", "cvat", "jsonl")
-"""Those of `deris_llm.data.formats.registry.FORMATS`, whose readers are imported when they are needed."""
 
 
 def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -39,9 +37,7 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     prepare = subparsers.add_parser(
         "prepare", help="check a source of any format once and write it as a set that needs no memory"
     )
-    prepare.add_argument(
-        "--format", required=True, choices=FORMAT_NAMES, help="of the source; docs/data.md has examples"
-    )
+    prepare.add_argument("--format", required=True, choices=FORMATS, help="of the source; docs/data.md has examples")
     prepare.add_argument("--source", required=True, metavar="PATH", help="file or folder (hf: a name too)")
     prepare.add_argument("--out", type=path, required=True, metavar="ROOT/NAME", help="a run names it NAME/split")
     prepare.add_argument(

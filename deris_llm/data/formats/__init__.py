@@ -1,1 +1,37 @@
-"""Readers of the formats that `deris-llm data prepare` takes; the workers need `base` alone."""
+"""One reader per source format, for `deris-llm data prepare`.
+
+Readers are imported when a source is opened, so that the command line lists their names without waiting for them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from deris_llm.data.errors import DataError
+
+if TYPE_CHECKING:
+    from deris_llm.data.formats.base import SourceOptions, SourceReader
+
+FORMATS = {
+    "refer": "refer:ReferReader",
+    "seqtr": "seqtr:SeqtrReader",
+    "hf": "huggingface:HuggingFaceReader",
+    "coco": "coco:CocoReader",
+    "labelme": "labelme:LabelmeReader",
+    "cvat": "cvat:CvatReader",
+    "jsonl": "jsonl:JsonlReader",
+}
+"""Format name -> module of this package and class in it."""
+
+
+def open_source(format_name: str, options: SourceOptions) -> SourceReader:
+    """Opens a source.
+
+    Raises:
+        DataError: an unknown format, or a source that is not of this format.
+    """
+    if format_name not in FORMATS:
+        raise DataError(f"--format {format_name}: expected one of {', '.join(FORMATS)}. Choose the format of --source")
+    module, _, reader = FORMATS[format_name].partition(":")
+    return getattr(import_module(f"{__name__}.{module}"), reader)(options)

@@ -1,23 +1,23 @@
-"""What a reader of a source format gives to `deris-llm data prepare`: entries, unchecked, and where each stands.
+"""What readers of source formats share: the entries they yield, their options, and how they find and open files.
 
-A reader only finds its way through its format. Whether a name is safe, an image is there, a mask is a mask and a phrase
-says something is checked in one place for all formats (`deris_llm.data.validation`), so fields may hold whatever the
-source holds.
+A reader only knows its format. Whether a name is safe, an image exists, a mask is valid and a phrase says something is
+checked in one place for all formats (`deris_llm.data.validation`), so fields of entries may hold whatever the source holds.
 """
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
-from deris_llm.data.errors import DataError
 from deris_llm.common.strict_files import unique_keys
+from deris_llm.data.errors import DataError
 
 FaultReason = Literal["structure", "reference", "image", "size", "mask", "target", "phrase", "duplicate id"]
-"""Why a record cannot be used; the manifest counts skipped records by it."""
+"""Why a record cannot be used; the manifest counts skipped records by reason."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,12 +26,12 @@ class SourcePhrase:
 
     id: Any  # unique in its split
     text: Any
-    raw: Any = None  # what the annotator typed, where the source has both
+    raw: Any = None  # as typed by the annotator, if the source has both
 
 
 @dataclass(frozen=True)
 class MaskFile:
-    """A mask that is an image of one channel; pixels above 0 are inside."""
+    """A mask stored as an image of one channel; pixels above 0 are inside."""
 
     name: str  # relative to the reader's image folder
 
@@ -40,9 +40,9 @@ class MaskFile:
 class SourceInstance:
     """One referent as the source has it."""
 
-    mask: Any  # COCO polygons or RLE, a `MaskFile`, the bytes of such a file, or the ValueError why there is none
-    id: Any = None  # annotation id; None: the mask's content is its identity
-    is_crowd: bool = False  # beside other referents: kept apart, for protocols that take crowds
+    mask: Any  # COCO polygons or RLE, a `MaskFile`, the bytes of such a file, or the ValueError that says why there is none
+    id: Any = None  # annotation id; None: the mask's content identifies the object
+    is_crowd: bool = False  # kept apart from the other referents, for protocols that take crowds
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,22 +51,22 @@ class SourceEntry:
 
     where: str  # for messages: "line 7", "ref_id 12"
     split: Any
-    image: Any  # file name below the reader's image folder
+    image: Any  # file name relative to the reader's image folder
     phrases: tuple[SourcePhrase, ...]
     instances: tuple[SourceInstance, ...]
-    is_no_target: bool = False  # said by the source: nothing is meant; without it an entry needs an instance
-    may_be_empty: bool = False  # if no referent draws a pixel, the truth is empty, as in REFER's own API; else it is a fault
-    size_hw: Any = None  # px, for which the masks were annotated; None: the masks say it themselves, or the image
+    is_no_target: bool = False  # the source says that the phrases name nothing; otherwise an entry needs an instance
+    may_be_empty: bool = False  # if no referent covers a pixel, the truth is empty, as in REFER's API; else that is a fault
+    size_hw: Any = None  # px, for which the masks were annotated; None: the masks or the image tell
     image_id: Any = None  # only if the source's ids are shared with other datasets
     category: str | None = None
     num_same_class: int | None = None
     ref_id: int | None = None
-    asks_class: bool = False  # means all objects of a class in the image, so that no other entry may have more of them
+    asks_class: bool = False  # the phrase means all objects of a class in the image, so only one entry may ask for the class
 
 
 @dataclass(frozen=True)
 class SourceFault:
-    """An entry that the reader could not make sense of."""
+    """An entry that the reader cannot interpret."""
 
     where: str
     split: Any
@@ -79,33 +79,80 @@ class SourceFault:
 class SourceOptions:
     """What the user says about a source."""
 
-    source: str  # a file or folder; of Hugging Face datasets a name too
+    source: str  # a file or folder; of Hugging Face datasets also a name
     name: str  # of the prepared set
     images: Path | None = None  # folder of the images; None: where the format has them
-    splits: tuple[str, ...] = ()  # only these; () = all
-    mapping: Mapping[str, str] = field(default_factory=dict)  # format-specific: which field is what
-    own_pictures: Path = Path("pictures")  # where a reader writes images that are no files in the source
-    follow_links: bool = False  # links in the folder of the images may lead outside it
-    takes_crowds: bool = False  # annotations with iscrowd=1 are objects as others (coco)
+    mapping: Mapping[str, str] = field(default_factory=dict)  # format-specific: which field means what
+    own_images: Path = Path("pictures")  # where a reader writes images that are embedded in the source
+    follow_links: bool = False  # links in the image folder may lead outside it
+    takes_crowds: bool = False  # annotations with iscrowd=1 are objects like others (coco)
 
 
-class SourceReader(Protocol):
-    """An opened source; `entries` may be iterated several times and gives the same in the same order."""
+class SourceReader(ABC):
+    """An opened source. The base class checks the options that all formats have.
+
+    Raises:
+        DataError: the source or the image folder does not exist, an unknown mapping, or a source of another format.
+    """
+
+    format: ClassVar[str]  # as of --format
+    expected: ClassVar[str]  # what --source should be, for messages
+    mapping_keys: ClassVar[Mapping[str, str]] = {}  # keys of --mapping with their defaults
 
     image_folder: Path
-    files: tuple[Path, ...]  # whose content decides whether two runs have the same input
-    identity: str  # the same for a source that has no files here
-    is_generalised: bool | None  # phrases may name nothing or several objects; None: the entries show it
-    notes: tuple[str, ...]  # what was left out or chosen on opening, a sentence each; printed and kept in the manifest
+    files: tuple[Path, ...]  # their content decides whether two runs have the same input
+    identity: str = ""  # the same for a source that has no files here
+    is_generalised: bool | None = None  # phrases may name nothing or several objects; None: the entries show it
+    notes: tuple[str, ...] = ()  # what was left out or chosen on opening; printed and kept in the manifest
 
-    def entries(self) -> Iterator[SourceEntry | SourceFault]: ...
+    def __init__(self, options: SourceOptions) -> None:
+        self.options = options
+        self.source = Path(options.source)
+        self.check_source()
+        if unknown := [key for key in options.mapping if key not in self.mapping_keys]:
+            raise DataError(
+                f"--mapping {unknown[0]}=...: expected one of {', '.join(self.mapping_keys) or 'none: this format has no mapping'}"
+                f", got {', '.join(unknown)}. Correct the key, or leave it out"
+            )
+        self.mapping: dict[str, str] = {**self.mapping_keys, **options.mapping}
+        if options.images is not None:
+            check_image_folder(options.images, why="--images")
+
+    @abstractmethod
+    def entries(self) -> Iterator[SourceEntry | SourceFault]:
+        """The entries of all splits; every call yields the same ones in the same order."""
+
+    def check_source(self) -> None:
+        if not self.source.exists():
+            raise DataError(
+                f"--source {self.source}: expected {self.expected}, got nothing at this path. Check the path"
+            )
+
+    def find_files(self, *patterns: str) -> tuple[Path, ...]:
+        """The source if it is a file; else its files that match the first pattern that matches any.
+
+        Raises:
+            DataError: no pattern matches.
+        """
+        if not self.source.is_dir():
+            return (self.source,)
+        for pattern in patterns:
+            if found := files_in(self.source, *pattern.split("|")):
+                return found
+        raise self.no_files_error()
+
+    def no_files_error(self, found: str = "none") -> DataError:
+        return DataError(
+            f"--source {self.source}: expected {self.expected}, got {found}.{other_format(self.source, than=self.format)} "
+            "Check the path and --format"
+        )
 
 
 def read_json_file(path: Path) -> Any:
-    """Parses a JSON file; a byte order mark at its beginning is skipped.
+    """Parses a JSON file; a leading byte order mark is skipped.
 
     Raises:
-        DataError: it is no JSON in UTF-8.
+        DataError: the file is not JSON in UTF-8.
     """
     content = path.read_bytes()
     check_is_unpacked(path, content[:4])
@@ -114,12 +161,12 @@ def read_json_file(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: expected JSON in UTF-8, got {type(error).__name__}: {error}. Download the file again, or repair it "
-            "at the place named"
+            "at this place"
         ) from error
 
 
 def files_in(folder: Path, *patterns: str) -> tuple[Path, ...]:
-    """Files of a folder that match one of the patterns, by name; hidden ones (`._train.json` of macOS) are left out."""
+    """Files of a folder that match one of the patterns, by name, without hidden ones (`._train.json` of macOS)."""
     found = {path for pattern in patterns for path in folder.glob(pattern)}
     return tuple(sorted(path for path in found if path.is_file() and not path.name.startswith(".")))
 
@@ -134,7 +181,7 @@ _SIGNS = (
 
 
 def other_format(source: Path, *, than: str) -> str:
-    """A sentence that names the format that a source looks like; empty if it is none that is known."""
+    """A sentence that names the format that a source looks like; "" if none is recognised."""
     for name, pattern, sign in _SIGNS:
         files = files_in(source, pattern, f"*/{pattern}") if source.is_dir() else (source,)
         for file in files[:1] if name != than else ():
@@ -145,47 +192,20 @@ def other_format(source: Path, *, than: str) -> str:
 
 
 def check_is_unpacked(path: Path, head: bytes) -> None:
-    """Checks the first bytes of a file that should be text.
+    """Checks by its first bytes that a text file is not an archive.
 
     Raises:
-        DataError: it is an archive.
+        DataError: it is.
     """
     if head.startswith((b"PK\3\4", b"\x1f\x8b")):
-        raise DataError(f"{path}: expected a text file, got a zip or gzip archive. Unpack it and name what was inside")
+        raise DataError(f"{path}: expected a text file, got a zip or gzip archive. Unpack it and name the file inside")
 
 
-def checked_mapping(options: SourceOptions, known: Mapping[str, str]) -> dict[str, str]:
-    """The user's mapping over the defaults.
-
-    Raises:
-        DataError: a key that the format does not have.
-    """
-    unknown = [key for key in options.mapping if key not in known]
-    if unknown:
-        raise DataError(
-            f"--mapping {unknown[0]}=...: expected one of {', '.join(known) or 'none: this format has no mapping'}, got "
-            f"{', '.join(unknown)}. Correct the key, or leave it out"
-        )
-    return {**known, **options.mapping}
-
-
-def existing_source(options: SourceOptions, expected: str) -> Path:
-    """The source as a path.
+def check_image_folder(folder: Path, *, why: str) -> Path:
+    """Returns the folder if it is one.
 
     Raises:
-        DataError: nothing is there.
-    """
-    path = Path(options.source)
-    if not path.exists():
-        raise DataError(f"--source {path}: expected {expected}, got nothing at this path. Check the path")
-    return path
-
-
-def existing_image_folder(folder: Path, *, why: str) -> Path:
-    """The folder of the images.
-
-    Raises:
-        DataError: it is no folder.
+        DataError: it is not.
     """
     if not folder.is_dir():
         raise DataError(
@@ -196,5 +216,5 @@ def existing_image_folder(folder: Path, *, why: str) -> Path:
 
 
 def is_int64(value: object) -> bool:
-    """A whole number that a column of 64 bits holds."""
+    """Whether a value is a whole number that a 64-bit column holds."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63

@@ -8,10 +8,10 @@
       </image></annotations>
 
 `--source` is the XML, or a folder with such files. The split is the image's `subset`, else what the folder's name says, else
-`train`. A label is a phrase that asks for all its objects in the image; an object with an attribute `caption` (or the one
-that `--mapping caption=NAME` names) is asked by that text, alone. Shapes of one label and group are one object. Polygons,
+`train`. A label is a phrase that means all its objects in the image; an object with an attribute `caption` (or the one
+that `--mapping caption=NAME` names) is meant by that text, alone. Shapes of one label and group are one object. Polygons,
 ellipses and masks are drawn; boxes only with `--mapping boxes=masks`. An XML with a document type is refused: entities
-may name other files or fill the memory, and CVAT writes none.
+may name other files or exhaust the memory, and CVAT writes none.
 """
 
 from __future__ import annotations
@@ -26,67 +26,45 @@ from typing import Any
 import numpy as np
 
 from deris_llm.data.errors import DataError
-from deris_llm.data.images import MAX_PIXELS
-from deris_llm.data.formats.base import (
-    SourceEntry,
-    SourceFault,
-    SourceOptions,
-    check_is_unpacked,
-    checked_mapping,
-    existing_image_folder,
-    existing_source,
-    files_in,
-    other_format,
-)
+from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceOptions, check_is_unpacked
 from deris_llm.data.formats.objects import (
-    NO_MASK,
+    AnnotationReader,
     Shape,
     ellipse,
-    entries_of_image,
-    find_images,
-    objects_of_shapes,
+    entries_of_shapes,
     pasted,
     rectangle,
     split_named,
-    takes_boxes,
 )
+from deris_llm.data.images import MAX_PIXELS
 
 
-class CvatReader:
+class CvatReader(AnnotationReader):
     """The images in the order of the files."""
 
-    identity = ""
-    is_generalised: bool | None = None
+    format = "cvat"
+    expected = "CVAT's annotations.xml, or its folder"
+    mapping_keys = {"caption": "caption", "boxes": "refused"}
 
     def __init__(self, options: SourceOptions) -> None:
-        source = existing_source(options, "CVAT's annotations.xml, or its folder")
-        mapping = checked_mapping(options, {"caption": "caption", "boxes": "refused"})
-        self._caption, self._takes_boxes = mapping["caption"], takes_boxes(mapping)
-        self.files = (files_in(source, "*.xml") or files_in(source, "*/*.xml")) if source.is_dir() else (source,)
-        if not self.files:
-            raise DataError(
-                f"--source {source}: expected annotations.xml in this folder, got none.{other_format(source, than='cvat')} "
-                "Check the path and --format"
-            )
-        images = existing_image_folder(options.images, why="--images") if options.images else None
+        super().__init__(options)
+        self.files = self.find_files("*.xml", "*/*.xml")
         self._pages = [(file, image) for file in self.files for image in _read(file).findall("image")]
         wanted: dict[int, tuple[Any, list[Path]]] = {}
         for number, (file, image) in enumerate(self._pages):
             subset = image.get("subset") or ""
-            base = [images] if images else [file.parent / "images", file.parent]
+            base = [options.images] if options.images else [file.parent / "images", file.parent]
             wanted[number] = (image.get("name"), [*(folder / subset for folder in base if subset), *base])
-        self._pictures = find_images(wanted, follow_links=options.follow_links)
-        self.image_folder = self._pictures.folder or images or self.files[0].parent
         tags = sum(len(image.findall("tag")) for _, image in self._pages)
         attributes = Counter(
             attribute.get("name") for _, image in self._pages for attribute in image.iterfind("./*/attribute")
         )
-        unread = [str(name) for name in attributes if name != self._caption]
+        unread = [str(name) for name in attributes if name != self.mapping["caption"]]
         self.notes = (
             *([f"{tags:,} tags of whole images were left out"] if tags else []),
-            *([f"attributes not read: {', '.join(unread)}; --mapping caption=NAME asks by one"] if unread else []),
-            *self._pictures.notes,
+            *([f"attributes not read: {', '.join(unread)}; --mapping caption=NAME reads one as phrases"] if unread else []),
         )
+        self.locate_images(wanted)
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
         for number, (file, image) in enumerate(self._pages):
@@ -94,9 +72,11 @@ class CvatReader:
             split = split_named(subset) or split_named(file.parent.name) or "train"
             if subset and subset != "default" and split_named(subset) is None:
                 split = subset
-            yield from self._of_image(file.name, split, image, self._pictures.names[number])
+            yield from self._of_image(file.name, split, image, self.image_names[number])
 
-    def _of_image(self, file: str, split: str, image: ET.Element, image_name: Any) -> Iterator[SourceEntry | SourceFault]:
+    def _of_image(
+        self, file: str, split: str, image: ET.Element, image_name: Any
+    ) -> Iterator[SourceEntry | SourceFault]:
         name = image.get("name") or ""
         where = f"{file} image {name}"
         sides = [image.get("height", ""), image.get("width", "")]
@@ -106,28 +86,24 @@ class CvatReader:
         size_hw = (int(sides[0]), int(sides[1]))
         shapes: list[Shape] = []
         for number, each in enumerate(image):
-            at, label, group = f"{where} {each.tag} {number}", each.get("label"), each.get("group_id", "0")
             if each.tag == "tag":
                 continue
             try:
                 mask = self._mask(each, size_hw)
             except ValueError as error:
                 mask = error
-            texts = [a.text for a in each.findall("attribute") if a.get("name") == self._caption]
+            texts = [a.text for a in each.findall("attribute") if a.get("name") == self.mapping["caption"]]
             caption = next((text.strip() for text in texts if text and text.strip()), None)
-            shapes.append(Shape(at, label, None if group == "0" else group, mask, caption))
-        try:
-            objects = objects_of_shapes(name, shapes, size_hw)
-        except ValueError as error:
-            yield SourceFault(where, split, "mask", str(error))
-            return
-        yield from entries_of_image(name, split, image_name, size_hw, objects)
+            group = each.get("group_id", "0")
+            at = f"{where} {each.tag} {number}"
+            shapes.append(Shape(at, each.get("label"), None if group == "0" else group, mask, caption))
+        yield from entries_of_shapes(name, split, image_name, size_hw, shapes, where)
 
     def _mask(self, shape: ET.Element, size_hw: tuple[int, int]) -> Any:
         """Polygons or RLE of a shape.
 
         Raises:
-            ValueError: it has no area, or its numbers are none.
+            ValueError: the shape has no area, or its numbers are malformed.
         """
 
         def numbers(*names: str) -> list[float]:
@@ -142,8 +118,7 @@ class CvatReader:
         if shape.tag == "ellipse":
             return [ellipse(*numbers("cx", "cy", "rx", "ry"), degrees=degrees)]
         if shape.tag == "box":
-            if not self._takes_boxes:
-                raise ValueError(NO_MASK)
+            self.check_box()
             return [rectangle(*numbers("xtl", "ytl", "xbr", "ybr"), degrees=degrees)]
         if shape.tag != "mask":
             raise ValueError(f"expected a polygon, ellipse or mask, got a {shape.tag}, which has no area")
@@ -173,21 +148,21 @@ def _read(file: Path) -> ET.Element:
     """The root of an XML file that has no document type.
 
     Raises:
-        DataError: it is no such file, or not of CVAT for images.
+        DataError: the file is not XML, has a document type, or is not of "CVAT for images".
     """
     content = file.read_bytes()
     check_is_unpacked(file, content[:4])
     try:
-        text = content.decode("utf-8-sig")  # whatever encoding it declares: nothing hides from the next check
+        text = content.decode("utf-8-sig")  # whatever encoding it declares, so that nothing hides from the next check
         if "<!DOCTYPE" in text or "<!ENTITY" in text:
             raise DataError(
-                f"{file}: expected CVAT's XML, which has no document type, got one: entities of a stranger's file may fill the "
-                "memory. Export the task from CVAT again"
+                f"{file}: expected CVAT's XML, which has no document type, got one: entities in a file from elsewhere may exhaust "
+                "the memory. Export the task from CVAT again"
             )
         root = ET.fromstring(text)
-    except (ET.ParseError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except (ET.ParseError, ValueError) as error:
         raise DataError(
             f"{file}: expected XML in UTF-8, got {type(error).__name__}: {error}. Export the task from CVAT again"
         ) from error
@@ -195,6 +170,6 @@ def _read(file: Path) -> ET.Element:
         holds = ", ".join(dict.fromkeys(child.tag for child in root)) or "nothing"
         raise DataError(
             f'{file}: expected <annotations> with an <image> each, got <{root.tag}> with {holds}. Export the task as "CVAT for '
-            'images 1.1" (tracks are those of "CVAT for video")'
+            'images 1.1" (tracks belong to "CVAT for video")'
         )
     return root

@@ -2,11 +2,11 @@
 
     --format hf --source FOLDER --mapping image=photo phrase=sentences.sent mask=segmentation
 
-`--mapping FIELD=COLUMN` says which column is what; `a.b` is the member `b` of column `a`, in a list that of each. Fields:
-`image` (an image, embedded or by path), `phrase` (a text or a list), `raw` (as typed), the referents as one of `mask` (a
+`--mapping FIELD=COLUMN` says which column means what; `a.b` is the member `b` of column `a`, in a list that of each. Fields:
+`image` (an image, embedded or by path), `phrase` (a text or a list), `raw` (as typed), the referents as one of `mask` (an
 image, an array or an RLE), `masks` (a list of them), `polygons` (the parts of one object) and `rle`; `no_target`, `id`,
-`category`, `image_id`. `pairs` says which phrase means which mask where a row has several of both
-(`deris_llm.data.formats.pairs`). What is not mapped is looked for under its own name. Every split of the dataset becomes one.
+`category`, `image_id`. `pairs` says which phrase means which mask if a row has several of both
+(`deris_llm.data.formats.rows`). Fields that are not mapped are read from the column of their own name. The splits keep their names.
 `--mapping json=COLUMN,COLUMN` names columns of text that hold JSON; they are parsed first, so that their members can be
 named (`polygons=raw_anns.segmentation`).
 
@@ -24,85 +24,79 @@ from typing import Any
 
 import numpy as np
 
-from deris_llm.data.errors import DataError, describe
-from deris_llm.data.masks import encode_mask
-from deris_llm.data.formats.base import (
-    SourceEntry,
-    SourceFault,
-    SourceInstance,
-    SourceOptions,
-    SourcePhrase,
-    checked_mapping,
-    existing_image_folder,
-)
-from deris_llm.data.formats.pairs import Pairing, member
 from deris_llm.common.strict_files import unique_keys
+from deris_llm.data.errors import DataError, describe
+from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceInstance, SourceOptions, check_image_folder
+from deris_llm.data.formats.rows import RowReader, member, phrases_of
+from deris_llm.data.masks import encode_mask
 
 _FIELDS = ("image", "phrase", "raw", "mask", "masks", "polygons", "rle", "no_target", "id", "category", "image_id")
 _MASK_FIELDS = ("masks", "mask", "polygons", "rle")
 _ROWS = 64  # in memory at a time
 
 
-class HuggingFaceReader:
-    """The rows of all splits, as they are stored: nothing is decoded here but arrays."""
+class HuggingFaceReader(RowReader):
+    """The rows of all splits, as they are stored: only arrays are decoded here."""
 
-    is_generalised: bool | None = None
-    notes: tuple[str, ...] = ()
+    format = "hf"
+    mapping_keys = {name: name for name in _FIELDS} | {"json": "", "pairs": ""}
 
     def __init__(self, options: SourceOptions) -> None:
-        self._mapping = checked_mapping(options, {name: name for name in _FIELDS} | {"json": "", "pairs": ""})
-        self._pairing = Pairing.of(self._mapping.pop("pairs"))
-        self._json_columns = tuple(filter(None, self._mapping.pop("json").split(",")))
+        super().__init__(options)
+        self._json_columns = tuple(filter(None, self.mapping.pop("json").split(",")))
         self._splits = _load(options.source)
+        self._is_embedded = False
         for split, rows in self._splits.items():
-            self._check_columns(options, split, rows.column_names)
-            for table in rows.with_format("arrow").iter(batch_size=1):
-                self._check_texts(split, table.to_pylist()[0])
+            self._check_columns(split, rows.column_names)
+            for row in _rows_of(rows, 1):
+                self._check_texts(split, row)
+                image = member(row, self.mapping["image"])
+                self._is_embedded |= isinstance(image, dict) and image.get("bytes") is not None
                 break
-        folder = Path(options.source)
-        self.files = tuple(sorted(path for path in folder.rglob("*") if path.is_file())) if folder.is_dir() else ()
+        self.files = tuple(sorted(path for path in self.source.rglob("*") if path.is_file())) if self.source.is_dir() else ()
         self.identity = "" if self.files else " ".join(rows._fingerprint for rows in self._splits.values())
-        self._is_embedded = self._has_embedded_pictures()
         if self._is_embedded:
-            self.image_folder = options.own_pictures
+            self.image_folder = options.own_images
         else:
-            self.image_folder = existing_image_folder(options.images or folder, why="images are named by path")
+            self.image_folder = check_image_folder(options.images or self.source, why="images are named by path")
+
+    def check_source(self) -> None:
+        """A name on the hub is not a path; loading checks it."""
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
         for split, rows in self._splits.items():
-            number = 0
-            for table in rows.with_format("arrow").iter(batch_size=_ROWS):
-                for row in table.to_pylist():
-                    yield from self._entries_of(split, number, row, rows.features)
-                    number += 1
+            self._features = rows.features
+            for number, row in enumerate(_rows_of(rows, _ROWS)):
+                where = f"{split} row {number}"
+                try:
+                    row = self._parsed(row)
+                except ValueError as error:
+                    yield SourceFault(where, split, "structure", str(error))
+                    continue
+                found = {name: member(row, path) for name, path in self.mapping.items()}
+                if found["id"] is None:
+                    found["id"] = number
+                yield from self.entries_of_row(row, found, split, where, number)
 
-    def _check_columns(self, options: SourceOptions, split: str, columns: list[str]) -> None:
-        named = [name for name in options.mapping if name not in ("json", "pairs")]
-        of_pairs = [path for path in (self._pairing.phrases, self._pairing.masks) if path]
-        paths = [*(self._mapping[name] for name in (*named, "image")), *(of_pairs or [self._mapping["phrase"]])]
+    def _check_columns(self, split: str, columns: list[str]) -> None:
+        named = [name for name in self.options.mapping if name not in ("json", "pairs")]
+        phrase_paths = self.pair_paths or (self.mapping["phrase"],)
+        paths = [*(self.mapping[name] for name in (*named, "image")), *phrase_paths]
         wanted = [*self._json_columns, *(path.split(".")[0] for path in paths)]
         if missing := [name for name in wanted if name not in columns]:
             raise DataError(
-                f"--source {options.source}, split {split}: expected a column {missing[0]!r}, got {', '.join(columns)}. Say with "
-                f"--mapping which column is what, e.g. image={columns[0]}; fields: {', '.join(_FIELDS)}"
+                f"--source {self.options.source}, split {split}: expected a column {missing[0]!r}, got {', '.join(columns)}. Say "
+                f"with --mapping which column means what, e.g. image={columns[0]}; fields: {', '.join(_FIELDS)}"
             )
-        if not of_pairs and not any(self._mapping[name].split(".")[0] in columns for name in _MASK_FIELDS):
+        if not self.pair_paths and not any(self.mapping[name].split(".")[0] in columns for name in _MASK_FIELDS):
             raise DataError(
-                f"--source {options.source}, split {split}: expected a column for one of {', '.join(_MASK_FIELDS)}, got "
+                f"--source {self.options.source}, split {split}: expected a column for one of {', '.join(_MASK_FIELDS)}, got "
                 f"{', '.join(columns)}. Say with --mapping which, e.g. mask={columns[-1]}"
             )
 
-    def _has_embedded_pictures(self) -> bool:
-        for rows in self._splits.values():
-            for table in rows.with_format("arrow").iter(batch_size=1):
-                found = member(table.to_pylist()[0], self._mapping["image"])
-                return isinstance(found, dict) and found.get("bytes") is not None
-        return False
-
     def _check_texts(self, split: str, row: Mapping[str, Any]) -> None:
-        """Checks on the first row that no mapping asks for members of a text, or takes one for a mask."""
-        of_pairs = [("pairs", path) for path in (self._pairing.phrases, self._pairing.masks) if path]
-        for field, dotted in [*self._mapping.items(), *of_pairs]:
+        """Checks on the first row that no mapping names members of a text, or takes a text for a mask."""
+        for field, dotted in [*self.mapping.items(), *(("pairs", path) for path in self.pair_paths)]:
             path = dotted.split(".")
             if path[0] in self._json_columns:
                 continue
@@ -112,73 +106,44 @@ class HuggingFaceReader:
                 is_json = isinstance(found, str) and found.lstrip()[:1] in ("{", "[")
                 if isinstance(found, str) and (depth < len(path) or (field in _MASK_FIELDS and is_json)):
                     raise DataError(
-                        f"--mapping {field}={'.'.join(path)}, split {split}: expected "
+                        f"--mapping {field}={dotted}, split {split}: expected "
                         + (f"`{'.'.join(path[:depth])}` to have members" if depth < len(path) else "a mask")
                         + f", got a column of text: {found[:60]!r}. If {path[0]!r} holds JSON, have it parsed with --mapping "
                         f"json={','.join([*self._json_columns, path[0]])}"
                     )
 
-    def _entries_of(
-        self, split: str, number: int, row: Mapping[str, Any], features: Any
-    ) -> Iterator[SourceEntry | SourceFault]:
-        where = f"{split} row {number}"
-        try:
-            row = self._parsed(row)
-        except ValueError as error:
-            yield SourceFault(where, split, "structure", str(error))
-            return
-        found = {name: member(row, path) for name, path in self._mapping.items()}
-        if found["id"] is None:
-            found["id"] = number
-        if not self._pairing.phrases:
-            yield self._entry(split, where, found, features)
-            return
-        pairs = self._pairing.fields_by_pair(row, found, number if isinstance(found["id"], list) else found["id"])
-        if isinstance(pairs, str):
-            yield SourceFault(where, split, "structure", pairs)
-            return
-        for number_of_pair, fields in enumerate(pairs):
-            fields = {**found, **fields, "phrase": fields["phrases"]}
-            yield self._entry(split, f"{where} pair {number_of_pair}", fields, features)
-
-    def _entry(self, split: str, where: str, found: Mapping[str, Any], features: Any) -> SourceEntry | SourceFault:
-        texts, raws = found["phrase"], found["raw"]
+    def entry(self, row: Mapping[str, Any], found: Mapping[str, Any], split: Any, where: str) -> SourceEntry | SourceFault:
+        texts = found["phrases"] if "phrases" in found else found["phrase"]
+        raws = found["raw"]
         texts = texts if isinstance(texts, list) else [texts]
         raws = raws if isinstance(raws, list) else [raws]
-        if not texts or len(raws) != len(texts):
-            raws = [None] * len(texts)
         if not texts:
             return SourceFault(where, split, "phrase", "expected a phrase, got an empty list")
-        given = [name for name in _MASK_FIELDS if found[name] is not None]
-        masks = (found["masks"] if given[0] == "masks" else [_mask(given[0], found[given[0]])]) if given else []
+        given = next((name for name in _MASK_FIELDS if found[name] is not None), None)
+        masks = [] if given is None else found[given] if given == "masks" else [_mask(given, found[given])]
         if not isinstance(masks, list):
             return SourceFault(where, split, "structure", f"expected `masks` to be a list, got {describe(masks)}")
-        if given and given[0] == "masks":
+        if given == "masks":
             masks = [_mask("mask", mask) for mask in masks]
-        if given and not self._pairing.phrases:
-            paths = {"phrases": self._mapping["phrase"], "field": given[0], "path": self._mapping[given[0]]}
-            if (message := self._pairing.fault(texts, masks, **paths)) is not None:
+        if given is not None and not self.pair_paths:
+            if (message := self.fault_of_masks(texts, masks, "phrase", given)) is not None:
                 return SourceFault(where, split, "structure", message, len(texts))
-        first_id = found["id"]
         return SourceEntry(
             where=where,
             split=split,
-            image=self._picture(found["image"]),
-            phrases=tuple(
-                SourcePhrase(first_id if len(texts) == 1 else f"{first_id}-{k}", text, raw)
-                for k, (text, raw) in enumerate(zip(texts, raws, strict=True))
-            ),
+            image=self._image(found["image"]),
+            phrases=phrases_of(found["id"], texts, raws if len(raws) == len(texts) else None),
             instances=tuple(SourceInstance(mask) for mask in masks),
             is_no_target=found["no_target"] is True or found["no_target"] == 1,
             image_id=found["image_id"],
-            category=_class_name(found["category"], features.get(self._mapping["category"])),
+            category=_class_name(found["category"], self._features.get(self.mapping["category"])),
         )
 
     def _parsed(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The row with its columns of JSON as what they hold.
+        """The row with its columns of JSON parsed.
 
         Raises:
-            ValueError: one is no JSON.
+            ValueError: one is not JSON.
         """
         row = dict(row)
         for name in self._json_columns:
@@ -188,8 +153,8 @@ class HuggingFaceReader:
                 raise ValueError(f"column {name}: expected JSON in a text, got {describe(row[name])} ({error})") from error
         return row
 
-    def _picture(self, value: Any) -> Any:
-        """Name of the image below the image folder; an embedded one is written there first."""
+    def _image(self, value: Any) -> Any:
+        """The image's name below the image folder; an embedded image is written there first."""
         if isinstance(value, dict) and isinstance(value.get("bytes"), bytes) and self._is_embedded:
             name = f"{hashlib.sha256(value['bytes']).hexdigest()[:32]}{_suffix(value['bytes'])}"
             path = self.image_folder / name
@@ -199,17 +164,18 @@ class HuggingFaceReader:
                 path.with_suffix(".part").replace(path)
             return name
         name = value.get("path") if isinstance(value, dict) else value
-        if (
-            isinstance(name, str)
-            and Path(name).is_absolute()
-            and Path(name).is_relative_to(self.image_folder.resolve())
-        ):
-            return str(Path(name).relative_to(self.image_folder.resolve()))
-        return name
+        folder = self.image_folder.resolve()
+        is_inside = isinstance(name, str) and Path(name).is_absolute() and Path(name).is_relative_to(folder)
+        return str(Path(name).relative_to(folder)) if is_inside else name
+
+
+def _rows_of(rows: Any, batch_size: int) -> Iterator[dict[str, Any]]:
+    for table in rows.with_format("arrow").iter(batch_size=batch_size):
+        yield from table.to_pylist()
 
 
 def _load(source: str) -> dict[str, Any]:
-    import datasets  # noqa: PLC0415  (seconds)
+    import datasets  # noqa: PLC0415  (takes seconds)
 
     folder = Path(source)
     try:
@@ -230,7 +196,7 @@ def _load(source: str) -> dict[str, Any]:
 
 
 def _mask(field: str, value: Any) -> Any:
-    """A mask as the validation knows it: polygons, RLE, or the bytes of an image."""
+    """A mask in a form that the validation knows: polygons, RLE, or the bytes of an image."""
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         return value["bytes"]
     if field == "polygons" and isinstance(value, list) and value and not isinstance(value[0], list):
@@ -240,8 +206,8 @@ def _mask(field: str, value: Any) -> Any:
             array = np.asarray(value)
         except ValueError:  # rows of different lengths: polygons
             return value
-        is_mask = array.ndim == 2 and array.size > 0 and np.isin(array, (0, 1, 255)).all()  # no coordinates
-        if is_mask and not {1, 255} <= set(np.unique(array).tolist()):  # a label map is refused by the validation
+        is_mask = array.ndim == 2 and array.size > 0 and np.isin(array, (0, 1, 255)).all()  # not coordinates
+        if is_mask and not {1, 255} <= set(np.unique(array).tolist()):  # the validation refuses a label map
             return encode_mask(array > 0)
     return value
 
@@ -253,4 +219,4 @@ def _class_name(value: Any, feature: Any) -> Any:
 
 def _suffix(content: bytes) -> str:
     known = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
-    return next((suffix for magic, suffix in known.items() if content.startswith(magic)), ".image")
+    return next((suffix for magic, suffix in known.items() if content.startswith(magic)), ".picture")

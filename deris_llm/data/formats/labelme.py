@@ -1,17 +1,17 @@
-"""Reads LabelMe's JSON, one file beside each image, and LISA's ReasonSeg, which has nearly that form.
+"""Reads LabelMe's JSON, one file beside each image, and LISA's ReasonSeg, which is similar.
 
     {"imagePath": "a.jpg", "imageHeight": 480, "imageWidth": 640,
      "shapes": [{"label": "dog", "shape_type": "polygon", "points": [[10, 10], [60, 10], [60, 40]], "group_id": null,
                  "description": "the left dog"}]}
     {"text": ["something that can bark", ...], "shapes": [{"label": "target", "points": [...]}]}      ReasonSeg
 
-`--source` is a file, or a folder with such files or with a folder of them per split (`train/`, `valid/`; where no name
-says one, all is `train`). A label is a phrase that asks for all its objects in the image; an object with a `description`
-(or the field that `--mapping caption=FIELD` names) is asked by that text, alone. Shapes of one label and `group_id` are one
-object. Polygons, circles and masks are drawn; boxes only with `--mapping boxes=masks`. Images: as `imagePath` says, or of
+`--source` is a file, or a folder with such files or with a folder of them per split (`train/`, `valid/`; if no folder name
+says a split, all is `train`). A label is a phrase that means all its objects in the image; an object with a `description`
+(or the field that `--mapping caption=FIELD` names) is meant by that text, alone. Shapes of one label and `group_id` are one
+object. Polygons, circles and masks are drawn; boxes only with `--mapping boxes=masks`. Images: as `imagePath` says, or with
 the JSON's own name; below --images, if given.
 
-ReasonSeg: each text asks for all shapes labelled `target`, joined. Images with a region that its evaluation ignores
+ReasonSeg: each text means all shapes labelled `target`, joined. Images with a region that its evaluation ignores
 cannot be used: a phrase's mask has no such region here.
 """
 
@@ -22,88 +22,61 @@ import io
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from deris_llm.data.errors import DataError, describe
-from deris_llm.data.masks import mask_of_image
-from deris_llm.data.images import BROKEN, MAX_PIXELS, portable_name
-from deris_llm.data.formats.base import (
-    SourceEntry,
-    SourceFault,
-    SourceInstance,
-    SourceOptions,
-    SourcePhrase,
-    checked_mapping,
-    existing_image_folder,
-    existing_source,
-    files_in,
-    other_format,
-    read_json_file,
-)
+from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceInstance, SourceOptions, SourcePhrase, read_json_file
 from deris_llm.data.formats.objects import (
-    NO_MASK,
+    AnnotationReader,
     Shape,
     ellipse,
-    entries_of_image,
-    find_images,
-    objects_of_shapes,
+    entries_of_shapes,
     pasted,
     rectangle,
     split_named,
-    takes_boxes,
 )
+from deris_llm.data.images import BROKEN, MAX_PIXELS, portable_name
+from deris_llm.data.masks import mask_of_image
 
 _BOXES = ("rectangle", "oriented_rectangle", "rotation")  # two corners, or four
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".JPG", ".JPEG", ".PNG")
 
 
-class LabelmeReader:
+class LabelmeReader(AnnotationReader):
     """The images in the order of their files' names."""
 
-    identity = ""
-    is_generalised: bool | None = None
+    format = "labelme"
+    expected = "LabelMe's *.json with `shapes`, or a folder of them"
+    mapping_keys = {"caption": "description", "boxes": "refused"}
 
     def __init__(self, options: SourceOptions) -> None:
-        source = existing_source(options, "a JSON file of LabelMe, or a folder of them")
-        mapping = checked_mapping(options, {"caption": "description", "boxes": "refused"})
-        self._caption, self._takes_boxes = mapping["caption"], takes_boxes(mapping)
-        self._root = source if source.is_dir() else source.parent
-        images = existing_image_folder(options.images, why="--images") if options.images else None
-        there = files_in(source, "*.json", "*/*.json") if source.is_dir() else (source,)
+        super().__init__(options)
+        self._root = self.source if self.source.is_dir() else self.source.parent
         self._contents: dict[Path, dict[str, Any] | str] = {}
         others: list[str] = []
-        for file in there:
+        for file in self.find_files("*.json|*/*.json"):
             content = _read(file)
-            if isinstance(content, (dict, str)) and (isinstance(content, str) or "shapes" in content):
+            if isinstance(content, str) or (isinstance(content, dict) and "shapes" in content):
                 self._contents[file] = content
             else:
                 others.append(str(file.relative_to(self._root)))
         if not self._contents:
-            raise DataError(
-                f"--source {source}: expected LabelMe's *.json with `shapes`, got {', '.join(others[:5]) or 'none'}."
-                f"{other_format(source, than='labelme')} Check the path and --format"
-            )
+            raise self.no_files_error(", ".join(others[:5]))
         self.files = tuple(self._contents)
-        wanted = {
-            file: _picture_of(file, content, self._root, images)
-            for file, content in self._contents.items()
-            if isinstance(content, dict)
-        }
-        self._pictures = find_images(wanted, follow_links=options.follow_links)
-        self.image_folder = self._pictures.folder or images or self._root
         self.notes = (
             *([f"not read, as they are not LabelMe's: {', '.join(others)}"] if others else []),
             *(
-                ["no folder's name says a split: all is train"]
+                ["no folder name says a split: all is train"]
                 if not any(split_named(file.parent.name) for file in self.files)
                 else []
             ),
-            *self._pictures.notes,
         )
+        contents = {file: content for file, content in self._contents.items() if isinstance(content, dict)}
+        self.locate_images({file: self._image_of(file, content) for file, content in contents.items()})
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
         for file, content in self._contents.items():
@@ -126,7 +99,7 @@ class LabelmeReader:
         shapes: list[Shape] = []
         for number, each in enumerate(content["shapes"]):
             at = f"{where} shape {number}"
-            label, caption = each.get("label"), each.get(self._caption)
+            label, caption, group = each.get("label"), each.get(self.mapping["caption"]), each.get("group_id")
             if not isinstance(label, str):
                 yield SourceFault(at, split, "structure", f"expected a text as label, got {describe(label)}")
                 continue
@@ -134,15 +107,10 @@ class LabelmeReader:
                 mask = self._mask(each, size_hw)
             except BROKEN as error:
                 mask = ValueError(str(error))
-            group = each.get("group_id")
             shapes.append(Shape(at, label, group if isinstance(group, (int, str)) else None, mask, caption or None))
         name = file.stem if split_named(file.parent.name) else os.path.splitext(where)[0]
-        try:
-            objects = objects_of_shapes(name, shapes, size_hw)
-        except ValueError as error:
-            yield SourceFault(where, split, "mask", str(error))
-            return
-        yield from entries_of_image(name, split, self._pictures.names[file], _declared(content), objects)
+        for entry in entries_of_shapes(name, split, self.image_names[file], size_hw, shapes, where):
+            yield entry if isinstance(entry, SourceFault) else replace(entry, size_hw=_declared(content))
 
     def _reasoning(self, file: Path, where: str, split: str, content: Mapping[str, Any]) -> SourceEntry | SourceFault:
         texts = content["text"] if isinstance(content["text"], list) else [content["text"]]
@@ -159,7 +127,7 @@ class LabelmeReader:
         return SourceEntry(
             where=where,
             split=split,
-            image=self._pictures.names[file],
+            image=self.image_names[file],
             phrases=tuple(SourcePhrase(f"{file.stem}-{k}", text) for k, text in enumerate(texts)),
             instances=(SourceInstance(polygons),) if polygons else (),
             size_hw=_declared(content),
@@ -169,14 +137,14 @@ class LabelmeReader:
         """Polygons or RLE of a shape.
 
         Raises:
-            ValueError: it has no area, or is not what its type asks for.
+            ValueError: the shape has no area, or its points do not fit its type.
         """
         kind, points = shape.get("shape_type") or "polygon", shape.get("points")
         if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
             raise ValueError(f"expected points [[x, y], ...], got {describe(points)}")
         flat = [value for point in points for value in point]
-        if kind in _BOXES and not self._takes_boxes:
-            raise ValueError(NO_MASK)
+        if kind in _BOXES:
+            self.check_box()
         if kind == "polygon" or (kind in _BOXES and len(points) == 4):
             return [flat]
         if kind not in ("rectangle", "circle", "mask"):
@@ -184,13 +152,28 @@ class LabelmeReader:
         if len(points) != 2 or not all(isinstance(value, (int, float)) for value in flat):
             raise ValueError(f"expected two points of a {kind}, got {describe(points)}")
         if kind == "rectangle":
-            (x0, y0), (x1, y1) = points
-            return [rectangle(x0, y0, x1, y1)]
+            return [rectangle(*flat)]
         if kind == "circle":
-            (x, y), edge = points
-            radius = math.dist((x, y), edge)
-            return [ellipse(x, y, radius, radius)]
+            centre, edge = points
+            radius = math.dist(centre, edge)
+            return [ellipse(*centre, radius, radius)]
         return _decoded(shape.get("mask"), flat, size_hw)
+
+    def _image_of(self, file: Path, content: Mapping[str, Any]) -> tuple[Any, Sequence[Path]]:
+        """The name of a file's image, and the folders that may hold it."""
+        images, given = self.options.images, content.get("imagePath")
+        if not isinstance(given, str) or not given.strip():
+            names = [file.with_suffix(suffix).name for suffix in _SUFFIXES]
+            folders = [*([images, images / file.parent.name] if images else []), file.parent]
+            there = {name: next((folder / name for folder in folders if (folder / name).is_file()), None) for name in names}
+            found = {(path.stat().st_dev, path.stat().st_ino): name for name, path in there.items() if path}
+            return list(found.values()) if len(found) > 1 else [*found.values(), *names][0], folders
+        folder, _, name = portable_name(given).rpartition("/")
+        if images is not None:
+            return name, [images / file.parent.relative_to(self._root), images]
+        said = Path(os.path.normpath(file.parent / folder))
+        inside = [said] if said.is_relative_to(self._root) else []
+        return name, [*inside, file.parent, file.parent / "images", self._root / "images"]
 
 
 def _read(file: Path) -> dict[str, Any] | str | None:
@@ -200,24 +183,6 @@ def _read(file: Path) -> dict[str, Any] | str | None:
     except DataError as error:
         return str(error)
     return {key: value for key, value in content.items() if key != "imageData"} if isinstance(content, dict) else None
-
-
-def _picture_of(
-    file: Path, content: Mapping[str, Any], root: Path, images: Path | None
-) -> tuple[Any, Sequence[Path]]:
-    """Name of a file's image, and the folders where it may be."""
-    given = content.get("imagePath")
-    if not isinstance(given, str) or not given.strip():
-        names = [file.with_suffix(suffix).name for suffix in _SUFFIXES]
-        folders = [*([images, images / file.parent.name] if images else []), file.parent]
-        there = {name: next((folder / name for folder in folders if (folder / name).is_file()), None) for name in names}
-        found = {(path.stat().st_dev, path.stat().st_ino): name for name, path in there.items() if path}
-        return list(found.values()) if len(found) > 1 else [*found.values(), *names][0], folders
-    folder, _, name = portable_name(given).rpartition("/")
-    if images is not None:
-        return name, [images / file.parent.relative_to(root), images]
-    said = Path(os.path.normpath(file.parent / folder))
-    return name, [*([said] if said.is_relative_to(root) else []), file.parent, file.parent / "images", root / "images"]
 
 
 def _declared(content: Mapping[str, Any]) -> Any:
@@ -233,7 +198,7 @@ def _size_of(content: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _decoded(encoded: Any, corners: Sequence[float], size_hw: tuple[int, int] | None) -> dict[str, Any]:
-    """A mask that is a PNG of its box, in base64."""
+    """A mask that is stored as a PNG of its box, in base64."""
     if not all(math.isfinite(value) for value in corners):
         raise ValueError(f"expected two points of a mask, got {describe(corners)}")
     left, top, right, bottom = (round(value) for value in corners)

@@ -36,11 +36,10 @@ from deris_llm.data.formats.base import (
     SourceInstance,
     SourceOptions,
     SourcePhrase,
-    checked_mapping,
-    existing_source,
+    SourceReader,
     is_int64,
 )
-from deris_llm.data.formats.coco_tables import CocoTables, coco_tables
+from deris_llm.data.formats.coco import CocoTables, coco_tables
 from deris_llm.data.masks import NoPixelError, visible_rle
 from deris_llm.data.validation import is_text
 from deris_llm.common.unpickle import load_plain_pickle
@@ -514,19 +513,23 @@ def _listing(folder: str, _modified_ns: int) -> frozenset[str]:
     return frozenset(path.name for path in Path(folder).iterdir())
 
 
-class ReferReader:
-    """One dataset's refs, in the order of their file."""
+class ReferReader(SourceReader):
+    """The refs of one dataset, in the order of their file. `--source` is the data root.
 
-    identity = ""
-    notes: tuple[str, ...] = ()
+    The dataset is the name of the prepared set, or `--mapping dataset=refcocog_umd`.
+    """
+
+    format = "refer"
+    expected = "a data root with REFER's folders"
+    mapping_keys = {"dataset": ""}
 
     def __init__(self, options: SourceOptions) -> None:
-        root = existing_source(options, "a data root with REFER's folders")
-        self._dataset = checked_mapping(options, {"dataset": options.name})["dataset"]
-        self.files = dataset_paths(root, self._dataset)
-        self._loaded = load_dataset(root, self._dataset)
-        self.image_folder = options.images or find_image_folder(root)
-        self.is_generalised: bool | None = self._dataset in GENERALISED_DATASETS
+        super().__init__(options)
+        self._dataset = self.mapping["dataset"] or options.name
+        self.files = dataset_paths(self.source, self._dataset)
+        self._loaded = load_dataset(self.source, self._dataset)
+        self.image_folder = options.images or find_image_folder(self.source)
+        self.is_generalised = self._dataset in GENERALISED_DATASETS
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
         for split in in_known_order(self._loaded.splits):

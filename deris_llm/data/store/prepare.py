@@ -55,7 +55,7 @@ from deris_llm.data.formats.base import (
     is_int64,
 )
 from deris_llm.data.formats.objects import class_key, split_named
-from deris_llm.data.formats.registry import open_source
+from deris_llm.data.formats import open_source
 from deris_llm.data.validation import Fault, LocatedEntry, ShardResult, is_text, look_at, write_shard
 from deris_llm.common.folders import check_writable
 from deris_llm.structures import Exif
@@ -133,9 +133,8 @@ def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], N
             options.source,
             out.name,
             options.images,
-            options.splits,
             options.mapping,
-            own_pictures=work / "pictures",
+            own_images=work / "pictures",
             follow_links=options.follow_links,
             takes_crowds=options.takes_crowds,
         ),

@@ -185,7 +185,7 @@ def test_categories_of_one_name_are_one(world: Any, coco: Any) -> None:
     made = world.prepare(_write(world, coco), format="coco")
     (dogs,) = read_split(world.root, "mine/train")
     assert (dogs.phrase_id, [i.annotation_id for i in dogs.instances]) == ("mine/train/0-3", [1, 2])
-    assert made.manifest["notes"][0] == ("train: categories 3, 4 have one name, 'dog', and are taken as one")
+    assert made.manifest["notes"][0] == ("train: categories 3, 4 have the same name, 'dog', and are read as one")
 
 
 def test_names_that_differ_in_case_and_blanks_are_one_phrase(world: Any, coco: Any) -> None:
@@ -216,7 +216,7 @@ def test_a_caption_of_null_is_none(world: Any, coco: Any) -> None:
 
 def test_folders_without_instances(world: Any, coco: Any) -> None:
     (world.folder / "photos").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"expected \*\.json with instances in this folder, got none\. Name the instances"):
+    with pytest.raises(DataError, match=r"expected COCO's instances as JSON, or a folder of such files, got none\."):
         world.prepare(world.folder / "photos", format="coco")
     _write(world, {"shapes": []}, "photos/a.json")
     with pytest.raises(DataError, match=r"got a dict with shapes\. a\.json looks like --format labelme\."):
@@ -335,7 +335,7 @@ FILES: dict[str, tuple[Any, str]] = {
     "no segmentation": (
         {"images": [{"id": 0, "width": 4, "height": 3}], "categories": [{"id": 1, "name": "x"}],
          "annotations": [{"id": 0, "image_id": 0, "category_id": 1, "bbox": [1, 1, 2, 2]}]},
-        "annotation 0: expected a segmentation, got none (a dict with id, image_id, category_id, bbox); a box is no mask",
+        "annotation 0: expected a segmentation, got none (a dict with id, image_id, category_id, bbox); a box is not a mask",
     ),
     "categories of text": (
         {"images": [], "annotations": [], "categories": ["dog"]},

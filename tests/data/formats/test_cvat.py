@@ -59,7 +59,7 @@ def test_every_shape(world: Any) -> None:
     assert (ball.any(0).sum(), ball.any(1).sum()) == (20, 10)  # lying
     assert made.manifest["notes"] == [
         "1 tags of whole images were left out",
-        "attributes not read: colour; --mapping caption=NAME asks by one",
+        "attributes not read: colour; --mapping caption=NAME reads one as phrases",
     ]
 
 
@@ -79,7 +79,7 @@ def test_subsets_are_splits(world: Any) -> None:
 
 
 SHAPES = {
-    "a box": ('<box label="x" xtl="1" ytl="1" xbr="9" ybr="9"/>', "box 1: a box is no mask"),
+    "a box": ('<box label="x" xtl="1" ytl="1" xbr="9" ybr="9"/>', "box 1: a box is not a mask"),
     "points": ('<points label="x" points="1,2;3,4"/>', "got a points, which has no area"),
     "no points": ('<polygon label="x"/>', "expected points x,y;x,y;..., got ''"),
     "no number": ('<ellipse label="x" cx="1" cy="2" rx="3"/>', "expected a number as ry, got None"),
@@ -150,5 +150,5 @@ def test_archives_and_empty_folders(world: Any) -> None:
     source.write_bytes(b"PK\3\4rest")
     with pytest.raises(DataError, match="got a zip or gzip archive. Unpack it"):
         world.prepare(source, format="cvat")
-    with pytest.raises(DataError, match=r"expected annotations\.xml in this folder, got none\."):
+    with pytest.raises(DataError, match=r"expected CVAT's annotations\.xml, or its folder, got none\."):
         world.prepare(world.folder, format="cvat")

@@ -148,7 +148,7 @@ def test_nested_samples(world: Any) -> None:
     name = "COCO_train2014_000000100001.jpg"
     source = _save(world, [{"image": _inside(_picture(0)), "file_name": name, "samples": samples}])
     for phrase, says in (
-        ("samples.category", "expected to be told which of 2 phrases means which of 2 masks"),
+        ("samples.category", "expected a statement which of 2 phrases means which of 2 masks"),
         ("samples.sentences", "got lists of texts"),
     ):
         for field in ("masks", "mask"):

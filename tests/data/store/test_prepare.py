@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib
 import json
 import pickle
 import shutil
@@ -15,11 +16,11 @@ import pytest
 from PIL import Image
 
 import deris_llm.data.store.prepare as prepare_module
-from deris_llm.cli.data import FORMAT_NAMES, add_data_commands
+from deris_llm.cli.data import add_data_commands
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.store.prepared import IMAGE_SCHEMA, PreparedSplit, file_sha256
-from deris_llm.data.formats.registry import FORMATS
+from deris_llm.data.formats import FORMATS
 from deris_llm.data.sources import (
     check_split,
     count_refs,
@@ -415,8 +416,13 @@ def test_another_process_maps_the_files_again(world: Any) -> None:
     assert list(pickle.loads(sent)) == list(records)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_has_its_reader(name: str) -> None:
+    module, _, reader = FORMATS[name].partition(":")
+    assert getattr(importlib.import_module(f"deris_llm.data.formats.{module}"), reader).format == name
+
+
 def test_the_command(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(FORMAT_NAMES) == set(FORMATS)
     parser = argparse.ArgumentParser()
     add_data_commands(parser.add_subparsers(required=True))
     source = _source(world)
