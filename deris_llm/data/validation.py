@@ -82,6 +82,31 @@ class ShardResult:
     without_pixel: list[Fault] = field(default_factory=list)  # referents of phrases that are kept
 
 
+def left_out_notes(crowds: Sequence[str], without_pixel: Sequence[str]) -> list[str]:
+    """What must be read with the numbers of a split: objects that it names and that are not in the truth of its phrases.
+
+    Args:
+        crowds: phrases that name crowds beside other referents.
+        without_pixel: referents that cover no pixel, with where they are named.
+    """
+    notes = []
+    if crowds:
+        notes.append(
+            f"phrases that name crowds beside other referents: {len(crowds):,}; the crowds are not in the truth under "
+            f"protocols with crowds: left_out (the default, as gRefCOCO's own API and ReLA): {_first_ten(crowds)}"
+        )
+    if without_pixel:
+        notes.append(
+            f"referents that draw no pixel: {len(without_pixel):,}; their phrases keep the others, or have an empty truth "
+            f"if there are none: {_first_ten(without_pixel)}"
+        )
+    return notes
+
+
+def _first_ten(names: Sequence[str]) -> str:
+    return "; ".join(names[:10]) + (f"; and {len(names) - 10:,} more" if len(names) > 10 else "")
+
+
 def look_at(image_folder: ImageFolder, names: list[str]) -> dict[str, ImageFacts | str]:
     """Facts about images, or what is wrong with them, by name."""
     found: dict[str, ImageFacts | str] = {}

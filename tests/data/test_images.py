@@ -167,7 +167,7 @@ def test_exif(colours: np.ndarray, tmp_path: Path, orientation: int) -> None:
 
 def _trained_on(record: ReferringRecord) -> Image.Image:
     """The image as the training loader decodes it."""
-    return collate._decoded(collate._picture(ImageGroup((record,))))
+    return collate._load_image_of(ImageGroup((record,)))
 
 
 def _turned(colours: np.ndarray, path: Path, orientation: int, *, square: bool) -> None:
@@ -209,7 +209,7 @@ def test_pictures_as_large_either_way_up(
             (note,) = made.manifest["notes"]
             assert note.startswith("images that EXIF turns by 180 degrees, mirrors, or turns and that are square: 1; ")
             assert f"their masks are taken as drawn on the image as it is {exif}: a.jpg" in note
-            assert ("which way up they were annotated: 1" in caplog.text) == ("--exif stored" in note) == (given is None)
+            assert ("which orientation was annotated: 1" in caplog.text) == ("--exif stored" in note) == (given is None)
 
 
 def test_refers_pictures_are_annotated_as_stored(colours: np.ndarray, refer_folder: Any, world: Any) -> None:
@@ -257,7 +257,7 @@ def test_masks_of_a_turned_picture(colours: np.ndarray, world: Any) -> None:
     assert np.asarray(load_image(shown.image_path, size_hw=(40, 30)))[6, 6].argmax() == 2
     with pytest.raises(
         DataError,
-        match="expected width and height, or --exif .*, for EXIF turns it by 90 degrees .* 40 x 30 px as stored, 30 x 40",
+        match="expected width and height, or --exif .*, got neither: EXIF turns it by 90 degrees .* 40 x 30 px as stored or 30 x 40",
     ):
         world.prepare(world.lines({"image": "unknown.jpg", "phrase": "x", "polygons": polygons}), "unknown")
     alone = world.lines({"image": "unknown.jpg", "phrase": "blue", "polygons": polygons})

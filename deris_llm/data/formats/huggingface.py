@@ -165,8 +165,9 @@ class HuggingFaceReader(RowReader):
             return name
         name = value.get("path") if isinstance(value, dict) else value
         folder = self.image_folder.resolve()
-        is_inside = isinstance(name, str) and Path(name).is_absolute() and Path(name).is_relative_to(folder)
-        return str(Path(name).relative_to(folder)) if is_inside else name
+        if isinstance(name, str) and Path(name).is_absolute() and Path(name).is_relative_to(folder):
+            return str(Path(name).relative_to(folder))
+        return name
 
 
 def _rows_of(rows: Any, batch_size: int) -> Iterator[dict[str, Any]]:

@@ -152,11 +152,12 @@ class LabelmeReader(AnnotationReader):
         if len(points) != 2 or not all(isinstance(value, (int, float)) for value in flat):
             raise ValueError(f"expected two points of a {kind}, got {describe(points)}")
         if kind == "rectangle":
-            return [rectangle(*flat)]
+            x0, y0, x1, y1 = flat
+            return [rectangle(x0, y0, x1, y1)]
         if kind == "circle":
-            centre, edge = points
-            radius = math.dist(centre, edge)
-            return [ellipse(*centre, radius, radius)]
+            (x, y), edge = points
+            radius = math.dist((x, y), edge)
+            return [ellipse(x, y, radius, radius)]
         return _decoded(shape.get("mask"), flat, size_hw)
 
     def _image_of(self, file: Path, content: Mapping[str, Any]) -> tuple[Any, Sequence[Path]]:

@@ -24,7 +24,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -41,7 +41,7 @@ from deris_llm.data.formats.base import (
 )
 from deris_llm.data.formats.coco import CocoTables, coco_tables
 from deris_llm.data.masks import NoPixelError, visible_rle
-from deris_llm.data.validation import is_text
+from deris_llm.data.validation import is_text, left_out_notes
 from deris_llm.common.unpickle import load_plain_pickle
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
@@ -381,7 +381,8 @@ def _read_split(
     records: list[ReferringRecord] = []
     problems: list[str] = []
     usable: dict[int, tuple[InstanceAnnotation | None, int | None, str | NoPixelError | None]] = {}
-    left_out = LeftOut()
+    names_crowds: list[str] = []
+    without_pixel: list[str] = []
     num_phrases = 0
     for ref in loaded.splits[split]:
         num_phrases += len(ref["sentences"])
@@ -411,7 +412,7 @@ def _read_split(
             continue
         kept, crowds = without_crowds(loaded, dataset, annotation_ids)
         drawn = [i for i in kept if usable[i][2] is None]
-        left_out.without_pixel += [f"{usable[i][2]} (ref_id {ref['ref_id']})" for i in kept if usable[i][2] is not None]
+        without_pixel += [f"{usable[i][2]} (ref_id {ref['ref_id']})" for i in kept if usable[i][2] is not None]
         category, num_same_class = classes_of(loaded, ref["image_id"], kept)
         for sentence in ref["sentences"]:
             phrase = sentence.get(phrase_field)
@@ -423,7 +424,7 @@ def _read_split(
                 problems.append(f"{where}: sent_id {sentence.get('sent_id')} has {fault} ({phrase_field}={phrase!r})")
                 continue
             if crowds:
-                left_out.crowds.append(f"sent_id {sentence['sent_id']} (ann_id {', '.join(map(str, crowds))})")
+                names_crowds.append(f"sent_id {sentence['sent_id']} (ann_id {', '.join(map(str, crowds))})")
             records.append(
                 ReferringRecord(
                     phrase_id=f"{dataset}/{split}/{sentence['sent_id']}",
@@ -445,9 +446,10 @@ def _read_split(
     problems.extend(f"phrase {name} occurs {count} times" for name, count in counts.items() if count > 1)
     if problems:
         raise bad_records_error(f"{refs_file} ({dataset}/{split})", problems, num_records=num_phrases)
-    if left_out.without_pixel:
-        logger.warning("%s/%s: %s", dataset, split, left_out.notes()[-1])
-    return tuple(records), tuple(left_out.notes())
+    notes = left_out_notes(names_crowds, without_pixel)
+    if without_pixel:
+        logger.warning("%s/%s: %s", dataset, split, notes[-1])
+    return tuple(records), tuple(notes)
 
 
 def classes_of(loaded: LoadedDataset, image_id: int, annotation_ids: Sequence[int]) -> tuple[str | None, int | None]:
@@ -479,33 +481,6 @@ def _checked_annotation(
     except ValueError as error:
         return None, image_id, f"ann_id {annotation_id} of {image.file_name}: {error}"
     return InstanceAnnotation(annotation_id, {**rle, "counts": rle["counts"].decode("ascii")}), image_id, None
-
-
-@dataclass
-class LeftOut:
-    """What is named in a split and not in the truth of its phrases."""
-
-    crowds: list[str] = field(default_factory=list)  # phrases that name some
-    without_pixel: list[str] = field(default_factory=list)  # referents, with where they are named
-
-    def notes(self) -> list[str]:
-        """A sentence for each kind that is there."""
-        notes = []
-        if self.crowds:
-            notes.append(
-                f"phrases that name crowds beside other referents: {len(self.crowds):,}; the crowds are not in the truth under "
-                f"protocols with crowds: left_out (the default, as gRefCOCO's own API and ReLA): {_first_ten(self.crowds)}"
-            )
-        if self.without_pixel:
-            notes.append(
-                f"referents that draw no pixel: {len(self.without_pixel):,}; their phrases keep the others, or have an empty truth "
-                f"where there are none: {_first_ten(self.without_pixel)}"
-            )
-        return notes
-
-
-def _first_ten(names: Sequence[str]) -> str:
-    return "; ".join(names[:10]) + (f"; and {len(names) - 10:,} more" if len(names) > 10 else "")
 
 
 @lru_cache(maxsize=4)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import deris_llm.data.store.prepare as prepare_module
+from deris_llm.data.store import image_table, shards
 from deris_llm.cli.data import add_data_commands
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation
@@ -115,14 +116,14 @@ def test_a_folder_of_something_else_is_refused(world: Any) -> None:
 
 def test_workers_and_shards_change_nothing(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = _source(world, num_phrases=30)
-    monkeypatch.setattr(prepare_module, "PHRASES_PER_SHARD", 4)
+    monkeypatch.setattr(shards, "PHRASES_PER_SHARD", 4)
     world.prepare(source)
     world.prepare(source, name="by_two", workers=2)
     one, two = _files(world.root / "mine"), _files(world.root / "by_two")
     assert one.pop("manifest.json").replace(b'"mine"', b'"by_two"') == two.pop("manifest.json")
     assert one == two
     assert len(one) > 6
-    monkeypatch.setattr(prepare_module, "PHRASES_PER_SHARD", 1000)
+    monkeypatch.setattr(shards, "PHRASES_PER_SHARD", 1000)
     world.prepare(source, name="whole")
     cut, whole = read_split(world.root, "mine/train"), read_split(world.root, "whole/train")
     assert [r.phrase for r in cut] == [r.phrase for r in whole] == [cut[i].phrase for i in range(len(cut))]
@@ -130,9 +131,9 @@ def test_workers_and_shards_change_nothing(world: Any, monkeypatch: pytest.Monke
 
 def test_an_interrupted_run_goes_on(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = _source(world, num_phrases=30)
-    monkeypatch.setattr(prepare_module, "PHRASES_PER_SHARD", 4)
+    monkeypatch.setattr(shards, "PHRASES_PER_SHARD", 4)
     written: list[str] = []
-    real = prepare_module.write_shard
+    real = shards.write_shard
 
     def until_the_power_fails(path: Path, *rest: Any) -> Any:
         if len(written) == 3:
@@ -140,16 +141,16 @@ def test_an_interrupted_run_goes_on(world: Any, monkeypatch: pytest.MonkeyPatch)
         written.append(path.name)
         return real(path, *rest)
 
-    monkeypatch.setattr(prepare_module, "write_shard", until_the_power_fails)
+    monkeypatch.setattr(shards, "write_shard", until_the_power_fails)
     with pytest.raises(KeyboardInterrupt):
         world.prepare(source)
     assert not (world.root / "mine").exists()
     monkeypatch.setattr(
-        prepare_module, "write_shard", lambda path, *rest: (written.append(path.name), real(path, *rest))[1]
+        shards, "write_shard", lambda path, *rest: (written.append(path.name), real(path, *rest))[1]
     )
     world.prepare(source)
     assert len(written) == len(set(written)) == len(list((world.root / "mine/arrow").glob("[tv]*.arrow")))
-    monkeypatch.setattr(prepare_module, "write_shard", real)
+    monkeypatch.setattr(shards, "write_shard", real)
     world.prepare(source, name="straight")
     one, two = _files(world.root / "mine"), _files(world.root / "straight")
     assert one.pop("manifest.json").replace(b'"mine"', b'"straight"') == two.pop("manifest.json")
@@ -385,7 +386,7 @@ def test_a_killed_worker(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
     source = _source(world)
     (tmp_path / "dying.py").write_text("import os\n\ndef die(*_):\n    os.kill(os.getpid(), 9)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(prepare_module, "look_at", importlib.import_module("dying").die)
+    monkeypatch.setattr(image_table, "look_at", importlib.import_module("dying").die)
     with pytest.raises(RuntimeError, match=r"got one that was killed .* Lower --workers and start again"):
         world.prepare(source, workers=2)
     assert not (world.root / "mine").exists()
