@@ -2,8 +2,8 @@
 """Records the golden numbers of tests/golden/losses: the loss of each training step and the answers of a checkpoint.
 
     python scripts/golden_losses.py                                # record everything into tests/golden/losses
-    python scripts/golden_losses.py --out /tmp/b --runs form-p2c   # record one run elsewhere
-    python scripts/loss_compare.py tests/golden/losses /tmp/b      # compare it with the stored ones
+    python scripts/golden_losses.py --out OUT --runs form-p2c   # record one run elsewhere
+    python scripts/loss_compare.py tests/golden/losses OUT      # compare it with the stored ones
 
 Each run takes 8 steps on a small synthetic world, in one process without DeepSpeed and on two ranks under ZeRO-2. Losses
 are stored unrounded: a float32 survives the trip through JSON. Record on an unchanged working tree; a commit that

@@ -26,7 +26,7 @@ def test_requirements_have_lower_bounds_and_upper_ones_only_where_private_method
 
 def test_every_import_of_the_package_is_declared():
     names = {"PIL": "pillow", "yaml": "pyyaml", "qwen_vl_utils": "qwen-vl-utils", "cv2": "opencv-python-headless"}
-    brought = {"tokenizers", "huggingface_hub"}  # parts of transformers
+    brought = {"tokenizers", "huggingface_hub", "annotated_types"}  # parts of transformers, and of pydantic
     declared = {re.split(r"[>\[]", requirement)[0] for requirement in PROJECT["project"]["dependencies"]}
     for path in (ROOT / "deris_llm").rglob("*.py"):
         for module in re.findall(r"^\s*(?:import|from) ([a-zA-Z_0-9]+)", path.read_text(), flags=re.MULTILINE):

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from deris_llm.cli.main import main
+from deris_llm.common.html import bounded_jpeg, environment
 from deris_llm.evaluation.page import cases as page_cases
 from deris_llm.evaluation.page.cases import QUADRANTS, choose_groups, many_phrases
 from deris_llm.evaluation.page.charts import Line, Marker, line_chart
 from deris_llm.evaluation.page.compare import NUM_PAIRS, choose_pairs, pairs_of
-from deris_llm.evaluation.page.html import element, picture
 from deris_llm.evaluation.page.numbers import precision_curve
 from deris_llm.evaluation.page.page import NUM_VIEWS, look_inside, write_page
 from deris_llm.evaluation.page.stored import open_evaluation
@@ -166,7 +166,7 @@ def test_without_predictions_data_or_anything_optional(folder: Path, data: Path,
     assert "From the inside" not in page.text
     assert "always empty" not in page.text
     somewhere = write_page(open_evaluation(folder), tmp_path / "no_data.html").read_text(encoding="utf-8")
-    assert "No pictures: neither the evaluation nor a checkpoint says where the data is" in somewhere
+    assert "No images: neither the evaluation nor a checkpoint says where the data is" in somewhere
     assert "<img" not in somewhere
     with pytest.raises(ValueError, match=r"absent(.|\n)*`deris-llm report --data ROOT` names the folder"):
         write_page(open_evaluation(folder), tmp_path / "other.html", data_root=tmp_path / "absent")
@@ -373,9 +373,9 @@ def test_command_line(folder: Path, data: Path, tmp_path: Path, capsys: pytest.C
 
 def test_a_picture_is_of_bounded_size() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8))
-    found = picture(noise, "noise", max_bytes=20_000)
-    assert len(str(found.get("src"))) < 27_000
-    assert int(str(found.get("width"))) < 800
+    uri, encoded = bounded_jpeg(noise, 20_000)
+    assert len(uri) < 27_000
+    assert encoded.width < 800
 
 
 @pytest.mark.parametrize(
@@ -390,12 +390,13 @@ def test_a_picture_is_of_bounded_size() -> None:
 )
 def test_charts_of_any_points(points: list[tuple[float, float]]) -> None:
     chart = line_chart("t", [Line("a", points)], x_label="x", y_label="y", marker=Marker(0.5, "here"))
-    paths = [path.get("d") or "" for path in chart.iter("path")]
+    drawn = str(environment("deris_llm.evaluation.page").get_template("charts.html.j2").module.line_chart(chart))
+    paths = re.findall(r'<path d="([^"]*)"', drawn)
+    assert drawn.startswith("\n<figure") or drawn.startswith("<figure")
     assert "nan" not in "".join(paths)
     assert max(path.count("L") for path in paths) <= 240
 
 
-def test_elements_are_escaped_and_closed() -> None:
-    made = element("p", "a < b", element("b", "&"), "tail", None, ["x", element("i")], class_="c", stroke_width=1.5)
-    assert (made.get("class"), made.get("stroke-width")) == ("c", "1.5")
-    assert "".join(made.itertext()) == "a < b&tailx"
+def test_templates_escape_and_clean_text() -> None:
+    made = environment("deris_llm.evaluation.page").from_string("<p>{{ text }}</p>").render(text="a < b & \x00\ud800")
+    assert made == "<p>a &lt; b &amp; \N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}</p>"

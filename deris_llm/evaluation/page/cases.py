@@ -1,29 +1,27 @@
-"""The page's pictures: answers at random, the worst and the best, by quadrant, by phrase of one picture, and from the inside."""
+"""The page's images: answers at random, the worst and the best, by quadrant, by phrase of one image, and views inside the model."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from xml.etree.ElementTree import Element
 
 import numpy as np
 from PIL import Image
 
+from deris_llm.common.html import bounded_jpeg
 from deris_llm.data.images import load_image
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.overlays import draw_overlay, pick
-from deris_llm.evaluation.page.html import Node, element, phrase, picture
-from deris_llm.evaluation.page.stored import Evaluation
 from deris_llm.evaluation.truth import merged_truth
 from deris_llm.evaluation.views import PhraseView, QueryView
 from deris_llm.structures import Exif, ReferringRecord
 
 NUM_CASES = 96
-"""Pictures of cases on a page, over all splits: with the limits of one picture they bound the page's size."""
+"""Images of cases on a page, over all splits: with the limits of one image they bound the page's size."""
 
 _CASE_WIDTH, _CASE_BYTES = 360, 26_000
 _TILE_WIDTH, _TILE_BYTES = 240, 14_000
@@ -35,7 +33,7 @@ QUADRANTS = (
     ("imagined", "no target, but answered", False, True),
     ("rightly nothing", "no target, “nothing there”", False, False),
 )
-"""Name, what it is, whether the phrase has a target, whether the answer says so: `gres_metrics` has what each counts."""
+"""Name, description, whether the phrase has a target, whether the answer says so."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +44,33 @@ class Group:
     answers: Sequence[Answer]
 
 
+@dataclass(frozen=True)
+class Picture:
+    """An image with masks, encoded for the page."""
+
+    uri: str
+    width: int  # px
+    height: int  # px
+    alt: str
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with its caption."""
+
+    picture: Picture
+    title: str = ""  # before the phrase, or instead of one
+    phrase: str = ""
+    small: str = ""
+    badge: tuple[str, str] | None = None  # text, class of the page's style
+    is_chosen: bool = False
+    score: float | None = None  # drawn as a meter
+
+
 def choose_groups(
     answers: Sequence[Answer], protocol: str, *, is_generalised: bool, num_each: int, seed: int
 ) -> list[Group]:
-    """Random cases first (what to expect), then worst and best, on a generalised split of those found; then by quadrant.
+    """Chooses random cases first (what to expect), then the worst and best, on a generalised split of those found, then by quadrant.
 
     Args:
         answers: of a split.
@@ -61,7 +82,7 @@ def choose_groups(
     by_iou = sorted(answers, key=lambda a: a.iou[protocol])
     judged = [a for a in by_iou if a.has_target and a.says_target] if is_generalised else by_iou
     shuffled = random.Random(seed).sample(by_iou, len(by_iou))
-    end = max(num_each, min(8 * num_each, len(judged) // 3))  # other pictures are looked for so far from the very worst
+    end = max(num_each, min(8 * num_each, len(judged) // 3))  # how far from the very worst another image is looked for
     rankings: list[tuple[str, Sequence[Answer]]] = [
         ("Random", shuffled),
         ("Worst", judged[:end]),
@@ -83,7 +104,7 @@ def choose_groups(
 
 
 def many_phrases(answers: Sequence[Answer], *, seed: int) -> list[Answer]:
-    """Phrases of one picture that has many, with and without target if there are such: the paper's figure 13."""
+    """Chooses the phrases of one image that has many, with and without target if there are such (the paper's figure 13)."""
     by_image: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         by_image[answer.image_id].append(answer)
@@ -98,72 +119,63 @@ def many_phrases(answers: Sequence[Answer], *, seed: int) -> list[Answer]:
     return sorted(chosen, key=found.index)
 
 
-def quadrant_table(answers: Sequence[Answer]) -> Element:
-    """How often the answer says that there is a target, by whether there is one."""
+def quadrants(answers: Sequence[Answer]) -> list[tuple[str, list[tuple[int, str]]]]:
+    """Counts how often the answer says that there is a target: a row for phrases with one, and a row for those without.
+
+    Returns:
+        label of the row, and for `answered` and `nothing there` the count and its name with the share of the row.
+    """
     counts = Counter((a.has_target, a.says_target) for a in answers)
     rows = []
-    for has_target, label in ((True, "phrase with a target"), (False, "phrase without one")):
+    for has_target, label in ((True, "phrase with a target"), (False, "phrase without a target")):
         total = counts[has_target, True] + counts[has_target, False]
         cells = []
-        for name, _, has, says in QUADRANTS:
+        for name, _, has, says in sorted(QUADRANTS, key=lambda quadrant: not quadrant[3]):
             if has == has_target:
                 share = f"{100 * counts[has, says] / total:.1f} %" if total else "–"
-                count = element("div", str(counts[has, says]), class_="value")
-                cells.append((says, element("td", count, element("small", f"{name}, {share}"))))
-        cells.sort(key=lambda cell: not cell[0])
-        rows.append(element("tr", element("th", label, scope="row"), [cell for _, cell in cells]))
-    heads = [element("th", text, scope="col") for text in ("", "answered", "“nothing there”")]
-    table = element("table", element("thead", element("tr", heads)), element("tbody", rows), class_="quadrants")
-    return element("div", table, class_="scroll")
+                cells.append((counts[has, says], f"{name}, {share}"))
+        rows.append((label, cells))
+    return rows
 
 
-def cases(
-    evaluation: Evaluation, split: str, groups: Sequence[Group], records: Mapping[str, ReferringRecord]
-) -> list[Node]:
-    """The groups of a split as figures."""
-    protocol = evaluation.protocol(split)
-    made = []
-    for group in groups:
-        figures = [case(answer, records[answer.phrase_id], protocol) for answer in group.answers]
-        made.append(element("div", element("h4", group.title), element("div", figures, class_="grid")))
-    return [element("div", made, class_="groups")]
-
-
-def case(answer: Answer, record: ReferringRecord, protocol: str) -> Element:
-    """One answer: picture, IoU, phrase, what the model was sure of."""
-    said = [f"best score {answer.top_scores[0]:.2f}"] if answer.top_scores else []
-    said += [f"presence {answer.presence:.2f}"] if answer.presence is not None else []
-    return element(
-        "figure",
+def case(answer: Answer, record: ReferringRecord, protocol: str) -> Figure:
+    """Draws one answer with its IoU, phrase, scores and id."""
+    return Figure(
         answer_picture(answer, record, width=_CASE_WIDTH, max_bytes=_CASE_BYTES),
-        element(
-            "figcaption",
-            badge(answer, protocol),
-            phrase(answer.phrase),
-            element("small", " · ".join([*said, answer.phrase_id])),
-        ),
-        class_="case",
+        phrase=answer.phrase,
+        small=" · ".join([*scores(answer), answer.phrase_id]),
+        badge=badge(answer, protocol),
     )
 
 
-def badge(answer: Answer, protocol: str) -> Element:
-    """IoU, or the quadrant where there is none to speak of; never by colour alone."""
+def scores(answer: Answer) -> list[str]:
+    """Returns the best score and the presence of an answer as texts, where it has them."""
+    said = [f"best score {answer.top_scores[0]:.2f}"] if answer.top_scores else []
+    return said + ([f"presence {answer.presence:.2f}"] if answer.presence is not None else [])
+
+
+def badge(answer: Answer, protocol: str) -> tuple[str, str]:
+    """Returns the IoU, or the quadrant where an IoU says nothing, and its style; the meaning never hangs on colour alone."""
     if answer.has_target and answer.says_target:
         iou = answer.iou[protocol]
-        return element(
-            "span", f"IoU {iou:.1f}", class_=f"badge {'good' if iou >= 70 else 'fair' if iou >= 50 else 'poor'}"
-        )
+        return f"IoU {iou:.1f}", "good" if iou >= 70 else "fair" if iou >= 50 else "poor"
     name = next(q[0] for q in QUADRANTS if q[2:] == (answer.has_target, answer.says_target))
-    return element("span", name, class_=f"badge {'poor' if answer.has_target != answer.says_target else 'good'}")
+    return name, "poor" if answer.has_target != answer.says_target else "good"
 
 
 def answer_picture(
     answer: Answer, record: ReferringRecord, *, width: int = _TILE_WIDTH, max_bytes: int = _TILE_BYTES
-) -> Element:
-    """The picture with the answer's mask and the truth."""
+) -> Picture:
+    """Draws the image with the answer's mask and the ground truth."""
     mask = decode_segmentation(answer.mask, record.height, record.width)
     alt = f"answer to “{answer.phrase}”"
     return mask_picture(record, mask, alt, with_truth=True, width=width, max_bytes=max_bytes)
+
+
+def truth_figure(record: ReferringRecord) -> Figure:
+    """Draws the ground truth alone."""
+    picture = mask_picture(record, None, f"ground truth of “{record.phrase}”", with_truth=True)
+    return Figure(picture, "ground truth" if record.instances else "no target")
 
 
 def mask_picture(
@@ -174,60 +186,52 @@ def mask_picture(
     with_truth: bool,
     width: int = _TILE_WIDTH,
     max_bytes: int = _TILE_BYTES,
-) -> Element:
-    """The picture with a mask, bool (h, w), or none, and the truth or not."""
+) -> Picture:
+    """Draws the image with a mask, bool (h, w), or none, and with the ground truth or not."""
     truth = merged_truth(record) if with_truth else None
     image = _image(record.image_path, record.height, record.width, record.exif)
-    return picture(draw_overlay(image, mask, truth, width_px=width), alt, max_bytes=max_bytes)
+    uri, encoded = bounded_jpeg(draw_overlay(image, mask, truth, width_px=width), max_bytes)
+    return Picture(uri, encoded.width, encoded.height, alt)
 
 
-def key() -> Element:
-    """What the lines on the pictures are."""
-    answer, truth = element("i", class_="answer"), element("i", class_="truth")
-    return element("p", element("span", answer, "answer"), element("span", truth, "ground truth"), class_="key")
+@dataclass(frozen=True)
+class Inside:
+    """A phrase as seen from inside the model."""
+
+    phrase: str
+    facts: str
+    queries: list[Figure]  # the ground truth, then the best queries of the last round
+    winner: int  # number of the best query
+    rounds: list[Figure]
 
 
-def view(seen: PhraseView, answer: Answer | None, record: ReferringRecord) -> Element:
-    """A phrase from the inside: its best queries in the last round, and the first of them in every round."""
+def inside(seen: PhraseView, answer: Answer | None, record: ReferringRecord) -> Inside:
+    """Draws the best queries of a phrase in the last round, and the first of them in every round."""
     size = (record.height, record.width)
-    facts = [
-        seen.split,
-        seen.why,
-        f"presence {seen.presence:.2f}",
-        "" if record.instances else "names nothing in the picture",
-    ]
+    facts = [seen.split, seen.why, f"presence {seen.presence:.2f}"]
+    facts.append("" if record.instances else "names nothing in the image")
     if answer is not None and record.instances and not answer.says_target:
         facts.append("answer: nothing there")
-    truth = element(
-        "figure",
-        mask_picture(record, None, f"ground truth of “{record.phrase}”", with_truth=True),
-        element("figcaption", "ground truth" if record.instances else "no target"),
-        class_="case",
-    )
-    queries = [_tile(q, size, record, f"query {q.query}", is_chosen=q.is_selected) for q in seen.queries]
-    rounds = [_tile(q, size, record, f"round {n}", is_chosen=False) for n, q in enumerate(seen.rounds)]
-    winner = seen.queries[0].query
-    return element(
-        "article",
-        element("h3", phrase(record.phrase)),
-        element("p", " · ".join(fact for fact in facts if fact), class_="soft"),
-        element("h4", "Best queries of the last round; those in the answer are framed"),
-        element("div", truth, queries, class_="strip"),
-        element("h4", f"Query {winner} by round"),
-        element("div", rounds, class_="strip rounds"),
-        class_="view",
+    return Inside(
+        record.phrase,
+        " · ".join(fact for fact in facts if fact),
+        [
+            truth_figure(record),
+            *(_tile(q, size, record, f"query {q.query}", is_chosen=q.is_selected) for q in seen.queries),
+        ],
+        seen.queries[0].query,
+        [_tile(q, size, record, f"round {n}", is_chosen=False) for n, q in enumerate(seen.rounds)],
     )
 
 
-def _tile(query: QueryView, size: tuple[int, int], record: ReferringRecord, title: str, *, is_chosen: bool) -> Element:
+def _tile(query: QueryView, size: tuple[int, int], record: ReferringRecord, title: str, *, is_chosen: bool) -> Figure:
     mask = decode_segmentation(query.mask, *size)
-    said = f"score {query.score:.2f}" + ("" if query.iou is None else f" · IoU {query.iou:.1f}")
-    meter = element("div", element("i", style=f"width:{100 * query.score:.1f}%"), class_="meter")
-    return element(
-        "figure",
+    return Figure(
         mask_picture(record, mask, f"mask of {title}", with_truth=False),
-        element("figcaption", title, " · in the answer" if is_chosen else None, meter, element("small", said)),
-        class_="case chosen" if is_chosen else "case",
+        f"{title} · in the answer" if is_chosen else title,
+        small=f"score {query.score:.2f}" + ("" if query.iou is None else f" · IoU {query.iou:.1f}"),
+        is_chosen=is_chosen,
+        score=query.score,
     )
 
 

@@ -1,15 +1,14 @@
-"""The page's numbers: what was evaluated and how, tables beside published ones, breakdowns, curves."""
+"""The page's numbers: tables beside published ones, where the rest is lost, breakdowns, curves."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-from xml.etree.ElementTree import Element
 
 from deris_llm.evaluation.answers import Answer
-from deris_llm.evaluation.page.charts import NUM_SERIES, Line, Marker, line_chart, share_bar, value_bar
-from deris_llm.evaluation.page.html import Node, element, shortened
+from deris_llm.evaluation.page.charts import NUM_SERIES, Chart, Line, Marker, line_chart
 from deris_llm.evaluation.page.stored import Evaluation, logged
 from deris_llm.evaluation.report import (
     GRES_NOTE,
@@ -24,7 +23,8 @@ from deris_llm.evaluation.report import (
 _RIS_METRICS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9", "oracle_mIoU")
 _GRES_METRICS = ("gIoU", "cIoU", "N-acc", "T-acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "F1", "oracle_gIoU")
 _NAMES = {"oracle_mIoU": "best query", "oracle_gIoU": "best query"}
-_PARTS = (
+_EVALUATED_WHILE_TRAINING = ("eval_mIoU", "eval_oIoU", "eval_gIoU", "eval_cIoU", "eval_N-acc", "eval_T-acc")
+PARTS = (
     ("part-answer", "right: the answer's IoU"),
     ("part-choice", "lost by the choice: another query had the mask"),
     ("part-mask", "lost by the masks: no query had it"),
@@ -32,154 +32,144 @@ _PARTS = (
 _CURVE_STEPS = 50
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: a number with its full precision, or a text."""
+
+    value: float | str | None = ""  # None is shown as a dash
+    style: str = ""
+    interval: Sequence[float] | None = None
+    span: int = 1
+    scope: str = ""  # `col`, `row`, `colgroup` make a heading
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with the note below it."""
+
+    title: str
+    heads: list[list[Cell]]
+    rows: list[tuple[str, list[Cell]]]  # class of the row, cells
+    note: str
+    counts_no_target: bool
+
+
 def main_metric(evaluation: Evaluation, split: str) -> str:
-    """The metric that stands for a split."""
+    """Returns the metric that stands for a split."""
     return "gIoU" if evaluation.is_generalised(split) else "mIoU"
 
 
-def number(value: float | None, digits: int = 2) -> Element:
-    """A number as the report has it, shown with some digits; a dash where there is none."""
-    return element("span", "–") if value is None else element("data", f"{value:.{digits}f}", value=repr(value))
-
-
-def with_code(text: str) -> list[Node]:
-    """A text with `code` between backticks."""
-    return [element("code", part) if place % 2 else part for place, part in enumerate(text.split("`"))]
-
-
-def header(evaluation: Evaluation) -> Element:
-    """Name, where it comes from, and one number a split."""
-    about = evaluation.about
-    facts = [
-        element("code", str(source)) if (source := evaluation.checkpoint or about.get("predictions")) else None,
-        f"evaluated {about['date']}" if about.get("date") else None,
-        f"seed {about['seed']}" if "seed" in about else None,
-    ]
-    shown: list[Node] = []
-    for fact in facts:
-        shown += [" · " if shown and fact is not None else None, fact]
-    tiles = []
+def tiles(evaluation: Evaluation) -> list[tuple[str, float | None, str, int]]:
+    """Returns for every split its name, main number, the metric with its interval, and the number of phrases."""
+    found = []
     for split, numbers in evaluation.report["splits"].items():
-        found = numbers[evaluation.protocol(split)]
+        values = numbers[evaluation.protocol(split)]
         metric = main_metric(evaluation, split)
-        interval = (found.get("intervals") or {}).get(metric)
+        interval = (values.get("intervals") or {}).get(metric)
         sure = "" if interval is None else f" · {interval[0]:.1f}–{interval[1]:.1f}"
-        tiles.append(
-            element(
-                "div",
-                element("div", split, class_="what"),
-                element("div", number(found.get(metric), 1), element("small", metric + sure), class_="value"),
-                element("div", f"{found['n_phrases']:,} phrases", class_="soft"),
-                class_="tile",
-            )
-        )
-    notice = about.get("leakage") or evaluation.report.get("leakage")
-    return element(
-        "header",
-        element(
-            "div",
-            element("p", "Referring image segmentation · evaluation", class_="eyebrow"),
-            element("h1", evaluation.name),
-            element("p", shown, class_="soft") if shown else None,
-            element("div", tiles, class_="tiles") if tiles else element("p", "This run was not evaluated yet."),
-            element("p", str(notice), class_="warning", role="note") if notice else None,
-        ),
-    )
-
-
-def tables(evaluation: Evaluation) -> list[Node]:
-    """One table for the RIS splits, one for the GRES splits, with published numbers at the side."""
-    splits = list(evaluation.report["splits"])
-    ris = [split for split in splits if not evaluation.is_generalised(split)]
-    gres = [split for split in splits if evaluation.is_generalised(split)]
-    found: list[Node] = []
-    if ris:
-        found += [
-            element("h3", "One target a phrase, percent"),
-            _table(evaluation, ris, _RIS_METRICS),
-            element("p", f"{NOTE} {PUBLISHED_NOTE}" if published_on(ris, PUBLISHED) else NOTE, class_="note"),
-        ]
-    if gres:
-        found += [
-            element("h3", "None, one or several targets a phrase, percent"),
-            _table(evaluation, gres, _GRES_METRICS),
-            element(
-                "p",
-                f"{GRES_NOTE} {PUBLISHED_GRES_NOTE}" if published_on(gres, PUBLISHED_GRES) else GRES_NOTE,
-                class_="note",
-            ),
-        ]
-    if any(_of_protocols(evaluation, split, "intervals") for split in splits):
-        about = "Small figures under a number: its 95 % interval by bootstrap over the pictures."
-        found.append(element("p", about, class_="note"))
-    notes = evaluation.report.get("notes", {})
-    found += [element("p", f"{split}: {'; '.join(said)}.", class_="note") for split, said in notes.items()]
+        found.append((split, values.get(metric), metric + sure, values["n_phrases"]))
     return found
 
 
-def _table(evaluation: Evaluation, splits: Sequence[str], metrics: Sequence[str]) -> Element:
+def tables(evaluation: Evaluation) -> list[Table]:
+    """Returns a table for the RIS splits and one for the GRES splits, with published numbers beside them."""
+    splits = list(evaluation.report["splits"])
+    ris = [split for split in splits if not evaluation.is_generalised(split)]
+    gres = [split for split in splits if evaluation.is_generalised(split)]
+    found = []
+    if ris:
+        note = f"{NOTE} {PUBLISHED_NOTE}" if published_on(ris, PUBLISHED) else NOTE
+        found.append(_table(evaluation, "One target per phrase, percent", ris, _RIS_METRICS, note))
+    if gres:
+        note = f"{GRES_NOTE} {PUBLISHED_GRES_NOTE}" if published_on(gres, PUBLISHED_GRES) else GRES_NOTE
+        found.append(_table(evaluation, "No, one or several targets per phrase, percent", gres, _GRES_METRICS, note))
+    return found
+
+
+def has_intervals(evaluation: Evaluation) -> bool:
+    """Whether any number of the report has an interval."""
+    return any("intervals" in values for numbers in evaluation.report["splits"].values() for values in numbers.values())
+
+
+def _table(evaluation: Evaluation, title: str, splits: Sequence[str], metrics: Sequence[str], note: str) -> Table:
     report = evaluation.report
     is_gres = evaluation.is_generalised(splits[0])
-    names = list(dict.fromkeys(name for split in splits for name in report["splits"][split]))
-    columns: list[tuple[str, str]] = []
-    for place, name in enumerate(names):
-        wanted = metrics if not place else metrics[:2]
-        there = [report["splits"][split].get(name, {}) for split in splits]
-        columns += [(name, metric) for metric in wanted if any(metric in values for values in there)]
+    columns = _columns(evaluation, splits, metrics)
     sections = [
         (name, label)
         for name, label in (("control", "control"), ("step0", "step 0"))
         if any(report[name].get(split) for split in splits)
     ]
-    published = (
-        {} if is_gres else published_on(splits, PUBLISHED)
-    )  # of generalised splits three numbers a method: rows, not columns
-    spans = [(name, sum(column == name for column, _ in columns)) for name in names]
-    over = [element("th", colspan=2)]
-    over += [element("th", f"protocol {name}", colspan=span, scope="colgroup") for name, span in spans if span]
-    if sections:
-        over.append(element("th", "comparison", colspan=len(sections), scope="colgroup"))
-    if published:
-        over.append(element("th", "published, other data", colspan=len(published), scope="colgroup", class_="other"))
-    titles = [element("th", "split"), element("th", "phrases", [element("br"), "(no target)"] if is_gres else None)]
-    titles += [
-        element("th", _NAMES.get(metric, metric), scope="col", class_="first" if metric == metrics[0] else None)
-        for _, metric in columns
-    ]
-    for place, (_, label) in enumerate(sections):
-        titles.append(element("th", label, scope="col", class_=None if place else "first"))
-    for place, method in enumerate(published):
-        titles.append(element("th", f"{method}\N{DAGGER}", scope="col", class_="other" if place else "other first"))
+    # Of generalised splits a method has three numbers: these are rows, not columns.
+    published = {} if is_gres else published_on(splits, PUBLISHED)
     rows = []
     for split in splits:
         found = report["splits"][split]
         counts = found[evaluation.protocol(split)]
         phrases = f"{counts['n_phrases']:,}"
         phrases += f" ({counts['n_no_target']:,})" if counts.get("n_no_target") is not None else ""
-        row = [element("th", split, scope="row"), element("td", phrases)]
-        row += [_cell(found.get(name, {}), metric, is_first=metric == metrics[0]) for name, metric in columns]
+        row = [Cell(split, scope="row"), Cell(phrases)]
+        for name, metric in columns:
+            values = found.get(name, {})
+            style = "main first" if metric == metrics[0] else ""
+            row.append(Cell(values.get(metric), style, (values.get("intervals") or {}).get(metric)))
         for place, (name, _) in enumerate(sections):
             values = report[name].get(split, {}).get(evaluation.protocol(split), {})
-            row.append(element("td", number(values.get(metrics[0])), class_=None if place else "first"))
+            row.append(Cell(values.get(metrics[0]), "" if place else "first"))
         for place, numbers in enumerate(published.values()):
             text = f"{numbers[split]:.2f}" if split in numbers else "–"
-            row.append(element("td", text, class_="other" if place else "other first"))
-        rows.append(element("tr", row))
+            row.append(Cell(text, "other" if place else "other first"))
+        rows.append(("", row))
         if is_gres:
-            rows += [_row_below(name, values, columns, len(sections)) for name, values in _below(split, found)]
-    head = element("thead", element("tr", over), element("tr", titles))
-    return element("div", element("table", head, element("tbody", rows)), class_="scroll")
+            rows += [("below", _row_below(*below, columns, len(sections))) for below in _below(split, found)]
+    return Table(title, _heads(columns, metrics[0], sections, published), rows, note, is_gres)
+
+
+def _columns(evaluation: Evaluation, splits: Sequence[str], metrics: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns (protocol, metric) of the columns: all metrics of the first protocol, the first two of the others."""
+    found = [evaluation.report["splits"][split] for split in splits]
+    columns = []
+    for place, protocol in enumerate(dict.fromkeys(name for numbers in found for name in numbers)):
+        there = [numbers.get(protocol, {}) for numbers in found]
+        wanted = metrics[:2] if place else metrics
+        columns += [(protocol, metric) for metric in wanted if any(metric in values for values in there)]
+    return columns
+
+
+def _heads(
+    columns: Sequence[tuple[str, str]],
+    first_metric: str,
+    sections: Sequence[tuple[str, str]],
+    published: Mapping[str, Any],
+) -> list[list[Cell]]:
+    spans: dict[str, int] = defaultdict(int)
+    for protocol, _ in columns:
+        spans[protocol] += 1
+    over = [Cell(span=2, scope="none")]
+    over += [Cell(f"protocol {name}", span=span, scope="colgroup") for name, span in spans.items()]
+    if sections:
+        over.append(Cell("comparison", span=len(sections), scope="colgroup"))
+    if published:
+        over.append(Cell("published, other data", "other", span=len(published), scope="colgroup"))
+    titles = [Cell("split", scope="none"), Cell("phrases", scope="none")]
+    titles += [Cell(_NAMES.get(m, m), "first" if m == first_metric else "", scope="col") for _, m in columns]
+    titles += [Cell(label, "" if place else "first", scope="col") for place, (_, label) in enumerate(sections)]
+    titles += [
+        Cell(f"{method}\N{DAGGER}", "other" if place else "other first", scope="col")
+        for place, method in enumerate(published)
+    ]
+    return [over, titles]
 
 
 def _below(split: str, found: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, dict[tuple[str, str], Any]]]:
-    """What stands below a generalised split: answers without looking, and published methods, by protocol and metric."""
+    """Returns what stands below a generalised split: answers without looking, and published methods, by column."""
     rows: list[tuple[str, dict[tuple[str, str], Any]]] = []
     for name, n_acc in (("always empty", 100.0), ("never empty", 0.0)):
         values: dict[tuple[str, str], Any] = {}
         for protocol, numbers in found.items():
             for metric in ("gIoU", "cIoU"):
                 values[protocol, metric] = numbers.get(f"{name.replace(' ', '_')}_{metric}")
-            for metric, follows in (("N-acc", n_acc), ("T-acc", 100 - n_acc)):  # from what such an answer is
+            for metric, follows in (("N-acc", n_acc), ("T-acc", 100 - n_acc)):  # follow from the answer itself
                 values[protocol, metric] = None if numbers.get(metric) is None else follows
         if any(values[protocol, "gIoU"] is not None for protocol in found):
             rows.append((name, values))
@@ -194,132 +184,78 @@ def _below(split: str, found: Mapping[str, Mapping[str, Any]]) -> list[tuple[str
 
 def _row_below(
     name: str, values: Mapping[tuple[str, str], Any], columns: Sequence[tuple[str, str]], num_more: int
-) -> Element:
-    cells = [
-        element(
-            "td",
-            number(values[column]) if values.get(column) is not None else "",
-            class_="first" if column[1] == "gIoU" else None,
-        )
-        for column in columns
-    ]
-    rest = element("td", colspan=num_more, class_="first") if num_more else None
-    return element("tr", element("th", name, scope="row"), element("td"), cells, rest, class_="below")
+) -> list[Cell]:
+    row = [Cell(name, scope="row"), Cell()]
+    for column in columns:
+        value = values.get(column)
+        row.append(Cell("" if value is None else value, "first" if column[1] == "gIoU" else ""))
+    return [*row, Cell(style="first", span=num_more)] if num_more else row
 
 
-def _cell(values: Mapping[str, Any], metric: str, *, is_first: bool) -> Element:
-    interval = (values.get("intervals") or {}).get(metric)
-    small = None if interval is None else element("small", f"{interval[0]:.1f}–{interval[1]:.1f}")
-    return element("td", number(values.get(metric)), small, class_="main first" if is_first else None)
-
-
-def lost_where(evaluation: Evaluation) -> list[Node]:
-    """Whether the choice or the masks cost more: the paper's question, perception or cognition."""
+def lost_where(evaluation: Evaluation) -> list[tuple[str, list[tuple[float, str, str]]]]:
+    """Returns by split the percentages of `PARTS`, each with its style and description."""
     rows = []
     for split, numbers in evaluation.report["splits"].items():
         found = numbers[evaluation.protocol(split)]
         metric = main_metric(evaluation, split)
         answer, oracle = found.get(metric), found.get(f"oracle_{metric}")
-        if answer is None or oracle is None:
-            continue
-        shares = (answer, max(oracle - answer, 0.0), 100 - max(oracle, answer))
-        bar = share_bar([(share, style, about) for share, (style, about) in zip(shares, _PARTS, strict=True)])
-        cells = [element("td", number(round(share, 4), 1)) for share in shares]
-        rows.append(element("tr", element("th", split, scope="row"), element("td", bar, class_="bar"), cells))
-    if not rows:
-        return []
-    key = [element("li", element("span", class_=f"swatch {style}"), about) for style, about in _PARTS]
-    heads = [element("th", text, scope="col") for text in ("split", "", "right", "choice", "masks")]
-    return [
-        element("h3", "Where the rest is lost"),
-        element("p", "If every phrase were answered by the query that fits best, only the masks' own error would be left. "
-                     "100 percent = all of the mean IoU."),
-        element("ul", key, class_="legend"),
-        element("div", element("table", element("thead", element("tr", heads)), element("tbody", rows), class_="wide"),
-                class_="scroll"),
-    ]  # fmt: skip
+        if answer is not None and oracle is not None:
+            shares = (answer, max(oracle - answer, 0.0), 100 - max(oracle, answer))
+            rows.append((split, [(share, *part) for share, part in zip(shares, PARTS, strict=True)]))
+    return rows
 
 
-def breakdowns(evaluation: Evaluation) -> list[Node]:
-    """Numbers by kind of phrase and object, where the report has them."""
-    found: list[Node] = []
+def breakdowns(evaluation: Evaluation) -> list[tuple[str, str, str, dict[str, Any]]]:
+    """Returns split, metric, protocol, and the rows by dimension, of the splits whose report has a breakdown."""
+    found = []
     for split, numbers in evaluation.report["splits"].items():
-        dimensions = numbers[evaluation.protocol(split)].get("breakdown")
+        protocol = evaluation.protocol(split)
+        dimensions = numbers[protocol].get("breakdown")
         if dimensions:
-            metric = main_metric(evaluation, split)
-            made = [_breakdown(name, rows, metric) for name, rows in dimensions.items() if rows]
-            title = element(
-                "summary", f"{split} ", element("small", f"{metric}, protocol {evaluation.protocol(split)}")
-            )
-            found.append(
-                element("details", title, element("div", made, class_="breakdowns"), open=None if found else "open")
-            )
-    if not found:
-        return []
-    about = "Bars: the answers' IoU; line: its 95 % interval; narrow mark: what the best query would get."
-    return [element("h3", "By kind of phrase and object"), element("p", about, class_="note"), *found]
+            found.append((split, main_metric(evaluation, split), protocol, dimensions))
+    return found
 
 
-def _breakdown(name: str, rows: Sequence[Mapping[str, Any]], metric: str) -> Element:
-    body = []
-    for row in rows:
-        value, interval = row.get(metric), row.get("interval")
-        bar = None
-        if value is not None:
-            ends = (float(interval[0]), float(interval[1])) if interval else None
-            bar = value_bar(value, interval=ends, oracle=row.get("oracle"))
-        body.append(
-            element(
-                "tr",
-                element("td", shortened(str(row["label"]), 60)),
-                element("td", f"{row['n_phrases']:,}", class_="soft"),
-                element("td", bar, class_="bar"),
-                element("td", number(value, 1)),
-            )
-        )
-    return element("table", element("caption", name.replace("_", " ")), element("tbody", body), class_="breakdown")
-
-
-def precision_charts(evaluation: Evaluation) -> list[Node]:
-    """Share of phrases whose IoU reaches x, for every x: Pr@X as a curve, a chart per dataset."""
+def curves(evaluation: Evaluation) -> list[Chart]:
+    """Returns the charts: Pr@X by dataset, the sweep of the threshold, and the training's curves."""
     by_dataset: dict[str, list[Line]] = defaultdict(list)
     for split, answers in evaluation.answers.items():
         asked = [a for a in answers if a.has_target]
         if asked:
-            by_dataset[split.partition("/")[0]].append(
-                Line(split.partition("/")[2] or split, precision_curve(asked, evaluation.protocol(split)))
-            )
-    return [
-        line_chart(
-            f"{dataset}: IoU of at least x",
-            lines[:NUM_SERIES],
-            x_label="IoU x",
-            y_label="percent of phrases",
-            x_range=(0.0, 1.0),
-            y_range=(0.0, 100.0),
-        )
-        for dataset, lines in by_dataset.items()
-    ]
+            dataset, _, name = split.partition("/")
+            by_dataset[dataset].append(Line(name or split, precision_curve(asked, evaluation.protocol(split))))
+    charts = [precision_chart(dataset, lines[:NUM_SERIES]) for dataset, lines in by_dataset.items()]
+    return [*charts, *_sweep_chart(evaluation), *_training_charts(evaluation)]
+
+
+def precision_chart(title: str, lines: Sequence[Line]) -> Chart:
+    """Lays out the share of phrases whose IoU reaches x, for every x: Pr@X as a curve."""
+    return line_chart(
+        f"{title}: IoU of at least x",
+        lines,
+        x_label="IoU x",
+        y_label="percent of phrases",
+        x_range=(0.0, 1.0),
+        y_range=(0.0, 100.0),
+    )
 
 
 def precision_curve(answers: Sequence[Answer], protocol: str) -> list[tuple[float, float]]:
-    """(x, percent of the answers whose IoU is at least x) for x from 0 to 1."""
+    """Returns (x, percent of the answers whose IoU is at least x) for x from 0 to 1."""
     levels = [step / _CURVE_STEPS for step in range(_CURVE_STEPS + 1)]
     iou = [answer.iou[protocol] for answer in answers]
     return [(x, 100 * sum(value >= 100 * x for value in iou) / len(iou)) for x in levels]
 
 
-def training_charts(evaluation: Evaluation) -> list[Node]:
-    """Loss, its parts in the last round, rates, and evaluations during training."""
+def _training_charts(evaluation: Evaluation) -> list[Chart]:
+    """Lays out loss, its parts in the last round, rates, and evaluations during training."""
     training = evaluation.training
     keys = list(dict.fromkeys(key for entry in training for key in entry))
     rounds = [int(key.rpartition("round")[2]) for key in keys if key.startswith("loss/") and "/round" in key]
     last = f"/round{max(rounds)}" if rounds else "/round"
     parts = [key for key in keys if key.startswith("loss/") and (key.endswith(last) or key == "loss/presence")]
     rates = [key for key in keys if key.startswith("learning_rate")]
-    scores = [
-        key for key in ("eval_mIoU", "eval_oIoU", "eval_gIoU", "eval_cIoU", "eval_N-acc", "eval_T-acc") if key in keys
-    ]
+    scores = [key for key in _EVALUATED_WHILE_TRAINING if key in keys]
     wanted = (
         ("Training loss", {"loss": "loss"}, "loss", None),
         (
@@ -331,7 +267,7 @@ def training_charts(evaluation: Evaluation) -> list[Node]:
         ("Learning rate", {key: key.rpartition("/")[2].replace("_", " ") for key in rates}, "rate", None),
         ("Evaluation during training", {key: key.removeprefix("eval_") for key in scores}, "percent", (0.0, 100.0)),
     )
-    charts: list[Node] = []
+    charts = []
     for title, series, unit, y_range in wanted:
         lines = [Line(label, logged(training, key)) for key, label in list(series.items())[:NUM_SERIES]]
         lines = [line for line in lines if len(line.points) > 1]
@@ -340,20 +276,16 @@ def training_charts(evaluation: Evaluation) -> list[Node]:
     return charts
 
 
-def sweep_chart(evaluation: Evaluation) -> Element | None:
-    """The metric against the threshold, as `calibration.json` has it."""
+def _sweep_chart(evaluation: Evaluation) -> list[Chart]:
+    """Lays out the metrics against the threshold, as `calibration.json` has them."""
     found = evaluation.calibration
     if found is None or not found.curve:
-        return None
-    names = [name for name in found.curve[0] if name != "threshold"][:NUM_SERIES]
-    lines = [
-        Line(
-            name,
-            [(x, y) for row in found.curve if (x := row["threshold"]) is not None and (y := row.get(name)) is not None],
-        )
-        for name in names
-    ]
-    return line_chart(
+        return []
+    lines = []
+    for name in [name for name in found.curve[0] if name != "threshold"][:NUM_SERIES]:
+        points = [(row["threshold"], row.get(name)) for row in found.curve]
+        lines.append(Line(name, [(x, y) for x, y in points if x is not None and y is not None]))
+    chart = line_chart(
         f"Score threshold, swept on {found.split}",
         [line for line in lines if line.points],
         x_label="score threshold",
@@ -362,12 +294,12 @@ def sweep_chart(evaluation: Evaluation) -> Element | None:
         y_range=(0.0, 100.0),
         marker=Marker(found.threshold, f"chosen: {found.threshold:g}"),
     )
+    return [chart]
 
 
-def provenance(evaluation: Evaluation) -> list[Node]:
-    """Protocols in full, where the threshold comes from, versions, times."""
+def provenance(evaluation: Evaluation) -> dict[str, Any]:
+    """Returns what made the numbers, by name: checkpoint, data, seed, threshold, versions, times."""
     report, about = evaluation.report, evaluation.about
-    protocols = report["versions"].get("protocols", {})
     libraries = {name: said for name, said in report["versions"].items() if isinstance(said, str)}
     facts = {
         "config": about.get("name"),
@@ -377,18 +309,8 @@ def provenance(evaluation: Evaluation) -> list[Node]:
         "evaluated": about.get("date"),
         "seed": about.get("seed"),
         "score threshold": about.get("threshold_source") or (evaluation.calibration and str(evaluation.calibration)),
-        "pictures of a split": about.get("max_images") or None,
+        "images per split": about.get("max_images") or None,
         "versions": ", ".join(f"{name} {said}" for name, said in libraries.items()) or None,
         "seconds": ", ".join(f"{stage} {seconds:g}" for stage, seconds in report["timing"].items()) or None,
     }
-    rows = [
-        (element("dt", name), element("dd", str(value))) for name, value in facts.items() if value not in (None, "")
-    ]
-    return [
-        element("dl", [node for row in rows for node in row]),
-        *(element("p", with_code(said), class_="note") for said in protocols.values()),
-    ]
-
-
-def _of_protocols(evaluation: Evaluation, split: str, key: str) -> bool:
-    return any(key in values for values in evaluation.report["splits"][split].values())
+    return {name: value for name, value in facts.items() if value not in (None, "")}

@@ -11,39 +11,28 @@ import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree.ElementTree import Element
 
 from torch import nn
 
+from deris_llm.common.html import environment
 from deris_llm.common.version import __version__
 from deris_llm.config import RunConfig, load_config
 from deris_llm.data.errors import DataError
+from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.calibration import calibrated_config
+from deris_llm.evaluation.page import compare, numbers
 from deris_llm.evaluation.page.cases import (
     NUM_CASES,
+    Figure,
     Group,
     case,
-    cases,
     choose_groups,
-    key,
+    inside,
     many_phrases,
-    quadrant_table,
-    view,
-)
-from deris_llm.evaluation.page.compare import comparison, pairs_of, shown_ids
-from deris_llm.evaluation.page.html import Node, document, element
-from deris_llm.evaluation.page.numbers import (
-    breakdowns,
-    header,
-    lost_where,
-    precision_charts,
-    provenance,
-    sweep_chart,
-    tables,
-    training_charts,
-    with_code,
+    quadrants,
 )
 from deris_llm.evaluation.page.stored import Evaluation, records_of
 from deris_llm.evaluation.views import VIEWS_FILE, PhraseView, choose_phrases, compute_views, write_views
@@ -58,6 +47,9 @@ PAGE_FILE = "report.html"
 NUM_VIEWS = 8
 """Phrases that are shown from the inside."""
 
+NO_DATA = (
+    "No images: neither the evaluation nor a checkpoint says where the data is; `deris-llm report --data ROOT` does."
+)
 _NUM_MANY = 2  # splits of which one picture with many of its phrases is shown
 _SAME_SCORE = 0.05  # a GPU's bf16 and a CPU's float32 differ by less
 
@@ -96,29 +88,27 @@ def write_page(
     """
     path = Path(path)
     root, phrase_field = data_of(evaluation, data_root)
-    sections: list[tuple[str, str, list[Node]]] = []
-    if evaluation.report["splits"]:
-        sections.append(("numbers", "Numbers", [*tables(evaluation), *lost_where(evaluation), *breakdowns(evaluation)]))
-    if against is not None:
-        pairs = pairs_of(evaluation, against)
-        records = {} if root is None else _records(root, shown_ids(pairs), phrase_field)
-        sections.append(("against", "Side by side", comparison(evaluation, against, pairs, records)))
-    sections.append(("curves", "Curves", _curves(evaluation)))
-    sections += _pictures(evaluation, root, phrase_field, seed)
-    sections.append(("made", "How the numbers were made", provenance(evaluation)))
-    sections = [(anchor, title, nodes) for anchor, title, nodes in sections if nodes]
-    links = [element("a", title, href=f"#{anchor}") for anchor, title, _ in sections]
-    body: list[Node] = [
-        header(evaluation),
-        element("nav", element("div", links), aria_label="sections"),
-        element(
-            "main", [element("section", element("h2", title), nodes, id=anchor) for anchor, title, nodes in sections]
-        ),
-        element("footer", f"Written by deris_llm {__version__}. This file holds everything it shows."),
-    ]
+    template = environment("deris_llm.evaluation.page").get_template("report.html.j2")
+    page = template.render(
+        evaluation=evaluation,
+        version=__version__,
+        style=(files("deris_llm.evaluation.page") / "page.css").read_text(encoding="utf-8"),
+        notice=evaluation.about.get("leakage") or evaluation.report.get("leakage"),
+        tiles=numbers.tiles(evaluation),
+        tables=numbers.tables(evaluation),
+        has_intervals=numbers.has_intervals(evaluation),
+        parts=numbers.PARTS,
+        lost=numbers.lost_where(evaluation),
+        breakdowns=numbers.breakdowns(evaluation),
+        against=None if against is None else _against(evaluation, against, root, phrase_field),
+        curves=numbers.curves(evaluation),
+        pictures=_pictures(evaluation, root, phrase_field, seed),
+        provenance=numbers.provenance(evaluation),
+        protocols=evaluation.report["versions"].get("protocols", {}),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.part")
-    aside.write_text(document(f"{evaluation.name}: evaluation", body), "utf-8", "backslashreplace")
+    aside.write_text(page, "utf-8", "backslashreplace")
     os.replace(aside, path)
     return path
 
@@ -232,36 +222,58 @@ def data_of(evaluation: Evaluation, data_root: str | Path | None) -> tuple[Path 
     return (None if root is None else Path(root)), field
 
 
-def _curves(evaluation: Evaluation) -> list[Node]:
-    charts = [*precision_charts(evaluation), sweep_chart(evaluation), *training_charts(evaluation)]
-    return [element("div", charts, class_="charts")] if any(chart is not None for chart in charts) else []
+def _against(evaluation: Evaluation, other: Evaluation, root: Path | None, phrase_field: Any) -> dict[str, Any]:
+    pairs = compare.pairs_of(evaluation, other)
+    names = compare.names(evaluation, other)
+    records = {} if root is None else _records(root, compare.shown_ids(pairs), phrase_field)
+    return {
+        "names": names,
+        "changes": compare.changes(evaluation, pairs),
+        "warnings": list(compare.warnings(evaluation, other, pairs)),
+        "charts": compare.precision_charts(evaluation, pairs, names),
+        "has_pictures": bool(records),
+        "apart": list(compare.apart(evaluation, pairs, names, records)) if records else [],
+    }
 
 
-def _pictures(
-    evaluation: Evaluation, root: Path | None, phrase_field: Any, seed: int
-) -> list[tuple[str, str, list[Node]]]:
+def _pictures(evaluation: Evaluation, root: Path | None, phrase_field: Any, seed: int) -> dict[str, Any] | str | None:
+    """Draws the images of answers and views; a text says why there are none, None that nobody would look for them."""
     if not evaluation.answers:
-        missing = element("p", "No pictures: there are no predictions beside the report.", class_="note")
-        return [("cases", "Answers", [missing])] if evaluation.report["splits"] else []
+        return "No images: there are no predictions beside the report." if evaluation.report["splits"] else None
     if root is None:
-        said = "No pictures: neither the evaluation nor a checkpoint says where the data is; `deris-llm report --data ROOT` does."
-        logger.warning("%s", said)
-        return [("cases", "Answers", [element("p", with_code(said), class_="note")])]
+        logger.warning("%s", NO_DATA)
+        return NO_DATA
     groups = _groups(evaluation, seed)
     first_splits = list(evaluation.answers)[:_NUM_MANY]
-    one_picture = {split: many_phrases(evaluation.answers[split], seed=seed) for split in first_splits}
+    many = {split: many_phrases(evaluation.answers[split], seed=seed) for split in first_splits}
     wanted = {
         split: [a.phrase_id for group in found for a in group.answers]
-        + [a.phrase_id for a in one_picture.get(split, ())]
+        + [a.phrase_id for a in many.get(split, ())]
         + [seen.phrase_id for seen in evaluation.views if seen.split == split]
         for split, found in groups.items()
     }
     records = _records(root, wanted, phrase_field)
-    return [
-        ("cases", "Answers", _cases(evaluation, groups, records)),
-        ("phrases", "One picture, many phrases", _many(evaluation, one_picture, records)),
-        ("inside", "From the inside", _views(evaluation, records)),
-    ]
+    answers = {a.phrase_id: a for found in evaluation.answers.values() for a in found}
+
+    def figures(split: str, chosen: Sequence[Answer]) -> list[Figure]:
+        return [case(answer, records[answer.phrase_id], evaluation.protocol(split)) for answer in chosen]
+
+    return {
+        "splits": [
+            (
+                split,
+                quadrants(evaluation.answers[split]) if evaluation.is_generalised(split) else None,
+                [(group.title, figures(split, group.answers)) for group in found],
+            )
+            for split, found in groups.items()
+        ],
+        "many": [(split, figures(split, found)) for split, found in many.items() if found],
+        "inside": [
+            inside(seen, answers.get(seen.phrase_id), records[seen.phrase_id])
+            for seen in evaluation.views
+            if seen.phrase_id in records
+        ],
+    }
 
 
 def _groups(evaluation: Evaluation, seed: int) -> dict[str, list[Group]]:
@@ -293,43 +305,3 @@ def _records(root: Path, wanted: Mapping[str, list[str]], phrase_field: Any) -> 
             f"{missing[:3]}: give the data that was evaluated, `deris-llm report --data ROOT`"
         )
     return records
-
-
-def _cases(
-    evaluation: Evaluation, groups: Mapping[str, list[Group]], records: Mapping[str, ReferringRecord]
-) -> list[Node]:
-    nodes: list[Node] = [key()]
-    for split, found in groups.items():
-        nodes.append(element("h3", split))
-        if evaluation.is_generalised(split):
-            nodes.append(quadrant_table(evaluation.answers[split]))
-        nodes += cases(evaluation, split, found, records)
-        if not found:
-            nodes.append(element("p", "No pictures of this split: the page is full.", class_="note"))
-    return nodes
-
-
-def _many(evaluation: Evaluation, one_picture: Mapping[str, Any], records: Mapping[str, ReferringRecord]) -> list[Node]:
-    nodes: list[Node] = []
-    for split, answers in one_picture.items():
-        figures = [case(answer, records[answer.phrase_id], evaluation.protocol(split)) for answer in answers]
-        if figures:
-            nodes += [element("h3", split), element("div", figures, class_="grid")]
-    return nodes
-
-
-def _views(evaluation: Evaluation, records: Mapping[str, ReferringRecord]) -> list[Node]:
-    if not evaluation.views:
-        said = "Masks by query and by round need the model: `deris-llm report DIR --checkpoint CHECKPOINT`."
-        return [element("p", with_code(said), class_="note")] if evaluation.checkpoint is not None else []
-    answers = {a.phrase_id: a for found in evaluation.answers.values() for a in found}
-    about = (
-        "The masks that the best-scoring queries had in the last round, and how the first of them came about: round 0 is "
-        "before perception and cognition have talked. IoU is that with the referent it fits best."
-    )
-    figures: list[Element] = [
-        view(seen, answers.get(seen.phrase_id), records[seen.phrase_id])
-        for seen in evaluation.views
-        if seen.phrase_id in records
-    ]
-    return [element("p", about), *figures]
