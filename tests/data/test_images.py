@@ -208,7 +208,7 @@ def test_pictures_as_large_either_way_up(
                 assert np.array_equal(seen, np.asarray(as_picture(path, exif="stored")))
             (note,) = made.manifest["notes"]
             assert note.startswith("images that EXIF turns by 180 degrees, mirrors, or turns and that are square: 1; ")
-            assert f"their masks are taken as drawn on the image as it is {exif}: a.jpg" in note
+            assert f"their masks are taken as drawn on the image as {exif}: a.jpg" in note
             assert ("which orientation was annotated: 1" in caplog.text) == ("--exif stored" in note) == (given is None)
 
 

@@ -138,7 +138,8 @@ class ImageTable:
                 f"stored or {facts.height} x {facts.width} px as displayed",
             )
         self.undecided += [name] if facts.is_undecided else []
-        size_hw = next((size for size in sizes_hw if facts.fits(size)), facts.size_hw(self.exif or "stored"))
+        exif: Exif = self.exif or "stored"
+        size_hw = next((size for size in sizes_hw if facts.fits(size)), facts.size_hw(exif))
         stem = Path(name if given_id is None else str(given_id)).stem  # an image_id may be COCO's file name
         by_content = f"sha256-{facts.sha256[:24]}" if facts.sha256 else stem
         image_id = by_content if given_id is None else str(given_id)
