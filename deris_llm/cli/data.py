@@ -142,7 +142,8 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from deris_llm.data.errors import DataError
-    from deris_llm.data.store.prepare import LEFT_OUT_FILE, PrepareOptions, prepare
+    from deris_llm.data.store.prepare import PrepareOptions, prepare
+    from deris_llm.data.store.prepared import LEFT_OUT_FILE
 
     pairs = [pair.partition("=") for pair in arguments.mapping]
     if wrong := [key for key, separator, value in pairs if not (key and separator and value)]:

@@ -73,6 +73,7 @@ class SourceFault:
     reason: FaultReason
     message: str
     num_phrases: int = 1
+    image: str | None = None  # file name, if the reader knows it
 
 
 @dataclass(frozen=True)

@@ -513,14 +513,15 @@ class ReferReader(SourceReader):
 
     def _entry(self, split: str, ref: dict) -> SourceEntry | SourceFault:
         loaded, where = self._loaded, f"ref_id {ref['ref_id']}"
+        image = loaded.images.get(ref["image_id"])
 
         def fault(message: str) -> SourceFault:
-            return SourceFault(where, split, "reference", message, max(1, len(ref["sentences"])))
+            named = None if image is None else image.file_name
+            return SourceFault(where, split, "reference", message, max(1, len(ref["sentences"])), named)
 
         ids, wrong = annotation_ids_of(ref, self._dataset)
         if wrong is not None:
             return fault(wrong)
-        image = loaded.images.get(ref["image_id"])
         if image is None:
             unknown = f"expected image_id among the images of {self.files[1].name}, got {ref['image_id']}"
             return fault(loaded.repeated.get(("images", ref["image_id"]), unknown))

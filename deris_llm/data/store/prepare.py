@@ -30,15 +30,12 @@ from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceOptions,
 from deris_llm.data.formats.objects import split_named
 from deris_llm.data.images import ImageFolder, portable_name
 from deris_llm.data.store.image_table import ImageTable, undecided_note
-from deris_llm.data.store.prepared import ARROW_FOLDER, IMAGES_FILE, LAYOUT, MANIFEST_FILE, file_sha256
+from deris_llm.data.store.prepared import ARROW_FOLDER, IMAGES_FILE, LAYOUT, LEFT_OUT_FILE, MANIFEST_FILE, file_sha256
 from deris_llm.data.store.shards import NAME, ShardWriter, asked_class
 from deris_llm.data.validation import is_text
 from deris_llm.structures import Exif
 
 logger = logging.getLogger(__name__)
-
-LEFT_OUT_FILE = "left_out.jsonl"
-"""Beside the manifest: a line for each fault that ``skip_bad`` left out and for each referent that covers no pixel."""
 
 _ANNOTATED_AS_STORED = frozenset({"refer", "seqtr"})
 """Formats of datasets over COCO, whose masks were drawn on stored pixels; other tools draw on what viewers display."""
@@ -61,7 +58,7 @@ class PrepareOptions:
     exif: Exif | None = None  # orientation that was annotated if sizes do not tell; None: the format's convention
     takes_crowds: bool = False  # annotations with iscrowd=1 are objects like others (coco)
     normalised: bool = False  # polygons are given as fractions of the image's sides, from 0 to 1
-    decode_images: bool = True  # False: images must exist but are neither decoded nor hashed; the source tells their sizes
+    decode_images: bool = True  # False: images are not opened; the source tells their sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,6 +347,8 @@ class _Preparation:
         listed = [str(fault) for fault in sorted(writer.faults, key=lambda fault: fault.order)]
         total = sum(sum(counts.values()) for counts in writer.num_bad.values())
         error = bad_records_error(self.options.source, listed, num_records=self.num_phrases, num_bad=total)
+        if self.options.skip_bad:  # there was nothing else
+            return error
         return DataError(
             f"{error}; or leave them out with --skip-bad, which counts them in the manifest and names all in {LEFT_OUT_FILE}"
         )

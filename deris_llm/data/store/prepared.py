@@ -30,6 +30,8 @@ from deris_llm.structures import Exif, InstanceAnnotation, ReferringRecord
 MANIFEST_FILE = "manifest.json"
 ARROW_FOLDER = "arrow"
 IMAGES_FILE = "images.arrow"
+LEFT_OUT_FILE = "left_out.jsonl"
+"""All that ``skip_bad`` left out, and referents that draw no pixel, a line each, beside the manifest."""
 LAYOUT = 2
 """Version of the layout above; another one is refused."""
 

@@ -183,7 +183,8 @@ class ShardWriter:
     def _located(self, order: int, entry: SourceEntry | SourceFault) -> LocatedEntry | None:
         """The entry with its image, without phrases whose id occurred before; None if nothing of it can be used."""
         if isinstance(entry, SourceFault):
-            self._fault(Fault(order, entry.where, str(entry.split), entry.reason, entry.message, entry.num_phrases))
+            fault = (entry.where, str(entry.split), entry.reason, entry.message, entry.num_phrases, entry.image)
+            self._fault(Fault(order, *fault))
             return None
         place = self._places.get(entry.image) if isinstance(entry.image, str) else None
         if (fault := self._fault_of(entry, place)) is not None:
