@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,118 +13,138 @@ from deris_llm.cli.arguments import at_least, path
 from deris_llm.data.formats import FORMATS
 
 if TYPE_CHECKING:
-    from rich.progress import ProgressColumn
-
     from deris_llm.data.check import SplitCounts
 
 
 def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Adds the commands; each parser's ``run`` default takes the parsed arguments and returns an exit status."""
-    synth = subparsers.add_parser("synth", help="write a synthetic world in REFER's own format")
-    synth.add_argument("--out", type=path, required=True, metavar="DIR", help="data root to write")
-    synth.add_argument("--seed", type=at_least(0), default=0, help="the same seed writes the same files")
-    synth.add_argument(
-        "--num-train", type=at_least(1), default=2400, metavar="N", help="images of refcoco/train (default 2400)"
+    _add_synth(subparsers.add_parser("synth", help="write a synthetic world in REFER's own format"))
+    _add_prepare(
+        subparsers.add_parser("prepare", help="check a source of any format and convert it to a memory-mapped set")
     )
-    synth.add_argument("--num-val", type=at_least(1), default=120, metavar="N", help="images of each val (default 120)")
-    synth.add_argument(
-        "--num-test", type=at_least(1), default=120, metavar="N", help="images of each test split (default 120)"
+    check = subparsers.add_parser("check", help="read and check every split; print counts beside the published ones")
+    check.add_argument("--root", type=path, default=Path("data"), metavar="DIR", help="data root (default data)")
+    check.add_argument("--datasets", nargs="+", metavar="NAME", help="default: all below the root")
+    check.add_argument(
+        "--images",
+        action="store_true",
+        help="also decode every image, and name those that are missing, truncated, of another size or not an image",
     )
-    synth.add_argument(
-        "--workers", type=at_least(1), default=1, metavar="N", help="processes (default 1); the files are the same"
+    check.add_argument("--workers", type=int, metavar="N", help="threads of --images (default: one per core)")
+    check.set_defaults(run=run_check)
+    show = subparsers.add_parser("show", help="write a page or a contact sheet of images with phrases and masks")
+    show.add_argument("split", metavar="SPLIT", help="dataset/split, e.g. refcoco/val")
+    show.add_argument("--root", type=path, default=Path("data"), metavar="DIR", help="data root (default data)")
+    show.add_argument(
+        "--out", type=path, default=Path("sheet.png"), metavar="FILE", help="page.html or sheet.png (default)"
     )
+    show.add_argument("--count", type=at_least(1), default=24, help="phrases, spread over the split (default 24)")
+    show.add_argument("--phrase-field", choices=("sent", "raw"), default="sent", help="which text of a sentence")
+    show.set_defaults(run=run_show)
+
+
+def _add_synth(synth: argparse.ArgumentParser) -> None:
+    add, number = synth.add_argument, at_least(1)
+    add("--out", type=path, required=True, metavar="DIR", help="data root to write")
+    add("--seed", type=at_least(0), default=0, help="the same seed writes the same files")
+    add("--num-train", type=number, default=2400, metavar="N", help="images of refcoco/train (default 2400)")
+    add("--num-val", type=number, default=120, metavar="N", help="images of each val (default 120)")
+    add("--num-test", type=number, default=120, metavar="N", help="images of each test split (default 120)")
+    add("--workers", type=number, default=1, metavar="N", help="processes (default 1); the files do not depend on it")
     synth.set_defaults(run=run_synth)
 
-    prepare = subparsers.add_parser(
-        "prepare", help="check a source of any format once and write it as a set that needs no memory"
-    )
-    prepare.add_argument("--format", required=True, choices=FORMATS, help="of the source; docs/data.md has examples")
-    prepare.add_argument("--source", required=True, metavar="PATH", help="file or folder (hf: a name too)")
-    prepare.add_argument("--out", type=path, required=True, metavar="ROOT/NAME", help="a run names it NAME/split")
-    prepare.add_argument(
-        "--images", type=path, metavar="DIR", help="the images' folder; default: where the format has it"
-    )
-    prepare.add_argument("--splits", nargs="+", default=(), metavar="SPLIT", help="default: all")
-    prepare.add_argument(
+
+def _add_prepare(prepare: argparse.ArgumentParser) -> None:
+    add = prepare.add_argument
+    add("--format", required=True, choices=FORMATS, help="of the source; docs/data.md has examples")
+    add("--source", required=True, metavar="PATH", help="file or folder (hf: or a name on the hub)")
+    add("--out", type=path, required=True, metavar="ROOT/NAME", help="the set to write; run configs name it NAME/split")
+    add("--images", type=path, metavar="DIR", help="folder of the images; default: where the format has it")
+    add("--splits", nargs="+", default=(), metavar="SPLIT", help="default: all")
+    add(
         "--mapping",
         nargs="+",
         default=(),
         metavar="K=V",
-        help="which field of the source is what; pairs=PHRASES:MASKS: which phrase means which mask",
+        help="which field of the source means what; pairs=PHRASES:MASKS: which phrase means which mask",
     )
-    prepare.add_argument(
+    add(
         "--coordinates",
         choices=("px", "normalised"),
         default="px",
-        help="unit of polygons: px (default), or shares of the image's width and height, from 0 to 1",
+        help="unit of polygons: px (default), or fractions of the image's width and height, from 0 to 1",
     )
-    prepare.add_argument(
+    add(
         "--exif",
         choices=("displayed", "stored"),
-        help="which way up images were annotated where their size does not say it (EXIF turns them by 180 degrees, mirrors "
-        "them, or turns square ones): as viewers and most tools display them (default), or as their pixels are stored "
-        "(default of refer and seqtr, as COCO)",
+        help="orientation in which images were annotated, for images whose size does not tell (EXIF turns them by 180 degrees, "
+        "mirrors them, or turns square ones): as viewers and most tools display them (default), or as their pixels are stored "
+        "(default of refer and seqtr, as in COCO)",
     )
-    prepare.add_argument(
+    add(
         "--crowds",
         choices=("left_out", "taken"),
         default="left_out",
         help="coco: annotations with iscrowd=1, which annotation tools write for every RLE mask, are left out (default) or "
         "taken as objects",
     )
-    prepare.add_argument(
-        "--skip-bad", action="store_true", help="leave out what cannot be used, counted in the manifest"
-    )
-    prepare.add_argument(
+    add("--skip-bad", action="store_true", help="leave out what cannot be used and count it in the manifest")
+    add(
         "--val-share",
         type=float,
         metavar="SHARE",
-        help="a source with one split only: this share of its images (0.1: a tenth) becomes val, the others train; "
-        "chosen by content, so the same on every machine",
+        help="for a source with one split: this fraction of its images (0.1: a tenth) becomes val, the others train; chosen by "
+        "content, so the same on every machine",
     )
-    prepare.add_argument(
+    add(
         "--follow-links",
         action="store_true",
-        help="follow links that leave the images' folder, as those of Hugging Face's cache do",
+        help="follow links that lead outside the image folder, as those of Hugging Face's cache do",
     )
-    prepare.add_argument(
-        "--workers", type=at_least(1), default=1, metavar="N", help="processes (default 1); the set is the same"
+    add(
+        "--workers",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="processes (default 1); the set does not depend on it",
     )
     prepare.set_defaults(run=run_prepare)
 
-    check = subparsers.add_parser("check", help="read and check every split; counts beside the published ones")
-    check.add_argument("--root", type=path, default=Path("data"), metavar="DIR", help="data root (default data)")
-    check.add_argument("--datasets", nargs="+", metavar="NAME", help="default: all that are there")
-    check.add_argument(
-        "--images", action="store_true",
-        help="also decode every image, and name each that is missing, cut off, of another size or no image",
-    )  # fmt: skip
-    check.add_argument("--workers", type=int, metavar="N", help="threads of --images (default: one per core)")
-    check.set_defaults(run=run_check)
 
-    show = subparsers.add_parser("show", help="a page or a sheet of images with phrases and masks")
-    show.add_argument("split", metavar="SPLIT", help="dataset/split, e.g. refcoco/val")
-    show.add_argument("--root", type=path, default=Path("data"), metavar="DIR", help="data root (default data)")
-    show.add_argument(
-        "--out", type=path, default=Path("sheet.png"), metavar="FILE", help="page.html or sheet.png (default)"
+@contextmanager
+def _progress(*stages: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows a bar per stage; yields a function that takes the stage, the number done and the total."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
     )
-    show.add_argument("--count", type=at_least(1), default=24, help="phrases shown, spread over the split (default 24)")
-    show.add_argument("--phrase-field", choices=("sent", "raw"), default="sent", help="which text of a sentence")
-    show.set_defaults(run=run_show)
+
+    from deris_llm.common.terminal import console
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console(stderr=True)) as progress:
+        tasks = {stage: progress.add_task(stage, total=None) for stage in stages}
+        yield lambda stage, done, total: progress.update(tasks[stage], completed=done, total=total)
 
 
 def run_synth(arguments: argparse.Namespace) -> int:
-    """Writes the synthetic world and counts it."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+    """Writes the synthetic world and prints its counts."""
     from deris_llm.common.folders import check_writable
     from deris_llm.data.synthetic.world import write_world
 
     if not arguments.out.is_dir():
         check_writable(arguments.out, "--out")
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("drawing images", total=None)
+    with _progress("drawing images") as on_progress:
         write_world(
             arguments.out,
             seed=arguments.seed,
@@ -131,16 +152,13 @@ def run_synth(arguments: argparse.Namespace) -> int:
             num_val=arguments.num_val,
             num_test=arguments.num_test,
             workers=arguments.workers,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            on_progress=lambda done, total: on_progress("drawing images", done, total),
         )
     return run_check(argparse.Namespace(root=arguments.out, datasets=None, images=False))
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:
-    """Prepares a set and counts it."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+    """Prepares a set and prints its counts."""
     from deris_llm.data.errors import DataError
     from deris_llm.data.store.prepare import PrepareOptions, prepare
     from deris_llm.data.store.prepared import LEFT_OUT_FILE
@@ -165,11 +183,8 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         exif=arguments.exif,
         takes_crowds=arguments.crowds == "taken",
     )
-    with Progress(*_columns(), console=Console(stderr=True)) as progress:
-        tasks = {stage: progress.add_task(stage, total=None) for stage in ("images", "phrases")}
-        made = prepare(
-            options, on_progress=lambda stage, done, total: progress.update(tasks[stage], completed=done, total=total)
-        )
+    with _progress("images", "phrases") as on_progress:
+        made = prepare(options, on_progress=on_progress)
     name, lines = arguments.out.name, []
     for split, found in made.manifest["splits"].items():
         lines.append(
@@ -189,16 +204,8 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _columns() -> Sequence[ProgressColumn]:
-    """Of a bar that takes minutes."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    description = TextColumn("{task.description}")
-    return description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-
-
 def run_check(arguments: argparse.Namespace) -> int:
-    """Prints a table of counts; 1 when a split cannot be used."""
+    """Prints a table of counts; returns 1 if a split or an image cannot be used."""
     from deris_llm.common.terminal import console
     from deris_llm.data.check import check_data, differences
     from deris_llm.evaluation.tables import Column, StackedTable
@@ -220,7 +227,7 @@ def run_check(arguments: argparse.Namespace) -> int:
             f"{arguments.root}",
             Column("\nsplit", [split.name for split in counts]),
             [Column(heading, cells) for heading, *cells in zip(headings, *rows, strict=True)],
-            caption="in train: images that its own train split has too; published: refs / phrases / images, of gRefCOCO "
+            caption="in train: images that its own train split contains too; published: refs / phrases / images, of gRefCOCO "
             "phrases / those without a target",
         )
     )
@@ -228,37 +235,34 @@ def run_check(arguments: argparse.Namespace) -> int:
         for said in (split.problem, *(f"{split.name}: {note}" for note in split.notes)):
             if said:
                 shown.print(said, soft_wrap=True)
-    is_synthetic = (arguments.root / "world.json").is_file()  # of `data synth`: nobody takes it for the published one
+    is_synthetic = (arguments.root / "world.json").is_file()  # of `data synth`: not meant to have the published counts
     for difference in () if is_synthetic else differences(counts):
         shown.print(difference, soft_wrap=True)
-    are_whole = not arguments.images or _pictures_are_whole(
+    are_whole = not arguments.images or _images_are_whole(
         arguments.root, [split.name for split in counts if not split.problem], workers=arguments.workers
     )
     return 0 if are_whole and not any(split.problem for split in counts) else 1
 
 
 def _published(split: SplitCounts) -> str:
-    """The published counts of a split, and whether its own are the same."""
+    """The published counts of a split, and whether its own are equal."""
     known = " / ".join(f"{number:,}" for number in split.known or split.known_phrases or ()) or "-"
     return f"{known} (same)" if split.is_as_published else known
 
 
-def _pictures_are_whole(root: Path, splits: Sequence[str], *, workers: int | None) -> bool:
-    """Decodes the images of splits, each once, with a bar; prints what is wrong."""
-    from rich.progress import Progress
-
+def _images_are_whole(root: Path, splits: Sequence[str], *, workers: int | None) -> bool:
+    """Decodes the images of splits, each once, and prints what is wrong with them."""
     from deris_llm.common.terminal import console
     from deris_llm.data.input_checks import first_of_each_image, undecodable_images
     from deris_llm.data.sources import read_split
 
     images = [first for name in splits for first in first_of_each_image(read_split(root, name))[0]]
     number = len({record.image_path for record in images})
-    with Progress(*_columns(), console=console(stderr=True)) as progress:
-        task = progress.add_task("images", total=number)
+    with _progress("images") as on_progress:
         problems = undecodable_images(
-            images, workers=workers, on_progress=lambda done, _: progress.update(task, completed=done)
+            images, workers=workers, on_progress=lambda done, total: on_progress("images", done, total)
         )
-    said = f"{len(problems):,} of {number:,} images cannot be used" if problems else f"{number:,} images are whole"
+    said = f"{len(problems):,} of {number:,} images cannot be used" if problems else f"{number:,} images are complete"
     console().print("\n".join([said, *(f"  - {problem}" for problem in problems)]), soft_wrap=True)
     return not problems
 
@@ -270,11 +274,11 @@ def run_show(arguments: argparse.Namespace) -> int:
 
     if arguments.out.suffix not in (".html", ".png"):
         raise DataError(
-            f"--out {arguments.out}: expected a file .html or .png, got {arguments.out.suffix!r}. Name it so"
+            f"--out {arguments.out}: expected a file .html or .png, got {arguments.out.suffix!r}. Change the suffix"
         )
     check_split(arguments.root, arguments.split)
     from deris_llm.common.folders import check_writable
-    from deris_llm.data.show import contact_sheet, write_page  # brings torch, for which no check waits
+    from deris_llm.data.show import contact_sheet, write_page  # imports torch, which takes seconds
 
     records = read_split(arguments.root, arguments.split, phrase_field=arguments.phrase_field)
     count = max(1, min(arguments.count, len(records)))

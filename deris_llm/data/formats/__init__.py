@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from deris_llm.data.errors import DataError
 
 if TYPE_CHECKING:
-    from deris_llm.data.formats.base import SourceOptions, SourceReader
+    from deris_llm.data.formats.base import PrepareOptions, SourceReader
 
 FORMATS = {
     "refer": "refer:ReferReader",
@@ -25,13 +25,13 @@ FORMATS = {
 """Format name -> module of this package and class in it."""
 
 
-def open_source(format_name: str, options: SourceOptions) -> SourceReader:
+def open_source(options: PrepareOptions) -> SourceReader:
     """Opens a source.
 
     Raises:
         DataError: an unknown format, or a source that is not of this format.
     """
-    if format_name not in FORMATS:
-        raise DataError(f"--format {format_name}: expected one of {', '.join(FORMATS)}. Choose the format of --source")
-    module, _, reader = FORMATS[format_name].partition(":")
+    if options.format not in FORMATS:
+        raise DataError(f"--format {options.format}: expected one of {', '.join(FORMATS)}. Choose the format of --source")
+    module, _, reader = FORMATS[options.format].partition(":")
     return getattr(import_module(f"{__name__}.{module}"), reader)(options)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from deris_llm.common.strict_files import unique_keys
 from deris_llm.data.errors import DataError
+from deris_llm.structures import Exif
 
 FaultReason = Literal["structure", "reference", "image", "size", "mask", "target", "phrase", "duplicate id"]
 """Why a record cannot be used; the manifest counts skipped records by reason."""
@@ -77,16 +78,28 @@ class SourceFault:
 
 
 @dataclass(frozen=True)
-class SourceOptions:
-    """What the user says about a source."""
+class PrepareOptions:
+    """What to prepare; the options of `deris-llm data prepare`."""
 
+    format: str
     source: str  # a file or folder; of Hugging Face datasets also a name
-    name: str  # of the prepared set
+    out: Path  # ROOT/NAME
     images: Path | None = None  # folder of the images; None: where the format has them
-    mapping: Mapping[str, str] = field(default_factory=dict)  # format-specific: which field means what
-    own_images: Path = Path("pictures")  # where a reader writes images that are embedded in the source
+    splits: tuple[str, ...] = ()  # only these; () = all
+    skip_bad: bool = False  # leave out and count what cannot be used, instead of stopping
+    mapping: Mapping[str, str] = field(default_factory=dict)  # which field of the source means what
+    workers: int = 1
+    val_share: float | None = None  # fraction of the images of a source with one split that become val; the others train
     follow_links: bool = False  # links in the image folder may lead outside it
+    exif: Exif | None = None  # orientation that was annotated if sizes do not tell; None: the format's convention
     takes_crowds: bool = False  # annotations with iscrowd=1 are objects like others (coco)
+    normalised: bool = False  # polygons are given as fractions of the image's sides, from 0 to 1
+    decode_images: bool = True  # False: images are not opened; the source tells their sizes
+
+    @property
+    def work(self) -> Path:
+        """The folder in which the set is written; it is renamed to ``out`` when it is complete."""
+        return self.out.parent / f".{self.out.name}.preparing"
 
 
 class SourceReader(ABC):
@@ -106,7 +119,7 @@ class SourceReader(ABC):
     is_generalised: bool | None = None  # phrases may name nothing or several objects; None: the entries show it
     notes: tuple[str, ...] = ()  # what was left out or chosen on opening; printed and kept in the manifest
 
-    def __init__(self, options: SourceOptions) -> None:
+    def __init__(self, options: PrepareOptions) -> None:
         self.options = options
         self.source = Path(options.source)
         self.check_source()

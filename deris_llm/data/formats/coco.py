@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from deris_llm.data.errors import DataError, describe
-from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceOptions, files_in, other_format, read_json_file
+from deris_llm.data.formats.base import SourceEntry, SourceFault, PrepareOptions, files_in, other_format, read_json_file
 from deris_llm.data.formats.objects import AnnotationReader, LabelledObject, class_key, entries_of_image, split_named
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class CocoReader(AnnotationReader):
     expected = "COCO's instances as JSON, or a folder of such files"
     mapping_keys = {"caption": "caption"}
 
-    def __init__(self, options: SourceOptions) -> None:
+    def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
         self.files, passed_over = self._instance_files()
         self._contents: dict[str, CocoTables] = {}

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from deris_llm.data.errors import DataError
-from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceOptions, check_is_unpacked
+from deris_llm.data.formats.base import SourceEntry, SourceFault, PrepareOptions, check_is_unpacked
 from deris_llm.data.formats.objects import (
     AnnotationReader,
     Shape,
@@ -46,7 +46,7 @@ class CvatReader(AnnotationReader):
     expected = "CVAT's annotations.xml, or its folder"
     mapping_keys = {"caption": "caption", "boxes": "refused"}
 
-    def __init__(self, options: SourceOptions) -> None:
+    def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
         self.files = self.find_files("*.xml", "*/*.xml")
         self._pages = [(file, image) for file in self.files for image in _read(file).findall("image")]

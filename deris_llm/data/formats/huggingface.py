@@ -26,7 +26,7 @@ import numpy as np
 
 from deris_llm.common.strict_files import unique_keys
 from deris_llm.data.errors import DataError, describe
-from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceInstance, SourceOptions, check_image_folder
+from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceInstance, PrepareOptions, check_image_folder
 from deris_llm.data.formats.rows import RowReader, member, phrases_of
 from deris_llm.data.masks import encode_mask
 
@@ -41,7 +41,7 @@ class HuggingFaceReader(RowReader):
     format = "hf"
     mapping_keys = {name: name for name in _FIELDS} | {"json": "", "pairs": ""}
 
-    def __init__(self, options: SourceOptions) -> None:
+    def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
         self._json_columns = tuple(filter(None, self.mapping.pop("json").split(",")))
         self._splits = _load(options.source)
@@ -56,7 +56,7 @@ class HuggingFaceReader(RowReader):
         self.files = tuple(sorted(path for path in self.source.rglob("*") if path.is_file())) if self.source.is_dir() else ()
         self.identity = "" if self.files else " ".join(rows._fingerprint for rows in self._splits.values())
         if self._is_embedded:
-            self.image_folder = options.own_images
+            self.image_folder = options.work / "pictures"
         else:
             self.image_folder = check_image_folder(options.images or self.source, why="images are named by path")
 

@@ -36,7 +36,7 @@ from deris_llm.data.formats.base import (
     SourceEntry,
     SourceFault,
     SourceInstance,
-    SourceOptions,
+    PrepareOptions,
     check_image_folder,
     check_is_unpacked,
     other_format,
@@ -60,7 +60,7 @@ class JsonlReader(RowReader):
     expected = "a .jsonl file, a folder of *.jsonl, or of *.json that hold an array"
     mapping_keys = {name: name for name in FIELDS} | {"pairs": ""}
 
-    def __init__(self, options: SourceOptions) -> None:
+    def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
         self._files = self.find_files("*.jsonl|*.ndjson", "*.json")
         folder = self.source if self.source.is_dir() else self.source.parent

@@ -29,7 +29,7 @@ from typing import Any
 from PIL import Image
 
 from deris_llm.data.errors import DataError, describe
-from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceInstance, SourceOptions, SourcePhrase, read_json_file
+from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceInstance, PrepareOptions, SourcePhrase, read_json_file
 from deris_llm.data.formats.objects import (
     AnnotationReader,
     Shape,
@@ -53,7 +53,7 @@ class LabelmeReader(AnnotationReader):
     expected = "LabelMe's *.json with `shapes`, or a folder of them"
     mapping_keys = {"caption": "description", "boxes": "refused"}
 
-    def __init__(self, options: SourceOptions) -> None:
+    def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
         self._root = self.source if self.source.is_dir() else self.source.parent
         self._contents: dict[Path, dict[str, Any] | str] = {}

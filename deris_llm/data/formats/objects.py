@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from deris_llm.data.errors import DataError
-from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceInstance, SourceOptions, SourcePhrase, SourceReader
+from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceInstance, PrepareOptions, SourcePhrase, SourceReader
 from deris_llm.data.images import ImageFolder, fault_of_name, portable_name
 from deris_llm.data.masks import decode_segmentation, encode_mask
 
@@ -59,7 +59,7 @@ class AnnotationReader(SourceReader):
         DataError: as `SourceReader`, and a mapping ``boxes`` that is neither masks nor refused.
     """
 
-    def __init__(self, options: SourceOptions) -> None:
+    def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
         boxes = self.mapping.get("boxes", "refused")
         if boxes not in ("masks", "refused"):

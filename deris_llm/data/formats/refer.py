@@ -34,7 +34,7 @@ from deris_llm.data.formats.base import (
     SourceEntry,
     SourceFault,
     SourceInstance,
-    SourceOptions,
+    PrepareOptions,
     SourcePhrase,
     SourceReader,
     is_int64,
@@ -498,9 +498,9 @@ class ReferReader(SourceReader):
     expected = "a data root with REFER's folders"
     mapping_keys = {"dataset": ""}
 
-    def __init__(self, options: SourceOptions) -> None:
+    def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
-        self._dataset = self.mapping["dataset"] or options.name
+        self._dataset = self.mapping["dataset"] or options.out.name
         self.files = dataset_paths(self.source, self._dataset)
         self._loaded = load_dataset(self.source, self._dataset)
         self.image_folder = options.images or find_image_folder(self.source)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from deris_llm.data.errors import DataError, describe
-from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceOptions, SourcePhrase, SourceReader
+from deris_llm.data.formats.base import SourceEntry, SourceFault, PrepareOptions, SourcePhrase, SourceReader
 
 _OF_ONE_OBJECT = ("polygons", "segmentation")  # names under which a list of polygons is, by convention, one object's
 _OWN_FIELDS = ("raw", "category", "id", "no_target")  # may be given per pair
@@ -29,7 +29,7 @@ class RowReader(SourceReader):
         DataError: as `SourceReader`, and a mapping ``pairs`` of another form.
     """
 
-    def __init__(self, options: SourceOptions) -> None:
+    def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
         self._pairs = self.mapping.pop("pairs")
         first, _, second = self._pairs.partition(":")

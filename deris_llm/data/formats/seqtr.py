@@ -30,7 +30,7 @@ from deris_llm.data.formats.base import (
     SourceEntry,
     SourceFault,
     SourceInstance,
-    SourceOptions,
+    PrepareOptions,
     SourcePhrase,
     SourceReader,
     files_in,
@@ -61,7 +61,7 @@ class SeqtrReader(SourceReader):
     expected = "a JSON file of SeqTR's form, or its folder"
     mapping_keys = {"instances": ""}
 
-    def __init__(self, options: SourceOptions) -> None:
+    def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
         self.files = _find_files(self.source)
         self._splits = _read_splits(self.files)

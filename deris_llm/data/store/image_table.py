@@ -50,7 +50,7 @@ class ImageTable:
 
     def __init__(self, folder: ImageFolder, *, exif: Exif | None, decode: bool) -> None:
         self.folder = folder
-        self.exif = exif
+        self.exif: Exif | None = exif
         self.decode = decode
         self.rows: list[dict[str, Any]] = []
         self.places: dict[str, tuple[int, int, int] | ImageFault] = {}  # file -> row, height and width in px
@@ -132,7 +132,7 @@ class ImageTable:
                 f"stored or {facts.height} x {facts.width} px as displayed",
             )
         self.undecided += [name] if facts.is_undecided else []
-        exif: Exif = self.exif or "stored"
+        exif: Exif = "stored" if self.exif is None else self.exif
         size_hw = next((size for size in sizes_hw if facts.fits(size)), facts.size_hw(exif))
         stem = Path(name if given_id is None else str(given_id)).stem  # an image_id may be COCO's file name
         by_content = f"sha256-{facts.sha256[:24]}" if facts.sha256 else stem

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from deris_llm.common.folders import check_writable
 from deris_llm.common.version import __version__
 from deris_llm.data.errors import DataError, bad_records_error
 from deris_llm.data.formats import open_source, refer
-from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceOptions, SourceReader
+from deris_llm.data.formats.base import PrepareOptions, SourceEntry, SourceFault, SourceReader
 from deris_llm.data.formats.objects import split_named
 from deris_llm.data.images import ImageFolder, portable_name
 from deris_llm.data.store.image_table import ImageTable, undecided_note
@@ -39,26 +39,6 @@ logger = logging.getLogger(__name__)
 
 _ANNOTATED_AS_STORED = frozenset({"refer", "seqtr"})
 """Formats of datasets over COCO, whose masks were drawn on stored pixels; other tools draw on what viewers display."""
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """What to prepare."""
-
-    format: str
-    source: str
-    out: Path  # ROOT/NAME
-    images: Path | None = None  # folder of the images; None: where the format has them
-    splits: tuple[str, ...] = ()  # only these; () = all
-    skip_bad: bool = False  # leave out and count what cannot be used, instead of stopping
-    mapping: dict[str, str] = field(default_factory=dict)
-    workers: int = 1
-    val_share: float | None = None  # fraction of the images of a source with one split that become val; the others train
-    follow_links: bool = False  # links in the image folder may lead outside it
-    exif: Exif | None = None  # orientation that was annotated if sizes do not tell; None: the format's convention
-    takes_crowds: bool = False  # annotations with iscrowd=1 are objects like others (coco)
-    normalised: bool = False  # polygons are given as fractions of the image's sides, from 0 to 1
-    decode_images: bool = True  # False: images are not opened; the source tells their sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,27 +61,15 @@ def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], N
             or an output folder that holds something else.
     """
     _check_options(options)
-    out = options.out
-    work = out.parent / f".{out.name}.preparing"
-    reader = open_source(
-        options.format,
-        SourceOptions(
-            options.source,
-            out.name,
-            options.images,
-            options.mapping,
-            own_images=work / "pictures",
-            follow_links=options.follow_links,
-            takes_crowds=options.takes_crowds,
-        ),
-    )
+    out, work = options.out, options.work
+    reader = open_source(options)
     source = _described_source(options, reader)
     if (known := _existing(out, source)) is not None:
         return Prepared(known, was_there=True)
     check_writable(work / ARROW_FOLDER, "--out")
     try:
         with _pool(options.workers) as pool:
-            manifest = _Preparation(options, reader, source, work, pool, on_progress).run()
+            manifest = _Preparation(options, reader, source, pool, on_progress).run()
         (work / MANIFEST_FILE).write_bytes(_json_bytes(manifest, indent=1))
         _rename(work, out)
     except DataError:
@@ -202,15 +170,14 @@ class _Preparation:
         options: PrepareOptions,
         reader: SourceReader,
         source: dict[str, Any],
-        work: Path,
         pool: ProcessPoolExecutor | None,
         on_progress: Callable[[str, int, int], None],
     ) -> None:
         self.options = options
         self.reader = reader
         self.source = source
-        self.work = work
-        self.arrow = work / ARROW_FOLDER
+        self.work = options.work
+        self.arrow = options.work / ARROW_FOLDER
         self.pool = pool
         self.on_progress = on_progress
         self.image_folder = ImageFolder(reader.image_folder, options.follow_links)
