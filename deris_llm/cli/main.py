@@ -342,7 +342,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
     from deris_llm.common.ranks import OtherRankError
     from deris_llm.common.terminal import console
-    from deris_llm.evaluation.calibration import calibrated_config, calibration_notes, threshold_source
+    from deris_llm.evaluation.calibration import calibrated
     from deris_llm.evaluation.output import default_folder
     from deris_llm.evaluation.report import report_table, sweep_table
     from deris_llm.evaluation.run import run_evaluation
@@ -369,17 +369,16 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     named = Path("runs", "eval", f"{config.name}-step0")
     present = config.evaluation.score_threshold
     if of_checkpoint is not None:
-        asked = (of_checkpoint, config, arguments.set)
-        calibrated = calibrated_config(*asked)
-        present = calibrated.evaluation.score_threshold
+        used = calibrated(of_checkpoint, config, arguments.set)
+        present = used.config.evaluation.score_threshold
         if not arguments.sweep:
             fingerprint = checkpoint_fingerprint(of_checkpoint)
             about = {
                 "checkpoint": str(of_checkpoint),
                 "fingerprint": fingerprint,
-                "threshold_source": threshold_source(*asked),
+                "threshold_source": used.source,
             }
-            config, notes = calibrated, calibration_notes(*asked)
+            config, notes = used.config, used.notes
             named = default_folder("eval", config.name, fingerprint, config.evaluation)
     try:
         if arguments.sweep and of_checkpoint is not None:

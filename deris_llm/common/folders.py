@@ -95,6 +95,16 @@ def complete_copy(folder: Path) -> Path:
     return next((path for prefix in (_COMPLETE, _REPLACED) if (path := _named(folder, prefix)).exists()), folder)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file aside and renames it, so that readers see the old or the new file and never a part of one.
+
+    A name that is not UTF-8 is escaped.
+    """
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(aside, path)
+
+
 def remove_folder(folder: Path) -> None:
     """Removes a folder; an interruption leaves nothing under its name that looks like a complete folder."""
     _delete(_renamed(folder, _named(folder, _PARTIAL)))

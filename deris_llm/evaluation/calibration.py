@@ -1,38 +1,34 @@
 """The score threshold that a sweep over a val split chose: `calibration.json` in the checkpoint folder.
 
-`deris-llm eval --checkpoint DIR --sweep refcoco/val` writes it; from then on everybody who reads the checkpoint asks
-`calibrated_config` for its run config, and says with `threshold_source` where the threshold comes from.
+`deris-llm eval --checkpoint DIR --sweep refcoco/val` writes it. From then on every command that reads the checkpoint gets its
+threshold, and where that comes from, by `calibrated`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+from deris_llm.common.folders import replace_text
 from deris_llm.config import RunConfig, load_config
-
-logger = logging.getLogger(__name__)
 
 CALIBRATION_FILE = "calibration.json"
 _CONFIG_FILE = "config.yaml"  # of the checkpoint
-_RULE = ("selection", "presence")  # what the threshold belongs to
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold, what it is for and what it was chosen by."""
+    """A threshold, the rule it belongs to, and how it was chosen."""
 
     threshold: float
-    selection: str  # evaluation.selection of the sweep: the threshold means nothing under another
+    selection: str  # evaluation.selection of the sweep: the threshold is meaningless under another
     presence: str  # evaluation.presence of the sweep
-    split: str  # where it was chosen; numbers on it are a little flattered
-    metric: str  # whose maximum it is: mIoU, or gIoU on a generalised dataset
+    split: str  # where it was chosen; numbers on it are slightly optimistic
+    metric: str  # that it maximises: mIoU, or gIoU on a generalised dataset
     protocol: str  # id
     fingerprint: str  # of the protocol with this threshold
     n_phrases: int
@@ -41,10 +37,10 @@ class Calibration:
 
     @classmethod
     def read(cls, folder: str | Path) -> Self | None:
-        """The calibration of a checkpoint folder, None where nobody swept.
+        """Reads the calibration of a checkpoint folder; None if no sweep was run.
 
         Raises:
-            ValueError: the file is there and is none.
+            ValueError: the file holds something else.
         """
         path = Path(folder) / CALIBRATION_FILE
         if not path.is_file():
@@ -62,11 +58,9 @@ class Calibration:
         return found
 
     def write(self, folder: str | Path) -> Path:
-        """Writes it into a checkpoint folder: aside, then renamed."""
+        """Writes the file into a checkpoint folder."""
         path = Path(folder) / CALIBRATION_FILE
-        aside = path.with_name(f"{path.name}.part")
-        aside.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        replace_text(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
         return path
 
     def __str__(self) -> str:
@@ -76,12 +70,20 @@ class Calibration:
         )
 
 
-def calibrated_config(folder: str | Path, config: RunConfig, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run config of a checkpoint with the threshold that a sweep chose for it.
+class Calibrated(NamedTuple):
+    """A run config with the threshold that is used."""
 
-    Unchanged where nobody swept, where the user set the threshold, and where the user set another selection or use of
-    presence than that of the sweep. Set by the user is what ``overrides`` name and what differs from the checkpoint's own
-    ``config.yaml``.
+    config: RunConfig
+    source: str  # where the threshold comes from, in words; stands beside every number
+    notes: dict[str, list[str]]  # by split: what must be read with its numbers
+
+
+def calibrated(folder: str | Path, config: RunConfig, overrides: Sequence[str] = ()) -> Calibrated:
+    """Returns the run config of a checkpoint with the threshold that a sweep chose for it.
+
+    The config is unchanged if there was no sweep, if the user set the threshold, or if the user set another selection or
+    presence rule than the sweep's. A field is set by the user if ``overrides`` name it or if it differs from the checkpoint's
+    own ``config.yaml``.
 
     Args:
         folder: of the checkpoint.
@@ -91,70 +93,35 @@ def calibrated_config(folder: str | Path, config: RunConfig, overrides: Sequence
     Raises:
         ValueError: the folder's `calibration.json` is unusable.
     """
-    found = Calibration.read(folder)
-    return config if found is None or _not_used(found, folder, config, overrides) else _applied(found, config)
+    found, evaluation = Calibration.read(folder), config.evaluation
 
+    def set_by_user(name: str) -> bool:
+        if any(text.partition("=")[0].strip() == f"evaluation.{name}" for text in overrides):
+            return True
+        saved = Path(folder) / _CONFIG_FILE
+        return saved.is_file() and getattr(load_config(saved).evaluation, name) != getattr(evaluation, name)
 
-def threshold_source(folder: str | Path, config: RunConfig, overrides: Sequence[str] = ()) -> str:
-    """Where the threshold of `calibrated_config` comes from, as a sentence part that stands with every number.
-
-    Args:
-        folder: of the checkpoint.
-        config: the same as for `calibrated_config`, or what that gave.
-        overrides: the same.
-    """
-    found = Calibration.read(folder)
-    evaluation = config.evaluation
     if found is None:
-        where = "set by the user" if _set_by_user("score_threshold", folder, config, overrides) else "of the run config"
-        return f"threshold {evaluation.score_threshold:g}, {where}, not calibrated"
-    reason = _not_used(found, folder, config, overrides)
-    return (
-        f"threshold {evaluation.score_threshold:g}: {reason}, so not the calibrated {found.threshold:g}"
-        if reason
-        else str(found)
+        where = "set by the user" if set_by_user("score_threshold") else "of the run config"
+        return Calibrated(config, f"threshold {evaluation.score_threshold:g}, {where}, not calibrated", {})
+    reason = None
+    if evaluation.score_threshold != found.threshold and set_by_user("score_threshold"):
+        reason = "set by the user"
+    for name in ("selection", "presence"):
+        if reason is None and getattr(evaluation, name) != getattr(found, name) and set_by_user(name):
+            reason = f"the user set evaluation.{name}={getattr(evaluation, name)}, the sweep had {getattr(found, name)}"
+    if reason is not None:
+        source = f"threshold {evaluation.score_threshold:g}: {reason}, so not the calibrated {found.threshold:g}"
+        return Calibrated(config, source, {})
+    used = dataclasses.replace(
+        evaluation, score_threshold=found.threshold, selection=found.selection, presence=found.presence
     )
-
-
-def calibration_notes(folder: str | Path, config: RunConfig, overrides: Sequence[str] = ()) -> dict[str, list[str]]:
-    """What must be read with the numbers of the swept split, by split; empty where the calibration is not used.
-
-    Args:
-        folder: of the checkpoint.
-        config: as for `calibrated_config`.
-        overrides: the same.
-    """
-    found = Calibration.read(folder)
-    if found is None or _not_used(found, folder, config, overrides):
-        return {}
-    return {found.split: ["the threshold was chosen on this split, which flatters it a little"]}
-
-
-def _applied(found: Calibration, config: RunConfig) -> RunConfig:
-    changes = {"score_threshold": found.threshold, "selection": found.selection, "presence": found.presence}
-    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **changes))
-
-
-def _not_used(found: Calibration, folder: str | Path, config: RunConfig, overrides: Sequence[str]) -> str | None:
-    """Why the user's wishes leave no place for the calibration; None = it applies."""
-    evaluation = config.evaluation
-    if evaluation.score_threshold != found.threshold and _set_by_user("score_threshold", folder, config, overrides):
-        return "set by the user"
-    for name in _RULE:
-        if getattr(evaluation, name) != getattr(found, name) and _set_by_user(name, folder, config, overrides):
-            return f"the user set evaluation.{name}={getattr(evaluation, name)}, the sweep had {getattr(found, name)}"
-    return None
-
-
-def _set_by_user(name: str, folder: str | Path, config: RunConfig, overrides: Sequence[str]) -> bool:
-    if any(text.partition("=")[0].strip() == f"evaluation.{name}" for text in overrides):
-        return True
-    saved = Path(folder) / _CONFIG_FILE
-    return saved.is_file() and getattr(load_config(saved).evaluation, name) != getattr(config.evaluation, name)
+    note = "the threshold was chosen on this split, so its numbers are slightly optimistic"
+    return Calibrated(dataclasses.replace(config, evaluation=used), str(found), {found.split: [note]})
 
 
 def choose(curve: Sequence[Mapping[str, Any]], metric: str, present: float | None = None) -> float:
-    """The threshold of the best value; of several equal ones the present one, else the middle one, farthest from a drop."""
+    """Returns the best threshold; of equally good ones the present one, else the middle one, farthest from a drop."""
     best = max(point[metric] for point in curve)
     tied = [point["threshold"] for point in curve if point[metric] == best]
     if present is not None and present in tied:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deris_llm.common.folders import replace_text
 from deris_llm.evaluation.intervals import NUM_FLIPS, differences, sign_flip_p_value
 from deris_llm.evaluation.results import EvaluationResult
 
@@ -68,9 +68,7 @@ def compare(
 def write_comparison(comparison: Mapping[str, Any], folder: str | Path) -> Path:
     """Writes it as JSON, aside and then renamed."""
     path = Path(folder) / COMPARISON_FILE
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_text(json.dumps(comparison, indent=1, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
-    os.replace(aside, path)
+    replace_text(path, json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
     return path
 
 

@@ -32,7 +32,7 @@ from deris_llm.common.folders import check_new_folder, written_aside
 from deris_llm.common.version import __version__
 from deris_llm.config import Beit3Cognition, RunConfig, load_config, save_config
 from deris_llm.config.protocols import protocols_of
-from deris_llm.evaluation.calibration import CALIBRATION_FILE, calibrated_config, threshold_source
+from deris_llm.evaluation.calibration import CALIBRATION_FILE, calibrated
 from deris_llm.evaluation.report import read_report
 from deris_llm.models.pretrained import BUILTIN_PREFIX, CONVERTED_PREFIX
 from deris_llm.serving.merge import QUANTIZED, Merge, merge_checkpoint
@@ -302,7 +302,7 @@ def _training_data(data: Mapping[str, Any] | None) -> str:
 
 
 def _numbers(source: Path, folder: Path, config: RunConfig, report: Mapping[str, Any] | None) -> str:
-    threshold = threshold_source(source, calibrated_config(source, load_config(source / CONFIG_FILE)))
+    threshold = calibrated(source, load_config(source / CONFIG_FILE)).source
     text = f"## Numbers\n\nPercent. {threshold[0].upper()}{threshold[1:]}."
     if (folder / CALIBRATION_FILE).is_file():
         text += f" The whole sweep is in `{CALIBRATION_FILE}`."
@@ -372,7 +372,7 @@ def _base_weights(folder: Path, base: Mapping[str, Any]) -> str:
 
 
 def _limits(folder: Path, config: RunConfig, data: Mapping[str, Any] | None) -> str:
-    evaluation = calibrated_config(folder, config).evaluation
+    evaluation = calibrated(folder, config).config.evaluation
     points = [
         f"Phrases are cut after {config.cognition.max_phrase_tokens} tokens; at most {config.loopback.num_queries} objects are "
         "found at a time.",

@@ -29,7 +29,7 @@ from deris_llm.config import RunConfig
 from deris_llm.data.images import load_image, rgb_image
 from deris_llm.data.token_budget import split_phrases, token_counter
 from deris_llm.data.validation import is_text
-from deris_llm.evaluation.calibration import calibrated_config, threshold_source
+from deris_llm.evaluation.calibration import calibrated
 from deris_llm.models.cognition import CognitionProcessor, build_processor
 from deris_llm.models.cpu_inference import for_cpu_inference
 from deris_llm.models.out_of_memory import explains_out_of_memory
@@ -142,12 +142,13 @@ class DerisPipeline:
         used = with_files_of(folder, checkpoint_config(folder, settings))
         processor = build_processor(used, allow_module=allow_module)  # small files, before gigabytes of weights
         config, model = load_checkpoint(folder, device, overrides=settings, allow_module=allow_module)
+        config, source, _ = calibrated(folder, config, settings)
         return cls(
-            calibrated_config(folder, config, settings),
+            config,
             for_cpu_inference(model),
             processor,
             fingerprint=checkpoint_fingerprint(folder),
-            threshold_source=threshold_source(folder, config, settings),
+            threshold_source=source,
         )
 
     def __call__(self, image: Picture, phrases: Sequence[str]) -> list[PhraseAnswer]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from deris_llm.config import RunConfig, load_config, save_config
-from deris_llm.evaluation.calibration import Calibration, calibrated_config, choose, threshold_source
+from deris_llm.evaluation.calibration import Calibration, calibrated, choose
 
 FOUND = Calibration(
     threshold=0.35, selection="threshold", presence="gate", split="refcoco/val", metric="mIoU", protocol="original",
@@ -21,8 +21,8 @@ def _config(folder: Path, *overrides: str) -> RunConfig:
 
 def test_without_a_sweep_nothing_changes(tmp_path: Path) -> None:
     config = _config(tmp_path)
-    assert calibrated_config(tmp_path, config) is config
-    assert threshold_source(tmp_path, config) == "threshold 0.9, of the run config, not calibrated"
+    assert calibrated(tmp_path, config).config is config
+    assert calibrated(tmp_path, config).source == "threshold 0.9, of the run config, not calibrated"
 
 
 def test_a_sweep_is_used_and_named(tmp_path: Path) -> None:
@@ -30,15 +30,15 @@ def test_a_sweep_is_used_and_named(tmp_path: Path) -> None:
     FOUND.write(tmp_path)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["calibration.json", "config.yaml"]
     assert Calibration.read(tmp_path) == FOUND
-    used = calibrated_config(tmp_path, config)
+    used = calibrated(tmp_path, config).config
     assert (used.evaluation.score_threshold, used.evaluation.selection, used.evaluation.presence) == (
         0.35,
         "threshold",
         "gate",
     )
-    assert calibrated_config(tmp_path, used) == used
+    assert calibrated(tmp_path, used).config == used
     for asked in (config, used):
-        said = threshold_source(tmp_path, asked)
+        said = calibrated(tmp_path, asked).source
         for part in ("0.35", "refcoco/val", "1,234 phrases", "original", "0123abcd", "2026-11-25"):
             assert part in said
 
@@ -58,23 +58,23 @@ def test_a_sweep_is_used_and_named(tmp_path: Path) -> None:
 def test_the_users_word_wins(tmp_path: Path, override: str, says: str) -> None:
     config = _config(tmp_path, override)
     FOUND.write(tmp_path)
-    assert calibrated_config(tmp_path, config, [override]) is config
-    assert says in threshold_source(tmp_path, config, [override])
+    assert calibrated(tmp_path, config, [override]).config is config
+    assert says in calibrated(tmp_path, config, [override]).source
     if override != "evaluation.score_threshold=0.9":  # seen without being told, because it differs from what was saved
-        assert calibrated_config(tmp_path, config) is config
+        assert calibrated(tmp_path, config).config is config
 
 
 def test_the_users_word_on_something_else_leaves_it(tmp_path: Path) -> None:
     config = _config(tmp_path, "data.num_workers=0")
     FOUND.write(tmp_path)
-    assert calibrated_config(tmp_path, config, ["data.num_workers=0"]).evaluation.score_threshold == 0.35
+    assert calibrated(tmp_path, config, ["data.num_workers=0"]).config.evaluation.score_threshold == 0.35
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"threshold": 0.5}', '{"curve": 3}'])
 def test_a_file_of_something_else_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "calibration.json").write_text(content)
     with pytest.raises(ValueError, match=r"calibration\.json: expected what `deris-llm eval --sweep` writes"):
-        calibrated_config(tmp_path, _config(tmp_path))
+        calibrated(tmp_path, _config(tmp_path)).config
 
 
 def test_of_equal_values_the_middle_one_is_chosen() -> None:

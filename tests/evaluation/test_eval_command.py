@@ -68,7 +68,9 @@ def test_sweep_then_eval(checkpoint: Path, tmp_path: Path, capsys: pytest.Captur
             low, high = values["intervals"]["mIoU"]
             assert low <= values["mIoU"] <= high
             assert set(values["breakdown"]) == {"object_size", "phrase_length", "location_words", "same_class"}
-    assert report["notes"] == {"refcoco/val": ["the threshold was chosen on this split, which flatters it a little"]}
+    assert report["notes"] == {
+        "refcoco/val": ["the threshold was chosen on this split, so its numbers are slightly optimistic"]
+    }
     assert report["about"]["threshold_source"] == str(found)
     assert report["about"]["score_threshold"] == found.threshold
     assert report["about"]["checkpoint"] == str(checkpoint)

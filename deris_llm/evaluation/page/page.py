@@ -22,7 +22,7 @@ from deris_llm.common.version import __version__
 from deris_llm.config import RunConfig, load_config
 from deris_llm.data.errors import DataError
 from deris_llm.evaluation.answers import Answer
-from deris_llm.evaluation.calibration import calibrated_config
+from deris_llm.evaluation.calibration import calibrated
 from deris_llm.evaluation.page import compare, numbers
 from deris_llm.evaluation.page.cases import (
     NUM_CASES,
@@ -142,7 +142,7 @@ def look_inside(
     checkpoint, allow_module = find_checkpoint(checkpoint)
     config, model = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     for_cpu_inference(model)
-    config = _as_evaluated(calibrated_config(checkpoint, config), evaluation.about)
+    config = _as_evaluated(calibrated(checkpoint, config).config, evaluation.about)
     seen = look_inside_model(
         evaluation, model, config, build_processor(config, allow_module=allow_module), data_root=data_root, seed=seed
     )
