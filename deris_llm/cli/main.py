@@ -390,8 +390,6 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
                     processor,
                     arguments.sweep,
                     present=present,
-                    rank=rank,
-                    world_size=world_size,
                     max_images=arguments.max_images,
                 )
             if rank == 0:
@@ -409,8 +407,6 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
                 out=output,
                 control=arguments.control,
                 step0=arguments.checkpoint is None,
-                rank=rank,
-                world_size=world_size,
                 max_images=arguments.max_images,
                 about=about,
                 notes=notes,

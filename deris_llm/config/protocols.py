@@ -1,7 +1,7 @@
-"""Named evaluation protocols: a number never appears without the id of the one that made it.
+"""Named evaluation protocols: a number never appears without the id of the protocol that made it.
 
 Everything that can change a number is a field; the fingerprint is a hash of the fields, so two numbers with the same id
-and fingerprint were made the same way. Protocols of one's own are YAML files with these fields (docs/protocols.md).
+and fingerprint were made the same way. A user's own protocol is a YAML file with these fields (docs/protocols.md).
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from deris_llm.common.strict_files import parse_yaml, read_text
 from deris_llm.config import PresenceUse, RunConfig, Selection
 
 Rule = tuple[float, Selection, PresenceUse]
-"""Score threshold, what happens when no query passes, what the presence has to say."""
+"""Score threshold, what is answered if no query passes it, and how the presence probability is used."""
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How masks are compared."""
+    """How masks are compared, and which queries answer."""
 
     id: str
-    size: Literal["original", "fixed"]  # where masks are compared: at the picture's own size, or all at `fixed_px`
-    fixed_px: int | None  # side of the square for size = fixed; pictures are warped to it, their aspect is not kept
+    size: Literal["original", "fixed"]  # where masks are compared: at the image's own size, or all at `fixed_px`
+    fixed_px: int | None  # side of the square for size = fixed; images are warped to it, their aspect is not kept
     # nearest: OpenCV's, source = floor(target * scale); nearest_centre: Pillow's, the pixel under the centre
     truth_resampling: Literal["none", "nearest", "nearest_centre"]
     # of the logits, before sigmoid >= 0.5: bilinear, align_corners=False; for released DeRIS weights after x4 with
-    # align_corners=True. finished_mask: the binary mask at the picture's own size is resized as the truth is. given: a
+    # align_corners=True. finished_mask: the binary mask at the image's own size is resized as the truth is. given: a
     # file of predictions holds masks of `size`
     prediction_resampling: Literal["bilinear", "x4_align_corners_bilinear", "finished_mask", "given"] = "bilinear"
     text_field: Literal["sent", "raw"] = "sent"  # which text of a REFER sentence is the phrase
     score_threshold: float = 0.7  # queries with a greater referring score are joined
-    # what happens when no query passes; given: the answers are those of a file of predictions
+    # what is answered if no query passes the threshold; given: the answers come from a file of predictions
     selection: Selection | Literal["given"] = "threshold_or_best"
     # no answer to a phrase that has a target. empty_mask: IoU 0, its truth stays in the union of oIoU; dropped: the phrase
-    # leaves all numbers, as in some papers, and every number says how many did
+    # is excluded from all numbers, as in some papers, and every number says how many were
     miss: Literal["empty_mask", "dropped"] = "empty_mask"
-    presence: PresenceUse = "none"  # what the presence has to say in the selection
+    presence: PresenceUse = "none"  # how the presence probability enters the selection
     # crowds (iscrowd=1) that a phrase of gRefCOCO names beside other objects. left_out: they are not in the truth, as in
     # gRefCOCO's own API and ReLA; taken: they are. RefCOCO, RefCOCO+ and RefCOCOg name no crowd
     crowds: Literal["left_out", "taken"] = "left_out"
 
     def size_hw(self, height: int, width: int) -> tuple[int, int]:
-        """Size (h, w) in px at which the masks of a picture of this size are compared."""
+        """Returns the size (h, w) in px at which the masks of an image of this size are compared."""
         return (height, width) if self.fixed_px is None else (self.fixed_px, self.fixed_px)
 
     def drawn_size_hw(self, height: int, width: int) -> tuple[int, int]:
-        """Size (h, w) in px at which the masks of an image of this size are drawn; finished masks are resized afterwards."""
+        """Returns the size (h, w) in px at which masks are drawn; finished masks are resized afterwards."""
         return (height, width) if self.resizes_finished_masks else self.size_hw(height, width)
 
     @property
@@ -69,16 +69,16 @@ class Protocol:
 
     @property
     def rule(self) -> Rule:
-        """What decides which queries answer: protocols of one rule share their answers."""
+        """Which queries answer; protocols with the same rule share their answers."""
         assert self.selection != "given", "a file of predictions has no queries"
         return self.score_threshold, self.selection, self.presence
 
     def of_file(self, *, brings_own_masks_px: int | None = None) -> Self:
-        """This protocol for answers that a file of predictions gives: what chooses among queries has no part in it.
+        """Returns this protocol for the answers of a file of predictions, where no queries are selected.
 
         Args:
             brings_own_masks_px: side of the masks that the file holds for this protocol (`size` = fixed); None = the file
-                has masks at the pictures' own size only, which are resized as the truth is.
+                has masks at the images' own sizes only, which are resized as the truth is.
         """
         changes: dict[str, Any] = {"selection": "given", "score_threshold": 0.0, "presence": "none"}
         if self.fixed_px is not None:
@@ -87,30 +87,30 @@ class Protocol:
         return dataclasses.replace(self, **changes)
 
     def fingerprint(self) -> str:
-        """Eight hex digits over all fields, the same on every machine."""
+        """Returns eight hex digits over all fields, the same on every machine."""
         fields = dataclasses.asdict(self)
         for name, meant in (("presence", "none"), ("crowds", "left_out")):
-            if fields[name] == meant:  # younger than published fingerprints, which all mean this
+            if fields[name] == meant:  # added after fingerprints were published, which all mean this value
                 del fields[name]
         text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     def describe(self) -> str:
-        """One paragraph that says how the numbers came about."""
+        """Returns one paragraph that says how the numbers are made."""
         upsampled = {
             "bilinear": "mask logits are upsampled to it bilinearly",
             "x4_align_corners_bilinear": "mask logits are upsampled to it bilinearly, after x4 with align_corners=True as "
             "the released DeRIS weights have it",
-            "finished_mask": "finished masks at the picture's own size are resized to it as the ground truth is",
+            "finished_mask": "finished masks at the image's own size are resized to it as the ground truth is",
             "given": "masks are given at it",
         }[self.prediction_resampling]
         if self.fixed_px is None:
             given = self.selection == "given"
-            where = f"at the picture's own size; {'masks are given at it' if given else upsampled}"
+            where = f"at the image's own size; {'masks are given at it' if given else upsampled}"
         else:
             neighbour = {"nearest": "OpenCV's nearest neighbour", "nearest_centre": "Pillow's nearest neighbour"}
             where = (
-                f"at {self.fixed_px}x{self.fixed_px} px, the picture warped, aspect not kept; {upsampled}, the ground truth "
+                f"at {self.fixed_px}x{self.fixed_px} px, the image warped, aspect not kept; {upsampled}, the ground truth "
                 f"is resized to it with {neighbour.get(self.truth_resampling)}"
             )
         above = f"the union of the queries that score above {self.score_threshold}"
@@ -118,12 +118,12 @@ class Protocol:
             "threshold": f"{above}, else an empty mask",
             "threshold_or_best": f"{above}, else the best query",
             "best": "the best-scoring query",
-            "given": "what the file of predictions says; a phrase that it does not name is a miss",
+            "given": "that of the file of predictions; a phrase without one is a miss",
         }[self.selection]
         answer += {
             "none": "",
-            "multiply": "; scores are multiplied by the presence first",
-            "gate": "; with a presence below 0.5 it is that there is no target",
+            "multiply": "; scores are multiplied by the presence probability first",
+            "gate": "; it is 'no target' if the presence probability is below 0.5",
         }[self.presence]
         miss = {
             "empty_mask": "A miss is an empty mask and counts IoU 0; no phrase is dropped",
@@ -137,40 +137,40 @@ class Protocol:
         return (
             f"protocol `{self.id}` ({self.fingerprint()}): IoU per phrase (`{self.text_field}` text) {where}{binary}. "
             f"The answer is {answer}. {miss}. mIoU: mean over phrases; oIoU: sum I / sum U; Pr@X: share with IoU >= X; "
-            f"percent. gRefCOCO: {crowds[self.crowds]}; a phrase without a target counts IoU 1 if none is answered, else 0; "
-            f"gIoU: mean over phrases; cIoU: sum I / sum U; N-acc, T-acc: share of the phrases without, with a target that are "
-            f"answered so; Pr@X: of the phrases with a target; F1: share whose boxes around the masks all match at generalised IoU >= 0.5."
+            f"percent. gRefCOCO: {crowds[self.crowds]}; a phrase without a target counts IoU 1 if the answer is 'no target', else 0; "
+            f"gIoU: mean over phrases; cIoU: sum I / sum U; N-acc, T-acc: share of the phrases without, with a target whose answer "
+            f"says so; Pr@X: of the phrases with a target; F1: share whose boxes around the masks all match at generalised IoU >= 0.5."
         )
 
 
 PROTOCOLS: Mapping[str, Protocol] = {
     # LISA, GLaMM, Sa2VA and most others compare at the original size.
     "original": Protocol(id="original", size="original", fixed_px=None, truth_resampling="none"),
-    # Upstream's DeRIS: 384 px, threshold 0.7 by its test script. Two differences remain, both named and both gone with
-    # `compat: deris-2025`: no fallback to the best query (`selection`), x4 upsampling with align_corners=True.
+    # Upstream's DeRIS: 384 px, threshold 0.7 by its test script. Two differences remain without `compat: deris-2025`:
+    # upstream has no fallback to the best query (`selection`), and upsamples x4 with align_corners=True.
     "deris": Protocol(id="deris", size="fixed", fixed_px=384, truth_resampling="nearest"),
-    # LAVT and ReLA: everything at 480 px, as read in their public code (LAVT-RIS: test.py, transforms.py, lib/_utils.py; ReLA:
-    # refcoco_mapper.py, refer_evaluation.py, GRES.py). The picture is warped to 480x480; the prediction is the argmax of
-    # background and object at 480; IoU, sums and quadrants are ours. LAVT resizes the truth with Pillow's nearest neighbour,
-    # which is taken here (but loses what two polygons of one object cover); ReLA scales the polygons and draws them at 480,
-    # which differs along the border. ReLA upsamples its logits with align_corners=False, which is taken here, LAVT with True.
-    # Both ask the `raw` text; set data.phrase_field=raw for that.
+    # LAVT and ReLA: everything at 480 px, according to their public code (LAVT-RIS: test.py, transforms.py, lib/_utils.py; ReLA:
+    # refcoco_mapper.py, refer_evaluation.py, GRES.py). The image is warped to 480x480; the prediction is the argmax of
+    # background and object at 480; IoU, sums and quadrants equal ours. LAVT resizes the truth with Pillow's nearest neighbour,
+    # as we do (but loses what two polygons of one object both cover); ReLA scales the polygons and draws them at 480, which
+    # differs along the border. ReLA upsamples its logits with align_corners=False, as we do, LAVT with True. Both ask the
+    # `raw` text: set data.phrase_field=raw for that.
     "rela480": Protocol(id="rela480", size="fixed", fixed_px=480, truth_resampling="nearest_centre"),
 }
-"""The protocols by id, with the values they have when a run config says nothing else."""
+"""The protocols by id, with the values they have by default."""
 
 _SUFFIXES = (".yaml", ".yml")
 _MOST_PX = 4096
 
 
 def protocols_of(config: RunConfig) -> tuple[Protocol, ...]:
-    """The protocols a run reports.
+    """Returns the protocols that a run reports.
 
-    What a protocol leaves open is the run's: threshold, selection, presence, phrase field, resampling of the logits, and
-    the side of `deris`, which is that of the perception image. What a YAML file fixes stays as it says.
+    Fields that a YAML file leaves out come from the run: threshold, selection, presence, phrase field, resampling of the
+    logits. The side of `deris` is that of the perception image.
 
     Raises:
-        ValueError: an unknown protocol id, none, a file that is none, or contradictions; all at once.
+        ValueError: no protocol, an unknown id, an unusable file, or contradictions; all at once.
     """
     problems: list[str] = []
     run = {
@@ -213,7 +213,7 @@ def protocols_of(config: RunConfig) -> tuple[Protocol, ...]:
 
 
 def protocols_of_file(names: Sequence[str], *, text_field: Literal["sent", "raw"] = "sent") -> tuple[Protocol, ...]:
-    """The protocols under which a file of predictions is scored; see `Protocol.of_file`.
+    """Returns the protocols under which a file of predictions is scored; see `Protocol.of_file`.
 
     Args:
         names: ids, or paths of YAML files.
@@ -231,22 +231,6 @@ def protocols_of_file(names: Sequence[str], *, text_field: Literal["sent", "raw"
     )
     _raise(problems)
     return tuple(dataclasses.replace(protocol, text_field=text_field).of_file() for protocol, _ in named)
-
-
-def read_protocol(path: str | Path) -> tuple[Protocol, Mapping[str, Any]]:
-    """Reads a protocol of one's own.
-
-    Returns:
-        The protocol, and the fields that the file gives: the others are the run's to say.
-
-    Raises:
-        ValueError: no such file, or everything that is wrong with it at once.
-    """
-    problems: list[str] = []
-    found = _read(Path(path), problems)
-    _raise(problems)
-    assert found is not None, "without problems there is a protocol"
-    return found
 
 
 def _named(names: Sequence[str], problems: list[str]) -> list[tuple[Protocol, Mapping[str, Any]]]:
@@ -269,7 +253,7 @@ def _named(names: Sequence[str], problems: list[str]) -> list[tuple[Protocol, Ma
 
 
 def _read(path: Path, problems: list[str]) -> tuple[Protocol, Mapping[str, Any]] | None:
-    """The protocol of a file, or None with what is wrong added to the problems."""
+    """Returns the protocol of a file and the fields that it gives, or None and adds to the problems."""
     try:
         tree = parse_yaml(read_text(path))
     except (OSError, ValueError) as error:
@@ -310,7 +294,7 @@ def _faults_of(name: str, hint: Any, value: Any) -> list[str]:
     fits = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,39}", value)
     if not fits:
         return [f"{name}: expected a name of up to 40 letters, digits and _ . + -, got {value!r}"]
-    return [f"{name}: {value!r} is a protocol of ours: take another name"] if value in PROTOCOLS else []
+    return [f"{name}: {value!r} is the id of a built-in protocol: choose another"] if value in PROTOCOLS else []
 
 
 def _literals(hint: Any) -> tuple[Any, ...]:

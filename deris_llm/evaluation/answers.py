@@ -107,9 +107,12 @@ class Answer:
             raise ValueError(f"answers: expected {{protocol: {{mask, says_target}}}}, got {shortened(answers)}")
         if not isinstance(oracle, dict):
             raise ValueError(f"oracle_px: expected {{protocol: [intersection, union]}}, got {shortened(oracle)}")
-        names = {key: str(tree[key]) for key in ("phrase_id", "image", "image_id", "phrase") if key in tree}
+        image = str(tree.get("image", ""))
         return cls(
-            **{"image_id": names.get("image", ""), **names},
+            phrase_id=str(tree.get("phrase_id", "")),
+            image=image,
+            image_id=str(tree.get("image_id", image)),
+            phrase=str(tree.get("phrase", "")),
             mask=tree["mask"],
             iou=_percents(tree.get("iou")),
             oracle_iou=_percents(tree.get("oracle_iou")),

@@ -1,7 +1,7 @@
-"""Compares the model's outputs with the truth in processes of their own, while the model computes the next ones.
+"""Compares the model's outputs with the truth in worker processes while the model computes the next ones.
 
-Processes, not threads: what a comparison consists of holds the interpreter's lock, for which every small operation of the
-model would then wait (measured on a CPU: a thread made an evaluation slower).
+Processes, not threads: a comparison holds the interpreter's lock, and every small operation of the model would wait for it
+(measured on a CPU: a thread made an evaluation slower).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Compare = Callable[[DerisOutput, Sequence[ReferringRecord]], list[Answer]]
 def in_order(
     compare: Compare[Answer], outputs: Iterable[tuple[DerisOutput, Sequence[ReferringRecord]]], *, num_workers: int
 ) -> Iterator[list[Answer]]:
-    """What ``compare`` makes of each output, in the order of the outputs.
+    """Yields what ``compare`` makes of each output, in the order of the outputs.
 
     Args:
-        compare: reads the last round alone; with processes, a function that can be pickled, and its answers too.
-        outputs: each with its records; made one after the other, as they are asked for.
-        num_workers: processes; 0 compares here, each output before the next one is made. A process gets the output on the
-            CPU, so masks that a GPU would draw are drawn there.
+        compare: reads only the last round; with processes, it and its answers must be picklable.
+        outputs: each with its records; computed lazily.
+        num_workers: processes; 0 compares in this process, each output before the next one is computed. A worker gets the
+            output on the CPU and draws masks there.
     """
     if num_workers == 0:
         for output, asked in outputs:
             yield compare(output, asked)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would take over locks of threads, and the GPU
+    context = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads, and the GPU
     with ProcessPoolExecutor(num_workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         pending: deque[Future[list[Answer]]] = deque()
         for output, asked in outputs:
@@ -48,7 +48,7 @@ def in_order(
 
 
 class _Sent(NamedTuple):
-    """The last round of a `DerisOutput` as arrays: tensors would travel as open files, of which there are few."""
+    """The last round of a `DerisOutput` as arrays: tensors are sent as open files, whose number is limited."""
 
     mask_logits: np.ndarray
     referring_logits: np.ndarray

@@ -1,4 +1,4 @@
-"""Starts the ranks of an evaluation on this machine, and says once why they stop."""
+"""Starts the ranks of an evaluation on this machine and reports once why they failed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from deris_llm.common.error_file import QUIET
 
-_NOTHING_SAID = "<NONE>"  # torch's, of a rank that left no message
+_NO_MESSAGE = "<NONE>"  # torch's value for a rank that left no message
 
 
 def run_on_ranks(arguments: Sequence[str], ranks: int) -> int:
     """Runs `deris-llm ARGUMENTS` on several ranks, as torchrun does, without torchrun's own traceback.
 
     Args:
-        arguments: of the command line; each rank is told by its environment which one it is.
+        arguments: of the command line; each rank learns its number from the environment.
         ranks: processes.
 
     Returns:
@@ -30,7 +30,7 @@ def run_on_ranks(arguments: Sequence[str], ranks: int) -> int:
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[QUIET] = "1"
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # names processes, not reasons
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it names processes, not reasons
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, max_restarts=0,
         run_id=str(uuid.uuid4()), rdzv_backend="c10d", rdzv_endpoint="localhost:0",
@@ -49,13 +49,13 @@ def run_on_ranks(arguments: Sequence[str], ranks: int) -> int:
 
 
 def _said(error: ChildFailedError) -> int:
-    """Prints why the ranks failed: a rank's own words, or how one ended."""
-    # The launcher ends the other ranks with SIGTERM as soon as one fails: those come last.
+    """Prints why the ranks failed: a rank's own message, or how one ended."""
+    # The launcher ends the other ranks with SIGTERM as soon as one fails: they are listed last.
     failures = sorted(error.failures.items(), key=lambda each: (each[1].exitcode == -signal.SIGTERM, each[0]))
-    told = [each for _, each in failures if each.error_file_data.get("message", _NOTHING_SAID) != _NOTHING_SAID]
+    told = [each for _, each in failures if each.error_file_data.get("message", _NO_MESSAGE) != _NO_MESSAGE]
     if told:
         sys.stderr.write(f"{told[0].message}\n(`deris-llm --debug ...` shows where)\n")
-        return told[0].exitcode if told[0].exitcode > 0 else 2  # it said why, and was ended before it could leave
+        return told[0].exitcode if told[0].exitcode > 0 else 2  # it left a message and was ended before it could exit
     rank, failure = failures[0]
     if failure.exitcode < 0:
         sys.stderr.write(

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -82,7 +83,17 @@ def choose_cases(
     return cases
 
 
-def pick(ranking: Iterable[Answer], number: int, seen: Counter[str]) -> list[Answer]:
+class OfImage(Protocol):
+    """Something about an image."""
+
+    @property
+    def image_id(self) -> str: ...
+
+
+Ranked = TypeVar("Ranked", bound=OfImage)
+
+
+def pick(ranking: Iterable[Ranked], number: int, seen: Counter[str]) -> list[Ranked]:
     """The first of a ranking, but pictures that were shown less go before those that were shown more.
 
     Args:
@@ -91,7 +102,7 @@ def pick(ranking: Iterable[Answer], number: int, seen: Counter[str]) -> list[Ans
         seen: how often each picture was shown; counted on.
     """
     left = list(ranking)
-    picked: list[Answer] = []
+    picked: list[Ranked] = []
     while left and len(picked) < number:
         position = min(range(len(left)), key=lambda i: seen[left[i].image_id])
         picked.append(left.pop(position))

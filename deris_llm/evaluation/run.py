@@ -1,4 +1,4 @@
-"""A whole evaluation: splits, control run, predictions, report and pictures in one folder."""
+"""A whole evaluation: splits, control run, predictions, report and images in one folder."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from deris_llm.common import ranks
 from deris_llm.config import RunConfig
 from deris_llm.config.protocols import protocols_of
 from deris_llm.data.dataset import some_images
@@ -22,7 +22,6 @@ from deris_llm.evaluation.evaluator import control_phrases, evaluate
 from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder
 from deris_llm.evaluation.page.page import look_inside_model
 from deris_llm.evaluation.report import Section, read_report
-from deris_llm.evaluation.results import EvaluationResult
 from deris_llm.models.cognition import CognitionProcessor
 from deris_llm.structures import ReferringRecord
 
@@ -38,86 +37,34 @@ def run_evaluation(
     out: str | Path,
     control: bool = False,
     step0: bool = False,
-    device: torch.device | str | None = None,
-    rank: int = 0,
-    world_size: int = 1,
     max_images: int = 0,
     pictures: bool = True,
     progress: bool = True,
     about: Mapping[str, Any] | None = None,
     notes: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
-    """Evaluates splits and writes, on rank 0, what came out (`EvaluationFolder`). All ranks call this together.
+    """Evaluates splits; rank 0 writes the results (`EvaluationFolder`). All ranks call this together.
 
     Args:
         config: the run.
         model: a `Deris` or a wrapper of one.
         processor: the cognition backend's.
         splits: e.g. ``refcoco/val``.
-        out: folder; a report that is already there is added to.
-        control: also asks every picture the wrong phrases (`control_phrases`), into section ``control``.
-        step0: the model is not fine-tuned yet: numbers go to section ``step0``, without predictions and pictures.
-        device: where the model is; None = where its parameters are.
-        rank: this process.
-        world_size: number of ranks.
-        max_images: evenly spaced pictures of each split; 0 = all. The report's n_images says it.
+        out: folder; an existing report is extended.
+        control: also asks the wrong phrases about every image (`control_phrases`); section ``control`` of the report.
+        step0: the model is not fine-tuned yet: numbers go to section ``step0``, without predictions and overlays.
+        max_images: evenly spaced images of each split; 0 = all. The report's n_images says it.
         pictures: writes the overlays.
         progress: shows a bar on rank 0.
-        about: what the caller knows of the numbers' origin: checkpoint, threshold_source; stored in the report.
+        about: where the numbers come from, as the caller knows it: checkpoint, threshold_source; stored in the report.
         notes: split -> what must be read with its numbers, e.g. that the threshold was chosen on it.
 
     Returns:
-        The report (on every rank; on ranks above 0 with this call's numbers only).
+        The report (on ranks above 0 with this call's numbers only).
     """
-    device = next(model.parameters()).device if device is None else torch.device(device)
-    protocols = protocols_of(config)
+    is_first_rank = ranks.rank() == 0
     leakage = leakage_notice(config, splits)
-    folder = EvaluationFolder(
-        out, protocols, title=config.name, about=_about(config, leakage, max_images) | dict(about or {})
-    )
-    section: Section = "step0" if step0 else "splits"
-    report: dict[str, Any] = {"splits": {}, "control": {}, "step0": {}}
-
-    def evaluated(
-        records: Sequence[ReferringRecord], title: str, override: dict[str, str] | None = None
-    ) -> EvaluationResult:
-        return evaluate(
-            model,
-            config,
-            records,
-            processor,
-            device=device,
-            rank=rank,
-            world_size=world_size,
-            phrase_override=override,
-            progress=progress,
-            title=title,
-        )
-
-    for split in splits:
-        records = some_images(read_split(config.data.root, split, phrase_field=config.data.phrase_field), max_images)
-        started = time.monotonic()
-        result = evaluated(records, f"{split}{' (step 0)' if step0 else ''}")
-        report[section][split] = result.numbers
-        if rank == 0:
-            seconds = time.monotonic() - started
-            said = [
-                *(notes or {}).get(split, ()),
-                *split_notes(config.data.root, split, phrase_field=config.data.phrase_field),
-            ]
-            folder.add(split, result, records, seconds=seconds, section=section, notes=said)
-        if control:
-            report["control"][split] = _run_control(records, split, evaluated, folder if rank == 0 else None)
-    if rank == 0 and pictures:
-        is_whole = not any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # not spread by ZeRO-3
-        inside = functools.partial(look_inside_model, model=model, config=config, processor=processor)
-        folder.write_pictures(inside if is_whole else None)
-    return read_report(folder.folder / REPORT_FILE) if rank == 0 else report
-
-
-def _about(config: RunConfig, leakage: str | None, max_images: int) -> dict[str, Any]:
-    """Where the numbers of a run come from."""
-    found = {
+    origin = {
         "name": config.name,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "data_root": config.data.root,
@@ -128,26 +75,52 @@ def _about(config: RunConfig, leakage: str | None, max_images: int) -> dict[str,
         "presence": config.evaluation.presence,
         "max_images": max_images,
     }
-    return found | ({"leakage": leakage} if leakage else {})
+    origin |= ({"leakage": leakage} if leakage else {}) | dict(about or {})
+    folder = EvaluationFolder(out, protocols_of(config), title=config.name, about=origin)
+    report: dict[str, Any] = {"splits": {}, "control": {}, "step0": {}}
 
-
-def _run_control(
-    records: Sequence[ReferringRecord], split: str, evaluated: Any, folder: EvaluationFolder | None
-) -> dict[str, Any]:
-    swapped = control_phrases(records)
-    left_out = len(records) - len(swapped)
-    if left_out:
-        logger.info(
-            "control of %s: %d of %d phrases have no target, or no other referent in their picture, and are left out",
-            split,
-            left_out,
-            len(records),
+    def run_split(
+        section: Section,
+        split: str,
+        records: Sequence[ReferringRecord],
+        notes: Sequence[str] = (),
+        override: dict[str, str] | None = None,
+    ) -> None:
+        started = time.monotonic()
+        result = evaluate(
+            model,
+            config,
+            records,
+            processor,
+            device=next(model.parameters()).device,
+            phrase_override=override,
+            progress=progress,
+            title=split if section == "splits" else f"{split} ({section})",
         )
-    if not swapped:
-        return {}
-    started = time.monotonic()
-    result = evaluated(records, f"{split} (control)", swapped)
-    if folder is not None:
-        seconds = time.monotonic() - started
-        folder.add(split, result, records, seconds=seconds, section="control", more={"n_left_out": left_out})
-    return {name: values | {"n_left_out": left_out} for name, values in result.numbers.items()}
+        more = {} if override is None else {"n_left_out": len(records) - len(override)}
+        report[section][split] = {name: values | more for name, values in result.numbers.items()}
+        if is_first_rank:
+            seconds = time.monotonic() - started
+            folder.add(split, result, records, seconds=seconds, section=section, notes=notes, more=more)
+
+    for split in splits:
+        records = some_images(read_split(config.data.root, split, phrase_field=config.data.phrase_field), max_images)
+        known = split_notes(config.data.root, split, phrase_field=config.data.phrase_field)
+        run_split("step0" if step0 else "splits", split, records, [*(notes or {}).get(split, ()), *known])
+        swapped = control_phrases(records) if control else {}
+        if control and len(swapped) < len(records):
+            logger.info(
+                "control of %s: leaves out %d of %d phrases, which have no target or no other referent in their image",
+                split,
+                len(records) - len(swapped),
+                len(records),
+            )
+        if swapped:
+            run_split("control", split, records, override=swapped)
+        elif control:
+            report["control"][split] = {}
+    if is_first_rank and pictures:
+        is_whole = not any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # not spread by ZeRO-3
+        inside = functools.partial(look_inside_model, model=model, config=config, processor=processor)
+        folder.write_pictures(inside if is_whole else None)
+    return read_report(folder.folder / REPORT_FILE) if is_first_rank else report

@@ -360,13 +360,15 @@ def _scored(
                 answer_WH = resampled_truth(protocol, drawn_WH)
             truth_WH = truths.resized_truth(record, protocol)
             pixels, truth_px = overlap(answer_WH, truth_WH), int(np.count_nonzero(truth_WH))
-        has_boxes = true_boxes is not None and compared.boxes is not None
+        boxes_match = None
+        if true_boxes is not None and compared.boxes is not None:
+            boxes_match = boxes_f1(compared.boxes, true_boxes) == 1
         outcomes[protocol.id] = Outcome(
             pixels,
             has_target=not record.is_no_target,
             says_target=bool(compared.says_target),
             oracle=given.oracle_px.get(protocol.id) if _compares_as_evaluated(protocol) else None,
-            boxes_match=boxes_f1(compared.boxes, true_boxes) == 1 if has_boxes else None,
+            boxes_match=boxes_match,
             truth_px=truth_px,
             image_px=size[0] * size[1],
         )

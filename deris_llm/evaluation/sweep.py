@@ -12,7 +12,6 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 
 from deris_llm.config import RunConfig
@@ -82,9 +81,6 @@ def sweep(
     *,
     thresholds: Sequence[float] = THRESHOLDS,
     present: float | None = None,
-    device: torch.device | str | None = None,
-    rank: int = 0,
-    world_size: int = 1,
     max_images: int = 0,
     progress: bool = True,
 ) -> Calibration:
@@ -97,9 +93,6 @@ def sweep(
         split: a val split.
         thresholds: in (0, 1); the present one is added to them.
         present: the threshold in use, which is kept unless another is better; None = that of ``config``.
-        device: where the model is; None = where its parameters are.
-        rank: this process.
-        world_size: number of ranks.
         max_images: evenly spaced images of the split; 0 = all.
         progress: shows a bar on rank 0.
 
@@ -121,9 +114,7 @@ def sweep(
         records,
         processor,
         partial(swept, protocol=protocol, thresholds=thresholds),
-        device=next(model.parameters()).device if device is None else device,
-        rank=rank,
-        world_size=world_size,
+        device=next(model.parameters()).device,
         progress=progress,
         title=f"sweep {split}",
     )

@@ -459,8 +459,6 @@ def _evaluated(
         records,
         processor,
         device=device,
-        rank=rank(),
-        world_size=world_size(),
         title=config.training.eval_split,
     )
     numbers = next(iter(result.numbers.values()))  # of the first protocol

@@ -122,7 +122,7 @@ def test_evaluation_is_split_and_gives_the_same_answers(config: RunConfig) -> No
     torch.manual_seed(0)
     model = build_model(config).eval()
     ours, reference = (
-        evaluate(model, each, records, processor, device="cpu", progress=False).predictions for each in (tight, config)
+        evaluate(model, each, records, processor, device="cpu", progress=False).answers for each in (tight, config)
     )
     for one, other in zip(ours, reference, strict=True):
         assert one.phrase_id == other.phrase_id

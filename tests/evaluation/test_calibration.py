@@ -74,7 +74,7 @@ def test_the_users_word_on_something_else_leaves_it(tmp_path: Path) -> None:
 def test_a_file_of_something_else_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "calibration.json").write_text(content)
     with pytest.raises(ValueError, match=r"calibration\.json: expected what `deris-llm eval --sweep` writes"):
-        calibrated(tmp_path, _config(tmp_path)).config
+        calibrated(tmp_path, _config(tmp_path))
 
 
 def test_of_equal_values_the_middle_one_is_chosen() -> None:

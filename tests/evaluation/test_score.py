@@ -121,7 +121,7 @@ def test_foreign_masks_equal_numpy(root: Path, records: list[ReferringRecord], w
         assert report["splits"]["refcoco/val"][name]["mIoU"] == pytest.approx(100 * np.mean(ious), abs=1e-4)
     assert "oracle_mIoU" not in report["splits"]["refcoco/val"]["original"]
     assert report["about"]["predictions"].endswith("predictions.jsonl")
-    assert "what the file of predictions says" in report["versions"]["protocols"]["original"]
+    assert "that of the file of predictions" in report["versions"]["protocols"]["original"]
     Image.open(tmp_path / "out" / "overlays" / "refcoco_val.png").verify()
 
 
