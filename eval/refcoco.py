@@ -1,8 +1,7 @@
-"""Evaluates a checkpoint on RefCOCO, RefCOCO+ and RefCOCOg: the same as `deris-llm eval`."""
+"""Evaluates a checkpoint on RefCOCO, RefCOCO+ and RefCOCOg: `deris-llm eval`, whose options it takes, with their eight splits."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from deris_llm.cli.main import main as deris_llm
@@ -15,19 +14,8 @@ SPLITS = (
 
 
 def main() -> int:
-    """Parses and calls."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="checkpoint folder of a run, e.g. runs/X/best"
-    )
-    parser.add_argument("--splits", nargs="+", default=SPLITS, metavar="SPLIT", help="default: all eight")
-    parser.add_argument("--out", required=True, metavar="DIR", help="report.json, predictions and pictures go here")
-    parser.add_argument(
-        "--data-root", metavar="DIR", help="where the data is, if not where the checkpoint's config says"
-    )
-    arguments = parser.parse_args()
-    command = ["eval", "--checkpoint", arguments.checkpoint, "--splits", *arguments.splits, "--output", arguments.out]
-    return deris_llm(command + (["--set", f"data.root={arguments.data_root}"] if arguments.data_root else []))
+    """Runs `deris-llm eval`; options of the command line, also `--splits`, come after the default splits and win."""
+    return deris_llm(["eval", "--splits", *SPLITS, *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Scores anybody's predictions, lines of JSON or PNG masks, with eval's metrics: the same as `deris-llm score`."""
+"""Scores anybody's predictions, lines of JSON or PNG masks, with eval's metrics: `deris-llm score`, whose options it takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from deris_llm.cli.main import main as deris_llm
 
 
 def main() -> int:
-    """Hands the arguments on; `--help` explains them."""
+    """Runs `deris-llm score`; `--help` lists its options."""
     return deris_llm(["score", *sys.argv[1:]])
 
 

@@ -32,7 +32,7 @@ def test_splits_are_those_of_the_datasets(name: str, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("refcoco", []), ("grefcoco", []), ("grefcoco", ["--presence", "gate", "--data-root", "elsewhere"])],
+    [("refcoco", []), ("grefcoco", []), ("grefcoco", ["--set", "evaluation.presence=gate", "data.root=elsewhere"])],
 )
 def test_a_folder_without_a_checkpoint_is_refused_by_the_command(
     name: str,

@@ -1,9 +1,9 @@
 """Scores anybody's predictions for a split with the metrics, intervals and files of an evaluation (`deris-llm score`).
 
-Masks stay run-length encoded where a protocol compares them at the picture's own size; where it compares them at another
-one, they are drawn and resized as the truth is, unless the file holds masks of that size.
+Masks stay run-length encoded where a protocol compares them at the image's own size. Where it compares at another size, they
+are drawn and resized as the truth is, unless the file holds masks of that size.
 
-A phrase without a prediction is a miss: with a target, no answer; without one, a wrong answer (it may not gain by silence).
+A phrase without a prediction is a miss: with a target, no answer; without one, a wrong answer, so that silence gains nothing.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from deris_llm.structures import InstanceAnnotation, ReferringRecord
 logger = logging.getLogger(__name__)
 
 MISSING_SHOWN = 10
-_CHUNK = 500  # phrases a process takes at a time; whole pictures
-_WORTH_PROCESSES = 2000  # fewer phrases are scored where we are
+_CHUNK = 500  # phrases that a process gets at a time; whole images
+_WORTH_PROCESSES = 2000  # fewer phrases are scored in this process
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A split's result of one file."""
+    """The result of one file of predictions for a split."""
 
     result: EvaluationResult
     protocols: tuple[Protocol, ...]
@@ -74,7 +74,7 @@ class Scored:
             )
         if self.other_folder:
             notes.append(
-                f"{len(self.other_folder):,} pictures were found by the file's name alone, in another folder than the predictions "
+                f"{len(self.other_folder):,} images were found by the file name alone, in another folder than the predictions "
                 f"name, e.g. {self.other_folder[0]}"
             )
         if self.result.is_generalised and any("F1" not in found for found in self.result.numbers.values()):
@@ -160,10 +160,10 @@ def run_score(
     dropping = [protocol.id for protocol in asked if protocol.miss == "dropped"]
     if against is not None and dropping:
         raise ValueError(
-            f"--against: expected protocols that take both files' numbers of the same phrases, got {', '.join(dropping)}, which "
-            "drops those without an answer: name another --protocol"
+            f"--against: expected protocols that count the same phrases of both files, got {', '.join(dropping)}, which drops "
+            "phrases without an answer: choose another --protocol"
         )
-    read_report(Path(out) / REPORT_FILE)  # something else's folder is found before the work
+    read_report(Path(out) / REPORT_FILE)  # an unusable folder is an error before the work
     records = read_split(data_root, split, phrase_field=phrase_field)
     generalised = is_generalised(data_root, records[0].dataset)
     found: list[Scored] = []
@@ -201,20 +201,20 @@ def run_score(
 
 
 def default_folder(predictions: Path, split: str, against: Path | None = None) -> Path:
-    """Where scores go if nobody says: a folder that other predictions do not have."""
+    """Returns the default output folder, which other predictions do not share."""
     names = [f"{_name_of(path)}-{_digest(path)}" for path in (predictions, against) if path is not None]
     return Path("runs", "score", f"{'-against-'.join(names)}-{file_name(split)}")
 
 
 def _name_of(path: Path) -> str:
-    """What predictions are called: by their file, or by the folder where every file has the same name."""
+    """Returns a name for predictions: of their file, or of the folder where every file has the same name."""
     if path.parent.name == "predictions":  # of `eval`: NAME/predictions/SPLIT.jsonl
         return path.parent.parent.name or path.stem
     return (path.parent.name if path.name == PREDICTIONS_FILE else path.stem) or path.stem
 
 
 def _digest(path: Path) -> str:
-    """Eight hex digits: of a file's content, or of what a folder lists."""
+    """Returns eight hex digits of a file's content, or of a folder's listing."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:8]
@@ -225,12 +225,12 @@ def _digest(path: Path) -> str:
 
 
 def missing_file(split: str) -> str:
-    """The file of the folder with the ids of a split's phrases that have no prediction; there only if there are some."""
+    """Returns the name of the file that lists the phrases without a prediction; it exists only if there are some."""
     return f"missing_{file_name(split)}.txt"
 
 
 def _with_own_masks(protocol: Protocol, submission: Submission) -> Protocol:
-    """The protocol with the masks that the file holds for it, where it holds them for every phrase it answers."""
+    """Returns the protocol with the masks that the file holds for it, if it holds one for every phrase that it answers."""
     if protocol.fixed_px is None or protocol.id not in submission.protocols_with_own_masks():
         return protocol
     masks = [answer.answers[protocol.id].mask for answer in submission.answers.values()]
@@ -240,7 +240,7 @@ def _with_own_masks(protocol: Protocol, submission: Submission) -> Protocol:
     size = sizes.pop() if len(sizes) == 1 else None
     if size is None or len(size) != 2 or size[0] != size[1] or not isinstance(size[0], int):
         return protocol
-    # the side of `deris` is that of the model's picture, whatever it is; that of the others is fixed
+    # the side of `deris` is that of the model's perception image; that of the other protocols is fixed
     return (
         protocol.of_file(brings_own_masks_px=size[0])
         if protocol.id == "deris" or size[0] == protocol.fixed_px
@@ -248,35 +248,36 @@ def _with_own_masks(protocol: Protocol, submission: Submission) -> Protocol:
     )
 
 
-def _chunks(
-    records: Sequence[ReferringRecord], submission: Submission
-) -> list[list[tuple[ReferringRecord, Answer | None]]]:
-    """Whole pictures together, so that each truth is drawn once."""
-    chunks: list[list[tuple[ReferringRecord, Answer | None]]] = [[]]
+_Image = list[tuple[ReferringRecord, Answer | None]]  # the phrases of one image and their answers
+
+
+def _chunks(records: Sequence[ReferringRecord], submission: Submission) -> list[list[_Image]]:
+    """Splits records into whole images, so that each truth is drawn once."""
+    chunks: list[list[_Image]] = []
+    size = _CHUNK
     for group in group_by_image(records):
-        if len(chunks[-1]) >= _CHUNK:
+        if size >= _CHUNK:
             chunks.append([])
-        chunks[-1] += [(record, submission.answers.get(record.phrase_id)) for record in group.records]
+            size = 0
+        chunks[-1].append([(record, submission.answers.get(record.phrase_id)) for record in group.records])
+        size += len(group.records)
     return chunks
 
 
 def _score_chunk(
-    chunk: Sequence[tuple[ReferringRecord, Answer | None]],
-    *,
-    protocols: Sequence[Protocol],
-    own: frozenset[str],
-    is_generalised: bool,
+    images: Sequence[_Image], *, protocols: Sequence[Protocol], own: frozenset[str], is_generalised: bool
 ) -> tuple[list[Answer], list[str]]:
-    """Predictions, and what is wrong with masks; runs in a process of its own."""
-    truths = _Truths()
-    predictions: list[Answer] = []
+    """Returns scored answers, and what is wrong with masks; runs in a worker process."""
+    answers: list[Answer] = []
     problems: list[str] = []
-    for record, submitted in chunk:
-        try:
-            predictions.append(_scored(record, submitted, truths, protocols, own, is_generalised=is_generalised))
-        except _BadMaskError as error:
-            problems.append(str(error))
-    return predictions, problems
+    for image in images:
+        truths = _Truths()
+        for record, given in image:
+            try:
+                answers.append(_scored(record, given, truths, protocols, own, is_generalised=is_generalised))
+            except _BadMaskError as error:
+                problems.append(str(error))
+    return answers, problems
 
 
 class _BadMaskError(ValueError):
@@ -284,17 +285,22 @@ class _BadMaskError(ValueError):
 
 
 class _Truths:
-    """The truth of the last picture's phrases, each referent drawn once for all phrases that name it."""
+    """The truth of one image's phrases; each referent is encoded once for all phrases that name it."""
 
     def __init__(self) -> None:
-        self.image: tuple[str, str] | None = None
         self.instances: dict[int, Rle] = {}
         self.merged: dict[tuple[int, ...], Rle] = {}
         self.resized: dict[tuple[tuple[int, ...], str], np.ndarray] = {}
 
+    def instance(self, instance: InstanceAnnotation, record: ReferringRecord) -> Rle:
+        """One referent at the original size."""
+        if instance.annotation_id not in self.instances:
+            rle = segmentation_rle(instance.segmentation, record.height, record.width)
+            self.instances[instance.annotation_id] = rle
+        return self.instances[instance.annotation_id]
+
     def of(self, record: ReferringRecord, protocol: Protocol) -> Rle:
         """The union of a phrase's referents at the original size."""
-        self._look_at(record)
         referents = _referents(record, protocol)
         key = tuple(instance.annotation_id for instance in referents)
         if key not in self.merged:
@@ -305,22 +311,9 @@ class _Truths:
     def resized_truth(self, record: ReferringRecord, protocol: Protocol) -> np.ndarray:
         """The same as a protocol resizes it, bool (W, H)."""
         key = (tuple(instance.annotation_id for instance in _referents(record, protocol)), protocol.id)
-        truth = self.of(record, protocol)
         if key not in self.resized:
-            self.resized[key] = resampled_truth(protocol, _transposed(truth))
+            self.resized[key] = resampled_truth(protocol, _transposed(self.of(record, protocol)))
         return self.resized[key]
-
-    def instance(self, instance: InstanceAnnotation, record: ReferringRecord) -> Rle:
-        """One referent at the original size."""
-        self._look_at(record)
-        if instance.annotation_id not in self.instances:
-            rle = segmentation_rle(instance.segmentation, record.height, record.width)
-            self.instances[instance.annotation_id] = rle
-        return self.instances[instance.annotation_id]
-
-    def _look_at(self, record: ReferringRecord) -> None:
-        if self.image != (record.dataset, record.image_id):
-            self.image, self.instances, self.merged, self.resized = (record.dataset, record.image_id), {}, {}, {}
 
 
 def _referents(record: ReferringRecord, protocol: Protocol) -> tuple[InstanceAnnotation, ...]:
@@ -386,12 +379,12 @@ def _scored(
 
 
 def _compares_as_evaluated(protocol: Protocol) -> bool:
-    """Whether what an evaluation says of the best queries belongs to the masks that are compared here."""
+    """Returns whether an evaluation's overlaps of the best queries belong to the masks that are compared here."""
     return protocol.fixed_px is None or protocol.prediction_resampling == "given"
 
 
 def _checked(answer: Answer, height: int, width: int) -> Answer:
-    """The answer with its mask as compressed RLE; where it leaves `says_target` to the mask, the mask says it."""
+    """Returns the answer with its mask as compressed RLE; an unknown `says_target` is taken from the mask."""
     try:
         mask = rle_of(answer.mask, height, width)
     except ValueError as error:
@@ -401,7 +394,7 @@ def _checked(answer: Answer, height: int, width: int) -> Answer:
 
 
 def _transposed(mask: Rle) -> np.ndarray:
-    """Drawn, bool (W, H): RLE runs down the columns, so that this, and not (H, W), is what lies in memory in order."""
+    """Draws a mask as bool (W, H), contiguous: RLE runs down the columns."""
     return coco_mask.decode(mask).T.view(bool)
 
 
@@ -411,5 +404,5 @@ def _overlap(mask: Rle, truth: Rle) -> Overlap:
 
 
 def _plain(mask: Rle) -> Rle:
-    """RLE that JSON can hold."""
+    """Returns RLE that JSON can hold."""
     return {"size": [int(side) for side in mask["size"]], "counts": mask["counts"].decode("ascii")}

@@ -1,29 +1,30 @@
-"""Anybody's predictions for a split: lines of JSON, or a folder of PNG masks.
+"""Reads anybody's predictions for a split: lines of JSON, or a folder of PNG masks.
 
 A line names its phrase and gives a mask:
 
     {"phrase_id": "refcoco/val/123", "mask": {"size": [h, w], "counts": "..."}}       COCO RLE, or polygons, or null: no answer
     {"sent_id": 123, ...}    {"ref_id": 5, "phrase": "left cat", ...}    {"image": "COCO_train2014_000000000009.jpg", "phrase": ...}
 
-A full name is looked for first: the whole phrase id, the id as the source has it, the picture whose path ends like the given
-one. Then a shorter name: the last part of an id, a file's name alone (or without extension), COCO's number, ``image_id``. A name
-that means several phrases or pictures is refused, with the candidates; so is an id beside picture and phrase of another. A line
-by picture and phrase answers every phrase of that
-text in the picture; as many lines as there are such phrases are taken in their order. Optional: ``says_target`` (else: is the
-mask empty?), ``score``, ``presence``, ``boxes`` [[x0, y0, x1, y1], ...] of the instances (for F1), and what `deris-llm eval`
-writes besides so that its numbers come out again: ``top_scores``, ``oracle_px``, ``answers``. Other keys are not read.
+Full names are tried first: the whole phrase id, the id of the source, the image whose path ends like the given one. Then shorter
+names: the last part of an id, a file name alone (or without extension), COCO's number, ``image_id``. A name that means several
+phrases or images is refused with the candidates, and so is an id beside the image and phrase of another one. A line by image and
+phrase answers every phrase of that text in the image; as many lines as there are such phrases are assigned in order. Optional:
+``says_target`` (default: whether the mask is empty), ``score``, ``presence``, ``boxes`` [[x0, y0, x1, y1], ...] of the instances
+(for F1), and what `deris-llm eval` adds so that its numbers can be computed again: ``top_scores``, ``oracle_px``, ``answers``.
+Other keys are ignored.
 
-A PNG is named by the phrase: ``refcoco/val/123.png``, ``123.png`` or ``refcoco_val_123.png``; it has the picture's size, 0 and
-one other value. The folders that `deris-llm predict` and `deris-llm eval` write are read by their JSONL. A file may hold one
-JSON array instead of lines.
+A PNG is named by its phrase: ``refcoco/val/123.png``, ``123.png`` or ``refcoco_val_123.png``; it has the image's size, 0 and one
+other value. Of folders that `deris-llm predict` and `deris-llm eval` write, the JSONL is read. A file may hold one JSON array
+instead of lines.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
@@ -46,17 +47,15 @@ _PROBLEMS_SHOWN = 10
 
 @dataclass(frozen=True, eq=False)
 class Submission:
-    """Answers by phrase id, and whom nobody answered."""
+    """Answers by phrase id, and the phrases without one."""
 
     path: Path
     answers: dict[str, Answer]
     missing: tuple[str, ...]  # phrase ids, in the order of the records
-    other_folder: tuple[
-        str, ...
-    ] = ()  # names of pictures that were found by the file's name, in another folder than theirs
+    other_folder: tuple[str, ...] = ()  # images that were found by file name, in another folder than the given one
 
     def protocols_with_own_masks(self) -> frozenset[str]:
-        """Ids of protocols for which every answer has a mask of its own."""
+        """Returns the ids of protocols for which every answer has its own mask."""
         if not self.answers:
             return frozenset()
         return frozenset.intersection(*(frozenset(answer.answers or ()) for answer in self.answers.values()))
@@ -70,19 +69,19 @@ class SubmissionError(DataError):
         listed = listed_by_cause(problems, num_shown=_PROBLEMS_SHOWN)
         super().__init__(
             f"{path}: {len(problems):,} problem{'s' if len(problems) > 1 else ''} in {num_answers:,} predictions\n{listed}\n"
-            "Correct them: a phrase without a prediction counts as a miss, but what is there must be right"
+            "Correct them: a phrase without a prediction counts as a miss, but existing predictions must be valid"
         )
 
 
 def read_submission(path: str | Path, records: Sequence[ReferringRecord]) -> Submission:
-    """Reads predictions and finds the phrase of each; the masks are checked by whoever draws them.
+    """Reads predictions and finds the phrase of each; `rle_of` checks the masks later.
 
     Args:
         path: of a JSONL file, a folder of PNGs, or a folder that `deris-llm predict` or `eval` wrote.
         records: the split.
 
     Raises:
-        DataError: no such file, or all lines that cannot be read, name no phrase of the split, or name one twice.
+        DataError: no such file, or all lines that are malformed, name no phrase of the split, or repeat one.
     """
     phrases = _Phrases(records)
     path = _lines_of_folder(Path(path), phrases.split)
@@ -100,7 +99,7 @@ def read_submission(path: str | Path, records: Sequence[ReferringRecord]) -> Sub
             tree = _parsed(line) if isinstance(line, bytes) else line
             if not isinstance(tree, dict):
                 raise ValueError(f"expected one JSON object, got {shortened(tree)}")
-            ids = phrases.of(tree)
+            ids = phrases.of_line(tree)
             answer = Answer.from_json(tree, where)
         except (ValueError, RecursionError) as error:
             problems.append(f"{where}: {error}")
@@ -114,8 +113,8 @@ def read_submission(path: str | Path, records: Sequence[ReferringRecord]) -> Sub
     for ids, lines in by_text.items():
         if len(lines) not in (1, len(ids)):
             problems.append(
-                f"{lines[-1].where}: picture and phrase are those of {len(ids)} phrases ({ids[0]}, ...), for which {len(lines)} "
-                "lines are given: give one for all, one for each, or phrase ids"
+                f"{lines[-1].where}: image and phrase mean {len(ids)} phrases ({ids[0]}, ...), for which {len(lines)} lines are "
+                "given: give one for all, one for each, or phrase ids"
             )
         for phrase_id, answer in zip(ids, lines * len(ids) if len(lines) == 1 else lines, strict=False):
             _put(found, phrase_id, answer, problems)
@@ -123,10 +122,10 @@ def read_submission(path: str | Path, records: Sequence[ReferringRecord]) -> Sub
 
 
 def rle_of(mask: object, height: int, width: int) -> Rle:
-    """Checks a answer mask and gives it as compressed RLE.
+    """Checks the mask of an answer and returns it as compressed RLE.
 
     Args:
-        mask: as in `Answer`.
+        mask: `Answer.mask`.
         height: that it must have, px.
         width: that it must have, px.
 
@@ -149,20 +148,20 @@ def rle_of(mask: object, height: int, width: int) -> Rle:
 
 
 class _Phrases:
-    """The phrases of a split by everything that may name them."""
+    """Finds the phrases of a split by any of their names."""
 
     def __init__(self, records: Sequence[ReferringRecord]) -> None:
         self._records = {record.phrase_id: record for record in records}
-        self._of_picture = {record.image_path: record.phrase_id for record in records}  # one of its phrases
+        self._of_image = {record.image_path: record.phrase_id for record in records}  # one of its phrases
         self.ids = [record.phrase_id for record in records]
         self.split = f"{records[0].dataset}/{records[0].split}" if records else "the split"
         self.other_folder: dict[str, None] = {}
         self._by_id: tuple[dict[str, list[str]], ...] = ({}, {}, {})  # whole id, id of the source, its last part
         self._by_file: dict[str, list[str]] = defaultdict(list)  # whole id with "_" for "/"
         self._by_ref: dict[int, list[ReferringRecord]] = defaultdict(list)
-        self._by_text: dict[tuple[str, str], list[ReferringRecord]] = defaultdict(list)  # picture's path, plain text
+        self._by_text: dict[tuple[str, str], list[ReferringRecord]] = defaultdict(list)  # image path, plain text
         self._images: dict[str | int, dict[str, None]] = defaultdict(dict)  # image id or COCO's number -> paths
-        self._files: dict[str, dict[str, None]] = defaultdict(dict)  # file's name, with and without extension -> paths
+        self._files: dict[str, dict[str, None]] = defaultdict(dict)  # file name, with and without extension -> paths
         for record in records:
             own_id = record.phrase_id.removeprefix(f"{self.split}/")
             for names, name in zip(self._by_id, (record.phrase_id, own_id, own_id.rpartition("/")[2]), strict=True):
@@ -179,15 +178,15 @@ class _Phrases:
             for name in {file.name, file.stem}:
                 self._files[name][record.image_path] = None
 
-    def of(self, tree: Mapping[str, Any]) -> tuple[str, ...]:
-        """The phrases that a line answers: one, or several of the same text in one picture.
+    def of_line(self, tree: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns the phrases that a line answers: one, or several of the same text in one image.
 
         Raises:
-            ValueError: none, or not clear which.
+            ValueError: none, or it is ambiguous.
         """
         for key in ("phrase_id", "sent_id"):
             if tree.get(key) is not None:
-                found = self.of_name(tree[key], key)
+                found = self._of_name(tree[key], key)
                 self._check_agrees(found, tree)
                 return (found,)
         phrase = tree.get("phrase")
@@ -201,64 +200,53 @@ class _Phrases:
                 "expected phrase_id, sent_id, ref_id with phrase, or image (or image_id) with phrase, got the keys "
                 f"{', '.join(map(str, list(tree)[:8])) or 'none'}"
             )
-        found = _same_text(self._by_text.get((self._path_of(image), _plain(phrase)), ()), phrase)
+        path, is_in_other_folder = self._find_image(image)
+        if is_in_other_folder:
+            self.other_folder[image] = None
+        found = _same_text(self._by_text.get((path, _plain(phrase)), ()), phrase)
         if not found:
             raise ValueError(
                 f"image {shortened(image)} has no phrase {shortened(phrase)} in {self.split} (--phrase-field raw?)"
             )
         return found
 
-    def _check_agrees(self, phrase_id: str, tree: Mapping[str, Any]) -> None:
-        """Checks that a line's picture and phrase, if they are the split's, are not those of another phrase than its id's.
-
-        Raises:
-            ValueError: they are; ids of another version of the data, as a rule.
-        """
-        image, phrase = tree.get("image"), tree.get("phrase")
-        was_noted = isinstance(image, str) and image in self.other_folder
-        try:
-            path = self._path_of(image)
-        except ValueError:
-            return  # of no picture here, or of several: the id alone counts
-        if isinstance(image, str) and image in self.other_folder:  # perhaps another picture of that name
-            if not was_noted:
-                del self.other_folder[image]
-            return
-        record = self._records[phrase_id]
-        same_picture = self._records[self._of_picture[path]].image_id == record.image_id
-        others = self._by_text.get((path, _plain(phrase)), []) if isinstance(phrase, str) else []
-        if not same_picture or (others and phrase_id not in {other.phrase_id for other in others}):
-            raise ValueError(
-                f"{phrase_id} is {record.phrase!r} in {PurePosixPath(record.image_path).name}, but the line names {shortened(phrase)} in "
-                f"{shortened(image)}: are its ids those of another version of the data?"
-            )
-
-    def of_name(self, name: object, key: str) -> str:
-        """The phrase of a phrase id, of the source's own id (a sentence id), or of the last part of either.
-
-        Raises:
-            ValueError: of none, or of several.
-        """
-        text = str(name) if isinstance(name, (str, int)) and not isinstance(name, bool) else ""
-        found = next((names[text] for names in self._by_id if text in names), [])
-        return self._one(found, f"{key} {shortened(name)}", "the whole phrase id")
-
     def of_file(self, name: str) -> str:
-        """The phrase of a mask's file, without extension, parts separated by "/" or, in a file's name, by "_".
+        """Returns the phrase of a mask file, given without extension; parts are separated by "/", or by "_" in its name.
 
         Raises:
-            ValueError: of none, or of several.
+            ValueError: none, or several.
         """
         if name in self._by_file and not any(name in names for names in self._by_id):
             return self._one(self._by_file[name], f"file {shortened(name)}", "folders, DATASET/SPLIT/ID.png")
-        return self.of_name(name, "file")
+        return self._of_name(name, "file")
 
-    def has_file(self, name: str, *, but: Collection[str]) -> bool:
-        """Whether a file's name means a phrase that is none of ``but``."""
+    def _check_agrees(self, phrase_id: str, tree: Mapping[str, Any]) -> None:
+        """Checks that the image and phrase of a line, if the split has them, are not those of another phrase than its id's.
+
+        Raises:
+            ValueError: they are; usually the ids belong to another version of the data.
+        """
+        image, phrase = tree.get("image"), tree.get("phrase")
         try:
-            return self.of_file(name) not in but
+            path, is_in_other_folder = self._find_image(image)
         except ValueError:
-            return False
+            return  # no image of the split, or several: the id alone counts
+        if is_in_other_folder:
+            return  # perhaps another image of that name
+        record = self._records[phrase_id]
+        is_same_image = self._records[self._of_image[path]].image_id == record.image_id
+        others = self._by_text.get((path, _plain(phrase)), []) if isinstance(phrase, str) else []
+        if not is_same_image or (others and phrase_id not in {other.phrase_id for other in others}):
+            raise ValueError(
+                f"{phrase_id} is {record.phrase!r} in {PurePosixPath(record.image_path).name}, but the line names "
+                f"{shortened(phrase)} in {shortened(image)}: do its ids belong to another version of the data?"
+            )
+
+    def _of_name(self, name: object, key: str) -> str:
+        """Returns the phrase of a phrase id, of the source's own id (a sentence id), or of the last part of either."""
+        text = str(name) if isinstance(name, (str, int)) and not isinstance(name, bool) else ""
+        found = next((names[text] for names in self._by_id if text in names), [])
+        return self._one(found, f"{key} {shortened(name)}", "the whole phrase id")
 
     def _one(self, found: Sequence[str], said: str, cure: str) -> str:
         if not found:
@@ -275,22 +263,26 @@ class _Phrases:
             raise ValueError(f"ref_id {shortened(ref_id)} is none of {self.split}")
         chosen = tuple(r.phrase_id for r in refs) if phrase is None else _same_text(refs, phrase)
         if not chosen:
-            raise ValueError(
-                f"ref_id {ref_id} has no phrase {shortened(phrase)}, but {shortened([r.phrase for r in refs])}"
-            )
+            texts = [r.phrase for r in refs]
+            raise ValueError(f"ref_id {ref_id} has no phrase {shortened(phrase)}, but {shortened(texts)}")
         if phrase is None and len(chosen) > 1:
-            raise ValueError(f"ref_id {ref_id} has {len(chosen)} phrases: say which with `phrase` or `sent_id`")
+            raise ValueError(f"ref_id {ref_id} has {len(chosen)} phrases: name one with `phrase` or `sent_id`")
         return chosen
 
-    def _path_of(self, image: object) -> str:
-        """The path of the picture that a path, a file's name, an image id or COCO's number names.
+    def _find_image(self, image: object) -> tuple[str, bool]:
+        """Returns the path of the image that a path, a file name, an image id or COCO's number names.
+
+        Returns:
+            The path, and whether only the file name agrees, not the folder.
 
         Raises:
             ValueError: none, or several.
         """
         if isinstance(image, bool) or not isinstance(image, (str, int)):
             raise ValueError(f"image {shortened(image)} is none of {self.split}")
-        found = list(self._images.get(image, ())) or (self._of_path(image) if isinstance(image, str) else [])
+        found, is_in_other_folder = list(self._images.get(image, ())), False
+        if not found and isinstance(image, str):
+            found, is_in_other_folder = self._find_path(image)
         if not found and isinstance(image, str) and image.isdecimal():
             found = list(self._images.get(int(image), ()))
         if not found:
@@ -299,35 +291,31 @@ class _Phrases:
             raise ValueError(f"image {shortened(image)} is none of {self.split}{hint}")
         if len(found) > 1:
             raise ValueError(
-                f"image {shortened(image)} means {len(found)} pictures, {found[0]} and {found[1]}: give more of the path"
+                f"image {shortened(image)} means {len(found)} images, {found[0]} and {found[1]}: give more of the path"
             )
-        return found[0]
+        return found[0], is_in_other_folder
 
-    def _of_path(self, name: str) -> list[str]:
-        """The pictures whose paths share the most parts with a name, from its end; the file's name must be shared."""
+    def _find_path(self, name: str) -> tuple[list[str], bool]:
+        """Returns the image paths that share the file name and most folders with a path, and whether they share no folder."""
         parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", "..")]
-        name_in_forms = (
-            [parts[-1], *(unicodedata.normalize(form, parts[-1]) for form in ("NFC", "NFD"))] if parts else []
-        )
-        paths = next((list(self._files[form]) for form in name_in_forms if form in self._files), [])
-        if not paths:
-            return []
+        if not parts:
+            return [], False
+        forms = (parts[-1], *(unicodedata.normalize(form, parts[-1]) for form in ("NFC", "NFD")))
+        paths = next((list(self._files[form]) for form in forms if form in self._files), [])
         folders = parts[-2::-1]
         shared = {path: _num_shared(folders, PurePosixPath(path).parts[-2::-1]) for path in paths}
-        most = max(shared.values())
-        if folders and not most:
-            self.other_folder[name] = None
-        return [path for path in paths if shared[path] == most]
+        most = max(shared.values(), default=0)
+        return [path for path in paths if shared[path] == most], bool(paths and folders and not most)
 
 
 def _num_shared(parts: Sequence[str], others: Sequence[str]) -> int:
-    """How many parts are equal before the first that differ."""
+    """Returns how many parts are equal before the first difference."""
     pairs = zip(parts, others, strict=False)
     return next((number for number, (one, other) in enumerate(pairs) if one != other), min(len(parts), len(others)))
 
 
 def _same_text(records: Sequence[ReferringRecord], phrase: str) -> tuple[str, ...]:
-    """Ids of the phrases of exactly this text, or else of those that differ in case and blanks alone."""
+    """Returns the ids of the phrases with exactly this text, or else of those that differ only in case and blanks."""
     exact = tuple(record.phrase_id for record in records if record.phrase == phrase)
     return exact or tuple(record.phrase_id for record in records if _plain(record.phrase) == _plain(phrase))
 
@@ -337,10 +325,10 @@ def _plain(phrase: str) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each prediction stands, and its line in bytes; or, of a file that is one array, what the array holds.
+    """Yields where each prediction is, and its line in bytes or, if the file is one array, its parsed entry.
 
     Raises:
-        DataError: an array that is no JSON in UTF-8.
+        DataError: an array that is not valid JSON in UTF-8.
     """
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -375,7 +363,7 @@ def _put(found: dict[str, Answer], phrase_id: str, answer: Answer, problems: lis
 
 
 def _lines_of_folder(path: Path, split: str) -> Path:
-    """The JSONL in a folder that `predict` or `eval` wrote, or a run's that was evaluated; any other path as it is.
+    """Returns the JSONL in a folder that `predict` or `eval` wrote, or in an evaluated run; any other path as it is.
 
     Raises:
         DataError: the folder is a checkpoint or run without predictions of the split.
@@ -400,7 +388,7 @@ def _lines_of_folder(path: Path, split: str) -> Path:
 def _read_folder(path: Path, phrases: _Phrases) -> Submission:
     problems: list[str] = []
     found: dict[str, Answer] = {}
-    there = sorted(file for file in path.rglob("*") if not file.name.startswith("."))  # ._NAME: macOS' own
+    there = sorted(file for file in path.rglob("*") if not file.name.startswith("."))  # macOS writes ._NAME files
     files = [file for file in there if file.suffix.lower() == ".png"]
     if not files:
         raise DataError(f"{path}: expected PNG masks named by phrase, got a folder without any: check the path")
@@ -413,13 +401,12 @@ def _read_folder(path: Path, phrases: _Phrases) -> Submission:
             continue
         _put(found, phrase_id, Answer(mask=file, says_target=None, where=f"{name}.png"), problems)
     for file in there:
+        if file.suffix.lower() not in Image.registered_extensions() or file in files:
+            continue
         name = file.relative_to(path).with_suffix("").as_posix()
-        if (
-            file.suffix.lower() in Image.registered_extensions()
-            and file not in files
-            and phrases.has_file(name, but=found)
-        ):
-            problems.append(f"{name}{file.suffix}: expected a PNG mask, got another kind of picture: save it as PNG")
+        with contextlib.suppress(ValueError):  # another image
+            if phrases.of_file(name) not in found:
+                problems.append(f"{name}{file.suffix}: expected a PNG mask, got another image format: save it as PNG")
     return _whole(path, found, problems, len(files), phrases)
 
 
@@ -438,5 +425,5 @@ def _rle_of_png(path: Path, height: int, width: int) -> Rle:
         raise ValueError(f"expected a whole PNG, got {type(error).__name__}: {error}") from error
     mask, _ = mask_of_image(file)
     if file.size != (width, height):
-        raise ValueError(f"expected the picture's {width} x {height} px, got {file.width} x {file.height}")
+        raise ValueError(f"expected the image's {width} x {height} px, got {file.width} x {file.height}")
     return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))

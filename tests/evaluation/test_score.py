@@ -218,7 +218,7 @@ def test_dropped_misses_are_said(root: Path, records: list[ReferringRecord], wri
         ('{"phrase_id": "refcoco/testA/1", "mask": null}', "phrase_id 'refcoco/testA/1' is no phrase of refcoco/val"),
         ('{"sent_id": true, "mask": null}', "sent_id True is no phrase"),
         ('{"ref_id": 999999, "mask": null}', "ref_id 999999 is none of"),
-        ('{"ref_id": REF, "mask": null}', "phrases: say which with `phrase` or `sent_id`"),
+        ('{"ref_id": REF, "mask": null}', "phrases: name one with `phrase` or `sent_id`"),
         ('{"ref_id": REF, "phrase": "no such", "mask": null}', "has no phrase 'no such', but"),
         ('{"image": "other.jpg", "phrase": "x", "mask": null}', "image 'other.jpg' is none of"),
         ('{"image": "IMAGE", "phrase": "no such", "mask": null}', "has no phrase 'no such'"),

@@ -69,7 +69,7 @@ def test_a_picture_is_matched_by_as_much_of_its_path_as_is_given(tmp_path: Path,
     ],
 )
 def test_a_name_of_two_pictures_is_refused(tmp_path: Path, image: str, candidates: tuple[str, str]) -> None:
-    with pytest.raises(SubmissionError, match="means 2 pictures") as error:
+    with pytest.raises(SubmissionError, match="means 2 images") as error:
         _answered(tmp_path, STEMS, {"image": image, "phrase": "the box"})
     assert all(name in str(error.value) for name in candidates)
 
@@ -97,7 +97,7 @@ def test_a_number_of_two_pictures_is_refused(tmp_path: Path) -> None:
     )
     assert _answered(tmp_path, records, {"image_id": 8, "phrase": "box"}) == ["3"]
     assert _answered(tmp_path, records, {"image_id": "b_7", "phrase": "box"}) == ["2"]
-    with pytest.raises(SubmissionError, match=r"image 7 means 2 pictures, .*a_7\.jpg and .*b_7\.jpg"):
+    with pytest.raises(SubmissionError, match=r"image 7 means 2 images, .*a_7\.jpg and .*b_7\.jpg"):
         _answered(tmp_path, records, {"image_id": 7, "phrase": "box"})
 
 
@@ -177,7 +177,7 @@ def test_folders_of_predict_and_eval_are_read_by_their_lines(tmp_path: Path) -> 
             {"phrase_id": "mine/val/c1", "image": "cat/001.png", "phrase": "the red box"},
             "but the line names 'the red box'",
         ),
-        ({"sent_id": "d3", "image": "002.png"}, "are its ids those of another version of the data"),
+        ({"sent_id": "d3", "image": "002.png"}, "do its ids belong to another version of the data"),
         ({"phrase_id": "mine/val/c1", "image": "cat/001.png", "phrase": "The  Box"}, ""),
         ({"phrase_id": "mine/val/c1", "image": "cat/001.png", "phrase": "as typed"}, ""),  # --phrase-field
         ({"phrase_id": "mine/val/c1", "image": "renamed/002.jpg"}, ""),  # what it was called is not known here
@@ -233,6 +233,6 @@ def test_masks_of_a_folder_that_are_no_png(tmp_path: Path) -> None:
     assert set(read_submission(tmp_path, STEMS).answers) == {"mine/val/c1", "mine/val/d1"}
     Image.new("L", (100, 80)).save(tmp_path / "c2.jpg")
     with pytest.raises(
-        SubmissionError, match=r"c2\.jpg: expected a PNG mask, got another kind of picture: save it as PNG"
+        SubmissionError, match=r"c2\.jpg: expected a PNG mask, got another image format: save it as PNG"
     ):
         read_submission(tmp_path, STEMS)
