@@ -1,4 +1,4 @@
-"""Two methods on the same phrases: by how much they differ, how sure that is, and how many phrases each wins."""
+"""Compares two methods on the same phrases: difference, its interval, a paired test, and how many phrases each wins."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deris_llm.evaluation.results import EvaluationResult
 
 COMPARISON_FILE = "comparison.json"
 _TEST = (
-    f"paired permutation test on the mean IoU by phrase: the sign of a picture's whole difference flipped at random, "
+    f"paired permutation test on the mean IoU by phrase: the sign of an image's whole difference flipped at random, "
     f"{NUM_FLIPS:,} times, two-sided"
 )
 
@@ -31,7 +31,7 @@ def compare(
     names: tuple[str, str],
     split: str,
 ) -> dict[str, Any]:
-    """Sets two results of one split side by side.
+    """Compares two results of one split.
 
     Args:
         first: of all phrases of the split.
@@ -42,7 +42,7 @@ def compare(
 
     Returns:
         ``names``, ``split``, ``n_phrases``, ``test`` and ``protocols``: by id ``metrics`` {metric: {"first", "second",
-        "difference" (second - first, points), "interval" (95 %, bootstrap by picture)}}, ``p_value``, ``wins`` {"first",
+        "difference" (second - first, points), "interval" (95 %, bootstrap over images)}}, ``p_value``, ``wins`` {"first",
         "second", "ties"} in phrases.
     """
     ids = [p.phrase_id for p in first.answers]
@@ -66,14 +66,14 @@ def compare(
 
 
 def write_comparison(comparison: Mapping[str, Any], folder: str | Path) -> Path:
-    """Writes it as JSON, aside and then renamed."""
+    """Writes a comparison as JSON."""
     path = Path(folder) / COMPARISON_FILE
     replace_text(path, json.dumps(comparison, indent=1, ensure_ascii=False) + "\n")
     return path
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> RenderableType:
-    """A comparison for the terminal."""
+    """Returns a comparison for the terminal."""
     parts: list[RenderableType] = []
     for name, found in comparison["protocols"].items():
         title = f"{comparison['split']}, {comparison['n_phrases']:,} phrases, protocol {name}, percent"

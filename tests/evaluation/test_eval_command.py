@@ -9,8 +9,8 @@ import torch
 
 from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
 from deris_llm.checkpoints.save import save_full_checkpoint
+from deris_llm.cli import main as cli
 from deris_llm.cli.main import main
-from deris_llm.cli.main import main as cli
 from deris_llm.common.error_file import QUIET
 from deris_llm.config import RunConfig, load_config
 from deris_llm.config.protocols import protocols_of

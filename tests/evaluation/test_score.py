@@ -236,7 +236,7 @@ def test_dropped_misses_are_said(root: Path, records: list[ReferringRecord], wri
         ("not json", "expected one JSON object, got 'not json'"),
         ("[1]", "expected one JSON object, got [1]"),
         ("[" * 100_000, "recursion"),
-        ('{"phrase_id": "ID", "mask": {"size": [9, 9], "counts": "Q2"}}', "expected an RLE of the picture's size"),
+        ('{"phrase_id": "ID", "mask": {"size": [9, 9], "counts": "Q2"}}', "expected an RLE of the image's size"),
         ('{"phrase_id": "ID", "mask": {"size": [ROWS, COLUMNS], "counts": "0"}}', "expected a compressed RLE of"),
         ('{"phrase_id": "ID", "mask": {"size": [ROWS, COLUMNS], "counts": "~~"}}', "no valid form"),
         ('{"phrase_id": "ID", "mask": {"size": [ROWS, COLUMNS], "counts": [1, 2]}}', "expected RLE counts that sum to"),
