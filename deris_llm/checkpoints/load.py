@@ -154,7 +154,7 @@ def restore_first_weights(model: nn.Module, config: RunConfig) -> None:
     differ = [
         f"{name}: {then!r} there, {now!r} now"
         for name, then, now in differing_fields(folder, config)
-        if name.startswith(("perception.", "cognition.", "loopback.")) and name not in files
+        if name.startswith(("compat", "perception.", "cognition.", "loopback.")) and name not in files
     ]
     if differ:
         logger.warning("training.start_from=%s was trained with other settings: %s", folder, "; ".join(differ))

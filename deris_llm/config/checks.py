@@ -98,7 +98,6 @@ def _comparisons(config: RunConfig) -> Iterator[str]:
         for name in (
             "backbone",
             "freeze_backbone",
-            "pixel_decoder",
             "activation_checkpointing",
             "deformable_attention",
         ):
@@ -158,11 +157,6 @@ def _presence(config: RunConfig) -> Iterator[str]:
         yield (
             f"{image_source} cannot take effect with cognition.prompt_order=image_first: image tokens that come first have not "
             "read the phrase, so all phrases of an image get the same answer; set cognition.prompt_order=text_first"
-        )
-    if loopback.presence_source != "query" and loopback.presence_head == "text_decoder":
-        yield (
-            f"{image_source} contradicts loopback.presence_head=text_decoder, which reads the queries: set "
-            "loopback.presence_head=linear"
         )
     if config.criterion.presence_weight == 0:
         without = "criterion.presence_weight=0, which does not train the presence head"

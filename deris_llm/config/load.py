@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from deris_llm.common.strict_files import dump_yaml, parse_yaml, read_text
 from deris_llm.config.checks import contradictions
+from deris_llm.config.compat import PRESETS
 from deris_llm.config.retired import without_retired
 from deris_llm.config.schema import (
     COGNITION_CONFIGS,
@@ -105,7 +106,9 @@ def config_from_dict(
         ConfigError: all problems at once.
     """
     problems = [] if problems is None else problems
-    tree = _with_compat(without_retired(tree, problems))
+    tree = without_retired(tree, problems)
+    if isinstance(tree, dict) and isinstance(compat := tree.get("compat"), str):
+        tree = _merged(PRESETS.get(compat, {}), tree)
     try:
         config = _RUN_CONFIG.validate_python(tree)
     except ValidationError as error:
@@ -127,23 +130,6 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Writes the complete config as YAML."""
     Path(path).write_text(dump_yaml(config_to_dict(config)), encoding="utf-8")
-
-
-def _with_compat(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree over the preset that its field `compat` names; an unknown name is reported with the other fields."""
-    name = tree.get("compat", "none") if isinstance(tree, dict) else "none"
-    if not isinstance(name, str) or not isinstance(tree, dict):
-        return tree
-    preset = _compat_tree(name)
-    mine = cognition_fields(tree.get("cognition", {}))
-    if "cognition" in preset:
-        preset["cognition"] = {name: value for name, value in preset["cognition"].items() if name in mine}
-    return _merged(preset, tree)
-
-
-def _compat_tree(name: str) -> dict[str, Any]:
-    preset = resources.files("deris_llm.config").joinpath("compat", f"{name}.yaml")
-    return parse_yaml(preset.read_text(encoding="utf-8")) if preset.is_file() else {}
 
 
 def _read_tree(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:

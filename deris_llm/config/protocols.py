@@ -178,9 +178,7 @@ def protocols_of(config: RunConfig) -> tuple[Protocol, ...]:
         "score_threshold": config.evaluation.score_threshold,
         "selection": config.evaluation.selection,
         "presence": config.evaluation.presence,
-        "prediction_resampling": "bilinear"
-        if config.loopback.mask_upsampling == "direct"
-        else "x4_align_corners_bilinear",
+        "prediction_resampling": "bilinear" if config.ways.mask_upsampling == "direct" else "x4_align_corners_bilinear",
     }
     named = _named(config.evaluation.protocols, problems)
     found = [
@@ -200,7 +198,7 @@ def protocols_of(config: RunConfig) -> tuple[Protocol, ...]:
         if given.get("prediction_resampling", "finished_mask") not in ("finished_mask", run["prediction_resampling"]):
             problems.append(
                 f"{protocol.id}: prediction_resampling={protocol.prediction_resampling} contradicts "
-                f"loopback.mask_upsampling={config.loopback.mask_upsampling}, how this model's masks are read: remove it"
+                f"compat={config.compat}, under which this model's masks are resampled by {run['prediction_resampling']}: remove it"
             )
     for protocol in found:
         if protocol.miss == "dropped" and protocol.selection != "threshold" and protocol.presence != "gate":

@@ -17,6 +17,8 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Strict, T
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
+from deris_llm.config.compat import WAYS, Compat, Ways
+
 
 def _with_home(text: str) -> str:
     return str(Path(text).expanduser()) if text.startswith("~/") else text
@@ -34,8 +36,6 @@ LearningRate = Annotated[float, Strict(), Interval(ge=0, le=1e18)]
 Text = Annotated[str, Field(pattern=r"\S")]
 AnyPath = Annotated[str, AfterValidator(_with_home)]  # "" means none
 NamedPath = Annotated[Text, AfterValidator(_with_home)]
-
-Compat = Literal["none", "deris-2025"]
 
 Selection = Literal["threshold", "threshold_or_best", "best"]
 """What is answered when no query passes the threshold; `EvaluationConfig.selection` explains the values."""
@@ -76,7 +76,6 @@ class ConversionConfig:
     mode: Literal["words", "characters"] = option(
         "words", "what the similarity compares: words (paper, appendix D.1) or characters (public code)"
     )
-    max_tries: Count = option(50, "phrases drawn before the phrase is left as it is")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -133,15 +132,6 @@ class PerceptionConfig:
         384, "side in px of the square that images are warped to for the perception branch; a multiple of 32"
     )
     freeze_backbone: Bool = option(True, "do not train the backbone; saves its gradients and optimizer state")
-    pixel_decoder: Literal["mask2former", "deris-2025"] = option(
-        "mask2former",
-        "deris-2025: biases and one more ReLU in the finest (FPN) step, as the released DeRIS weights have",
-    )
-    resize: Literal["antialias", "opencv"] = option(
-        "antialias",
-        "how images and target masks are warped: Pillow's antialiased bilinear filter and cell centres, or OpenCV's bilinear and "
-        "nearest, byte-equal to the public code",
-    )
     activation_checkpointing: Bool = option(
         False, "recompute the pixel decoder in the backward pass: less memory, slower", may_differ=True
     )
@@ -257,12 +247,6 @@ class Beit3Cognition(CognitionConfig):
     drop_path: ShareBelow1 = option(
         0.0, "stochastic depth of the last layer, growing linearly from 0 at the first (beit3)"
     )
-    resize: Literal["antialias", "opencv"] = option(
-        "antialias", "as `perception.resize`, for the cognition image (beit3)"
-    )
-    normalisation: Literal["half", "imagenet"] = option(
-        "half", "mean = deviation = 0.5 as in its pre-training, or ImageNet's as in the public DeRIS code (beit3)"
-    )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -327,26 +311,6 @@ class LoopbackConfig:
         "what a query attends to when mask priors are exchanged: queries = the phrase's other queries (paper eq. 5); batch = the "
         "same query of the batch's other phrases (public code: answers then depend on the batch); self = only itself (what the "
         "public code does at batch 1; use it to deploy released weights)",
-    )
-    text_positions: Literal["sine", "integer_sine"] = option(
-        "sine", "integer_sine: frequencies cut to integers, so that one pair is left (public code)"
-    )
-    text_padding: Literal["hidden", "minus_100"] = option(
-        "hidden",
-        "how the loopback's text attention treats padding: hidden, or -100 added to its logit (public code)",
-    )
-    referring_head: Literal["binary", "two_way"] = option(
-        "binary", "one logit per query, or two (referred, not) whose difference is that logit (public code)"
-    )
-    presence_head: Literal["linear", "text_decoder"] = option(
-        "linear",
-        "presence from the last cognition queries by one linear layer (paper eq. 1), or by a text decoder of three layers (public "
-        "code)",
-    )
-    mask_upsampling: Literal["direct", "x4_align_corners"] = option(
-        "direct",
-        "mask logits are read at their own resolution, or upsampled x4 with align_corners=True before anything reads them (public "
-        "code); in training and evaluation",
     )
     form: Literal["loopback", "p2c", "c2p", "hierarchical"] = option(
         "loopback",
@@ -489,8 +453,9 @@ class RunConfig:
     name: Text = option("unnamed", "name of the run and of its output folder", may_differ=True)
     compat: Compat = option(
         "none",
-        "deris-2025: every switch that makes the model, loss and preprocessing equal to the public DeRIS code "
-        "(deris_llm/config/compat/deris-2025.yaml); fields that the run config sets itself take precedence",
+        "deris-2025: model, loss and preprocessing compute what the public DeRIS code does, which its released weights need "
+        "(deris_llm/config/compat.py, docs/released_weights.md); also changes the defaults of loopback.prior_attention to batch and "
+        "of evaluation.selection to threshold",
     )
     data: DataConfig = section(DataConfig, "what is trained and evaluated on")
     perception: PerceptionConfig = section(PerceptionConfig, "the perception branch: backbone and pixel decoder")
@@ -505,6 +470,15 @@ class RunConfig:
         if not self.training.eval_split and found:  # a saved config names the split that selected its checkpoint
             training = dataclasses.replace(self.training, eval_split=found[0])
             object.__setattr__(self, "training", training)
+
+    @property
+    def ways(self) -> Ways:
+        """How model, loss and preprocessing compute under `compat`."""
+        ways = WAYS[self.compat]
+        reads_queries = (
+            self.loopback.presence_source == "query"
+        )  # only then is there something for a text decoder to read
+        return ways if reads_queries else dataclasses.replace(ways, presence_head="linear")
 
 
 class Option(NamedTuple):

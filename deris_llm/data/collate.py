@@ -58,14 +58,14 @@ class ReferringCollator:
     """Makes batches of image groups, or of images and phrases. Picklable and without a model: it runs in loader workers.
 
     Args:
-        config: its ``perception.image_size`` and ``perception.resize`` apply to the perception image and to masks.
+        config: its ``perception.image_size`` and ``ways.resize`` apply to the perception image and to masks.
         processor: of the cognition backend, from `build_processor`.
         with_targets: False leaves ``targets`` None.
     """
 
     def __init__(self, config: RunConfig, processor: CognitionProcessor, *, with_targets: bool = True) -> None:
         self.image_size = config.perception.image_size
-        self.resize: Resize = config.perception.resize
+        self.resize: Resize = config.ways.resize
         self.processor = processor
         self.with_targets = with_targets
 

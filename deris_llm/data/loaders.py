@@ -93,7 +93,6 @@ def phrase_conversion(config: RunConfig, groups: ImageGroups, *, seed: int) -> P
         similarity_threshold=wanted.threshold,
         min_words=wanted.min_words,
         mode=wanted.mode,
-        max_tries=wanted.max_tries,
         seed=seed,
     )
 

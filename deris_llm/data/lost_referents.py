@@ -74,7 +74,7 @@ def warn_of_lost_referents(records: Sequence[ReferringRecord], config: RunConfig
     """Counts the referents that a run cannot learn and logs warnings about them."""
     size = config.perception.image_size
     num_queries = config.loopback.num_queries
-    found = lost_referents(records, num_queries=num_queries, image_size=size, resize=config.perception.resize)
+    found = lost_referents(records, num_queries=num_queries, image_size=size, resize=config.ways.resize)
     if found.num_phrases_of_too_many:
         logger.warning(
             "%s of %s training phrases name more objects than loopback.num_queries=%d (up to %d; first %s): each query learns one "

@@ -31,6 +31,9 @@ from deris_llm.structures import ReferringRecord
 CONVERTED_SUFFIX = "#converted"
 """Ends the phrase id of a converted record; what precedes it is the id of the record that it was."""
 
+MAX_TRIES = 51
+"""Phrases drawn before a record is left as it is, as in the public code."""
+
 Outcome = Literal["kept", "converted", "gave_up"]
 
 
@@ -123,7 +126,6 @@ class PhraseConversion:
         similarity_threshold: only phrases less similar than this are taken.
         min_words: only phrases of more words than this are taken.
         mode: what `phrase_similarity` compares.
-        max_tries: number of phrases drawn before the record is left as it is.
         seed: of the draws.
 
     Raises:
@@ -138,7 +140,6 @@ class PhraseConversion:
         similarity_threshold: float,
         min_words: int,
         mode: Literal["words", "characters"],
-        max_tries: int,
         seed: int,
     ) -> None:
         if len(groups) < 2:
@@ -151,7 +152,6 @@ class PhraseConversion:
         self.similarity_threshold = similarity_threshold
         self.min_words = min_words
         self.mode: Literal["words", "characters"] = mode
-        self.max_tries = max_tries
         self.seed = seed
 
     def convert(self, record: ReferringRecord, epoch: int) -> Conversion:
@@ -163,7 +163,7 @@ class PhraseConversion:
             return Conversion(record, "kept")
         own = frozenset(map(_plain, self._groups.phrases_of(record.image_id)))
         refused: Counter[str] = Counter()
-        for tries in range(1, self.max_tries + 1):
+        for tries in range(1, MAX_TRIES + 1):
             image = int(random.integers(len(self._groups)))
             number = int(random.integers(self._groups.sizes[image]))
             phrase = self._groups.phrases(image, slice(number, number + 1))[0]
@@ -178,7 +178,7 @@ class PhraseConversion:
                     record, phrase_id=f"{record.phrase_id}{CONVERTED_SUFFIX}", phrase=phrase, instances=()
                 )
                 return Conversion(swapped, "converted", tries, **refused)
-        return Conversion(record, "gave_up", self.max_tries, **refused)
+        return Conversion(record, "gave_up", MAX_TRIES, **refused)
 
     def statistics(self, records: Sequence[ReferringRecord], epoch: int) -> ConversionStatistics:
         """What the conversion does to these records in an epoch."""

@@ -80,7 +80,7 @@ _PIXEL_DECODER = _table(
     (rf"{_ENCODER_LAYER}norm2\.(weight|bias)", r"encoder.layers.\1.final_layer_norm.\2"),
     (r"mask_features\.(weight|bias)", r"mask_projection.\1"),
     # The finest step: a Conv2d of detectron2 with its norm inside, or DeRIS' sequence of convolution and norm, whose
-    # convolutions have biases (`perception.pixel_decoder: deris-2025`).
+    # convolutions have biases (`compat: deris-2025`).
     (r"(adapter_1|layer_1)\.weight", r"\1.0.weight"),
     (r"(adapter_1|layer_1)\.norm\.(weight|bias)", r"\1.1.\2"),
     (r"(adapter_1|layer_1)\.([01])\.(weight|bias)", r"\1.\2.\3"),

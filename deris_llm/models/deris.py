@@ -111,6 +111,7 @@ def build_model(
     Raises:
         ValueError: weights that are missing or of another model, unknown names in the config.
     """
+    options, ways = config.loopback, config.ways
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.training.precision]
     on_device = contextlib.nullcontext() if device is None or weights else torch.device(device)
     with on_device:
@@ -120,23 +121,23 @@ def build_model(
         cognition = backend.build(config.cognition, weights=weights, dtype=dtype)
         perception, query_decoder = build_perception(
             config.perception,
-            rounds=config.loopback.rounds,
-            num_queries=config.loopback.num_queries,
+            rounds=options.rounds,
+            num_queries=options.num_queries,
             weights=weights,
             dtype=dtype,
+            fpn=ways.fpn,
         )
-        options = config.loopback
         loopback = Loopback(
             query_decoder,
             cognition_dim=cognition.feature_dim,
             rounds=options.rounds,
             dim_feedforward=options.dim_feedforward,
             prior_attention=options.prior_attention,
-            text_positions=options.text_positions,
-            text_padding=options.text_padding,
-            referring_head=options.referring_head,
-            presence_head=options.presence_head,
-            mask_upsampling=options.mask_upsampling,
+            text_positions=ways.text_positions,
+            text_padding=ways.text_padding,
+            referring_head=ways.referring_head,
+            presence_head=ways.presence_head,
+            mask_upsampling=ways.mask_upsampling,
             form=options.form,
             cognition_weights=options.cognition_weights,
             presence_source=options.presence_source,

@@ -148,7 +148,7 @@ def _probe(config: RunConfig, *, allow_module: bool) -> ReferringBatch:
     processor = build_processor(config, allow_module=allow_module)
     options = config.perception
     return ReferringBatch(
-        perception_image=perception_pixels(picture, options.image_size, options.resize)[None],
+        perception_image=perception_pixels(picture, options.image_size, config.ways.resize)[None],
         cognition=processor([picture], _PHRASES, [0] * len(_PHRASES)),
         image_index=torch.zeros(len(_PHRASES), dtype=torch.long),
         phrase_ids=tuple(map(str, range(len(_PHRASES)))),

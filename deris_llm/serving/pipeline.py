@@ -210,7 +210,7 @@ class DerisPipeline:
             self._run(batch)
 
     def _run(self, batch: Sequence[_Part]) -> None:
-        options, size, resize = self.config.evaluation, self.config.perception.image_size, self.config.perception.resize
+        options, size, resize = self.config.evaluation, self.config.perception.image_size, self.config.ways.resize
         dtype = torch.bfloat16 if self.config.training.precision == "bf16" else None
         pictures = [part.picture for part in batch]
         owners = [number for number, part in enumerate(batch) for _ in part.phrases]

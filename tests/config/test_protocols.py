@@ -109,7 +109,7 @@ def test_a_protocol_of_ones_own_fixes_what_it_says_and_leaves_the_rest_to_the_ru
         ("id: m\nsize: original\nselection: given\n", "selection: expected one of threshold, threshold_or_best, best"),
         ("id: m\nsize: original\nmiss: dropped\n", "miss=dropped cannot take effect with selection=threshold_or_best"),
         ("id: m\nsize: original\ntext_field: raw\n", "text_field=raw contradicts data.phrase_field=sent"),
-        ("id: m\nsize: original\nprediction_resampling: x4_align_corners_bilinear\n", "contradicts loopback.mask_upsampling"),
+        ("id: m\nsize: original\nprediction_resampling: x4_align_corners_bilinear\n", "contradicts compat=none"),
         ("id: deris\nsize: original\n", "id: 'deris' is the id of a built-in protocol"),
         ("id: a/b\nsize: original\n", "id: expected a name"),
         ("size: original\n", "id: missing"),

@@ -50,7 +50,7 @@ def _records(num_images: int = 40, phrases: int = 5, *, seed: int = 0) -> list[R
 
 def _conversion(records: list[ReferringRecord], **changes: Any) -> PhraseConversion:
     settings: dict[str, Any] = {
-        "rate": 1.0, "similarity_threshold": 0.6, "min_words": 2, "mode": "words", "max_tries": 50, "seed": 7,
+        "rate": 1.0, "similarity_threshold": 0.6, "min_words": 2, "mode": "words", "seed": 7,
     }  # fmt: skip
     return PhraseConversion(group_by_image(records), **{**settings, **changes})
 
@@ -150,9 +150,9 @@ def test_rate(rate: float) -> None:
 
 def test_it_gives_up_and_leaves_the_phrase() -> None:
     records = _records(2, 2)
-    found = _conversion(records, min_words=30, max_tries=9).convert(records[1], 0)
-    assert (found.outcome, found.record, found.tries) == ("gave_up", records[1], 9)
-    assert found.too_short + found.same_image == 9
+    found = _conversion(records, min_words=30).convert(records[1], 0)
+    assert (found.outcome, found.record, found.tries) == ("gave_up", records[1], 51)
+    assert found.too_short + found.same_image == 51
 
 
 def test_one_picture_is_not_enough() -> None:

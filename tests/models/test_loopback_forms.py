@@ -336,8 +336,8 @@ def check_gradients(config: RunConfig) -> None:
         ("form=p2c",),
         ("form=c2p",),
         ("form=hierarchical",),
-        ("form=p2c", "presence_head=text_decoder"),
-        ("form=c2p", "prior_attention=self", "presence_head=text_decoder"),
+        ("form=p2c", "compat=deris-2025"),
+        ("form=c2p", "prior_attention=self", "compat=deris-2025"),
         ("cognition_weights=shared", "form=hierarchical", "prior_attention=batch"),
         ("presence_source=cls", "rounds=1"),
         ("structure=cognition_centric", "rounds=5"),
@@ -345,7 +345,8 @@ def check_gradients(config: RunConfig) -> None:
     ids=",".join,
 )
 def test_every_trainable_parameter_takes_part(weights: list[str], options: tuple[str, ...]):
-    check_gradients(tiny_config(*weights, *(f"loopback.{option}" for option in options)))
+    overrides = [option if option.startswith("compat=") else f"loopback.{option}" for option in options]
+    check_gradients(tiny_config(*weights, *overrides))
 
 
 @pytest.mark.parametrize(
@@ -367,10 +368,6 @@ def test_every_trainable_parameter_takes_part(weights: list[str], options: tuple
         (
             ["loopback.presence_source=image"],
             "loopback.presence_source=image cannot take effect with cognition.prompt_order",
-        ),
-        (
-            ["loopback.presence_source=cls", "loopback.presence_head=text_decoder"],
-            "loopback.presence_source=cls contradicts loopback.presence_head=text_decoder",
         ),
         (
             ["criterion.presence_weight=0", "evaluation.presence=multiply"],
@@ -403,8 +400,8 @@ def test_backends_that_cannot_serve_an_option_are_told():
     ):
         with pytest.raises(ConfigError, match="the image"):
             load_config(config, [option])
-    load_config("deris-bert-grefcoco", ["loopback.structure=perception_centric", "loopback.presence_head=linear"])
-    load_config("deris-b-grefcoco", ["loopback.presence_source=image", "loopback.presence_head=linear"])
+    load_config("deris-bert-grefcoco", ["loopback.structure=perception_centric"])
+    load_config("deris-b-grefcoco", ["loopback.presence_source=image"])
     load_config("deris-b-grefcoco", ["criterion.presence_weight=0"])  # the preset's text decoder is not made then
 
 

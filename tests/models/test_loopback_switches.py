@@ -1,11 +1,14 @@
 """Each exactness switch of `compat: deris-2025` does what it says; the parity fixtures check all of them together."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from deris_llm.config import load_config
+from deris_llm.config.compat import Ways
 from deris_llm.losses.criterion import Criterion
 from deris_llm.losses.losses import referring_bce
 from deris_llm.models.loopback import CognitionRound, Loopback, PresenceDecoder, TextTokens, sine_positions
@@ -72,18 +75,22 @@ def test_preset_switches_everything_on():
     assert config.compat == "deris-2025"
     plain = load_config("deris-b-refcoco", ["compat=none"])
     differ = {name for name in vars(config.loopback) if getattr(config.loopback, name) != getattr(plain.loopback, name)}
-    assert differ == {
-        "prior_attention", "text_positions", "text_padding", "referring_head", "presence_head", "mask_upsampling",
-    }  # fmt: skip
+    assert differ == {"prior_attention"}
+    assert all(getattr(config.ways, switch) != way for switch, way in vars(plain.ways).items())
     assert load_config("deris-7b-refcoco").compat == "none"
-    assert (config.perception.pixel_decoder, config.perception.resize) == ("deris-2025", "opencv")
-    assert (config.cognition.resize, config.cognition.normalisation) == ("opencv", "imagenet")
+    assert plain.ways == Ways()
+    assert (config.ways.fpn, config.ways.resize, config.ways.normalisation) == ("deris-2025", "opencv", "imagenet")
+
+
+def test_the_text_decoder_reads_queries_alone():
+    config = load_config("deris-b-refcoco", ["loopback.presence_source=cls"])
+    assert config.ways == replace(load_config("deris-b-refcoco").ways, presence_head="linear")
 
 
 def test_fields_of_the_run_config_win_over_the_preset():
     config = load_config("deris-b-refcoco", ["loopback.prior_attention=self"])
     assert config.loopback.prior_attention == "self"
-    assert config.loopback.text_positions == "integer_sine"
+    assert config.ways.text_positions == "integer_sine"
 
 
 @pytest.mark.parametrize(("mode", "mixes"), [("queries", False), ("self", False), ("batch", True)])
@@ -238,11 +245,10 @@ def test_criterion_compares_masks_after_aligned_upsampling():
 
 
 def test_fpn_step_has_biases_and_a_relu(weights: list[str]):
-    plain = tiny_config(*weights).perception
-    public = tiny_config(*weights, "perception.pixel_decoder=deris-2025").perception
+    config = tiny_config(*weights).perception
     built = [
-        build_perception(c, rounds=3, num_queries=5, weights=True, dtype=torch.float32)[0].eval()
-        for c in (plain, public)
+        build_perception(config, rounds=3, num_queries=5, weights=True, dtype=torch.float32, fpn=fpn)[0].eval()
+        for fpn in ("mask2former", "deris-2025")
     ]
     names = [set(dict(p.named_parameters())) for p in built]
     assert names[1] - names[0] == {"pixel_decoder.adapter_1.0.bias", "pixel_decoder.layer_1.0.bias"}

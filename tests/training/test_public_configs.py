@@ -12,6 +12,7 @@ import pytest
 
 from deris_llm.checkpoints.load import load_checkpoint
 from deris_llm.config import ConversionConfig, TrainingConfig, load_config
+from deris_llm.data.phrase_conversion import MAX_TRIES
 from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_beit3
 from deris_llm.training.parameters import group_names, rate_rules
@@ -65,7 +66,8 @@ def test_data_and_evaluation(name):
         assert config.data.train == ("grefcoco",)
         assert config.data.eval == ("grefcoco/val", "grefcoco/testA", "grefcoco/testB")
         assert config.training.eval_split == "grefcoco/val"
-        assert config.data.conversion == ConversionConfig(0.15, 0.6, 0, "characters", 51)
+        assert config.data.conversion == ConversionConfig(0.15, 0.6, 0, "characters")
+        assert MAX_TRIES == 51
     else:
         assert config.data.conversion.rate == 0
         assert config.data.train == ("refcoco", "refcoco+", "refcocog_umd")

@@ -141,8 +141,6 @@ EPOCHS = ["training.schedule=epochs", "training.warmup_ratio=0", "training.epoch
         (["cognition.drop_path=0.1"], "cognition.drop_path=0.1 cannot take effect with cognition.backend=qwen2_ov"),
         (["cognition.tokenizer=a.spm"], "cognition.tokenizer=a.spm cannot take effect with"),
         (["cognition.image_size=224"], "cognition.image_size=224 cannot take effect with"),
-        (["cognition.resize=opencv"], "cognition.resize=opencv cannot take effect with"),
-        (["cognition.normalisation=imagenet"], "cognition.normalisation=imagenet cannot take effect with"),
         (
             ["cognition.backend=beit3", "cognition.drop_path=1"],
             "cognition.drop_path: expected a number in [0, 1), got 1",

@@ -469,7 +469,13 @@ class Beit3(CognitionBackend):
         check_names(Beit3Model, config.weights, _architecture(config, weights=True), left_in_file=_LEFT_IN_FILE)
 
     @classmethod
-    def build_processor(cls, config: Beit3Cognition) -> Beit3Processor:
+    def build_processor(
+        cls,
+        config: Beit3Cognition,
+        *,
+        resize: Literal["antialias", "opencv"] = "antialias",
+        normalisation: Literal["half", "imagenet"] = "half",
+    ) -> Beit3Processor:
         """See `CognitionBackend`."""
         architecture = _architecture(config, weights=False)  # a full checkpoint brings no base weights
         path = _tokenizer_path(config)
@@ -484,8 +490,8 @@ class Beit3(CognitionBackend):
             tokenizer,
             image_size=_image_size(config, architecture),
             max_phrase_tokens=config.max_phrase_tokens,
-            resize=config.resize,
-            normalisation=config.normalisation,
+            resize=resize,
+            normalisation=normalisation,
         )
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from importlib.metadata import entry_points
+from typing import Any
 
 from deris_llm.config import RunConfig
 from deris_llm.models.cognition.base import CognitionBackend, CognitionProcessor
@@ -62,5 +63,8 @@ def resolve_backend(name: str, *, allow_module: bool = True) -> type[CognitionBa
 
 def build_processor(config: RunConfig, *, allow_module: bool = True) -> CognitionProcessor:
     """Builds the processor of the run's backend; `allow_module` as in `resolve_backend`."""
-    backend = resolve_backend(config.cognition.backend, allow_module=allow_module)
+    backend: Any = resolve_backend(config.cognition.backend, allow_module=allow_module)
+    if config.cognition.backend == "beit3":  # the only backend whose images `compat` changes
+        ways = config.ways
+        return backend.build_processor(config.cognition, resize=ways.resize, normalisation=ways.normalisation)
     return backend.build_processor(config.cognition)

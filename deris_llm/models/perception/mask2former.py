@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -216,7 +216,13 @@ class QueryDecoder(nn.Module):
 
 
 def build_perception(
-    config: PerceptionConfig, *, rounds: int, num_queries: int, weights: bool, dtype: torch.dtype
+    config: PerceptionConfig,
+    *,
+    rounds: int,
+    num_queries: int,
+    weights: bool,
+    dtype: torch.dtype,
+    fpn: Literal["mask2former", "deris-2025"] = "mask2former",
 ) -> tuple[Perception, QueryDecoder]:
     """Builds the two parts of the perception branch from a Mask2Former.
 
@@ -226,6 +232,7 @@ def build_perception(
         num_queries: Q.
         weights: False builds the architecture alone.
         dtype: of all parameters.
+        fpn: the finest step of the pixel decoder; `deris-2025` has biases and one more ReLU, as released DeRIS weights.
 
     Raises:
         ValueError: the weights are of another model, or lack what is asked for.
@@ -242,7 +249,7 @@ def build_perception(
     for layer in pixel_decoder.encoder.layers:
         assert isinstance(layer, Mask2FormerPixelDecoderEncoderLayer)
         layer.add_module("self_attn", DeformableAttention(layer.self_attn, formulation=config.deformable_attention))
-    if config.pixel_decoder == "deris-2025":
+    if fpn == "deris-2025":
         _add_fpn_biases_and_relu(pixel_decoder)
     perception = Perception(
         backbone,

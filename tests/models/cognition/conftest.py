@@ -84,7 +84,7 @@ def _eight_pictures(config: RunConfig) -> ReferringBatch:
         phrases.append(f"the {names[named]} square")
     index = list(range(8))
     return ReferringBatch(
-        perception_image=torch.stack([perception_pixels(image, size, config.perception.resize) for image in images]),
+        perception_image=torch.stack([perception_pixels(image, size, config.ways.resize) for image in images]),
         cognition=build_processor(config)(images, phrases, index),
         image_index=torch.tensor(index),
         phrase_ids=tuple(f"eight/train/{number}" for number in index),

@@ -346,9 +346,7 @@ def test_pictures_are_warped_and_normalised(beit3: list[str], resize: str):
     square = torch.from_numpy(warp_picture(picture, 48, resize).copy()).permute(2, 0, 1).double() / 255
     means = {"half": ((0.5,) * 3, (0.5,) * 3), "imagenet": (IMAGENET_MEAN_RGB, IMAGENET_STD_RGB)}
     for name, (mean, std) in means.items():
-        processor = build_processor(
-            tiny_config(*beit3, f"cognition.resize={resize}", f"cognition.normalisation={name}")
-        )
+        processor = Beit3.build_processor(tiny_config(*beit3).cognition, resize=resize, normalisation=name)
         expected = (square - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
         assert torch.allclose(processor.pixels(picture).double(), expected, atol=1e-5)
     assert processor.pixels(Image.new("L", (9, 30))).shape == (3, 48, 48)
@@ -424,7 +422,8 @@ def test_a_run_is_planned_without_weights_and_tokenizer():
 def test_in_the_whole_model(beit3: list[str], tmp_path: Path):
     """Image features of P rows through the loopback: batched = one by one, and everything trains."""
     others = [one for one in tiny_weights(tmp_path) if not one.startswith("cognition.")]
-    config = tiny_config(*others, *beit3, "loopback.presence_head=text_decoder", "perception.freeze_backbone=true")
+    public = ["compat=deris-2025", "loopback.prior_attention=queries", "perception.freeze_backbone=true"]
+    config = tiny_config(*others, *beit3, *public)
     model, processor = build_model(config), build_processor(config)
     batch = synthetic_batch(config, processor=processor)
     model.eval()
