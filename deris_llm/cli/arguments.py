@@ -66,3 +66,67 @@ def at_least(lowest: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    about: str,
+    run: Callable[[argparse.Namespace], int] | None = None,
+    *,
+    more: str = "",
+    example: str | None = None,
+) -> argparse.ArgumentParser:
+    """Adds a subcommand and returns its parser.
+
+    Args:
+        commands: what `add_subparsers` returned.
+        name: of the command.
+        about: one line for the list of commands; also begins the command's own help.
+        run: takes the parsed arguments, returns the exit status; None for a group of commands.
+        more: sentences after `about` in the command's own help.
+        example: printed as it is at the end of the help.
+    """
+    parser = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}. {more}".strip(),
+        epilog=example,
+        formatter_class=argparse.RawDescriptionHelpFormatter if example else argparse.HelpFormatter,
+    )
+    if run is not None:
+        parser.set_defaults(run=run)
+    return parser
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--config` and `--set`."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="NAME|FILE",
+        help="a shipped run config (deris-llm config list) or a .yaml file",
+    )
+    add_override_option(parser)
+
+
+def add_override_option(
+    parser: argparse.ArgumentParser,
+    about: str = "override fields of the run config (deris-llm config fields), e.g. training.epochs=5",
+) -> None:
+    """Adds `--set`."""
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="A.B=VALUE",
+        help=about,
+    )
+
+
+def add_gpus_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--gpus` of commands that start processes."""
+    parser.add_argument(
+        "--gpus", type=int, help="number of processes, one per GPU (default: every GPU; without a GPU, 2 CPU ranks)"
+    )

@@ -9,11 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deris_llm.cli.arguments import at_least, path
+from deris_llm.cli.arguments import add_command, at_least, path
 from deris_llm.data.formats import FORMATS
 
 if TYPE_CHECKING:
     from deris_llm.data.check import SplitCounts
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    group = add_command(commands, "data", "make, check and look at data")
+    add_data_commands(group.add_subparsers(metavar="WHAT", required=True))
 
 
 def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:

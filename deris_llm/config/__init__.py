@@ -10,6 +10,7 @@ from deris_llm.config.load import (
     config_from_dict,
     config_names,
     config_to_dict,
+    json_schema,
     load_config,
     save_config,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "config_to_dict",
     "fields_that_may_differ",
     "iter_fields",
+    "json_schema",
     "load_config",
     "save_config",
 ]

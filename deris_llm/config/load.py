@@ -127,6 +127,20 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     return _RUN_CONFIG.dump_python(config, mode="json")
 
 
+def json_schema() -> dict[str, Any]:
+    """Returns the JSON schema of run config files, with the meaning of every field as its description."""
+    schema = _RUN_CONFIG.json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "deris_llm run config"
+    base = {"type": "string", "description": "shipped run config or .yaml file whose values this file changes"}
+    schema["properties"] = {"base": base, **schema["properties"]}
+    cognition, plugin = schema["properties"]["cognition"], schema["$defs"]["PluginCognition"]
+    cognition["anyOf"] = cognition.pop("oneOf")  # a file that inherits its backend fits several backends
+    plugin["properties"]["backend"]["not"] = {"enum": list(COGNITION_CONFIGS)}
+    plugin["required"] = ["backend"]
+    return schema
+
+
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Writes the complete config as YAML."""
     Path(path).write_text(dump_yaml(config_to_dict(config)), encoding="utf-8")

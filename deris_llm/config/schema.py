@@ -491,6 +491,16 @@ class Option(NamedTuple):
     bounds: str = ""  # of a number, or of each number of a list: "[0, 1)"
     may_differ: bool = False  # on resume
 
+    @property
+    def type_text(self) -> str:
+        """The type as text: int, tuple[float, ...], one of A, B."""
+        if typing.get_origin(self.kind) is Literal:
+            return f"one of {', '.join(typing.get_args(self.kind))}"
+        if typing.get_origin(self.kind) is tuple:
+            (of_each, _) = typing.get_args(self.kind)
+            return f"tuple[{getattr(of_each, '__origin__', of_each).__name__}, ...]"
+        return self.kind.__name__
+
 
 def fields_of(section: Any) -> dict[str, FieldInfo]:
     """The fields of a section or of its class, by name."""

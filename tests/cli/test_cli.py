@@ -11,10 +11,23 @@ from deris_llm import __version__
 from deris_llm.cli.main import build_parser, main
 from deris_llm.config import config_names, iter_fields, load_config
 
-HEAVY = ("torch", "transformers", "deepspeed", "peft", "datasets", "timm", "scipy", "numpy", "PIL")
+HEAVY = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "peft",
+    "datasets",
+    "timm",
+    "scipy",
+    "numpy",
+    "PIL",
+    "pydantic",
+    "rich",
+    "yaml",
+)
 COMMANDS = (
     ["train"], ["eval"], ["report"], ["predict"], ["plan"], ["data"], ["data", "synth"], ["data", "check"], ["config"], ["config", "list"],
-    ["config", "show"], ["config", "fields"],
+    ["config", "show"], ["config", "fields"], ["config", "schema"], ["score"], ["convert"], ["convert", "beit3"], ["convert", "merge"],
 )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def test_a_small_folder(run, tmp_path, capsys):
     out = tmp_path / "hub"
     assert main(["convert", "export", str(run), "--out", str(out), "--repo-name", "me/mine"]) == 0
     said = capsys.readouterr().out
-    assert f"made of {run / 'best'}, fingerprint {checkpoint_fingerprint(out)}" in said
+    assert f"from {run / 'best'}, fingerprint {checkpoint_fingerprint(out)}" in said
     assert "WARNING: readers need" in said
     files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert files >= {

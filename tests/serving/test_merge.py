@@ -230,8 +230,8 @@ def test_the_command(run, tmp_path, capsys):
     out = tmp_path / "merged"
     assert main(["convert", "merge", str(run), "--out", str(out), "--dtype", "bf16"]) == 0
     said = capsys.readouterr().out
-    assert "8 linears with LoRA merged" in said
-    assert "rounding to bf16 moved mask logits by" in said
+    assert "merged 8 linear layers with LoRA" in said
+    assert "rounding to bf16 changed mask logits by" in said
     assert load_config(out / "config.yaml").cognition.lora.r == 0
     assert main(["convert", "merge", str(run), "--out", str(out)]) == 2
     assert "expected a new folder, got one that is not empty" in capsys.readouterr().err

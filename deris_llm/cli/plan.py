@@ -1,0 +1,50 @@
+"""``deris-llm plan``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from typing import Any
+
+from deris_llm.cli.arguments import add_command, add_config_options, at_least
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(commands, "plan", "parameters, memory per GPU, steps and tokens of a run, before it runs", run)
+    add_config_options(parser)
+    parser.add_argument("--gpus", type=at_least(1), default=1, help="number of GPUs of the run (default 1)")
+    parser.add_argument(
+        "--zero", type=int, choices=(0, 1, 2, 3), help="only this ZeRO stage (default: all of them, and offload)"
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="also time the prediction of a phrase on this machine, if the model fits"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the plan of a run."""
+    from rich.console import Console
+
+    from deris_llm.config import load_config
+
+    config = load_config(arguments.config, arguments.set)
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries print to stdout when they are imported
+        from deris_llm.planning.efficiency import efficiency_of, show_efficiency, show_work, work_of_run
+        from deris_llm.planning.plan import STAGES, plan_run, show_plan
+
+        stages = STAGES if arguments.zero is None else [s for s in STAGES if s.startswith(str(arguments.zero))]
+        plan = plan_run(config, gpus=arguments.gpus, stages=stages)
+        work = work_of_run(config, plan)
+        efficiency = efficiency_of(config, measure=arguments.measure)
+    if arguments.json:
+        more = {"work": work.to_json(), "efficiency": efficiency.to_json()}
+        sys.stdout.write(json.dumps(plan.to_json() | more, indent=1) + "\n")
+    else:
+        show_plan(plan, Console())
+        show_work(work, Console())
+        show_efficiency(efficiency, Console())
+    return 0

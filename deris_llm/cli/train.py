@@ -1,0 +1,68 @@
+"""``deris-llm train``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from deris_llm.cli.arguments import add_command, add_config_options, add_gpus_option, path
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(commands, "train", "fine-tune a run config under DeepSpeed, then evaluate it", run)
+    add_config_options(parser)
+    parser.add_argument("--output", type=path, help="folder of the run (default: runs/NAME of the config)")
+    add_gpus_option(parser)
+    parser.add_argument("--deepspeed", metavar="FILE", help="a DeepSpeed JSON (default: ds_configs/zero2.json)")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|never|DIR",
+        help="auto (default) = from the newest checkpoint of the run, never, or from the checkpoint DIR",
+    )
+    parser.add_argument(
+        "--fast-dev-run", action="store_true", help="load, 2 steps, save, reload and evaluate, in a minute"
+    )
+    parser.add_argument(
+        "--allow-other-data",
+        action="store_true",
+        help="resume although the training data are not those of the checkpoint (data.json); recorded in data.json",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Checks config, data names and the start in this process, so that errors are printed once, then starts the ranks."""
+    from deris_llm.config import load_config
+
+    config = load_config(arguments.config, arguments.set)
+    from deris_llm.config.protocols import protocols_of
+    from deris_llm.data.sources import check_data_names
+
+    check_data_names(config)
+    protocols_of(config)
+    from deris_llm.training.launch import (  # imports torch, which the checks above do not need
+        launch,
+        num_ranks,
+        source_root,
+    )
+    from deris_llm.training.run import check_start
+
+    check_start(
+        config,
+        output=arguments.output or Path("runs") / config.name,
+        deepspeed=Path(arguments.deepspeed or source_root() / "ds_configs" / "zero2.json"),
+        resume=arguments.resume or "auto",
+        fast_dev_run=arguments.fast_dev_run,
+        num_ranks=num_ranks(arguments.gpus),
+    )
+    return launch(
+        arguments.config,
+        overrides=arguments.set,
+        output=arguments.output,
+        deepspeed=arguments.deepspeed,
+        resume=arguments.resume,
+        fast_dev_run=arguments.fast_dev_run,
+        allow_other_data=arguments.allow_other_data,
+        gpus=arguments.gpus,
+    )
