@@ -1,4 +1,4 @@
-"""What the commands' parsers share: hints where argparse only says what it did not understand, and types of values."""
+"""What the commands' parsers share: options, types of values, and hints in the messages of argparse."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Says of stray words that a value with spaces is quoted, and of an unknown option which one was probably meant."""
+    """Adds hints to errors: quote a value with spaces; the option that was probably meant."""
 
     _given: tuple[str, ...] = ()
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
-        """As argparse's, but what is not understood is this parser's error, with its own usage."""
+        """As in argparse, but reports unrecognised arguments with the usage of this command."""
         self._given = tuple(sys.argv[1:] if args is None else args)
         found, extras = super().parse_known_args(self._given, namespace)
         if extras:
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         return found, extras
 
     def error(self, message: str) -> NoReturn:
-        """Ends the process with status 2, the usage and the message."""
+        """Exits with status 2 after printing the usage and the message."""
         super().error(message + self._spelling_hint())
 
     def _spelling_hint(self) -> str:
@@ -51,14 +51,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> Path:
-    """A path from the command line; `~` is the home folder after `=` too, where a shell does not replace it."""
+    """Parses a path; expands `~` also in `--option=~/x`, where a shell does not."""
     if not text.strip():
         raise argparse.ArgumentTypeError("expected a path, got an empty text; name a file or folder")
     return Path(text).expanduser()
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
-    """The type of a whole number that is not below ``lowest``."""
+    """Returns a parser of whole numbers of at least ``lowest``."""
 
     def number(text: str) -> int:
         if not re.fullmatch(r"[-+]?[0-9]{1,12}", text) or int(text) < lowest:

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deris_llm.checkpoints.layout import find_checkpoint
 from deris_llm.cli.arguments import add_command, add_override_option, at_least, path
-from deris_llm.common.folders import check_new_folder
 
 MASK2FORMER_EXAMPLE = """\
 example: the Swin-S that DeRIS-B starts from (COCO instance segmentation, Mask2Former's model zoo)
@@ -173,6 +171,9 @@ def run_deris(arguments: argparse.Namespace) -> int:
 
 def run_merge(arguments: argparse.Namespace) -> int:
     """Merges LoRA and prints what that changed."""
+    from deris_llm.checkpoints.layout import find_checkpoint
+    from deris_llm.common.folders import check_new_folder
+
     check_new_folder(arguments.out)
     checkpoint = find_checkpoint(arguments.checkpoint).folder
     from deris_llm.common.terminal import console
@@ -196,6 +197,9 @@ def run_export(arguments: argparse.Namespace) -> int:
     """Exports a checkpoint and prints the next steps."""
     if arguments.dtype != "fp32" and not arguments.merge:
         raise ValueError(f"--dtype {arguments.dtype} cannot take effect without --merge: remove it, or give --merge.")
+    from deris_llm.checkpoints.layout import find_checkpoint
+    from deris_llm.common.folders import check_new_folder
+
     check_new_folder(arguments.out)
     checkpoint = find_checkpoint(arguments.checkpoint).folder
     from deris_llm.common.terminal import console
@@ -227,6 +231,8 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 def _check_paths(arguments: argparse.Namespace) -> None:
     """Checks the paths before torch is imported."""
+    from deris_llm.common.folders import check_new_folder
+
     file = arguments.file
     if not file.is_file():
         got = "a folder; give the file in it" if file.is_dir() else f"nothing at {file.absolute()}; correct the path"

@@ -1,8 +1,8 @@
-"""YAML and JSON that people write, read without a guess.
+"""Reads YAML and JSON that people write, without surprises.
 
-PyYAML reads YAML 1.1, where `no` is false, `010` is 8, `1:30` is 90, `2026-01-02` is a date and `4e-5` a text; it keeps
-the last of two equal keys, as Python's JSON does. Here a key that occurs twice is an error at every level, and of plain
-scalars only `true`, `false`, `null`, decimal numbers and `.inf`, `.nan` are more than text (YAML 1.2's core schema).
+PyYAML reads YAML 1.1, where `no` is false, `010` is 8, `1:30` is 90, `2026-01-02` is a date and `4e-5` is text; like
+Python's JSON it keeps the last of two equal keys. Here a repeated key is an error at every level, and the only plain
+scalars that are not text are `true`, `false`, `null`, decimal numbers, `.inf` and `.nan` (YAML 1.2's core schema).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-_SCALARS = {  # tag -> (plain scalars that it takes, their possible first letters)
+_SCALARS = {  # tag -> (pattern of its plain scalars, their possible first letters)
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
     "float": (
@@ -27,7 +27,7 @@ _SCALARS = {  # tag -> (plain scalars that it takes, their possible first letter
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own attribute: none of YAML 1.1
+    yaml_implicit_resolvers: dict[str, Any] = {}  # none of YAML 1.1's
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes texts that a reader of either YAML version would take for something else."""
+    """Quotes text that a YAML 1.1 or 1.2 parser would read as another type."""
 
 
 for _name, (_pattern, _first) in _SCALARS.items():
@@ -51,10 +51,10 @@ for _name, (_pattern, _first) in _SCALARS.items():
 
 
 def parse_yaml(text: str) -> Any:
-    """Content of a YAML document.
+    """Returns the content of a YAML document.
 
     Raises:
-        ValueError: not YAML, or a key that occurs twice; names line and column.
+        ValueError: not YAML, or a repeated key; the message has line and column.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
@@ -72,15 +72,15 @@ def parse_yaml(text: str) -> Any:
 
 
 def dump_yaml(tree: Any) -> str:
-    """YAML that `parse_yaml` reads back."""
+    """Returns YAML that `parse_yaml` reads back."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_json(text: str) -> Any:
-    """Content of a JSON document.
+    """Returns the content of a JSON document.
 
     Raises:
-        ValueError: not JSON, a key that occurs twice, or NaN and Infinity, which JSON does not have.
+        ValueError: not JSON, a repeated key, or NaN or Infinity, which JSON does not have.
     """
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant)
@@ -89,10 +89,10 @@ def parse_json(text: str) -> Any:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, of which Python keeps the last of two equal keys.
+    """Returns the dictionary of a JSON object; for `json.loads(object_pairs_hook=...)`.
 
     Raises:
-        ValueError: a key occurs twice.
+        ValueError: a repeated key.
     """
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -107,10 +107,10 @@ def _no_constant(name: str) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Text of a file that a person wrote, with or without a byte order mark.
+    """Returns the text of a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        ValueError: no file, a folder, or not in UTF-8; the caller names the path.
+        ValueError: no file, a folder, or not UTF-8; the caller adds the path to the message.
     """
     if path.is_dir():
         raise ValueError("expected a file, got a folder; name a file in it")

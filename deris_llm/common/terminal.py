@@ -1,4 +1,4 @@
-"""What commands print: text that no file name, phrase, encoding or closed pipe can turn into a traceback."""
+"""Printing of commands: no file name, phrase, encoding or closed pipe causes a traceback."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-_WIDTH = 160  # columns where the output is no terminal and COLUMNS does not say
+_WIDTH = 160  # columns, if the output is not a terminal and COLUMNS is not set
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that prints names as they are: square brackets are no markup, digits get no colour."""
-    from rich.console import Console  # noqa: PLC0415 - half of the start-up time of help and of an error
+    """Returns a console that prints text as it is: square brackets are not markup, digits are not coloured."""
+    from rich.console import Console  # half of the start-up time of --help
 
     class _Console(Console):
         def on_broken_pipe(self) -> None:
-            """Drops what is printed from now on instead of ending the process: the work goes on."""
+            """Discards further output instead of ending the process, so that the work continues."""
             self.quiet = True
             _drop(self.file)
 
@@ -30,14 +30,14 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def print_anything() -> None:
-    """Lets the process print letters that the terminal's encoding does not have, escaped as in Python."""
+    """Makes the process print characters that the terminal's encoding lacks as Python escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def flush_output() -> None:
-    """Writes out what was printed, unless the reader has gone (`| head`).
+    """Flushes stdout and stderr; a reader that closed its pipe (`| head`) is not an error.
 
     Raises:
         OSError: the output cannot be written, for example to a full disk.
@@ -52,14 +52,14 @@ def flush_output() -> None:
 
 
 def is_reader_gone() -> bool:
-    """Whether the output is a pipe that nobody reads any more."""
+    """Returns whether stdout is a pipe whose reader closed it."""
     poll = select.poll()
     poll.register(sys.stdout, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _drop(stream: IO[str]) -> None:
-    """Sends what a stream still holds, and all that follows, nowhere."""
+    """Redirects a stream, with the text in its buffer, to the null device."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
