@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from deris_llm.common.strict_files import dump_yaml, parse_yaml, read_text
 from deris_llm.config.checks import contradictions
 from deris_llm.config.compat import PRESETS
-from deris_llm.config.retired import without_retired
+from deris_llm.config.retired import without, without_retired
 from deris_llm.config.schema import (
     COGNITION_CONFIGS,
     LARGEST_INT,
@@ -26,11 +26,12 @@ from deris_llm.config.schema import (
 )
 
 _RUN_CONFIG = TypeAdapter(RunConfig)
+_OPTIONS = {option.name: option for option in iter_fields()}
 _YAML_SUFFIXES = (".yaml", ".yml")
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a config, one problem a line."""
+    """All problems of a config, one per line."""
 
     def __init__(self, where: str, problems: list[str]) -> None:
         self.problems = problems
@@ -41,7 +42,7 @@ class ConfigError(ValueError):
 
 
 def config_names() -> list[str]:
-    """Names of the shipped run configs."""
+    """Returns the names of the shipped run configs."""
     return sorted(
         p.name.removesuffix(".yaml")
         for p in resources.files("deris_llm.config").joinpath("runs").iterdir()
@@ -53,11 +54,11 @@ def load_config(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) 
     """Reads a run config by shipped name or YAML path, applies ``a.b=value`` overrides and checks it.
 
     Args:
-        name_or_path: a name of `config_names()` or the path of a YAML file (``base:`` names another of either).
+        name_or_path: a name of `config_names()` or the path of a YAML file; its ``base:`` is one of either.
         overrides: ``section.field=value``, the value in YAML syntax (``data.eval=[refcoco/val]``).
 
     Raises:
-        ConfigError: every unknown key (with the nearest name), wrong type and contradiction at once.
+        ConfigError: all unknown keys (with the nearest name), wrong types, numbers out of range and contradictions.
     """
     problems: list[str] = []
     tree = apply_overrides(_read_tree(str(name_or_path), seen=()), overrides, problems)
@@ -65,12 +66,11 @@ def load_config(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) 
 
 
 def apply_overrides(tree: dict[str, Any], overrides: typing.Sequence[str], problems: list[str]) -> dict[str, Any]:
-    """The tree with ``section.field=value`` applied in their order; what cannot be read is added to the problems.
+    """Returns the tree with ``section.field=value`` applied in order; unreadable ones are added to the problems.
 
-    A field of text takes the value as it is, without quotes around it; other values are YAML. A value of a section is
-    merged into it.
+    For a text field the value is taken literally unless it is quoted; other values are YAML. The value of a section is
+    merged into the section.
     """
-    kinds = {name: kind for name, kind, *_ in iter_fields()}
     for text in overrides:
         key, separator, value = text.partition("=")
         name, value = key.strip(), value.strip()
@@ -80,7 +80,8 @@ def apply_overrides(tree: dict[str, Any], overrides: typing.Sequence[str], probl
             )
             continue
         node: Any = value
-        if kinds.get(name) is not str or value[:1] in ("'", '"'):
+        is_text = name in _OPTIONS and _OPTIONS[name].kind is str
+        if not is_text or value[:1] in ("'", '"'):
             try:
                 node = parse_yaml(value)
             except ValueError as error:
@@ -100,7 +101,7 @@ def config_from_dict(
     Args:
         tree: the values.
         where: what the error names.
-        problems: what was already found wrong; reported together with the rest.
+        problems: found earlier, reported together with the rest.
 
     Raises:
         ConfigError: all problems at once.
@@ -151,7 +152,7 @@ def _read_tree(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     is_file = path.suffix.lower() in _YAML_SUFFIXES
     key = str(path.resolve()) if is_file else name_or_path
     if key in seen:
-        raise ConfigError(name_or_path, [f"`base:` goes round in a circle: {' -> '.join((*seen, key))}"])
+        raise ConfigError(name_or_path, [f"`base:` is circular: {' -> '.join((*seen, key))}"])
     try:
         tree = parse_yaml(read_text(path) if path.exists() and is_file else _shipped_text(name_or_path))
     except ValueError as error:
@@ -226,16 +227,8 @@ _RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal",
 def _with_defaults(tree: dict[str, Any], errors: list[ErrorDetails]) -> RunConfig:
     """The config with defaults for the numbers that are out of range, so that contradictions are found too."""
     for error in errors:
-        *path, _ = names = _path(error["loc"])
-        if isinstance(names[-1], int):  # of a list
-            *path, _ = names = path
-        default: Any = None
-        for option in iter_fields():
-            if option.name == ".".join(map(str, names)):
-                default = option.default
-        for part in reversed(names):
-            default = {part: default}
-        tree = _merged(tree, default)
+        *groups, key = (part for part in _path(error["loc"]) if isinstance(part, str))
+        tree = without(tree, groups, [key])
     return _RUN_CONFIG.validate_python(tree)
 
 
@@ -251,7 +244,7 @@ def _problem(error: ErrorDetails) -> str:
     kind, got = error["type"], error["input"]
     if kind in ("unexpected_keyword_argument", "invalid_key"):
         return _unknown(*path, got=got, backend=error["loc"][1] if len(path) > 1 else "")
-    option = next((option for option in iter_fields() if option.name == name.partition("[")[0]), None)
+    option = _OPTIONS.get(name.partition("[")[0])
     if kind in _TYPES:
         return f"{name}: expected {_TYPES[kind]}, got {_said(got)}{_how_to_write(kind, got)}"
     if kind == "literal_error" and option is not None:
@@ -276,18 +269,16 @@ def _unknown(*path: int | str, got: Any, backend: int | str) -> str:
             f"{here}{key}={got} cannot take effect with cognition.backend={backend}, which does not read it: remove it, or set "
             f"cognition.backend={' or '.join(readers)}"
         )
-    names = [option.name for option in iter_fields() if option.name.startswith(here)]
-    siblings = dict.fromkeys(name.removeprefix(here).partition(".")[0] for name in names)
+    siblings = dict.fromkeys(name.removeprefix(here).partition(".")[0] for name in _OPTIONS if name.startswith(here))
     return f"{here}{key}: unknown field{_near_fields(key, here, list(siblings))}"
 
 
 def _near_fields(key: str, prefix: str, here: list[str]) -> str:
     """Which field somebody meant, for a message."""
-    names = [name for name, *_ in iter_fields()]
-    if not prefix and key in names:
+    if not prefix and key in _OPTIONS:
         return f"; in a file write {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
     close = difflib.get_close_matches(key, here, n=1, cutoff=0.5)
-    near = [name for name in names if name.rsplit(".", 1)[-1] == key] or [f"{prefix}{name}" for name in close]
+    near = [name for name in _OPTIONS if name.rsplit(".", 1)[-1] == key] or [f"{prefix}{name}" for name in close]
     return f"; did you mean {' or '.join(near)}?" if near else f"; fields here: {', '.join(here)}"
 
 

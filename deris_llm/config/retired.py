@@ -40,13 +40,13 @@ def without_retired(tree: dict[str, Any], problems: list[str]) -> dict[str, Any]
         value = _group(tree, groups).get(key, _ANY)
         if value is _ANY:
             continue
-        tree = _without(tree, groups, [key])
+        tree = without(tree, groups, [key])
         if value not in dropped and _ANY not in dropped:
             expected = " or ".join(map(str, dropped))
             problems.append(
                 f"{name}: this field was removed; expected {expected} or no such line, got {value!r}: {advice}"
             )
-    return _without(tree, ["cognition"], _defaults_of_other_backends(_group(tree, ["cognition"])))
+    return without(tree, ["cognition"], _defaults_of_other_backends(_group(tree, ["cognition"])))
 
 
 def _switches(tree: Any) -> dict[str, tuple[tuple[Any, ...], str]]:
@@ -78,10 +78,10 @@ def _group(tree: Any, groups: list[str]) -> Mapping[str, Any]:
     return tree if isinstance(tree, Mapping) else {}
 
 
-def _without(tree: dict[str, Any], groups: list[str], keys: list[str]) -> dict[str, Any]:
-    """A copy of the tree without some keys of one of its groups."""
+def without(tree: dict[str, Any], groups: list[str], keys: list[str]) -> dict[str, Any]:
+    """Returns a copy of the tree without some keys of one of its groups."""
     if not keys:
         return tree
     if not groups:
         return {key: value for key, value in tree.items() if key not in keys}
-    return {**tree, groups[0]: _without(tree[groups[0]], groups[1:], keys)}
+    return {**tree, groups[0]: without(tree[groups[0]], groups[1:], keys)}
