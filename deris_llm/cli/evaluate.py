@@ -127,7 +127,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     for_cpu_inference(model)
     if world_size > 1:
         distributed.init_process_group("gloo")  # only Python objects are exchanged
-    ranks = {"rank": rank, "world_size": world_size, "max_images": arguments.max_images}
+    ranks: dict[str, Any] = {"rank": rank, "world_size": world_size, "max_images": arguments.max_images}
     try:
         with explains_out_of_memory(config):
             (_sweep if arguments.sweep else _report)(arguments, config, model, ranks)
@@ -139,7 +139,7 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sweep(arguments: argparse.Namespace, config: RunConfig, model: nn.Module, ranks: dict[str, int]) -> None:
+def _sweep(arguments: argparse.Namespace, config: RunConfig, model: nn.Module, ranks: dict[str, Any]) -> None:
     from deris_llm.common.terminal import console
     from deris_llm.evaluation.calibration import calibrated_config
     from deris_llm.evaluation.report import sweep_table
@@ -156,7 +156,7 @@ def _sweep(arguments: argparse.Namespace, config: RunConfig, model: nn.Module, r
         shown.print(f"written to {written}", soft_wrap=True)
 
 
-def _report(arguments: argparse.Namespace, config: RunConfig, model: nn.Module, ranks: dict[str, int]) -> None:
+def _report(arguments: argparse.Namespace, config: RunConfig, model: nn.Module, ranks: dict[str, Any]) -> None:
     from deris_llm.checkpoints.checkpoints import checkpoint_fingerprint
     from deris_llm.common.terminal import console
     from deris_llm.evaluation.calibration import calibrated_config, calibration_notes, threshold_source
