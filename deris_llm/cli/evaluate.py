@@ -157,7 +157,7 @@ def _sweep(arguments: argparse.Namespace, config: RunConfig, model: nn.Module, r
 
 
 def _report(arguments: argparse.Namespace, config: RunConfig, model: nn.Module, ranks: dict[str, Any]) -> None:
-    from deris_llm.checkpoints.checkpoints import checkpoint_fingerprint
+    from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
     from deris_llm.common.terminal import console
     from deris_llm.evaluation.calibration import calibrated_config, calibration_notes, threshold_source
     from deris_llm.evaluation.output import default_folder
@@ -198,7 +198,7 @@ def _report(arguments: argparse.Namespace, config: RunConfig, model: nn.Module, 
 def _model_to_evaluate(arguments: argparse.Namespace, device: torch.device) -> tuple[RunConfig, nn.Module]:
     from transformers import set_seed
 
-    from deris_llm.checkpoints.checkpoints import load_checkpoint
+    from deris_llm.checkpoints.load import load_checkpoint
     from deris_llm.config import load_config
     from deris_llm.models.deris import build_model
     from deris_llm.models.out_of_memory import explains_out_of_memory
