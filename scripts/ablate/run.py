@@ -34,6 +34,7 @@ from deris_llm.config import (
     apply_overrides,
     config_from_dict,
     config_to_dict,
+    iter_fields,
     load_config,
     save_config,
 )
@@ -347,7 +348,8 @@ def _check_evaluation(config: RunConfig, row: Row) -> None:
 
 def _folder_name(base: RunConfig, config: RunConfig) -> str:
     """What differs from the base, in words, then the seed and a hash of the complete config."""
-    before, now = _flat(config_to_dict(base)), _flat(config_to_dict(config))
+    defaults = {field.name: field.default for field in iter_fields()}  # of fields that only the row's backend reads
+    before, now = defaults | _flat(config_to_dict(base)), _flat(config_to_dict(config))
     aside = ("name", "training.seed")
     changed = [
         f"{name.rpartition('.')[2]}={now[name]}" for name in now if now[name] != before[name] and name not in aside
