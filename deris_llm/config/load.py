@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import typing
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
 from deris_llm.common.strict_files import dump_yaml, parse_yaml, read_text
 from deris_llm.config.checks import contradictions
@@ -50,7 +50,7 @@ def config_names() -> list[str]:
     )
 
 
-def load_config(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run config by shipped name or YAML path, applies ``a.b=value`` overrides and checks it.
 
     Args:
@@ -65,7 +65,7 @@ def load_config(name_or_path: str | Path, overrides: typing.Sequence[str] = ()) 
     return config_from_dict(tree, where=str(name_or_path), problems=problems)
 
 
-def apply_overrides(tree: dict[str, Any], overrides: typing.Sequence[str], problems: list[str]) -> dict[str, Any]:
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> dict[str, Any]:
     """Returns the tree with ``section.field=value`` applied in order; unreadable ones are added to the problems.
 
     For a text field the value is taken literally unless it is quoted; other values are YAML. The value of a section is
@@ -224,7 +224,7 @@ _TYPES = {
 _RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 
 
-def _with_defaults(tree: dict[str, Any], errors: list[ErrorDetails]) -> RunConfig:
+def _with_defaults(tree: dict[str, Any], errors: list[Any]) -> RunConfig:
     """The config with defaults for the numbers that are out of range, so that contradictions are found too."""
     for error in errors:
         *groups, key = (part for part in _path(error["loc"]) if isinstance(part, str))
@@ -237,7 +237,7 @@ def _path(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
     return (loc[0], *loc[2:]) if loc[0] == "cognition" and len(loc) > 1 else loc
 
 
-def _problem(error: ErrorDetails) -> str:
+def _problem(error: Mapping[str, Any]) -> str:
     """One error of pydantic as field, expected, got and what to do."""
     path = _path(error["loc"])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)[1:]

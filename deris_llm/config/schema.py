@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from annotated_types import GroupedMetadata, Interval
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Strict, Tag
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
@@ -26,13 +25,13 @@ def _with_home(text: str) -> str:
 
 LARGEST_INT = 2**32  # torch and NumPy store seeds and counts in 32 bits
 Bool = Annotated[bool, Strict()]
-Natural = Annotated[int, Strict(), Interval(ge=0, lt=LARGEST_INT)]
-Count = Annotated[int, Strict(), Interval(gt=0, lt=LARGEST_INT)]
-Positive = Annotated[float, Strict(), Interval(gt=0)]
-Weight = Annotated[float, Strict(), Interval(ge=0)]
-Share = Annotated[float, Strict(), Interval(ge=0, le=1)]
-ShareBelow1 = Annotated[float, Strict(), Interval(ge=0, lt=1)]
-LearningRate = Annotated[float, Strict(), Interval(ge=0, le=1e18)]
+Natural = Annotated[int, Strict(), Field(ge=0, lt=LARGEST_INT)]
+Count = Annotated[int, Strict(), Field(gt=0, lt=LARGEST_INT)]
+Positive = Annotated[float, Strict(), Field(gt=0)]
+Weight = Annotated[float, Strict(), Field(ge=0)]
+Share = Annotated[float, Strict(), Field(ge=0, le=1)]
+ShareBelow1 = Annotated[float, Strict(), Field(ge=0, lt=1)]
+LearningRate = Annotated[float, Strict(), Field(ge=0, le=1e18)]
 Text = Annotated[str, Field(pattern=r"\S")]
 AnyPath = Annotated[str, AfterValidator(_with_home)]  # "" means none
 NamedPath = Annotated[Text, AfterValidator(_with_home)]
@@ -69,7 +68,7 @@ class ConversionConfig:
         0.0,
         "probability that a training phrase with a target is swapped for a phrase of another image (paper: 0.15, GRES)",
     )
-    threshold: Annotated[float, Strict(), Interval(gt=0, le=1)] = option(
+    threshold: Annotated[float, Strict(), Field(gt=0, le=1)] = option(
         0.6, "a phrase is used only if its similarity to the replaced one is below this"
     )
     min_words: Natural = option(2, "a phrase is used only if it has more words than this")
@@ -128,7 +127,7 @@ class PerceptionConfig:
     backbone: Text = option(
         "mask2former", "`mask2former` = the Swin of `weights`; `timm:NAME` = that timm model instead"
     )
-    image_size: Annotated[int, Strict(), Interval(ge=32, le=8192)] = option(
+    image_size: Annotated[int, Strict(), Field(ge=32, le=8192)] = option(
         384, "side in px of the square that images are warped to for the perception branch; a multiple of 32"
     )
     freeze_backbone: Bool = option(True, "do not train the backbone; saves its gradients and optimizer state")
@@ -362,7 +361,7 @@ class TrainingConfig:
         "weights",
     )
     epochs: Positive = option(10.0, "passes over the training phrases; ignored if max_steps > 0")
-    max_steps: Annotated[int, Strict(), Interval(ge=-1, lt=LARGEST_INT)] = option(
+    max_steps: Annotated[int, Strict(), Field(ge=-1, lt=LARGEST_INT)] = option(
         -1, "optimizer steps; -1 = as many as `epochs` gives"
     )
     images_per_device: Count = option(1, "images in a micro-batch of one rank", may_differ=True)
@@ -373,7 +372,7 @@ class TrainingConfig:
     betas: tuple[ShareBelow1, ...] = option((0.9, 0.999), "decay rates of the optimizer's two running means")
     eps: Positive = option(1e-8, "added to the optimizer's denominator")
     amsgrad: Bool = option(False, "divide by the largest second moment so far instead of the current one")
-    learning_rate: Annotated[float, Strict(), Interval(gt=0, le=1e18)] = option(
+    learning_rate: Annotated[float, Strict(), Field(gt=0, le=1e18)] = option(
         4e-5, "rate of all parameters without a rate of their own"
     )
     lora_learning_rate: LearningRate = option(4e-5, "rate of the LoRA weights")
@@ -421,7 +420,7 @@ class EvaluationConfig:
         "evaluation protocols whose numbers are reported: original, deris, rela480 or YAML files of your own (docs/protocols.md); "
         "the first one selects the best checkpoint",
     )
-    score_threshold: Annotated[float, Strict(), Interval(gt=0, lt=1)] = option(
+    score_threshold: Annotated[float, Strict(), Field(gt=0, lt=1)] = option(
         0.7, "queries with a referring probability above this are part of the answer"
     )
     selection: Selection = option(
@@ -527,22 +526,16 @@ def fields_that_may_differ() -> frozenset[str]:
 def _option(name: str, field: FieldInfo) -> Option:
     extra = field.json_schema_extra
     may_differ = isinstance(extra, dict) and _MAY_DIFFER in extra
-    of_each = typing.get_args(field.annotation)[:1]
-    metadata = field.metadata or [m for kind in of_each for m in getattr(kind, "__metadata__", ())]
-    return Option(name, field.annotation, field.default, field.description or "", _bounds(metadata), may_differ)
+    of_each = typing.get_args(field.annotation)  # the bounds of a list's numbers belong to their type
+    constraints = field.metadata or (FieldInfo.from_annotation(of_each[0]).metadata if of_each else [])
+    return Option(name, field.annotation, field.default, field.description or "", _bounds(constraints), may_differ)
 
 
-def _bounds(metadata: list[Any]) -> str:
-    flat = [each for one in metadata for each in (one if isinstance(one, GroupedMetadata) else [one])]
-    limits = {name: getattr(each, name) for each in flat for name in ("gt", "ge", "lt", "le") if hasattr(each, name)}
+def _bounds(constraints: list[Any]) -> str:
+    limits = {key: getattr(one, key) for one in constraints for key in ("gt", "ge", "lt", "le") if hasattr(one, key)}
     if not limits:
         return ""
-    low = f"({limits['gt']}" if "gt" in limits else f"[{limits.get('ge')}"
-    high = (
-        f"{limits['le']}]"
-        if "le" in limits
-        else f"{limits['lt']})"
-        if limits.get("lt", LARGEST_INT) != LARGEST_INT
-        else "inf)"
-    )
-    return f"{low}, {high}"
+    low = f"({limits['gt']}" if "gt" in limits else f"[{limits['ge']}"
+    if "le" in limits:
+        return f"{low}, {limits['le']}]"
+    return f"{low}, {limits['lt']})" if limits.get("lt", LARGEST_INT) != LARGEST_INT else f"{low}, inf)"

@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from deris_llm.config import RunConfig, load_config
+from deris_llm.config import RunConfig, config_names, load_config
 from deris_llm.models import pretrained as weights_module
 from deris_llm.models.cognition import build_processor, resolve_backend
 from deris_llm.models.perception import build_perception, check_perception
@@ -340,4 +340,4 @@ def test_names_and_shapes_at_full_size_are_the_published_ones(name: str, monkeyp
         check(config, HUB_IDS[name])
 
 
-RUNS = [load_config(path.stem) for path in Path(str(resources.files("deris_llm.config"))).glob("*.yaml")]
+RUNS = [load_config(name) for name in config_names()]
