@@ -221,7 +221,7 @@ def run_export(arguments: argparse.Namespace) -> int:
             lines.append(f"rounding to bf16 changed {done.merge.by_rounding}")
     if done.local_weights:
         lines.append(
-            f"WARNING: users need {' and '.join(done.local_weights)}, which has no name on the hub: they must give its folder with "
+            f"WARNING: readers need {' and '.join(done.local_weights)}, which has no name on the hub: they must give its folder with "
             "--set cognition.weights=... perception.weights=...; with --merge they do not"
         )
     lines.append(f"read {CARD_FILE} and choose a license, then: hf upload OWNER/NAME {arguments.out}")

@@ -98,7 +98,7 @@ def _check_before_torch(arguments: argparse.Namespace, config: RunConfig) -> Non
         without = [name for name in ("config", "splits", "control", "output") if getattr(arguments, name)]
         if without:
             raise ValueError(
-                f"--sweep: expected only --checkpoint, got --{without[0]} too: a sweep chooses a threshold and reports nothing else"
+                f"--sweep: expected --checkpoint alone, got --{without[0]} too: a sweep chooses a threshold and reports nothing else"
             )
         if not os.access(arguments.checkpoint, os.W_OK):
             raise ValueError(
