@@ -127,10 +127,9 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     for_cpu_inference(model)
     if world_size > 1:
         distributed.init_process_group("gloo")  # only Python objects are exchanged
-    ranks: dict[str, Any] = {"rank": rank, "world_size": world_size, "max_images": arguments.max_images}
     try:
         with explains_out_of_memory(config):
-            (_sweep if arguments.sweep else _report)(arguments, config, model, ranks)
+            (_sweep if arguments.sweep else _report)(arguments, config, model)
     except OtherRankError as error:  # that rank printed the reason, and so does this one
         raise ValueError(str(error)) from error
     finally:
@@ -139,27 +138,29 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sweep(arguments: argparse.Namespace, config: RunConfig, model: nn.Module, ranks: dict[str, Any]) -> None:
+def _sweep(arguments: argparse.Namespace, config: RunConfig, model: nn.Module) -> None:
+    from deris_llm.common.ranks import rank
     from deris_llm.common.terminal import console
-    from deris_llm.evaluation.calibration import calibrated_config
+    from deris_llm.evaluation.calibration import calibrated
     from deris_llm.evaluation.report import sweep_table
     from deris_llm.evaluation.sweep import sweep
     from deris_llm.models.cognition import build_processor
 
     checkpoint: Path = arguments.checkpoint
-    present = calibrated_config(checkpoint, config, arguments.set).evaluation.score_threshold
+    present = calibrated(checkpoint, config, arguments.set).config.evaluation.score_threshold
     processor = build_processor(config, allow_module=arguments.allow_module)
-    chosen = sweep(model, config, processor, arguments.sweep, present=present, **ranks)
-    if ranks["rank"] == 0:
+    chosen = sweep(model, config, processor, arguments.sweep, present=present, max_images=arguments.max_images)
+    if rank() == 0:
         shown, written = console(), chosen.write(checkpoint)
         shown.print(sweep_table(chosen))
         shown.print(f"written to {written}", soft_wrap=True)
 
 
-def _report(arguments: argparse.Namespace, config: RunConfig, model: nn.Module, ranks: dict[str, Any]) -> None:
+def _report(arguments: argparse.Namespace, config: RunConfig, model: nn.Module) -> None:
     from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
+    from deris_llm.common.ranks import rank
     from deris_llm.common.terminal import console
-    from deris_llm.evaluation.calibration import calibrated_config, calibration_notes, threshold_source
+    from deris_llm.evaluation.calibration import calibrated
     from deris_llm.evaluation.output import default_folder
     from deris_llm.evaluation.report import report_table
     from deris_llm.evaluation.run import run_evaluation
@@ -170,10 +171,9 @@ def _report(arguments: argparse.Namespace, config: RunConfig, model: nn.Module, 
     notes: dict[str, list[str]] = {}
     default = Path("runs", "eval", f"{config.name}-step0")
     if checkpoint is not None:
-        asked = (checkpoint, config, arguments.set)
-        fingerprint, source = checkpoint_fingerprint(checkpoint), threshold_source(*asked)
-        about = {"checkpoint": str(checkpoint), "fingerprint": fingerprint, "threshold_source": source}
-        config, notes = calibrated_config(*asked), calibration_notes(*asked)
+        used, fingerprint = calibrated(checkpoint, config, arguments.set), checkpoint_fingerprint(checkpoint)
+        about = {"checkpoint": str(checkpoint), "fingerprint": fingerprint, "threshold_source": used.source}
+        config, notes = used.config, used.notes
         default = default_folder("eval", config.name, fingerprint, config.evaluation)
     output = arguments.output or default
     report = run_evaluation(
@@ -186,9 +186,9 @@ def _report(arguments: argparse.Namespace, config: RunConfig, model: nn.Module, 
         step0=checkpoint is None,
         about=about,
         notes=notes,
-        **ranks,
+        max_images=arguments.max_images,
     )
-    if ranks["rank"] == 0:
+    if rank() == 0:
         shown = console()
         if checkpoint is not None:
             shown.print(report_table(report))

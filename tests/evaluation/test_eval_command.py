@@ -9,7 +9,7 @@ import torch
 
 from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
 from deris_llm.checkpoints.save import save_full_checkpoint
-from deris_llm.cli import main as cli
+from deris_llm.cli import evaluate
 from deris_llm.cli.main import main
 from deris_llm.common.error_file import QUIET
 from deris_llm.config import RunConfig, load_config
@@ -174,7 +174,7 @@ def test_wrong_options_are_refused_before_the_model_is_read(
     checkpoint: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RANK")
-    monkeypatch.setattr(cli, "_evaluate_on_this_rank", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(evaluate, "_evaluate_on_this_rank", lambda *_: pytest.fail("read"))
     monkeypatch.setattr(launch, "run_on_ranks", lambda *_: pytest.fail("started"))
     assert main(["eval", "--checkpoint", str(checkpoint), *options]) == 2
     assert says in capsys.readouterr().err
