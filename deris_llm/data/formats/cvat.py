@@ -17,11 +17,12 @@ may name other files or exhaust the memory, and CVAT writes none.
 from __future__ import annotations
 
 import math
-import xml.etree.ElementTree as ET  # noqa: N817
+
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class CvatReader(AnnotationReader):
             yield from self._of_image(file.name, split, image, self.image_names[number])
 
     def _of_image(
-        self, file: str, split: str, image: ET.Element, image_name: Any
+        self, file: str, split: str, image: ElementTree.Element, image_name: Any
     ) -> Iterator[SourceEntry | SourceFault]:
         name = image.get("name") or ""
         where = f"{file} image {name}"
@@ -99,7 +100,7 @@ class CvatReader(AnnotationReader):
             shapes.append(Shape(at, each.get("label"), None if group == "0" else group, mask, caption))
         yield from entries_of_shapes(name, split, image_name, size_hw, shapes, where)
 
-    def _mask(self, shape: ET.Element, size_hw: tuple[int, int]) -> Any:
+    def _mask(self, shape: ElementTree.Element, size_hw: tuple[int, int]) -> Any:
         """Polygons or RLE of a shape.
 
         Raises:
@@ -144,7 +145,7 @@ def _whole(text: str | None, name: str) -> int:
     return int(number)
 
 
-def _read(file: Path) -> ET.Element:
+def _read(file: Path) -> ElementTree.Element:
     """The root of an XML file that has no document type.
 
     Raises:
@@ -159,10 +160,10 @@ def _read(file: Path) -> ET.Element:
                 f"{file}: expected CVAT's XML, which has no document type, got one: entities in a file from elsewhere may exhaust "
                 "the memory. Export the task from CVAT again"
             )
-        root = ET.fromstring(text)
+        root = ElementTree.fromstring(text)
     except DataError:
         raise
-    except (ET.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError) as error:
         raise DataError(
             f"{file}: expected XML in UTF-8, got {type(error).__name__}: {error}. Export the task from CVAT again"
         ) from error

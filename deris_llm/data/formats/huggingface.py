@@ -176,7 +176,7 @@ def _rows_of(rows: Any, batch_size: int) -> Iterator[dict[str, Any]]:
 
 
 def _load(source: str) -> dict[str, Any]:
-    import datasets  # noqa: PLC0415  (takes seconds)
+    import datasets  # takes seconds
 
     folder = Path(source)
     try:
