@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -179,8 +180,13 @@ def _checked_polygons(segmentation: object) -> list[list[float]]:
 def _checked_polygon(polygon: object) -> list[float]:
     if not isinstance(polygon, (list, tuple)):
         raise ValueError(f"{_ASK}, got the polygon {_short(polygon)}: correct the annotation file")
+    if set(map(type, polygon)) <= {int, float}:
+        with contextlib.suppress(OverflowError):  # an integer that no float holds
+            values = np.array(polygon, float)
+            if not len(values) or np.abs(values).max() <= _FARTHEST_PX:  # False for NaN too
+                return values.tolist()
     wrong = next((i for i, value in enumerate(polygon) if not _is_coordinate(value)), None)
-    if wrong is None:
+    if wrong is None:  # numbers of other types, such as NumPy's
         return [float(value) for value in polygon]
     value = polygon[wrong]
     what = f"finite coordinates of at most {_FARTHEST_PX:,} px" if _is_number(value) else "numbers"
@@ -193,7 +199,6 @@ def _checked_polygon(polygon: object) -> list[float]:
 
 
 def _is_coordinate(value: object) -> bool:
-    # False for NaN too, and for integers that no float holds.
     return _is_number(value) and -_FARTHEST_PX <= value <= _FARTHEST_PX
 
 

@@ -239,7 +239,7 @@ class _Preparation:
         for entry in self.reader.entries():
             if wanted and entry.split not in wanted:
                 continue
-            if isinstance(entry, SourceEntry) and isinstance(entry.image, str):
+            if isinstance(entry, SourceEntry) and isinstance(entry.image, str) and "\\" in entry.image:
                 entry = replace(entry, image=portable_name(entry.image))
             if self.divided_split is not None:
                 is_val = isinstance(entry, SourceEntry) and entry.image in self.val_images
