@@ -8,8 +8,17 @@ from pathlib import Path
 
 from deris_llm.data.formats import refer
 from deris_llm.data.errors import DataError
-from deris_llm.data.store.prepared import ARROW_FOLDER, Manifest, PreparedSplit, file_sha256, find_manifest, prepared_sets
-from deris_llm.data.sources import check_root, count_refs, images_of_split, split_names, split_notes
+from deris_llm.data.store.prepared import ARROW_FOLDER, Manifest, file_sha256, prepared_sets
+from deris_llm.data.sources import (
+    check_root,
+    count_refs,
+    images_of_split,
+    is_refer,
+    manifest_of,
+    read_split,
+    split_names,
+    split_notes,
+)
 
 KNOWN_COUNTS: dict[str, tuple[int, int, int]] = {
     "refcoco/train": (42_404, 120_624, 16_994),
@@ -94,7 +103,7 @@ def check_data(root: str | Path, datasets: Sequence[str] | None = None) -> list[
         [*(name for name in refer.DATASETS if refer.refs_path(root, name).is_file()), *prepared_sets(root)]
     )
     names = list(dict.fromkeys(datasets)) if datasets else list(there)
-    if not names or any(find_manifest(root, name) is None for name in names):
+    if not names or any(is_refer(root, name) for name in names):
         refer.find_image_folder(root)
     if not names:
         expected = ", ".join(str(refer.refs_path(root, name)) for name in refer.DATASETS)
@@ -106,13 +115,15 @@ def check_data(root: str | Path, datasets: Sequence[str] | None = None) -> list[
     counts: list[SplitCounts] = []
     for dataset in names:
         splits = split_names(root, dataset)
-        manifest = find_manifest(root, dataset)
-        source = _described_files([refer.refs_path(root, dataset)]) if manifest is None else _described_source(manifest)
+        if is_refer(root, dataset):
+            source = _described_file(refer.refs_path(root, dataset))
+        else:
+            source = _described_source(manifest_of(root, dataset))
         train_images: set[str] = set()
         for split in splits:
             name = f"{dataset}/{split}"
             try:
-                num_phrases, num_no_target = _checked(root, dataset, split, manifest)
+                num_phrases, num_no_target = _checked(root, dataset, split)
             except DataError as error:
                 counts.append(SplitCounts(name, count_refs(root, name), 0, 0, 0, problem=str(error), source=source))
                 continue
@@ -147,12 +158,10 @@ def differences(counts: Sequence[SplitCounts]) -> list[str]:
     ]
 
 
-def _checked(root: str | Path, dataset: str, split: str, manifest: Manifest | None) -> tuple[int, int]:
-    """Phrases, and those without a target, of a split that can be used."""
-    if manifest is None:
-        records = refer.read_split(root, f"{dataset}/{split}")
-        return len(records), sum(record.is_no_target for record in records)
-    PreparedSplit(root, dataset, split, phrase_field="sent")  # files are there, of the right size
+def _checked(root: str | Path, dataset: str, split: str) -> tuple[int, int]:
+    """Returns the number of phrases, and of those without a target, of a split that can be used."""
+    read_split(root, f"{dataset}/{split}")  # all files exist and have the right size
+    manifest = manifest_of(root, dataset)
     found = manifest.splits[split]
     for file in (manifest.content["images"], *found["shards"]):
         path = manifest.folder / ARROW_FOLDER / file["file"]
@@ -164,10 +173,8 @@ def _checked(root: str | Path, dataset: str, split: str, manifest: Manifest | No
     return found["num_phrases"], found["num_no_target"]
 
 
-def _described_files(paths: Sequence[Path]) -> str:
-    return ", ".join(
-        f"{path} ({path.stat().st_size:,} bytes, sha256 {file_sha256(path)[:12]})" for path in paths if path.is_file()
-    )
+def _described_file(path: Path) -> str:
+    return f"{path} ({path.stat().st_size:,} bytes, sha256 {file_sha256(path)[:12]})"
 
 
 def _described_source(manifest: Manifest) -> str:

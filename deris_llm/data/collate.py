@@ -94,10 +94,14 @@ class ReferringCollator:
         phrase_ids: Sequence[str] | None = None,
         targets: ReferringTargets | None = None,
     ) -> ReferringBatch:
-        """Preprocesses I images and P phrases for both branches; arguments as of `referring_batch`.
+        """Preprocesses I images and P phrases for both branches.
 
         Args:
             images: RGB, at their original size.
+            phrases: see `referring_batch`, as for the following.
+            image_index: the image of each phrase.
+            phrase_ids: names of the phrases.
+            targets: None if the answers are unknown.
 
         Raises:
             ValueError: the processor refuses a phrase or an image.

@@ -15,10 +15,9 @@ import pyarrow as pa
 from deris_llm.config import DataConfig, RunConfig
 from deris_llm.data.errors import DataError
 from deris_llm.data.store.prepared import COCO_STEM, PreparedSplit
-from deris_llm.data.store.records import RecordView, as_records
+from deris_llm.data.store.records import RecordView
 from deris_llm.data.formats.refer import DATASETS
 from deris_llm.data.sources import image_hashes_of_split, images_of_split, read_split, split_names
-from deris_llm.structures import ReferringRecord
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def training_mix(config: DataConfig) -> TrainingMix:
         if not name.endswith("/train")
         for digest, image_id in image_hashes_of_split(config.root, name).items()
     }
-    parts = [as_records(read_split(config.root, f"{name}/train", phrase_field=config.phrase_field)) for name in config.train]
+    parts = [read_split(config.root, f"{name}/train", phrase_field=config.phrase_field) for name in config.train]
     found = [part.image_numbers() for part in parts]
     of_eval = [
         _is_of_evaluation(part, ids, eval_images, eval_hashes) for part, (_, ids) in zip(parts, found, strict=True)
@@ -147,7 +146,7 @@ def training_mix(config: DataConfig) -> TrainingMix:
 
 
 def _is_of_evaluation(
-    records: Sequence[ReferringRecord], ids: pa.Array, eval_images: set[str], eval_hashes: Mapping[str, str]
+    records: PreparedSplit, ids: pa.Array, eval_images: set[str], eval_hashes: Mapping[str, str]
 ) -> np.ndarray:
     """Which pictures some evaluation split has too, by id or, among prepared sets, by content; bool, per id.
 
@@ -155,7 +154,7 @@ def _is_of_evaluation(
     """
     names = ids.to_pylist()
     found = np.fromiter((image_id in eval_images for image_id in names), bool, len(names))
-    if isinstance(records, PreparedSplit) and eval_hashes:
+    if eval_hashes:
         hash_of = dict(zip(records.image_ids.to_pylist(), records.image_hashes.to_pylist(), strict=True))
         for i, image_id in enumerate(names):
             other = eval_hashes.get(hash_of[image_id])

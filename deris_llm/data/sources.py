@@ -1,15 +1,13 @@
-"""The door to data: what `dataset/split` means below a data root.
+"""Finds data by name: what `dataset/split` means below a data root.
 
-Two kinds of datasets exist at run time: REFER's own files (`deris_llm.data.formats.refer`), and sets that `deris-llm data
-prepare` made of any format (`deris_llm.data.store.prepared`). Where one name has both, the prepared set is read, and the log
-says so. Everybody but these modules reads data through this one.
+A dataset is a prepared set: one that `deris-llm data prepare` made, or one that is prepared of REFER's files on first use
+(`deris_llm.data.store.refer_cache`). If a name has both, the former is read and the log says so.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -18,65 +16,90 @@ import numpy as np
 import pyarrow as pa
 
 from deris_llm.config import RunConfig
-from deris_llm.data.formats import refer
 from deris_llm.data.errors import DataError, check_is_split
+from deris_llm.data.formats import refer
+from deris_llm.data.store import refer_cache
 from deris_llm.data.store.prepared import Manifest, PreparedSplit, find_manifest, prepared_sets, read_images
-from deris_llm.structures import ReferringRecord
 
 logger = logging.getLogger(__name__)
 
 
-def read_split(
-    root: str | Path, name: str, *, phrase_field: Literal["sent", "raw"] = "sent"
-) -> Sequence[ReferringRecord]:
-    """The records of one split, one per phrase, in the order of the source.
-
-    Those of a prepared set are built when they are asked for: don't put them into a list where the split may be large.
+def read_split(root: str | Path, name: str, *, phrase_field: Literal["sent", "raw"] = "sent") -> PreparedSplit:
+    """Opens one split: one record per phrase, in the order of the source, each built when it is asked for.
 
     Args:
         root: the folder that holds the images and one folder per dataset.
         name: ``dataset/split``, e.g. ``refcoco/testA``.
-        phrase_field: ``sent`` is REFER's cleaned text, ``raw`` what the annotator typed; sources with one text have
-            it as both.
+        phrase_field: ``sent`` is REFER's cleaned text, ``raw`` what the annotator typed. Sources with one text have it
+            as both.
 
     Raises:
         DataError: a missing or misnamed file, an unknown dataset or split, or unusable records (all in one error).
     """
     check_split(root, name)
     dataset, _, split = name.partition("/")
-    if _prepared(root, dataset) is not None:
-        return PreparedSplit(root, dataset, split, phrase_field=phrase_field)
-    return refer.read_split(root, name, phrase_field=phrase_field)
+    manifest = manifest_of(root, dataset)
+    if is_refer(root, dataset):
+        refer_cache.check_usable(root, manifest, split)
+    records = PreparedSplit(manifest, split, phrase_field=phrase_field)
+    _warn_of_empty_masks(name, *manifest.splits[split].get("notes", ()))
+    return records
 
 
-def split_notes(
-    root: str | Path, name: str, *, phrase_field: Literal["sent", "raw"] = "sent"
-) -> tuple[str, ...]:
-    """What must be read with the numbers of ``dataset/split``: referents that are crowds or draw no pixel, counted, named."""
+@cache
+def _warn_of_empty_masks(name: str, *notes: str) -> None:
+    for note in notes:
+        if note.startswith("referents that draw no pixel"):
+            logger.warning("%s: %s", name, note)
+
+
+def manifest_of(root: str | Path, dataset: str) -> Manifest:
+    """Returns the manifest of a dataset; REFER's files are prepared if that was not done yet.
+
+    Raises:
+        DataError: a missing file, an unknown dataset, or no usable record.
+    """
+    check_root(root)
+    if (manifest := _own_set(root, dataset)) is not None:
+        return manifest
+    if dataset not in refer.DATASETS and (sets := prepared_sets(root)):
+        near = difflib.get_close_matches(dataset, sets, n=1)
+        raise DataError(
+            f"dataset {dataset!r}: expected one of {', '.join(refer.DATASETS)}, or one of the prepared sets of {root}: "
+            f"{', '.join(sets)}; got another." + (f" Did you mean {near[0]}?" if near else " Correct the name")
+        )
+    return refer_cache.refer_manifest(root, dataset)
+
+
+def is_refer(root: str | Path, dataset: str) -> bool:
+    """Whether a dataset is read from REFER's files, not from a set that `deris-llm data prepare` made."""
+    return find_manifest(root, dataset) is None
+
+
+def split_notes(root: str | Path, name: str) -> tuple[str, ...]:
+    """Returns what must be read with the numbers of ``dataset/split``: referents that are crowds or draw no pixel."""
     dataset, _, split = name.partition("/")
-    if (manifest := _prepared(root, dataset)) is not None:
-        return tuple(manifest.splits.get(split, {}).get("notes", ()))
-    return refer.split_notes(root, name, phrase_field=phrase_field)
+    return tuple(manifest_of(root, dataset).splits.get(split, {}).get("notes", ()))
 
 
 def check_split(root: str | Path, name: str) -> None:
-    """Checks that ``dataset/split`` is there; its records are not looked at.
+    """Checks that ``dataset/split`` exists; its records are not looked at.
 
     Raises:
         DataError: a missing or misnamed file or folder, an unknown dataset or split.
     """
     dataset = name.partition("/")[0]
     existing = split_names(root, dataset)
-    if _prepared(root, dataset) is None:
+    if is_refer(root, dataset):
         refer.find_image_folder(root)
     check_is_split(name, existing)
 
 
 def check_root(root: str | Path) -> None:
-    """Checks that the data root is a folder; what is in it is not looked at.
+    """Checks that the data root is a folder; its content is not looked at.
 
     Raises:
-        DataError: it is not.
+        DataError: it is not a folder.
     """
     if not Path(root).is_dir():
         raise DataError(
@@ -86,7 +109,7 @@ def check_root(root: str | Path) -> None:
 
 
 def check_data_names(config: RunConfig) -> None:
-    """Checks that every dataset and split that the config names is there.
+    """Checks that every dataset and split that the config names exists.
 
     Raises:
         DataError: names the field.
@@ -102,62 +125,52 @@ def check_data_names(config: RunConfig) -> None:
 
 
 def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:
-    """Names of a dataset's splits, train first.
+    """Returns the names of a dataset's splits, train first.
 
     Raises:
         DataError: an unknown dataset or a missing file.
     """
-    check_root(root)
-    if (manifest := _prepared(root, dataset)) is not None:
-        return refer.in_known_order(manifest.splits)
-    if dataset not in refer.DATASETS and (sets := prepared_sets(root)):
-        near = difflib.get_close_matches(dataset, sets, n=1)
-        raise DataError(
-            f"dataset {dataset!r}: expected one of {', '.join(refer.DATASETS)}, or one of the prepared sets of {root}: "
-            f"{', '.join(sets)}; got another." + (f" Did you mean {near[0]}?" if near else " Correct the name")
-        )
-    return refer.split_names(root, dataset)
+    manifest = manifest_of(root, dataset)
+    return refer_cache.split_names(manifest) if is_refer(root, dataset) else refer.in_known_order(manifest.splits)
 
 
 def images_of_split(root: str | Path, name: str) -> set[str]:
-    """Image ids of ``dataset/split``, without reading its phrases."""
+    """Returns the image ids of ``dataset/split``, those of unusable records included as far as they are known."""
     dataset, _, split = name.partition("/")
-    if (manifest := _prepared(root, dataset)) is not None:
-        return set(_images(root, manifest, split).column("image_id").to_pylist())
-    return refer.images_of_split(root, name)
+    manifest = manifest_of(root, dataset)
+    ids = set(_images(manifest, split).column("image_id").to_pylist())
+    return ids | refer_cache.unusable_images(manifest, split) if is_refer(root, dataset) else ids
 
 
 def image_hashes_of_split(root: str | Path, name: str) -> dict[str, str]:
-    """Content hash -> image id of a prepared split's pictures. None are known of REFER's own files."""
+    """Maps the content hash of each image of a split to its id; empty for REFER's files, whose images are not hashed."""
     dataset, _, split = name.partition("/")
-    if (manifest := _prepared(root, dataset)) is None:
+    if is_refer(root, dataset):
         return {}
-    images = _images(root, manifest, split)
+    images = _images(manifest_of(root, dataset), split)
     return dict(zip(images.column("sha256").to_pylist(), images.column("image_id").to_pylist(), strict=True))
 
 
 def count_refs(root: str | Path, name: str) -> int:
-    """Number of entries of ``dataset/split``, each of one or more phrases for the same referents."""
+    """Returns the number of usable entries of ``dataset/split``, each with one or more phrases for the same referents."""
     dataset, _, split = name.partition("/")
-    if (manifest := _prepared(root, dataset)) is not None:
-        return manifest.splits[split]["num_refs"] if split in manifest.splits else 0
-    return refer.count_refs(root, name)
+    return manifest_of(root, dataset).splits.get(split, {}).get("num_refs", 0)
 
 
 def is_generalised(root: str | Path, dataset: str) -> bool:
-    """Whether phrases of a dataset may name nothing, or several objects: gRefCOCO's metrics are then the right ones."""
-    if (manifest := _prepared(root, dataset)) is not None:
+    """Whether phrases of a dataset may have no or several referents, so that gRefCOCO's metrics apply."""
+    if (manifest := _own_set(root, dataset)) is not None:
         return manifest.is_generalised
     return dataset in refer.GENERALISED_DATASETS
 
 
 def is_there(root: str | Path, dataset: str) -> bool:
-    """A prepared set of that name, or at least the folder of REFER's files."""
+    """Whether there is a prepared set of that name, or at least the folder of REFER's files."""
     folder = refer.DATASETS.get(dataset, (dataset, ""))[0]
-    return _prepared(root, dataset) is not None or (dataset in refer.DATASETS and (Path(root) / folder).is_dir())
+    return _own_set(root, dataset) is not None or (dataset in refer.DATASETS and (Path(root) / folder).is_dir())
 
 
-def _prepared(root: str | Path, dataset: str) -> Manifest | None:
+def _own_set(root: str | Path, dataset: str) -> Manifest | None:
     manifest = find_manifest(root, dataset)
     if manifest is not None and dataset in refer.DATASETS and refer.refs_path(root, dataset).is_file():
         _say_which(str(manifest.folder), str(refer.refs_path(root, dataset)))
@@ -169,9 +182,9 @@ def _say_which(folder: str, refs: str) -> None:
     logger.info("%s is a prepared set and is read instead of %s", folder, refs)
 
 
-def _images(root: str | Path, manifest: Manifest, split: str) -> pa.Table:
-    """The pictures of a prepared split."""
+def _images(manifest: Manifest, split: str) -> pa.Table:
+    """The images of a split."""
     if split not in manifest.splits:
         return read_images(manifest).slice(0, 0)
-    rows = np.unique(PreparedSplit(root, manifest.folder.name, split, phrase_field="sent").image_rows)
+    rows = np.unique(PreparedSplit(manifest, split, phrase_field="sent").image_rows)
     return read_images(manifest).take(pa.array(rows))

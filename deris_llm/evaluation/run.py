@@ -105,7 +105,7 @@ def run_evaluation(
 
     for split in splits:
         records = some_images(read_split(config.data.root, split, phrase_field=config.data.phrase_field), max_images)
-        known = split_notes(config.data.root, split, phrase_field=config.data.phrase_field)
+        known = split_notes(config.data.root, split)
         run_split("step0" if step0 else "splits", split, records, [*(notes or {}).get(split, ()), *known])
         swapped = control_phrases(records) if control else {}
         if control and len(swapped) < len(records):

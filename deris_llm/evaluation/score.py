@@ -184,7 +184,7 @@ def run_score(
             scored.result,
             records,
             seconds=time.monotonic() - started,
-            notes=[*scored.notes, *split_notes(data_root, split, phrase_field=phrase_field)],
+            notes=[*scored.notes, *split_notes(data_root, split)],
         )
         write_names(folder / missing_file(split), scored.missing)
         if pictures:

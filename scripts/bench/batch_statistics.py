@@ -29,7 +29,7 @@ from deris_llm.checkpoints.load import load_checkpoint
 from deris_llm.config import RunConfig, load_config
 from deris_llm.data.collate import ReferringCollator
 from deris_llm.data.dataset import ImageGroup, group_by_image
-from deris_llm.data.formats.refer import read_split
+from deris_llm.data.sources import read_split
 from deris_llm.losses.criterion import build_criterion
 from deris_llm.models.cognition import build_processor
 from deris_llm.models.deris import Deris, build_model

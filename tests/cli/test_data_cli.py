@@ -14,8 +14,8 @@ from deris_llm.cli.data import add_data_commands
 from deris_llm.common.folders import FolderError
 from deris_llm.config import DataConfig
 from deris_llm.data.errors import DataError
-from deris_llm.data.formats.refer import read_split
 from deris_llm.data.mix import training_mix
+from deris_llm.data.sources import read_split
 from deris_llm.data.store.prepared import file_sha256
 
 

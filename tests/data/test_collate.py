@@ -18,7 +18,7 @@ from deris_llm.data.errors import DataError
 from deris_llm.data.loaders import evaluation_loader, train_loader
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.mix import training_mix
-from deris_llm.data.formats.refer import read_split
+from deris_llm.data.sources import read_split
 from deris_llm.data.images import load_image
 from deris_llm.models.preprocess import perception_pixels, warp_mask
 from deris_llm.structures import ReferringBatch

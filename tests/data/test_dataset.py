@@ -10,13 +10,13 @@ from PIL import Image
 
 from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroup, group_by_image, some_images
 from deris_llm.data.errors import DataError
-from deris_llm.data.formats.refer import read_split
+from deris_llm.data.sources import read_split
 from deris_llm.data.images import load_image
 from deris_llm.models.preprocess import Resize, perception_pixels, warp_mask, warp_picture
 
 
 def test_group_by_image_joins_datasets_and_keeps_order(refer_root: Path) -> None:
-    records = read_split(refer_root, "refcoco/train") + read_split(refer_root, "refcoco+/train")
+    records = [*read_split(refer_root, "refcoco/train"), *read_split(refer_root, "refcoco+/train")]
     groups = group_by_image(records)
     assert [g.records[0].image_id[-1] for g in groups] == ["1", "2", "3", "4", "5"]
     assert [len(g.records) for g in groups] == [10, 10, 10, 5, 5]

@@ -10,7 +10,7 @@ import pytest
 from deris_llm.config import DataConfig, RunConfig, config_from_dict
 from deris_llm.data.errors import DataError
 from deris_llm.data.mix import leakage_notice, training_mix
-from deris_llm.data.formats.refer import read_split
+from deris_llm.data.sources import read_split
 
 
 # Pictures of conftest: refcoco train 1 2 3 4, refcoco+ train 1 2 3 5, refcocog train 1 2 6 8;

@@ -14,7 +14,7 @@ from deris_llm.config import RunConfig
 from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroups, group_by_image
 from deris_llm.data.loaders import train_loader
 from deris_llm.data.phrase_conversion import CONVERTED_SUFFIX, PhraseConversion, phrase_similarity
-from deris_llm.data.formats.refer import read_split
+from deris_llm.data.sources import read_split
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
 _COLOURS = ("red", "blue", "green", "yellow", "dark grey")

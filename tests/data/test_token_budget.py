@@ -13,7 +13,7 @@ from deris_llm.models.cognition import build_processor
 from deris_llm.config import ConfigError, RunConfig
 from deris_llm.data.dataset import group_by_image
 from deris_llm.data.loaders import evaluation_loader, train_loader
-from deris_llm.data.formats.refer import read_split
+from deris_llm.data.sources import read_split
 from deris_llm.data.sampler import EvaluationBatchSampler, TrainingBatchSampler
 from deris_llm.data.token_budget import phrase_limits
 from deris_llm.evaluation.evaluator import evaluate

@@ -10,7 +10,7 @@ from PIL import Image
 
 from deris_llm.config import RunConfig
 from deris_llm.data.dataset import some_images
-from deris_llm.data.formats.refer import read_split
+from deris_llm.data.sources import read_split
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.evaluation.run import run_evaluation
 from deris_llm.models.cognition import build_processor

@@ -91,78 +91,9 @@ _LAYOUT = """Expected layout below ROOT, which `data.root` names:
 `deris-llm data synth --out ROOT` writes a synthetic one"""
 
 
-def read_split(root: str | Path, name: str, *, phrase_field: Literal["sent", "raw"] = "sent") -> list[ReferringRecord]:
-    """Reads and checks one split; the files are parsed once per process.
-
-    Args:
-        root: the folder that holds the images and one folder per dataset.
-        name: ``dataset/split``, e.g. ``refcoco/testA`` or ``refcocog_umd/val``.
-        phrase_field: ``sent`` is REFER's cleaned text (lower case, no punctuation), ``raw`` what the annotator typed.
-
-    Returns:
-        One record per phrase, in the order of the file; every image exists and every phrase has one referent, in a
-        generalised dataset any number.
-
-    Raises:
-        DataError: a missing or misnamed file, an unknown dataset or split, or unusable records (all in one error).
-    """
-    check_split(root, name)
-    dataset, _, split = name.partition("/")
-    return list(_read_split(Path(root), dataset, split, phrase_field, _stamps(Path(root), dataset))[0])
-
-
-def split_notes(
-    root: str | Path, name: str, *, phrase_field: Literal["sent", "raw"] = "sent"
-) -> tuple[str, ...]:
-    """What must be read with a split's numbers: how many of its referents are crowds or draw no pixel, and which.
-
-    Raises:
-        DataError: as `read_split`.
-    """
-    check_split(root, name)
-    dataset, _, split = name.partition("/")
-    return _read_split(Path(root), dataset, split, phrase_field, _stamps(Path(root), dataset))[1]
-
-
-def check_split(root: str | Path, name: str) -> None:
-    """Checks that ``dataset/split`` is there; its records are not looked at.
-
-    Raises:
-        DataError: a missing or misnamed file or folder, an unknown dataset or split.
-    """
-    dataset = name.partition("/")[0]
-    existing = split_names(root, dataset)
-    find_image_folder(root)
-    check_is_split(name, existing)
-
-
-def split_names(root: str | Path, dataset: str) -> tuple[str, ...]:
-    """Names of the splits that a dataset's file has, train first.
-
-    Raises:
-        DataError: an unknown dataset or a missing file.
-    """
-    return in_known_order(load_dataset(Path(root), dataset).splits)
-
-
 def in_known_order(splits: Iterable[str]) -> tuple[str, ...]:
     """Names of splits, train first, then those of the published sets, then others by name."""
     return tuple(sorted(splits, key=lambda split: (KNOWN_SPLITS.index(split) if split in KNOWN_SPLITS else 99, split)))
-
-
-def count_refs(root: str | Path, name: str) -> int:
-    """Number of refs (referred objects, each with a few phrases) of ``dataset/split``."""
-    dataset, _, split = name.partition("/")
-    return len(load_dataset(Path(root), dataset).splits.get(split, ()))
-
-
-def images_of_split(root: str | Path, name: str) -> set[str]:
-    """Image ids of ``dataset/split``, without reading or checking its phrases."""
-    dataset, _, split = name.partition("/")
-    loaded = load_dataset(Path(root), dataset)
-    return {
-        loaded.images[ref["image_id"]].stem for ref in loaded.splits.get(split, ()) if ref["image_id"] in loaded.images
-    }
 
 
 def refs_path(root: str | Path, dataset: str) -> Path:
@@ -246,21 +177,13 @@ def dataset_paths(root: Path, dataset: str) -> tuple[Path, Path]:
     return refs, instances
 
 
-def _stamps(root: Path, dataset: str) -> tuple[tuple[str, int, int], ...]:
-    """Path, time and size of the files: what the caches of this module are keyed by."""
-    return tuple(
-        (str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in dataset_paths(root, dataset)
-    )
-
-
 def load_dataset(root: Path, dataset: str) -> LoadedDataset:
-    """A dataset's files, parsed once per process; their form is checked, not yet what they say."""
-    return _load_stamped(_stamps(root, dataset))
+    """Parses a dataset's files; checks their structure but not yet their records.
 
-
-@lru_cache(maxsize=8)
-def _load_stamped(stamps: tuple[tuple[str, int, int], ...]) -> LoadedDataset:
-    refs_file, instances_file = stamps[0][0], stamps[1][0]
+    Raises:
+        DataError: a missing or malformed file.
+    """
+    refs_file, instances_file = map(str, dataset_paths(root, dataset))
     refs = _read_json(refs_file) if refs_file.endswith(".json") else load_plain_pickle(refs_file)
     if fault := _fault_of_refs(refs):
         raise DataError(
@@ -369,89 +292,6 @@ def without_crowds(loaded: LoadedDataset, dataset: str, annotation_ids: list[int
     return [i for i in annotation_ids if i not in crowds], crowds
 
 
-@lru_cache(maxsize=32)
-def _read_split(
-    root: Path, dataset: str, split: str, phrase_field: str, stamps: tuple[tuple[str, int, int], ...]
-) -> tuple[tuple[ReferringRecord, ...], tuple[str, ...]]:
-    """The records, and the split's notes."""
-    loaded = _load_stamped(stamps)
-    refs_file, instances_file = refs_path(root, dataset), refs_path(root, dataset).parent / "instances.json"
-    image_folder = find_image_folder(root)
-    present = _listing(str(image_folder.resolve()), image_folder.stat().st_mtime_ns)
-    records: list[ReferringRecord] = []
-    problems: list[str] = []
-    usable: dict[int, tuple[InstanceAnnotation | None, int | None, str | NoPixelError | None]] = {}
-    names_crowds: list[str] = []
-    without_pixel: list[str] = []
-    num_phrases = 0
-    for ref in loaded.splits[split]:
-        num_phrases += len(ref["sentences"])
-        where = f"ref_id {ref['ref_id']}"
-        image = loaded.images.get(ref["image_id"])
-        annotation_ids, problem = annotation_ids_of(ref, dataset)
-        if image is None:
-            unknown = f"image_id {ref['image_id']} is not among the images of {instances_file}"
-            problem = loaded.repeated.get(("images", ref["image_id"]), unknown)
-        elif image.file_name not in present:
-            problem = f"image file {image_folder / image.file_name} is missing"
-        if problem is not None or image is None:
-            problems.append(f"{where}: {problem}")
-            continue
-        found: dict[int, InstanceAnnotation] = {}
-        for annotation_id in annotation_ids:
-            if annotation_id not in usable:
-                usable[annotation_id] = _checked_annotation(loaded, annotation_id, instances_file)
-            annotation, image_id, fault = usable[annotation_id]
-            if image_id not in (None, ref["image_id"]):
-                fault = f"ann_id {annotation_id} belongs to image {image_id}, the ref to image {ref['image_id']}"
-            if annotation is None or (fault is not None and not isinstance(fault, NoPixelError)):
-                problems.append(f"{where}: {fault}")
-                break
-            found[annotation_id] = annotation
-        if len(found) != len(annotation_ids):
-            continue
-        kept, crowds = without_crowds(loaded, dataset, annotation_ids)
-        drawn = [i for i in kept if usable[i][2] is None]
-        without_pixel += [f"{usable[i][2]} (ref_id {ref['ref_id']})" for i in kept if usable[i][2] is not None]
-        category, num_same_class = classes_of(loaded, ref["image_id"], kept)
-        for sentence in ref["sentences"]:
-            phrase = sentence.get(phrase_field)
-            if "sent_id" not in sentence:
-                problems.append(f"{where}: a sentence without sent_id ({phrase!r})")
-                continue
-            if not isinstance(phrase, str) or not is_text(phrase):
-                fault = "a phrase that UTF-8 cannot hold" if isinstance(phrase, str) and phrase.strip() else "an empty phrase"
-                problems.append(f"{where}: sent_id {sentence.get('sent_id')} has {fault} ({phrase_field}={phrase!r})")
-                continue
-            if crowds:
-                names_crowds.append(f"sent_id {sentence['sent_id']} (ann_id {', '.join(map(str, crowds))})")
-            records.append(
-                ReferringRecord(
-                    phrase_id=f"{dataset}/{split}/{sentence['sent_id']}",
-                    dataset=dataset,
-                    split=split,
-                    image_id=image.stem,
-                    image_path=str(image_folder / image.file_name),
-                    width=image.width,
-                    height=image.height,
-                    phrase=phrase.strip(),
-                    instances=tuple(found[i] for i in drawn or kept),
-                    crowds=tuple(found[i] for i in crowds if usable[i][2] is None),
-                    category=category,
-                    num_same_class=num_same_class,
-                    ref_id=ref["ref_id"] if isinstance(ref["ref_id"], int) else None,
-                )
-            )
-    counts = Counter(record.phrase_id for record in records)
-    problems.extend(f"phrase {name} occurs {count} times" for name, count in counts.items() if count > 1)
-    if problems:
-        raise bad_records_error(f"{refs_file} ({dataset}/{split})", problems, num_records=num_phrases)
-    notes = left_out_notes(names_crowds, without_pixel)
-    if without_pixel:
-        logger.warning("%s/%s: %s", dataset, split, notes[-1])
-    return tuple(records), tuple(notes)
-
-
 def classes_of(loaded: LoadedDataset, image_id: int, annotation_ids: Sequence[int]) -> tuple[str | None, int | None]:
     """The one class of some referents, and how many other objects of their classes the image has."""
     classes = {loaded.classes.get(annotation_id, -1) for annotation_id in annotation_ids}
@@ -459,33 +299,6 @@ def classes_of(loaded: LoadedDataset, image_id: int, annotation_ids: Sequence[in
         return None, None
     num_same_class = sum(loaded.class_counts[image_id, which] for which in classes) - len(annotation_ids)
     return loaded.class_names.get(classes.pop()) if len(classes) == 1 else None, max(num_same_class, 0)
-
-
-def _checked_annotation(
-    loaded: LoadedDataset, annotation_id: int, instances_file: Path
-) -> tuple[InstanceAnnotation | None, int | None, str | NoPixelError | None]:
-    """The annotation, the id of its image, and what makes it unusable or None; a `NoPixelError` leaves an empty mask."""
-    if annotation_id not in loaded.annotations:
-        unknown = f"ann_id {annotation_id} is not among the annotations of {instances_file}"
-        return None, None, loaded.repeated.get(("annotations", annotation_id), unknown)
-    image_id, segmentation = loaded.annotations[annotation_id]
-    if image_id not in loaded.images:
-        return None, None, f"ann_id {annotation_id} belongs to image {image_id}, which {instances_file} has not"
-    image = loaded.images[image_id]
-    try:
-        rle = visible_rle(segmentation, image.height, image.width)
-    except NoPixelError as error:
-        empty = {"size": [image.height, image.width], "counts": [image.height * image.width]}
-        fault = NoPixelError(f"ann_id {annotation_id} of {image.file_name}: {error}")
-        return InstanceAnnotation(annotation_id, empty), image_id, fault
-    except ValueError as error:
-        return None, image_id, f"ann_id {annotation_id} of {image.file_name}: {error}"
-    return InstanceAnnotation(annotation_id, {**rle, "counts": rle["counts"].decode("ascii")}), image_id, None
-
-
-@lru_cache(maxsize=4)
-def _listing(folder: str, _modified_ns: int) -> frozenset[str]:
-    return frozenset(path.name for path in Path(folder).iterdir())
 
 
 class ReferReader(SourceReader):

@@ -56,6 +56,7 @@ class Manifest:
 
     folder: Path
     content: Mapping[str, Any]
+    image_folder: Path
 
     @property
     def is_generalised(self) -> bool:
@@ -65,11 +66,6 @@ class Manifest:
     def splits(self) -> Mapping[str, Mapping[str, Any]]:
         """Split -> num_refs, num_phrases, num_images, num_no_target, notes, shards."""
         return self.content["splits"]
-
-    @property
-    def image_folder(self) -> Path:
-        """Relative ones are relative to the data root, so that a root can be moved as a whole."""
-        return self.folder.parent / self.content["image_folder"]
 
 
 def find_manifest(root: str | Path, dataset: str) -> Manifest | None:
@@ -81,7 +77,7 @@ def find_manifest(root: str | Path, dataset: str) -> Manifest | None:
     path = Path(root) / dataset / MANIFEST_FILE
     if not dataset or "/" in dataset or not path.is_file():
         return None
-    return _read_manifest(path, path.stat().st_mtime_ns)
+    return read_manifest(path.parent)
 
 
 def prepared_sets(root: str | Path) -> tuple[str, ...]:
@@ -89,8 +85,24 @@ def prepared_sets(root: str | Path) -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in Path(root).glob(f"*/{MANIFEST_FILE}")))
 
 
+def read_manifest(folder: Path, image_folder: Path | None = None) -> Manifest:
+    """Reads the manifest of a prepared set.
+
+    Args:
+        folder: of the set.
+        image_folder: where the images are; None = where the manifest says, relative to the data root so that a root
+            can be moved as a whole.
+
+    Raises:
+        DataError: it is not a manifest of this layout.
+    """
+    path = folder / MANIFEST_FILE
+    content = _manifest_content(path, path.stat().st_mtime_ns)
+    return Manifest(folder, content, folder.parent / content["image_folder"] if image_folder is None else image_folder)
+
+
 @lru_cache(maxsize=64)
-def _read_manifest(path: Path, _modified_ns: int) -> Manifest:
+def _manifest_content(path: Path, _modified_ns: int) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_bytes())
         layout = content["layout"]
@@ -111,15 +123,14 @@ def _read_manifest(path: Path, _modified_ns: int) -> Manifest:
             f"{path}: expected layout {LAYOUT}, got {layout!r}, made by {content.get('made_by')}. Remove this folder and run "
             "`deris-llm data prepare` again"
         )
-    return Manifest(path.parent, content)
+    return content
 
 
 class PreparedSplit(Records):
     """The records of ``dataset/split``; each is built when it is asked for.
 
     Args:
-        root: the data root.
-        dataset: name of the set.
+        manifest: of the set.
         split: name of the split.
         phrase_field: which text becomes the phrase.
 
@@ -127,11 +138,9 @@ class PreparedSplit(Records):
         DataError: a file is missing or not as the manifest says, or there is no raw text.
     """
 
-    def __init__(self, root: str | Path, dataset: str, split: str, *, phrase_field: Literal["sent", "raw"]) -> None:
-        manifest = find_manifest(root, dataset)
-        assert manifest is not None, "the caller looked for it"
-        self.dataset, self.split, self.phrase_field = dataset, split, phrase_field
-        self._root = root
+    def __init__(self, manifest: Manifest, split: str, *, phrase_field: Literal["sent", "raw"]) -> None:
+        self.folder, self.split, self.phrase_field = manifest.folder, split, phrase_field
+        self.dataset = dataset = manifest.folder.name
         self._images = read_images(manifest)
         self._image_folder = manifest.image_folder
         self._exif: Exif = manifest.content["exif"]
@@ -162,7 +171,7 @@ class PreparedSplit(Records):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process maps the files again."""
-        return _reopened, (self._root, self.dataset, self.split, self.phrase_field)
+        return _reopened, (self.folder, self._image_folder, self.split, self.phrase_field)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -236,8 +245,8 @@ def _annotations(found: Sequence[Mapping[str, Any]], size_hw: list[int]) -> tupl
     )
 
 
-def _reopened(root: str | Path, dataset: str, split: str, phrase_field: Literal["sent", "raw"]) -> PreparedSplit:
-    return PreparedSplit(root, dataset, split, phrase_field=phrase_field)
+def _reopened(folder: Path, image_folder: Path, split: str, phrase_field: Literal["sent", "raw"]) -> PreparedSplit:
+    return PreparedSplit(read_manifest(folder, image_folder), split, phrase_field=phrase_field)
 
 
 def file_sha256(path: Path) -> str:

@@ -163,7 +163,7 @@ class ShardWriter:
         content.num_no_target += result.num_no_target
         content.is_generalised |= result.is_generalised
         content.crowds += result.crowds
-        content.without_pixel += map(str, result.without_pixel)
+        content.without_pixel += [f"{fault} ({fault.image})" for fault in result.without_pixel]
         self.num_lossy_masks += result.num_lossy_masks
         self.num_bad.setdefault(shard.split, Counter()).update(result.num_bad)
         self.faults += result.faults

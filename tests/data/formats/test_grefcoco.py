@@ -17,7 +17,8 @@ from deris_llm.data.dataset import group_by_image
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.mix import training_mix
-from deris_llm.data.formats.refer import count_refs, read_split, refs_path, split_names, split_notes
+from deris_llm.data.formats.refer import refs_path
+from deris_llm.data.sources import count_refs, read_split, split_names, split_notes
 from deris_llm.data.synthetic.world import write_world
 
 
@@ -133,8 +134,8 @@ def test_a_referent_without_a_pixel_does_not_stop_a_split(
     empty = records[9].instances[0]
     assert not decode_segmentation(empty.segmentation, 30, 40).any()
     assert "referents that draw no pixel: 2; " in caplog.text
-    assert f"ann_id 59 of COCO_train2014_000000000005.jpg: {says}" in caplog.text
-    assert "(ref_id 90); ann_id 59" in split_notes(root, "grefcoco/val")[0]
+    assert f"ref_id 90: object 2 of 3: annotation 59: {says}" in caplog.text
+    assert "(COCO_train2014_000000000005.jpg); ref_id 91: annotation 59" in split_notes(root, "grefcoco/val")[0]
     assert referring_targets(group_by_image(records), 64, "antialias").phrase_index.tolist()[-6:] == [6, 6, 7, 7, 8, 9]
 
 
@@ -234,17 +235,17 @@ def _spoiled(grefs: list[dict[str, Any]], what: str) -> object:
 @pytest.mark.parametrize(
     ("what", "says"),
     [
-        ("unknown id", r"ref_id 7: ann_id 999 is not among the annotations of .*instances\.json"),
+        ("unknown id", r"ref_id 7: .*ann_id among the annotations of instances\.json, got 999"),
         ("mixed", r"ref_id 7: ann_id \[-1, 50\] says both that there is no target \(-1\) and which it is"),
         ("twice", r"ref_id 7: ann_id \[50, 50\] names an annotation twice"),
         ("no list", r"ref_id 7: expected ann_id to be a list of whole numbers, \[-1\] for no target, got 50"),
         ("empty list", r"ref_id 7: expected ann_id to be a list of whole numbers, .* got \[\]"),
         ("text", r"ref_id 7: expected ann_id to be a list of whole numbers, .* got \['50', '51'\]"),
-        ("other image", "ref_id 7: ann_id 61 belongs to image 6, the ref to image 5"),
+        ("other image", "ref_id 7: .*image 5, got ann_id 61 of image 6"),
         ("contradiction", r"ref_id 7: no_target is True, but ann_id is \[51, 50\]"),
-        ("sent ids", "phrase grefcoco/val/14 occurs 2 times"),
-        ("unknown image", "ref_id 7: image_id 4711 is not among the images"),
-        ("no phrase", "ref_id 7: sent_id 14 has an empty phrase"),
+        ("sent ids", "ref_id 7: .*each phrase id once in val, got 14 again"),
+        ("unknown image", r"ref_id 7: .*image_id among the images of instances\.json, got 4711"),
+        ("no phrase", "ref_id 7: .*phrase 14 .*, got NoneType"),
     ],
 )
 def test_bad_records(refer_folder: Any, grefs: Any, what: str, says: str) -> None:

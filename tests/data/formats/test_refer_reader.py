@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from deris_llm.data.formats import refer as refer_module
 from deris_llm.data.errors import DataError
 from deris_llm.data.sources import count_refs, read_split
 
@@ -195,8 +194,8 @@ def test_annotation_ids_given_twice(refer_folder: Any, world: Any) -> None:
     assert "\n  - ref_id 0: " in str(caught.value)
     assert "list or string}, got None" in str(caught.value)
     with pytest.raises(DataError, match=repeated):
-        refer_module.read_split(root, "refcoco/train")
-    assert refer_module.read_split(root, "refcoco/testB")[-1].instances[0].annotation_id == annotations[-3]["id"]
+        read_split(root, "refcoco/train")
+    assert read_split(root, "refcoco/testB")[-1].instances[0].annotation_id == annotations[-3]["id"]
     made = world.prepare(root, "refcoco", format="refer", skip_bad=True)
     assert made.manifest["skipped"]["train"] == {"reference": 2, "mask": 3}
 
@@ -209,7 +208,7 @@ def test_image_ids_given_twice(refer_folder: Any, world: Any) -> None:
     with pytest.raises(DataError, match=ask):
         world.prepare(root, "refcoco", format="refer")
     with pytest.raises(DataError, match=ask):
-        refer_module.read_split(root, "refcoco/train")
+        read_split(root, "refcoco/train")
 
 
 @pytest.mark.parametrize("ref_id", [True, 2**64, None, "7"])
