@@ -40,7 +40,7 @@ from deris_llm.common.folders import check_writable, finish_replacements
 from deris_llm.common.ranks import OtherRankError, barrier, gathered, on_first_rank, rank, world_size
 from deris_llm.config import RunConfig, load_config, save_config
 from deris_llm.data.errors import plain_message
-from deris_llm.data.store.prepared import MANIFEST_FILE, file_sha256, find_manifest
+from deris_llm.data.store.prepared import MANIFEST_FILE, file_sha256
 from deris_llm.models.out_of_memory import explains_out_of_memory
 from deris_llm.training.deepspeed_config import read_deepspeed_config
 
@@ -115,6 +115,7 @@ def train(
     from deris_llm.data.loaders import train_loader  # noqa: PLC0415
     from deris_llm.data.lost_referents import warn_of_lost_referents  # noqa: PLC0415
     from deris_llm.data.mix import training_mix  # noqa: PLC0415
+    from deris_llm.data.sources import check_data_names
     from deris_llm.losses.criterion import build_criterion  # noqa: PLC0415
     from deris_llm.models.cognition import build_processor  # noqa: PLC0415
     from deris_llm.models.deris import build_model  # noqa: PLC0415
@@ -125,6 +126,7 @@ def train(
     # The arguments come before the model: under ZeRO-3 it is partitioned while it is built.
     evaluate_first = checkpoint is not None and _evaluation_is_due(checkpoint, config)
     arguments = training_arguments(config, output, deepspeed_content, evaluate_first=evaluate_first)
+    on_first_rank(lambda: check_data_names(config))  # REFER's files are prepared once; then every rank opens the set
     mix = training_mix(config.data)
     logger.info("%s", mix.report)
     on_first_rank(lambda: warn_of_lost_referents(mix.records, config))
@@ -394,29 +396,29 @@ def _check_phrases(
     if not isinstance(processor, InputChecker):
         return
     mark = on_first_rank(lambda: _mark_of_checked_phrases(config, processor, data))
-    if mark is not None and mark.is_file():
+    if mark.is_file():
         return
     for name, records in inputs.items():
         problems = gathered(refused_inputs(processor, records, np.arange(rank(), len(records), world_size())))
         if any(problems):
             raise unusable_inputs_error(f"phrases of {name}", sum(problems, []), number=len(records))
-    if mark is not None and rank() == 0:
+    if rank() == 0:
         with contextlib.suppress(OSError):  # data that nobody may write to is checked again
             mark.parent.mkdir(exist_ok=True)
             mark.touch()
 
 
-def _mark_of_checked_phrases(config: RunConfig, processor: CognitionProcessor, data: Mapping[str, Any]) -> Path | None:
-    """The file that says that a processor refuses none of a run's phrases; None: not all of them are in prepared sets."""
+def _mark_of_checked_phrases(config: RunConfig, processor: CognitionProcessor, data: Mapping[str, Any]) -> Path:
+    """The file whose existence records that a processor refuses none of a run's phrases."""
+    from deris_llm.data.sources import manifest_of
+
     names = (*config.data.train, config.training.eval_split.partition("/")[0])
-    manifests = [find_manifest(config.data.root, name) for name in names]
-    if None in manifests:
-        return None
-    sets = [file_sha256(manifest.folder / MANIFEST_FILE) for manifest in manifests if manifest is not None]
+    folders = [manifest_of(config.data.root, name).folder for name in names]
+    sets = [file_sha256(folder / MANIFEST_FILE) for folder in folders]
     read = [data["datasets"], data["evaluation_splits"], config.training.eval_split, config.training.eval_max_images]
     asked = json.dumps([sets, read, config.data.phrase_field]).encode()
     key = hashlib.sha256(pickle.dumps(processor) + asked).hexdigest()[:16]
-    return Path(config.data.root, config.data.train[0], "checked_phrases", key)
+    return folders[0] / "checked_phrases" / key
 
 
 def _check_pictures(config: RunConfig, inputs: Mapping[str, Sequence[ReferringRecord]], *, is_new: bool) -> None:
