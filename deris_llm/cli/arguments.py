@@ -115,14 +115,7 @@ def add_override_option(
     about: str = "override fields of the run config (deris-llm config fields), e.g. training.epochs=5",
 ) -> None:
     """Adds `--set`."""
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="A.B=VALUE",
-        help=about,
-    )
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", help=about)
 
 
 def add_gpus_option(parser: argparse.ArgumentParser) -> None:

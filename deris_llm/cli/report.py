@@ -29,10 +29,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--data", type=path, metavar="ROOT", help="folder of the data (default: the evaluation's)")
     parser.add_argument(
-        "--out",
-        type=path,
-        metavar="FILE",
-        help="default: DIR/report.html, with --against DIR/report-against-NAME.html",
+        "--out", type=path, metavar="FILE", help="default: DIR/report.html, with --against DIR/report-against-NAME.html"
     )
     parser.add_argument("--seed", type=at_least(0), default=0, help="selects the cases that are shown (default 0)")
 

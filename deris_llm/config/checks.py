@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from functools import reduce
 
 from deris_llm.config.schema import (
     COGNITION_CONFIGS,
@@ -19,7 +19,7 @@ from deris_llm.config.schema import (
 
 def contradictions(config: RunConfig) -> list[str]:
     """Returns one sentence for each rule that a config breaks."""
-    rules = (_names, _images_and_prompts, _cognition, _comparisons, _presence, _optimisation)
+    rules = (_names, _images_and_prompts, _without_effect, _comparisons, _presence, _optimisation)
     return [problem for rule in rules for problem in rule(config)]
 
 
@@ -46,6 +46,10 @@ def _images_and_prompts(config: RunConfig) -> Iterator[str]:
     cognition, size = config.cognition, config.perception.image_size
     if size % 32:
         yield f"perception.image_size: expected a positive multiple of 32 (the coarsest stride), got {size}"
+    if isinstance(cognition, QwenVlCognition) and cognition.min_pixels > cognition.max_pixels:
+        yield (
+            f"cognition.max_pixels: expected at least cognition.min_pixels, got {cognition.min_pixels} to {cognition.max_pixels}"
+        )
     if not isinstance(cognition, LanguageModelCognition):
         return
     prompt = cognition.prompt
@@ -60,28 +64,46 @@ def _images_and_prompts(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _cognition(config: RunConfig) -> Iterator[str]:
-    cognition = config.cognition
-    if cognition.lora.r == 0 and cognition.lora.dropout > 0:
-        yield "cognition.lora.dropout has no effect with cognition.lora.r=0: set it to 0 or give a rank"
-    if cognition.quantization != "none" and cognition.tuning == "full":
-        yield (
-            f"cognition.quantization={cognition.quantization} contradicts cognition.tuning=full: weights in 4 bits cannot train; set "
-            "one of them to its default"
-        )
-    if not isinstance(cognition, LanguageModelCognition):
-        with_backend = (
-            f"cannot take effect with cognition.backend={cognition.backend}, which is not a language model with the image in its "
-            "prompt"
-        )
-        if cognition.quantization != "none":
-            yield f"cognition.quantization={cognition.quantization} {with_backend}: remove it, or set cognition.backend=qwen2_ov or qwen_vl"
-        if config.data.max_tokens_per_image:
-            yield f"data.max_tokens_per_image {with_backend}: remove it"
-    if isinstance(cognition, QwenVlCognition) and cognition.min_pixels > cognition.max_pixels:
-        yield (
-            f"cognition.max_pixels: expected at least cognition.min_pixels, got {cognition.min_pixels} to {cognition.max_pixels}"
-        )
+def _without_effect(config: RunConfig) -> Iterator[str]:
+    """Fields that are set although another field disables them."""
+    cognition, schedule, structure = config.cognition, config.training.schedule, config.loopback.structure
+    rules = (
+        (cognition.lora.r == 0, "cognition.lora.r=0", ("cognition.lora.dropout",)),
+        (
+            not isinstance(cognition, LanguageModelCognition),
+            f"cognition.backend={cognition.backend}, which is not a language model with the image in its prompt",
+            ("cognition.quantization", "data.max_tokens_per_image"),
+        ),
+        (
+            structure == "cognition_centric",
+            "loopback.structure=cognition_centric, which has no perception branch",
+            tuple(
+                f"perception.{name}"
+                for name in ("backbone", "freeze_backbone", "activation_checkpointing", "deformable_attention")
+            ),
+        ),
+        (
+            config.criterion.presence_weight == 0,
+            "criterion.presence_weight=0, which does not train the presence head",
+            ("loopback.presence_source",),
+        ),
+        (
+            cognition.tuning == "lora",
+            "cognition.tuning=lora, where the image-text model is frozen",
+            ("training.cognition_learning_rate",),
+        ),
+        (
+            schedule != "epochs",
+            f"training.schedule={schedule}, only with training.schedule=epochs",
+            ("training.decay_epochs", "training.first_epoch_factor"),
+        ),
+    )
+    for is_disabled, reason, names in rules:
+        for name in names if is_disabled else ():
+            *groups, field = name.split(".")
+            section = reduce(getattr, groups, config)
+            if (value := getattr(section, field)) != fields_of(section)[field].default:
+                yield f"{name}={_plain(value)} cannot take effect with {reason}: remove it"
 
 
 def _comparisons(config: RunConfig) -> Iterator[str]:
@@ -94,18 +116,6 @@ def _comparisons(config: RunConfig) -> Iterator[str]:
             f"loopback.form={loopback.form} contradicts loopback.structure={structure}: the forms connect two branches that both see "
             "the image; set one of them to its default"
         )
-    if structure == "cognition_centric":
-        for name in (
-            "backbone",
-            "freeze_backbone",
-            "activation_checkpointing",
-            "deformable_attention",
-        ):
-            if _is_changed(config.perception, name):
-                yield (
-                    f"perception.{name} cannot take effect with loopback.structure=cognition_centric, which has no perception branch: "
-                    "remove it"
-                )
     if structure == "perception_centric":
         if source != "query":
             yield (
@@ -158,14 +168,11 @@ def _presence(config: RunConfig) -> Iterator[str]:
             f"{image_source} cannot take effect with cognition.prompt_order=image_first: image tokens that come first have not "
             "read the phrase, so all phrases of an image get the same answer; set cognition.prompt_order=text_first"
         )
-    if config.criterion.presence_weight == 0:
-        without = "criterion.presence_weight=0, which does not train the presence head"
-        if evaluation.presence != "none":
-            yield (
-                f"evaluation.presence={evaluation.presence} contradicts {without}: set evaluation.presence=none, or a positive weight"
-            )
-        if loopback.presence_source != "query":
-            yield f"loopback.presence_source cannot take effect with {without}: remove it"
+    if config.criterion.presence_weight == 0 and evaluation.presence != "none":
+        yield (
+            f"evaluation.presence={evaluation.presence} contradicts criterion.presence_weight=0, which does not train the presence "
+            "head: set evaluation.presence=none, or a positive weight"
+        )
 
 
 def _optimisation(config: RunConfig) -> Iterator[str]:
@@ -174,20 +181,13 @@ def _optimisation(config: RunConfig) -> Iterator[str]:
         yield f"training.betas: expected two numbers in [0, 1), got {list(training.betas)}"
     if training.max_steps == 0:
         yield "training.max_steps: expected more than 0, or -1 for as many as training.epochs says, got 0"
-    if config.cognition.tuning == "lora" and _is_changed(training, "cognition_learning_rate"):
+    if config.cognition.quantization != "none" and config.cognition.tuning == "full":
         yield (
-            "training.cognition_learning_rate cannot take effect with cognition.tuning=lora, where the image-text model is frozen: "
-            "remove it, or set cognition.tuning=full"
+            f"cognition.quantization={config.cognition.quantization} contradicts cognition.tuning=full: weights in 4 bits cannot "
+            "train; set one of them to its default"
         )
     if training.schedule == "epochs":
         yield from _epochs_schedule(training)
-        return
-    for name in ("decay_epochs", "first_epoch_factor"):
-        if _is_changed(training, name):
-            yield (
-                f"training.{name} cannot take effect with training.schedule={training.schedule}: remove it, or set "
-                "training.schedule=epochs"
-            )
 
 
 def _epochs_schedule(training: TrainingConfig) -> Iterator[str]:
@@ -206,6 +206,5 @@ def _epochs_schedule(training: TrainingConfig) -> Iterator[str]:
         )
 
 
-def _is_changed(section: Any, field: str) -> bool:
-    """Whether a field has another value than its default."""
-    return getattr(section, field) != fields_of(section)[field].default
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value

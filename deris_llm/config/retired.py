@@ -28,7 +28,7 @@ RETIRED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 SWITCHES = (
     "perception.pixel_decoder", "perception.resize", "cognition.resize", "cognition.normalisation", "loopback.text_positions",
-    "loopback.text_padding", "loopback.referring_head", "loopback.presence_head", "loopback.mask_upsampling",
+    "loopback.text_padding", "loopback.referring_head", "loopback.presence_head", "loopback.mask_upsampling"
 )  # fmt: skip
 """Fields that `compat` now sets together; the value that it implies is dropped."""
 

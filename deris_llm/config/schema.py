@@ -46,15 +46,14 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 _MAY_DIFFER = "may_differ_on_resume"
 
 
-def option(default: Any, about: str, *, may_differ: bool = False) -> Any:
-    """Declares a field of a section.
+def option(default: Any, about: str) -> Any:
+    """Declares a field with an immutable default and its meaning, unit and consequence."""
+    return Field(default=default, description=about)
 
-    Args:
-        default: an immutable value.
-        about: meaning, unit and consequence.
-        may_differ: whether the value may change on resume, because it does not change what is learned.
-    """
-    return Field(default=default, description=about, json_schema_extra={_MAY_DIFFER: True} if may_differ else None)
+
+def free_option(default: Any, about: str) -> Any:
+    """Declares a field that may change on resume, because it does not change what is learned."""
+    return Field(default=default, description=about, json_schema_extra={_MAY_DIFFER: True})
 
 
 def section(kind: type, about: str) -> Any:
@@ -79,19 +78,17 @@ class ConversionConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class DataConfig:
-    root: NamedPath = option(
-        "data",
-        "folder that holds images/ and one folder per dataset (refcoco, refcoco+, refcocog, ...)",
-        may_differ=True,
+    root: NamedPath = free_option(
+        "data", "folder that holds images/ and one folder per dataset (refcoco, refcoco+, refcocog, ...)"
     )
     train: tuple[str, ...] = option(("refcoco", "refcoco+", "refcocog_umd"), "datasets whose train splits are mixed")
     eval: tuple[str, ...] = option(
         (
             "refcoco/val", "refcoco/testA", "refcoco/testB",
             "refcoco+/val", "refcoco+/testA", "refcoco+/testB",
-            "refcocog_umd/val", "refcocog_umd/test",
+            "refcocog_umd/val", "refcocog_umd/test"
         ),
-        "splits evaluated at the end of a run, as `dataset/split`; their images are removed from the training mix",
+        "splits evaluated at the end of a run, as `dataset/split`; their images are removed from the training mix"
     )  # fmt: skip
     allow_leakage: Bool = option(
         False,
@@ -105,13 +102,12 @@ class DataConfig:
         "evaluation and prediction; an image whose phrases need more is read several times; together with the images per device "
         "this bounds the memory of a micro-batch; 0 = no limit (qwen2_ov, qwen_vl)",
     )
-    check_images: Literal["first-run", "always", "never"] = option(
+    check_images: Literal["first-run", "always", "never"] = free_option(
         "first-run",
         "when training decodes all of its images before it starts, so that a broken file does not end the run later "
         "(20,000 COCO images: 3 minutes on one core): first-run = while the run has no checkpoint, always, or never",
-        may_differ=True,
     )
-    num_workers: Natural = option(4, "loader processes per rank; 0 loads in the training process", may_differ=True)
+    num_workers: Natural = free_option(4, "loader processes per rank; 0 loads in the training process")
     conversion: ConversionConfig = section(
         ConversionConfig, "non-referent sample conversion: training phrases that become no-target phrases (gRefCOCO)"
     )
@@ -131,16 +127,15 @@ class PerceptionConfig:
         384, "side in px of the square that images are warped to for the perception branch; a multiple of 32"
     )
     freeze_backbone: Bool = option(True, "do not train the backbone; saves its gradients and optimizer state")
-    activation_checkpointing: Bool = option(
-        False, "recompute the pixel decoder in the backward pass: less memory, slower", may_differ=True
+    activation_checkpointing: Bool = free_option(
+        False, "recompute the pixel decoder in the backward pass: less memory, slower"
     )
-    deformable_attention: Literal["grid_sample", "compiled", "hub_kernel"] = option(
+    deformable_attention: Literal["grid_sample", "compiled", "hub_kernel"] = free_option(
         "grid_sample",
         "how the pixel decoder samples on a GPU, with equal results (a CPU always uses bags of rows): grid_sample; compiled = the "
         "same through torch.compile, which takes seconds at the first step; hub_kernel = Deformable DETR's CUDA kernel "
         "kernels-community/deformable-detr, third-party compiled code that is downloaded (needs the package kernels). If the "
         "choice is unavailable or its result differs, grid_sample is used, with a warning",
-        may_differ=True,
     )
 
 
@@ -183,8 +178,8 @@ class CognitionConfig:
         "nf4 (QLoRA): stores the language model's frozen linear layers in 4 bits: a quarter of their memory, slower; needs "
         "bitsandbytes and ZeRO stage 2 or lower (qwen2_ov, qwen_vl)",
     )
-    gradient_checkpointing: Bool = option(
-        True, "recompute the image-text model's layers in the backward pass: less memory, slower", may_differ=True
+    gradient_checkpointing: Bool = free_option(
+        True, "recompute the image-text model's layers in the backward pass: less memory, slower"
     )
 
 
@@ -364,8 +359,8 @@ class TrainingConfig:
     max_steps: Annotated[int, Strict(), Field(ge=-1, lt=LARGEST_INT)] = option(
         -1, "optimizer steps; -1 = as many as `epochs` gives"
     )
-    images_per_device: Count = option(1, "images in a micro-batch of one rank", may_differ=True)
-    accumulation: Count = option(1, "micro-batches per optimizer step", may_differ=True)
+    images_per_device: Count = free_option(1, "images in a micro-batch of one rank")
+    accumulation: Count = free_option(1, "micro-batches per optimizer step")
     optimizer: Literal["adamw", "adam"] = option(
         "adamw", "adam adds weight decay to the gradient instead of to the step"
     )
@@ -393,24 +388,18 @@ class TrainingConfig:
     first_epoch_factor: Positive = option(1.0, "schedule=epochs: factor on the rate in the first epoch")
     max_grad_norm: Positive = option(1.0, "gradients are clipped to this L2 norm")
     precision: Literal["bf16", "fp32"] = option("bf16", "bf16 needs a GPU that supports it; CPU runs use fp32")
-    eval_every: Natural = option(
-        1000, "steps between evaluations on `eval_split`; 0 = only at the end", may_differ=True
-    )
+    eval_every: Natural = free_option(1000, "steps between evaluations on `eval_split`; 0 = only at the end")
     eval_split: str = option(
         "",
         "split whose mIoU (gRefCOCO: cIoU) selects the best checkpoint; empty = the first of `data.eval`, or else val of the "
         "first of `data.train`",
     )
-    eval_max_images: Natural = option(
-        0, "evenly spaced images of `eval_split` used during training; 0 = all", may_differ=True
-    )
-    save_every: Count = option(1000, "steps between checkpoints", may_differ=True)
-    keep_checkpoints: Count = option(
-        2, "newest checkpoints that are kept; the best one is always kept", may_differ=True
-    )
-    log_every: Count = option(10, "steps between log lines", may_differ=True)
+    eval_max_images: Natural = free_option(0, "evenly spaced images of `eval_split` used during training; 0 = all")
+    save_every: Count = free_option(1000, "steps between checkpoints")
+    keep_checkpoints: Count = free_option(2, "newest checkpoints that are kept; the best one is always kept")
+    log_every: Count = free_option(10, "steps between log lines")
     seed: Natural = option(42, "seeds fresh weights, data order and point sampling")
-    wandb: Bool = option(False, "log to Weights & Biases as well (TensorBoard is always on)", may_differ=True)
+    wandb: Bool = free_option(False, "log to Weights & Biases as well (TensorBoard is always on)")
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -433,15 +422,12 @@ class EvaluationConfig:
         "how the presence probability is used in evaluation (paper, Table 6): none (public code's default); multiply = it "
         "multiplies the scores before the threshold; gate = below 0.5 the answer is no-target",
     )
-    images_per_device: Count = option(
-        4, "images in an evaluation batch of one rank, with all their phrases", may_differ=True
-    )
-    max_phrases_per_batch: Count = option(64, "batches with more phrases than this are split", may_differ=True)
-    compare_workers: Natural = option(
+    images_per_device: Count = free_option(4, "images in an evaluation batch of one rank, with all their phrases")
+    max_phrases_per_batch: Count = free_option(64, "batches with more phrases than this are split")
+    compare_workers: Natural = free_option(
         0,
         "processes per rank that compare masks (upsampling, IoU, RLE) while the model continues; 0 compares in the model's "
         "process. They take seconds to start: useful for whole splits with the model on a GPU and idle CPU cores",
-        may_differ=True,
     )
 
 
@@ -449,7 +435,7 @@ class EvaluationConfig:
 class RunConfig:
     """A complete run. The 7B's values are those of the paper: DeRIS (ICCV 2025), section 4.1 and appendix C."""
 
-    name: Text = option("unnamed", "name of the run and of its output folder", may_differ=True)
+    name: Text = free_option("unnamed", "name of the run and of its output folder")
     compat: Compat = option(
         "none",
         "deris-2025: model, loss and preprocessing compute what the public DeRIS code does, which its released weights need "

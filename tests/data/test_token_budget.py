@@ -195,7 +195,7 @@ def test_swapped_phrases_count_as_the_longest_of_all(make_records: Any, config: 
 def test_a_processor_that_does_not_count_is_told(config: RunConfig, make_records: Any, processor: Any) -> None:
     with pytest.raises(ValueError, match="expected a cognition backend whose processor counts tokens"):
         phrase_limits(limited(config, 100), group_by_image(make_records([2])), processor)
-    with pytest.raises(ConfigError, match="max_tokens_per_image cannot take effect with cognition.backend=bert"):
+    with pytest.raises(ConfigError, match="max_tokens_per_image=100 cannot take effect with cognition.backend=bert"):
         tiny_config("cognition.backend=bert", "data.max_tokens_per_image=100")
     with pytest.raises(ConfigError, match="max_tokens_per_image: expected 0 or more, got -1"):
         tiny_config("data.max_tokens_per_image=-1")

@@ -358,7 +358,7 @@ def test_every_trainable_parameter_takes_part(weights: list[str], options: tuple
         ),
         (
             ["loopback.structure=cognition_centric", "perception.freeze_backbone=false"],
-            "perception.freeze_backbone cannot take effect with loopback.structure=cognition_centric",
+            "perception.freeze_backbone=False cannot take effect with loopback.structure=cognition_centric",
         ),
         (["loopback.structure=perception_centric"], "expected text features that have not seen the image"),
         (
@@ -379,7 +379,7 @@ def test_every_trainable_parameter_takes_part(weights: list[str], options: tuple
         ),
         (
             ["criterion.presence_weight=0", "loopback.presence_source=cls"],
-            "loopback.presence_source cannot take effect with criterion.presence_weight=0",
+            "loopback.presence_source=cls cannot take effect with criterion.presence_weight=0",
         ),
         (["criterion.aux_weight=-1"], "criterion.aux_weight: expected 0 or more, got -1"),
         (["loopback.form=both"], "loopback.form: expected one of loopback, p2c, c2p, hierarchical, got 'both'"),
