@@ -258,7 +258,9 @@ def test_unknown_names_and_files():
 
 
 def test_lora_dropout_without_lora_is_a_contradiction():
-    with pytest.raises(ConfigError, match=r"cognition\.lora\.dropout=0\.1 cannot take effect with cognition\.lora\.r=0"):
+    with pytest.raises(
+        ConfigError, match=r"cognition\.lora\.dropout=0\.1 cannot take effect with cognition\.lora\.r=0"
+    ):
         load_config("tiny-refcoco", ["cognition.lora.r=0", "cognition.lora.dropout=0.1"])
 
 

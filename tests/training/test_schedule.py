@@ -130,7 +130,10 @@ EPOCHS = ["training.schedule=epochs", "training.warmup_ratio=0", "training.epoch
         ),
         (["training.warmup_ratio=2"], "training.warmup_ratio: expected a number in [0, 1), got 2"),
         (["training.decay_epochs=[1]"], "training.decay_epochs=[1] cannot take effect with training.schedule=cosine"),
-        (["training.first_epoch_factor=0.5"], "training.first_epoch_factor=0.5 cannot take effect with training.schedule"),
+        (
+            ["training.first_epoch_factor=0.5"],
+            "training.first_epoch_factor=0.5 cannot take effect with training.schedule",
+        ),
         (["training.schedule=epochs"], "training.warmup_ratio=0.03 cannot take effect with training.schedule=epochs"),
         ([*EPOCHS, "training.decay_epochs=[3, 2]"], "training.decay_epochs: expected increasing numbers from 1, got"),
         ([*EPOCHS, "training.decay_epochs=[2, 2]"], "training.decay_epochs: expected increasing numbers from 1, got"),
