@@ -178,11 +178,12 @@ class PreparedSplit(Records):
 
     def record(self, row: int) -> ReferringRecord:
         batch, row_of_batch = self._place(row)
-        return self._record(batch.slice(row_of_batch, 1).to_pylist()[0])
+        fields = batch.slice(row_of_batch, 1).to_pylist()[0]
+        return self._record(fields, self._images.slice(fields["image"], 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator[ReferringRecord]:
         for batch in self._batches:
-            yield from map(self._record, batch.to_pylist())
+            yield from map(self._record, batch.to_pylist(), self._images.take(batch.column("image")).to_pylist())
 
     @property
     def image_ids(self) -> pa.Array:
@@ -211,10 +212,7 @@ class PreparedSplit(Records):
         number = bisect_right(self._ends, index)
         return self._batches[number], index - (int(self._ends[number - 1]) if number else 0)
 
-    def _record(self, row: Mapping[str, Any]) -> ReferringRecord:
-        image = {
-            name: self._images.column(name)[row["image"]].as_py() for name in ("image_id", "file", "height", "width")
-        }
+    def _record(self, row: Mapping[str, Any], image: Mapping[str, Any]) -> ReferringRecord:
         size = [image["height"], image["width"]]
         if image["file"].startswith("/") or ".." in image["file"].split("/"):  # `data prepare` writes no such name
             raise DataError(

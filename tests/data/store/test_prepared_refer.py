@@ -1,6 +1,7 @@
 """Reading REFER's files directly and reading the set prepared of them is the same: records, groups, batches."""
 
 import dataclasses
+import json
 import os
 import pickle
 from pathlib import Path
@@ -19,8 +20,6 @@ from deris_llm.data.dataset import (
 from deris_llm.data.loaders import evaluation_loader, phrase_conversion, train_loader
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.mix import training_mix
-from deris_llm.data.store.prepare import PrepareOptions, prepare
-from deris_llm.data.store.prepared import PreparedSplit
 from deris_llm.data.sources import (
     count_refs,
     images_of_split,
@@ -29,6 +28,8 @@ from deris_llm.data.sources import (
     read_split,
     split_names,
 )
+from deris_llm.data.store.prepare import PrepareOptions, prepare
+from deris_llm.data.store.prepared import PreparedSplit
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
@@ -79,6 +80,34 @@ def test_the_same_records_in_the_same_order(roots: tuple[Path, Path], dataset: s
             assert [lazy[i] for i in range(len(lazy))] == list(lazy)
         for one, two in zip(direct, lazy, strict=True):
             assert all(map(np.array_equal, _masks(one), _masks(two)))
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_records_are_those_of_a_plain_reading_of_the_files(roots: tuple[Path, Path], dataset: str) -> None:
+    """A slow re-write: every sentence of every ref in the order of the file, masks drawn from the polygons of instances.json."""
+    folder = roots[0] / {"refcocog_umd": "refcocog"}.get(dataset, dataset)
+    instances = json.loads((folder / "instances.json").read_text())
+    images = {image["id"]: image for image in instances["images"]}
+    annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+    (refs_file,) = folder.glob("*refs(*")
+    refs = json.loads(refs_file.read_text()) if refs_file.suffix == ".json" else pickle.loads(refs_file.read_bytes())
+    for split in split_names(roots[0], dataset):
+        records = iter(read_split(roots[0], f"{dataset}/{split}"))
+        for ref in refs:
+            for sentence in ref["sentences"] if ref["split"] == split else ():
+                record, image = next(records), images[ref["image_id"]]
+                assert record.phrase_id == f"{dataset}/{split}/{sentence['sent_id']}"
+                assert (record.phrase, record.ref_id) == (sentence["sent"], ref["ref_id"])
+                assert (record.image_id, record.height, record.width) == (
+                    Path(image["file_name"]).stem, image["height"], image["width"],
+                )  # fmt: skip
+                ids = [i for i in (ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]) if i != -1]
+                assert [instance.annotation_id for instance in record.instances] == ids
+                drawn = [
+                    decode_segmentation(annotations[i]["segmentation"], image["height"], image["width"]) for i in ids
+                ]
+                assert all(map(np.array_equal, _masks(record), drawn))
+        assert next(records, None) is None
 
 
 def _config(root: Path, **changes: Any) -> RunConfig:
@@ -179,9 +208,9 @@ def test_nothing_is_put_into_memory(roots: tuple[Path, Path], processor: Any, mo
     built: list[str] = []
     real = PreparedSplit._record
 
-    def counted(self: PreparedSplit, row: Any) -> ReferringRecord:
+    def counted(self: PreparedSplit, row: Any, image: Any) -> ReferringRecord:
         built.append(row["id"])
-        return real(self, row)
+        return real(self, row, image)
 
     monkeypatch.setattr(PreparedSplit, "_record", counted)
     config = _config(roots[1])
