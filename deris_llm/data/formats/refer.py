@@ -6,46 +6,38 @@
     root/refcocog/instances.json, root/refcocog/refs(umd).p and/or refs(google).p
     root/grefcoco/instances.json, root/grefcoco/grefs(unc).json (or .p)
 
-Every image, those of val and test too, is one of COCO's train2014. ``ref["file_name"]`` carries an annotation suffix
-and is not read; the image's name is that of ``instances.json``.
+All images, also those of val and test, belong to COCO's train2014. ``ref["file_name"]`` carries an annotation suffix
+and is not read; the image's name is the one in ``instances.json``.
 
-A ref of gRefCOCO has a list of annotation ids: [-1] says that its phrases name nothing in the image; each of several
-ids is a referent of its own. Crowds (iscrowd=1) beside other referents are no referents, as in gRefCOCO's own API; a record
+A ref of gRefCOCO has a list of annotation ids: [-1] means that its phrases name nothing in the image; each of several
+ids is a referent of its own. Crowds (iscrowd=1) beside other referents are not referents, as in gRefCOCO's own API; a record
 keeps them apart (`ReferringRecord.crowds`), for protocols that take them.
 
-A referent of which no pixel is drawn does not stop a split: its phrase keeps the others, or has an empty truth where there
-are none, as in the public APIs. `split_notes` counts and names such referents and crowds.
+A referent that covers no pixel does not stop a split: its phrase keeps the others, or has an empty truth if there are none, as
+in the public APIs. The split's notes count and name such referents and crowds.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
-from deris_llm.data.errors import DataError, bad_records_error, check_is_split, describe, missing_path_error
+from deris_llm.common.unpickle import load_plain_pickle
+from deris_llm.data.errors import DataError, describe, missing_path_error
 from deris_llm.data.formats.base import (
+    PrepareOptions,
     SourceEntry,
     SourceFault,
     SourceInstance,
-    PrepareOptions,
     SourcePhrase,
     SourceReader,
     is_int64,
 )
 from deris_llm.data.formats.coco import CocoTables, coco_tables
-from deris_llm.data.masks import NoPixelError, visible_rle
-from deris_llm.data.validation import is_text, left_out_notes
-from deris_llm.common.unpickle import load_plain_pickle
-from deris_llm.structures import InstanceAnnotation, ReferringRecord
-
-logger = logging.getLogger(__name__)
 
 DATASETS: Mapping[str, tuple[str, str]] = {
     "refcoco": ("refcoco", "unc"),
@@ -57,7 +49,7 @@ DATASETS: Mapping[str, tuple[str, str]] = {
 """Dataset name -> (folder, who made the splits)."""
 
 GENERALISED_DATASETS = frozenset({"grefcoco"})
-"""Datasets whose phrases may name nothing, or several objects."""
+"""Datasets whose phrases may name nothing or several objects."""
 
 IMAGE_FOLDERS = (
     "images/train2014",
@@ -71,13 +63,12 @@ IMAGE_FOLDERS = (
     "coco/train2014",
     "mscoco/train2014",
 )
-"""Where COCO's train2014 lies below a data root, in the trees that public code asks for; the first that holds something."""
+"""Where COCO's train2014 lies below a data root, in the trees that public code expects; the first that is not empty is read."""
 
 KNOWN_SPLITS = ("train", "val", "testA", "testB", "test")
 """Names of the published sets' splits."""
 
-NO_TARGET_ID = -1
-"""gRefCOCO's annotation id of nothing."""
+_NO_TARGET_ID = -1  # gRefCOCO's annotation id of phrases that name nothing
 
 _REF_KEYS = frozenset({"ref_id", "ann_id", "image_id", "split", "sentences"})
 
@@ -92,7 +83,7 @@ _LAYOUT = """Expected layout below ROOT, which `data.root` names:
 
 
 def in_known_order(splits: Iterable[str]) -> tuple[str, ...]:
-    """Names of splits, train first, then those of the published sets, then others by name."""
+    """Names of splits: train first, then the other published ones, then others by name."""
     return tuple(sorted(splits, key=lambda split: (KNOWN_SPLITS.index(split) if split in KNOWN_SPLITS else 99, split)))
 
 
@@ -113,47 +104,10 @@ def find_image_folder(root: str | Path) -> Path:
     """
     root = Path(root)
     there = [root / folder for folder in IMAGE_FOLDERS if (root / folder).is_dir()]
-    if there:  # one that was made and is still empty is taken if there is no other
+    if there:  # an empty folder is taken only if there is no other
         return next((folder for folder in there if any(folder.iterdir())), there[0])
     places = ", ".join(IMAGE_FOLDERS)
-    raise missing_path_error(
-        root / IMAGE_FOLDERS[0], f"images in {root} (one of {places})", hint=_layout_hint(Path(root))
-    )
-
-
-def _layout_hint(root: Path) -> str:
-    for folder in ("seqtr_type/annotations", "annotations"):
-        if (root / folder).is_dir():
-            return (
-                f"{root / folder}/ looks like SeqTR's layout: `deris-llm data prepare --format seqtr --source {root} --out "
-                f"{root}/NAME` reads it.\n{_LAYOUT}"
-            )
-    return _LAYOUT
-
-
-@dataclass(frozen=True)
-class _Image:
-    file_name: str
-    width: int
-    height: int
-
-    @property
-    def stem(self) -> str:
-        return PurePosixPath(self.file_name).stem
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedDataset:
-    """One dataset's files: the refs by split, and of ``instances.json`` what they point at."""
-
-    splits: dict[str, list[dict[str, Any]]]
-    images: dict[int, _Image]
-    annotations: dict[int, tuple[int, Any]]  # annotation id -> (image id, segmentation)
-    classes: dict[int, int]  # annotation id -> category id
-    class_names: dict[int, str]  # category id -> name
-    class_counts: Counter[tuple[int, int]]  # (image id, category id) -> annotations, referred or not, crowds left out
-    crowds: frozenset[int]  # annotation ids with iscrowd=1
-    repeated: dict[tuple[str, int], str]  # (table, id) of different records -> which; they are in no other field
+    raise missing_path_error(root / IMAGE_FOLDERS[0], f"images in {root} (one of {places})", hint=_layout_hint(root))
 
 
 def dataset_paths(root: Path, dataset: str) -> tuple[Path, Path]:
@@ -173,136 +127,22 @@ def dataset_paths(root: Path, dataset: str) -> tuple[Path, Path]:
     instances = refs.parent / "instances.json"
     for path in (instances, refs):
         if not path.is_file():
-            raise missing_path_error(path, f"dataset {dataset!r}", hint=_layout_hint(Path(root)))
+            raise missing_path_error(path, f"dataset {dataset!r}", hint=_layout_hint(root))
     return refs, instances
 
 
-def load_dataset(root: Path, dataset: str) -> LoadedDataset:
-    """Parses a dataset's files; checks their structure but not yet their records.
-
-    Raises:
-        DataError: a missing or malformed file.
-    """
-    refs_file, instances_file = map(str, dataset_paths(root, dataset))
-    refs = _read_json(refs_file) if refs_file.endswith(".json") else load_plain_pickle(refs_file)
-    if fault := _fault_of_refs(refs):
-        raise DataError(
-            f"{refs_file}: expected a list of refs, each a dict with {', '.join(sorted(_REF_KEYS))}, got {fault}. "
-            "Use the dataset's own file"
-        )
-    tables = coco_tables(_read_json(instances_file))
-    fault = tables if isinstance(tables, str) else _fault_of_tables(tables)
-    if fault is not None or isinstance(tables, str):
-        raise DataError(
-            f"{instances_file}: expected COCO instances with `images` and `annotations`, got {fault}. "
-            "Use the instances.json that comes with REFER's refs"
-        )
-    wanted = {i for ref in refs for i in _plain_ids(ref["ann_id"])}
-    splits: dict[str, list[dict[str, Any]]] = {}
-    for ref in refs:
-        splits.setdefault(ref["split"], []).append(ref)
-    annotations = tables.annotations.values()
-    classed = [a for a in annotations if isinstance(a.get("category_id"), int)]
-    return LoadedDataset(
-        splits=splits,
-        images={
-            # An image is looked up in the images folder only, whatever path a file may name.
-            image["id"]: _Image(
-                PurePosixPath(image.get("file_name") or f"COCO_train2014_{image['id']:012d}.jpg").name,
-                int(image["width"]),
-                int(image["height"]),
-            )
-            for image in tables.images.values()
-        },
-        annotations={a["id"]: (a["image_id"], a.get("segmentation")) for a in annotations if a["id"] in wanted},
-        classes={a["id"]: a["category_id"] for a in classed if a["id"] in wanted},
-        class_names={number: category["name"] for number, category in tables.categories.items()},
-        class_counts=Counter((a["image_id"], a["category_id"]) for a in classed if not a.get("iscrowd")),
-        crowds=frozenset(a["id"] for a in annotations if a["id"] in wanted and a.get("iscrowd")),
-        repeated={(fault.table, fault.id): fault.message for fault in tables.faults if fault.id is not None},
-    )
-
-
-def _fault_of_tables(tables: CocoTables) -> str | None:
-    """What stops a file; an id that is given to different images or annotations spoils only the refs that name it."""
-    spoilt = (fault.message for fault in tables.faults if not fault.is_repeated or fault.table == "categories")
-    return next(spoilt, None)
-
-
-def _read_json(path: str) -> Any:
-    try:
-        return json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}: expected JSON, got {error}. Download the file again") from error
-
-
-def _fault_of_refs(refs: Any) -> str | None:
-    if not isinstance(refs, list) or not refs:
-        return describe(refs)
-    for number, ref in enumerate(refs):
-        if not isinstance(ref, dict):
-            return f"{describe(ref)} as number {number}"
-        if not ref.keys() >= _REF_KEYS:
-            missing = ", ".join(sorted(_REF_KEYS - ref.keys()))
-            return f"number {number} (ref_id {ref.get('ref_id')}) without {missing}: {describe(ref)}"
-        if not isinstance(ref["split"], str) or not _is_id(ref["image_id"]):
+def _layout_hint(root: Path) -> str:
+    for folder in ("seqtr_type/annotations", "annotations"):
+        if (root / folder).is_dir():
             return (
-                f"number {number} (ref_id {ref['ref_id']}) with split {ref['split']!r} and image_id {ref['image_id']!r}"
+                f"{root / folder}/ looks like SeqTR's layout: `deris-llm data prepare --format seqtr --source {root} --out "
+                f"{root}/NAME` reads it.\n{_LAYOUT}"
             )
-        if not isinstance(ref["sentences"], list) or not all(isinstance(each, dict) for each in ref["sentences"]):
-            return f"number {number} (ref_id {ref['ref_id']}) whose sentences are {describe(ref['sentences'])}"
-    return None
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _plain_ids(ann_id: Any) -> list[int]:
-    """The integers of an ann_id, whatever else it holds."""
-    return [i for i in (ann_id if isinstance(ann_id, list) else [ann_id]) if isinstance(i, int)]
-
-
-def annotation_ids_of(ref: Mapping[str, Any], dataset: str) -> tuple[list[int], str | None]:
-    """The annotations of a ref's referents, and what is wrong with its ann_id or None."""
-    ann_id = ref["ann_id"]
-    if dataset not in GENERALISED_DATASETS:
-        fault = None if isinstance(ann_id, int) else f"expected one ann_id, a whole number, got {ann_id!r}"
-        return _plain_ids(ann_id), fault
-    if not isinstance(ann_id, list) or not ann_id or len(_plain_ids(ann_id)) != len(ann_id):
-        return [], f"expected ann_id to be a list of whole numbers, [-1] for no target, got {ann_id!r}"
-    if len(set(ann_id)) != len(ann_id):
-        return [], f"ann_id {ann_id} names an annotation twice"
-    if NO_TARGET_ID in ann_id and len(ann_id) > 1:
-        return [], f"ann_id {ann_id} says both that there is no target ({NO_TARGET_ID}) and which it is"
-    found = [] if ann_id == [NO_TARGET_ID] else ann_id
-    if "no_target" in ref and bool(ref["no_target"]) != (not found):
-        return [], f"no_target is {ref['no_target']!r}, but ann_id is {ann_id}"
-    return found, None
-
-
-def without_crowds(loaded: LoadedDataset, dataset: str, annotation_ids: list[int]) -> tuple[list[int], list[int]]:
-    """The referents among some annotations, and the crowds that gRefCOCO's own API leaves out.
-
-    A phrase that names crowds alone keeps them: the public code cannot open it, so there is no number to agree with.
-    """
-    crowds = [i for i in annotation_ids if i in loaded.crowds] if dataset in GENERALISED_DATASETS else []
-    if len(crowds) == len(annotation_ids):
-        return annotation_ids, []
-    return [i for i in annotation_ids if i not in crowds], crowds
-
-
-def classes_of(loaded: LoadedDataset, image_id: int, annotation_ids: Sequence[int]) -> tuple[str | None, int | None]:
-    """The one class of some referents, and how many other objects of their classes the image has."""
-    classes = {loaded.classes.get(annotation_id, -1) for annotation_id in annotation_ids}
-    if not classes or -1 in classes:
-        return None, None
-    num_same_class = sum(loaded.class_counts[image_id, which] for which in classes) - len(annotation_ids)
-    return loaded.class_names.get(classes.pop()) if len(classes) == 1 else None, max(num_same_class, 0)
+    return _LAYOUT
 
 
 class ReferReader(SourceReader):
-    """The refs of one dataset, in the order of their file. `--source` is the data root.
+    """The refs of one dataset, by split, in the order of their file. `--source` is the data root.
 
     The dataset is the name of the prepared set, or `--mapping dataset=refcocog_umd`.
     """
@@ -313,52 +153,167 @@ class ReferReader(SourceReader):
 
     def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
-        self._dataset = self.mapping["dataset"] or options.out.name
-        self.files = dataset_paths(self.source, self._dataset)
-        self._loaded = load_dataset(self.source, self._dataset)
+        dataset = self.mapping["dataset"] or options.out.name
+        self.files = dataset_paths(self.source, dataset)
+        self.is_generalised = dataset in GENERALISED_DATASETS
+        self._splits: dict[str, list[dict[str, Any]]] = {}
+        for ref in _read_refs(self.files[0]):
+            self._splits.setdefault(ref["split"], []).append(ref)
+        self._tables = _read_instances(self.files[1])
+        self._class_counts = Counter(
+            (annotation["image_id"], annotation["category_id"])
+            for annotation in self._tables.annotations.values()
+            if isinstance(annotation.get("category_id"), int) and not annotation.get("iscrowd")
+        )
         self.image_folder = options.images or find_image_folder(self.source)
-        self.is_generalised = self._dataset in GENERALISED_DATASETS
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
-        for split in in_known_order(self._loaded.splits):
-            for ref in self._loaded.splits[split]:
+        for split in in_known_order(self._splits):
+            for ref in self._splits[split]:
                 yield self._entry(split, ref)
 
-    def _entry(self, split: str, ref: dict) -> SourceEntry | SourceFault:
-        loaded, where = self._loaded, f"ref_id {ref['ref_id']}"
-        image = loaded.images.get(ref["image_id"])
-
-        def fault(message: str) -> SourceFault:
-            named = None if image is None else image.file_name
-            return SourceFault(where, split, "reference", message, max(1, len(ref["sentences"])), named)
-
-        ids, wrong = annotation_ids_of(ref, self._dataset)
-        if wrong is not None:
-            return fault(wrong)
-        if image is None:
-            unknown = f"expected image_id among the images of {self.files[1].name}, got {ref['image_id']}"
-            return fault(loaded.repeated.get(("images", ref["image_id"]), unknown))
-        for annotation_id in ids:
-            found = loaded.annotations.get(annotation_id)
-            if found is None:
-                unknown = f"expected ann_id among the annotations of {self.files[1].name}, got {annotation_id}"
-                return fault(loaded.repeated.get(("annotations", annotation_id), unknown))
-            if found[0] != ref["image_id"]:
-                return fault(
-                    f"expected an annotation of image {ref['image_id']}, got ann_id {annotation_id} of image {found[0]}"
-                )
-        kept, crowds = without_crowds(loaded, self._dataset, ids)
-        category, num_same_class = classes_of(loaded, ref["image_id"], kept)
+    def _entry(self, split: str, ref: dict[str, Any]) -> SourceEntry | SourceFault:
+        where = f"ref_id {ref['ref_id']}"
+        image = self._tables.images.get(ref["image_id"])
+        file = None if image is None else _file_of(image)
+        try:
+            annotations = self._annotations_of(ref)
+        except ValueError as error:
+            return SourceFault(where, split, "reference", str(error), max(1, len(ref["sentences"])), file)
+        assert image is not None, "checked with the annotations"
+        kept, crowds = self._without_crowds(annotations)
+        category, num_same_class = self._classes_of(kept)
         return SourceEntry(
             where=where,
             split=split,
-            image=image.file_name,
+            image=file,
             phrases=tuple(SourcePhrase(s.get("sent_id"), s.get("sent"), s.get("raw")) for s in ref["sentences"]),
-            instances=tuple(SourceInstance(loaded.annotations[i][1], i, is_crowd=i in crowds) for i in (*kept, *crowds)),
-            is_no_target=not ids,
+            instances=(
+                *(SourceInstance(each.get("segmentation"), each["id"]) for each in kept),
+                *(SourceInstance(each.get("segmentation"), each["id"], is_crowd=True) for each in crowds),
+            ),
+            is_no_target=not annotations,
             may_be_empty=True,
-            size_hw=(image.height, image.width),
+            size_hw=(image["height"], image["width"]),
             category=category,
             num_same_class=num_same_class,
             ref_id=ref["ref_id"] if is_int64(ref["ref_id"]) else None,
         )
+
+    def _annotations_of(self, ref: dict[str, Any]) -> list[dict[str, Any]]:
+        """The annotations that a ref names.
+
+        Raises:
+            ValueError: the ref, its image or one of its annotations cannot be used.
+        """
+        ids = _gref_ids(ref) if self.is_generalised else [ref["ann_id"]]
+        if not all(isinstance(each, int) for each in ids):
+            raise ValueError(f"expected one ann_id, a whole number, got {ref['ann_id']!r}")
+        if ref["image_id"] not in self._tables.images:
+            unknown = f"expected image_id among the images of {self.files[1].name}, got {ref['image_id']}"
+            raise ValueError(self._tables.fault_of("images", ref["image_id"]) or unknown)
+        found = []
+        for annotation_id in ids:
+            annotation = self._tables.annotations.get(annotation_id)
+            if annotation is None:
+                unknown = f"expected ann_id among the annotations of {self.files[1].name}, got {annotation_id}"
+                raise ValueError(self._tables.fault_of("annotations", annotation_id) or unknown)
+            if annotation["image_id"] != ref["image_id"]:
+                raise ValueError(
+                    f"expected an annotation of image {ref['image_id']}, got ann_id {annotation_id} of image {annotation['image_id']}"
+                )
+            found.append(annotation)
+        return found
+
+    def _without_crowds(self, annotations: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The referents among some annotations, and the crowds that gRefCOCO's own API leaves out.
+
+        A phrase that names only crowds keeps them: the public code cannot open it, so there is no number to agree with.
+        """
+        crowds = [each for each in annotations if each.get("iscrowd")] if self.is_generalised else []
+        if len(crowds) == len(annotations):
+            return annotations, []
+        return [each for each in annotations if not each.get("iscrowd") or not crowds], crowds
+
+    def _classes_of(self, annotations: list[dict[str, Any]]) -> tuple[str | None, int | None]:
+        """The one class of some referents, and how many other objects of their classes the image has."""
+        if not annotations or not all(isinstance(each.get("category_id"), int) for each in annotations):
+            return None, None
+        classes = {(each["image_id"], each["category_id"]) for each in annotations}
+        num_same_class = max(0, sum(self._class_counts[each] for each in classes) - len(annotations))
+        names = self._tables.categories
+        category = names.get(next(iter(classes))[1], {}).get("name") if len(classes) == 1 else None
+        return category, num_same_class
+
+
+def _file_of(image: dict[str, Any]) -> str:
+    """The file name without folders: images are searched in the image folder only."""
+    return PurePosixPath(image.get("file_name") or f"COCO_train2014_{image['id']:012d}.jpg").name
+
+
+def _gref_ids(ref: dict[str, Any]) -> list[int]:
+    """The annotation ids of a ref of gRefCOCO.
+
+    Raises:
+        ValueError: they are malformed or contradict ``no_target``.
+    """
+    ids = ref["ann_id"]
+    if not isinstance(ids, list) or not ids or not all(isinstance(each, int) for each in ids):
+        raise ValueError(f"expected ann_id to be a list of whole numbers, [-1] for no target, got {ids!r}")
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"expected each annotation once in ann_id, got {ids}")
+    if _NO_TARGET_ID in ids and len(ids) > 1:
+        raise ValueError(f"expected ann_id to name annotations or no target ({_NO_TARGET_ID}), got both: {ids}")
+    found = [] if ids == [_NO_TARGET_ID] else ids
+    if "no_target" in ref and bool(ref["no_target"]) != (not found):
+        raise ValueError(f"expected no_target to agree with ann_id, got {ref['no_target']!r} and {ids}")
+    return found
+
+
+def _read_json(path: Path) -> Any:
+    # Without the check for repeated keys of `base.read_json_file`, which takes seconds for files of hundreds of MB.
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: expected JSON, got {error}. Download the file again") from error
+
+
+def _read_refs(path: Path) -> list[dict[str, Any]]:
+    refs = _read_json(path) if path.suffix == ".json" else load_plain_pickle(path)
+    if fault := _fault_of_refs(refs):
+        raise DataError(
+            f"{path}: expected a list of refs, each a dict with {', '.join(sorted(_REF_KEYS))}, got {fault}. "
+            "Use the dataset's own file"
+        )
+    return refs
+
+
+def _fault_of_refs(refs: Any) -> str | None:
+    if not isinstance(refs, list) or not refs:
+        return describe(refs)
+    for number, ref in enumerate(refs):
+        if not isinstance(ref, dict):
+            return f"{describe(ref)} as number {number}"
+        where = f"number {number} (ref_id {ref.get('ref_id')})"
+        if not ref.keys() >= _REF_KEYS:
+            return f"{where} without {', '.join(sorted(_REF_KEYS - ref.keys()))}: {describe(ref)}"
+        is_id = isinstance(ref["image_id"], int) and not isinstance(ref["image_id"], bool)
+        if not isinstance(ref["split"], str) or not is_id:
+            return f"{where} with split {ref['split']!r} and image_id {ref['image_id']!r}"
+        if not isinstance(ref["sentences"], list) or not all(isinstance(each, dict) for each in ref["sentences"]):
+            return f"{where} whose sentences are {describe(ref['sentences'])}"
+    return None
+
+
+def _read_instances(path: Path) -> CocoTables:
+    tables = coco_tables(_read_json(path))
+    # An id that is given to different images or annotations spoils only the refs that name it.
+    fault = tables if isinstance(tables, str) else next(
+        (each.message for each in tables.faults if not each.is_repeated or each.table == "categories"), None
+    )
+    if fault is not None or isinstance(tables, str):
+        raise DataError(
+            f"{path}: expected COCO instances with `images` and `annotations`, got {fault}. "
+            "Use the instances.json that comes with REFER's refs"
+        )
+    return tables
