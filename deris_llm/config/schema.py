@@ -458,12 +458,10 @@ class RunConfig:
 
     @property
     def ways(self) -> Ways:
-        """How model, loss and preprocessing compute under `compat`."""
-        ways = WAYS[self.compat]
-        reads_queries = (
-            self.loopback.presence_source == "query"
-        )  # only then is there something for a text decoder to read
-        return ways if reads_queries else dataclasses.replace(ways, presence_head="linear")
+        """How model, loss and preprocessing work under `compat`."""
+        if self.loopback.presence_source == "query":
+            return WAYS[self.compat]
+        return dataclasses.replace(WAYS[self.compat], presence_head="linear")  # a text decoder needs queries to read
 
 
 class Option(NamedTuple):
