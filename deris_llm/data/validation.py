@@ -18,7 +18,16 @@ import pyarrow as pa
 from PIL import Image
 
 from deris_llm.data.errors import describe
-from deris_llm.data.formats.base import FaultReason, MaskFile, SourceEntry, SourceInstance, SourcePhrase, is_int64
+from deris_llm.data.formats.base import (
+    BadEntryError,
+    FaultReason,
+    MaskFile,
+    SourceEntry,
+    SourceFault,
+    SourceInstance,
+    SourcePhrase,
+    is_int64,
+)
 from deris_llm.data.images import BROKEN, MAX_PIXELS, ImageError, ImageFacts, ImageFolder, image_facts
 from deris_llm.data.masks import NoPixelError, encode_mask, mask_of_image, segmentation_rle, two_valued_mask, visible_rle
 
@@ -40,22 +49,6 @@ PHRASE_SCHEMA = pa.schema(
 ROWS_PER_BATCH = 1024
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Why an entry, or a phrase of it, cannot be used."""
-
-    order: int  # of the entry in the source
-    where: str
-    split: str
-    reason: FaultReason
-    message: str
-    num_phrases: int = 1
-    image: str | None = None  # as the source names it
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
-
-
 @dataclass(frozen=True, eq=False)
 class LocatedEntry:
     """An entry whose image is there and complete."""
@@ -65,6 +58,11 @@ class LocatedEntry:
     image: int  # row of the table of images
     height: int  # px, as annotated
     width: int
+
+    def fault(self, reason: FaultReason, message: str, num_phrases: int) -> SourceFault:
+        """A fault of this entry."""
+        entry = self.entry
+        return SourceFault(entry.where, entry.split, reason, message, num_phrases, entry.image, self.order)
 
 
 @dataclass(eq=False)
@@ -76,10 +74,10 @@ class ShardResult:
     num_no_target: int = 0
     is_generalised: bool = False  # some phrase has no referent, or several
     num_bad: Counter[str] = field(default_factory=Counter)  # phrases by reason
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[SourceFault] = field(default_factory=list)
     num_lossy_masks: int = 0  # stored as JPEG, thresholded at half
     crowds: list[str] = field(default_factory=list)  # phrases that name crowds beside other referents
-    without_pixel: list[Fault] = field(default_factory=list)  # referents of phrases that are kept
+    without_pixel: list[SourceFault] = field(default_factory=list)  # referents of phrases that are kept
 
 
 def left_out_notes(crowds: Sequence[str], without_pixel: Sequence[str]) -> list[str]:
@@ -122,9 +120,9 @@ def look_at(image_folder: ImageFolder, names: list[str]) -> dict[str, ImageFacts
     return found
 
 
-def write_shard(path: Path, split: str, entries: Sequence[LocatedEntry], image_folder: ImageFolder) -> ShardResult:
+def write_shard(path: Path, entries: Sequence[LocatedEntry], image_folder: ImageFolder) -> ShardResult:
     """Checks entries and writes the usable ones as an Arrow stream, which `datasets.Dataset.from_file` opens too."""
-    shard = _Shard(split, image_folder)
+    shard = _Shard(image_folder)
     for located in entries:
         shard.add(located)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, PHRASE_SCHEMA) as stream:
@@ -133,19 +131,10 @@ def write_shard(path: Path, split: str, entries: Sequence[LocatedEntry], image_f
     return shard.result
 
 
-class _BadEntryError(ValueError):
-    """An entry of which no phrase can be used."""
-
-    def __init__(self, reason: FaultReason, message: str) -> None:
-        super().__init__(message)
-        self.reason: FaultReason = reason
-
-
 class _Shard:
     """Rows of a shard, and what its entries share."""
 
-    def __init__(self, split: str, image_folder: ImageFolder) -> None:
-        self.split = split
+    def __init__(self, image_folder: ImageFolder) -> None:
         self.image_folder = image_folder
         self.rows: list[dict[str, Any]] = []
         self.result = ShardResult()
@@ -157,13 +146,13 @@ class _Shard:
         try:
             _check_claims(entry, (located.height, located.width))
             instances, crowds = self._objects(located)
-        except _BadEntryError as error:
-            self._fault(located, error.reason, str(error), max(1, len(entry.phrases)))
+        except BadEntryError as error:
+            self._add_fault(located.fault(error.reason, str(error), max(1, len(entry.phrases))))
             return
         num_before = len(self.rows)
         for phrase in entry.phrases:
             if (fault := _fault_of_phrase(phrase)) is not None:
-                self._fault(located, *fault, 1)
+                self._add_fault(located.fault(*fault, 1))
                 continue
             self.rows.append(
                 {
@@ -187,19 +176,15 @@ class _Shard:
             result.num_no_target += num_added if entry.is_no_target else 0
             result.is_generalised |= len(instances) + len(crowds) != 1
 
-    def _fault(self, located: LocatedEntry, reason: FaultReason, message: str, num_phrases: int) -> None:
-        self.result.num_bad[reason] += num_phrases
-        self.result.faults.append(self._fault_of(located, reason, message, num_phrases))
-
-    def _fault_of(self, located: LocatedEntry, reason: FaultReason, message: str, num_phrases: int) -> Fault:
-        entry = located.entry
-        return Fault(located.order, entry.where, self.split, reason, message, num_phrases, entry.image)
+    def _add_fault(self, fault: SourceFault) -> None:
+        self.result.num_bad[fault.reason] += fault.num_phrases
+        self.result.faults.append(fault)
 
     def _objects(self, located: LocatedEntry) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """The columns of an entry's referents and crowds.
 
         Raises:
-            _BadEntryError: a mask cannot be used, or an object is named twice.
+            BadEntryError: a mask cannot be used, or an object is named twice.
         """
         entry = located.entry
         instances: list[dict[str, Any]] = []
@@ -213,16 +198,16 @@ class _Shard:
                 named = "" if instance.id is None else f"annotation {instance.id}: "
                 empty.append((instance, f"{where}{named}{error}"))
             except ValueError as error:
-                raise _BadEntryError("mask", f"{where}{error}") from error
+                raise BadEntryError("mask", f"{where}{error}") from error
         if empty and not instances:
             if not entry.may_be_empty:
-                raise _BadEntryError("mask", empty[0][1])
+                raise BadEntryError("mask", empty[0][1])
             height, width = located.height, located.width
             nothing = segmentation_rle({"size": [height, width], "counts": [height * width]}, height, width)
             instances = [{"id": one.id, "counts": nothing["counts"]} for one, _ in empty if not one.is_crowd]
-        self.result.without_pixel += [self._fault_of(located, "mask", message, 0) for _, message in empty]
+        self.result.without_pixel += [located.fault("mask", message, 0) for _, message in empty]
         if len({each["id"] for each in (*instances, *crowds)}) < len(instances) + len(crowds):
-            raise _BadEntryError("target", "expected each object once, got one twice (same id or same mask)")
+            raise BadEntryError("target", "expected each object once, got one twice (same id or same mask)")
         return instances, crowds
 
     def _object(self, instance: SourceInstance, located: LocatedEntry) -> dict[str, Any]:
@@ -297,20 +282,20 @@ def _check_claims(entry: SourceEntry, size_hw: tuple[int, int]) -> None:
     """Checks what an entry says beside its phrases and masks.
 
     Raises:
-        _BadEntryError: it contradicts itself or the image.
+        BadEntryError: it contradicts itself or the image.
     """
     if entry.size_hw is not None and tuple(entry.size_hw) != size_hw:
         height, width = entry.size_hw
-        raise _BadEntryError(
+        raise BadEntryError(
             "size",
             f"expected masks drawn for {entry.image}, {size_hw[1]} x {size_hw[0]} px, got {width!r} x {height!r} px",
         )
     if entry.category is not None and not is_text(entry.category):
-        raise _BadEntryError("structure", f"expected the category's name, got {describe(entry.category)}")
+        raise BadEntryError("structure", f"expected the category's name, got {describe(entry.category)}")
     if entry.is_no_target and entry.instances:
-        raise _BadEntryError("target", f"expected no mask where there is no target, got {len(entry.instances)}")
+        raise BadEntryError("target", f"expected no mask where there is no target, got {len(entry.instances)}")
     if not entry.is_no_target and not entry.instances:
-        raise _BadEntryError("target", "expected a mask, or a statement that there is no target (no_target: true), got neither")
+        raise BadEntryError("target", "expected a mask, or a statement that there is no target (no_target: true), got neither")
 
 
 def _fault_of_phrase(phrase: SourcePhrase) -> tuple[FaultReason, str] | None:

@@ -67,14 +67,26 @@ class SourceEntry:
 
 @dataclass(frozen=True)
 class SourceFault:
-    """An entry that the reader cannot interpret."""
+    """Why an entry, or a phrase of it, cannot be used."""
 
     where: str
     split: Any
     reason: FaultReason
     message: str
     num_phrases: int = 1
-    image: str | None = None  # file name, if the reader knows it
+    image: str | None = None  # file name, if it is known
+    order: int = 0  # of the entry in the source; readers leave it 0
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+class BadEntryError(ValueError):
+    """An entry of which no phrase can be used."""
+
+    def __init__(self, reason: FaultReason, message: str) -> None:
+        super().__init__(message)
+        self.reason: FaultReason = reason
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from deris_llm.data.formats.base import FaultReason, MaskFile, SourceEntry
+from deris_llm.data.formats.base import BadEntryError, MaskFile, SourceEntry
 from deris_llm.data.images import BROKEN, ImageError, ImageFacts, ImageFolder, image_facts
 from deris_llm.data.store.prepared import COCO_STEM, IMAGE_SCHEMA, IMAGES_FILE, file_sha256
 from deris_llm.data.validation import is_text, look_at
@@ -31,14 +31,6 @@ class _Claims:
     mask_file: str | None = None  # name of a mask, whose size tells the orientation if no entry declares a size
 
 
-@dataclass(frozen=True)
-class ImageFault:
-    """Why an image cannot be used."""
-
-    reason: FaultReason
-    message: str
-
-
 class ImageTable:
     """The images of a source.
 
@@ -53,7 +45,7 @@ class ImageTable:
         self.exif: Exif | None = exif
         self.decode = decode
         self.rows: list[dict[str, Any]] = []
-        self.places: dict[str, tuple[int, int, int] | ImageFault] = {}  # file -> row, height and width in px
+        self.places: dict[str, tuple[int, int, int] | BadEntryError] = {}  # file -> row, height and width in px
         self.undecided: list[str] = []  # files whose size does not tell which orientation was annotated
         self._claims: dict[str, _Claims] = {}
 
@@ -73,16 +65,16 @@ class ImageTable:
         """Fills ``rows`` and ``places``."""
         first_of_id: dict[str, tuple[str, int, int]] = {}
         for name, facts in self._facts(pool, on_progress).items():
-            row = self._row(name, facts) if isinstance(facts, ImageFacts) else ImageFault("image", facts)
-            if not isinstance(row, ImageFault):
+            try:
+                row = self._row(name, facts)
                 one = (row["sha256"], row["height"], row["width"])
                 if first_of_id.setdefault(row["image_id"], one) != one:
-                    row = ImageFault(
+                    raise BadEntryError(
                         "reference",
                         f"expected each image_id to be one image in one orientation, got {row['image_id']!r} for {name} and another",
                     )
-            if isinstance(row, ImageFault):
-                self.places[name] = row
+            except BadEntryError as error:
+                self.places[name] = error
                 continue
             self.places[name] = (len(self.rows), row["height"], row["width"])
             self.rows.append(row)
@@ -115,17 +107,19 @@ class ImageTable:
         height, width = self._claims[name].sizes_hw[0]
         return ImageFacts(height, width, orientation=1, sha256="")
 
-    def _row(self, name: str, facts: ImageFacts) -> dict[str, Any] | ImageFault:
+    def _row(self, name: str, facts: ImageFacts | str) -> dict[str, Any]:
+        if isinstance(facts, str):
+            raise BadEntryError("image", facts)
         claims = self._claims[name]
         if len(claims.ids) > 1:
-            return ImageFault("reference", f"expected one image_id of {name}, got {claims.ids[0]!r} and {claims.ids[1]!r}")
+            raise BadEntryError("reference", f"expected one image_id of {name}, got {claims.ids[0]!r} and {claims.ids[1]!r}")
         given_id = claims.ids[0] if claims.ids else None
         is_id = isinstance(given_id, (int, str)) and not isinstance(given_id, bool) and is_text(str(given_id))
         if given_id is not None and not is_id:
-            return ImageFault("structure", f"expected image_id to be a text or number, got {given_id!r}")
+            raise BadEntryError("structure", f"expected image_id to be a text or number, got {given_id!r}")
         sizes_hw = claims.sizes_hw or (self._size_of_mask(claims.mask_file) if facts.is_sideways else [])
         if not sizes_hw and self.exif is None and facts.is_sideways and facts.height != facts.width:
-            return ImageFault(
+            raise BadEntryError(
                 "size",
                 f"image {name}: expected width and height, or --exif displayed or stored for all images, got neither: EXIF turns it "
                 f"by 90 degrees and nothing says for which orientation the masks were drawn, {facts.width} x {facts.height} px as "

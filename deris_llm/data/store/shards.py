@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deris_llm.data.errors import printable
-from deris_llm.data.formats.base import FaultReason, SourceEntry, SourceFault, SourceInstance, is_int64
+from deris_llm.data.formats.base import BadEntryError, SourceEntry, SourceFault, SourceInstance, is_int64
 from deris_llm.data.formats.objects import class_key
 from deris_llm.data.images import ImageFolder
 from deris_llm.data.masks import polygons_in_px
-from deris_llm.data.store.image_table import ImageFault
 from deris_llm.data.store.prepared import file_sha256, map_arrow
-from deris_llm.data.validation import Fault, LocatedEntry, ShardResult, left_out_notes, write_shard
+from deris_llm.data.validation import LocatedEntry, ShardResult, left_out_notes, write_shard
 
 PHRASES_PER_SHARD = 8192
 
@@ -85,7 +84,7 @@ class ShardWriter:
         self,
         folder: Path,
         image_folder: ImageFolder,
-        places: dict[str, tuple[int, int, int] | ImageFault],
+        places: dict[str, tuple[int, int, int] | BadEntryError],
         *,
         key: str,
         is_normalised: bool,
@@ -93,8 +92,8 @@ class ShardWriter:
         divided_split: str | None,
     ) -> None:
         self.splits: dict[str, SplitContent] = {}
-        self.faults: list[Fault] = []
-        self.without_pixel: list[Fault] = []  # referents; their phrases are kept
+        self.faults: list[SourceFault] = []
+        self.without_pixel: list[SourceFault] = []  # referents; their phrases are kept
         self.num_bad: dict[str, Counter[str]] = {}  # split -> phrases by reason
         self.num_lossy_masks = 0
         self._folder = folder
@@ -136,7 +135,7 @@ class ShardWriter:
         def started(split: str) -> _Shard:
             path = self._folder / f"{split}-{numbers[split]:05d}.arrow"
             numbers[split] += 1
-            job = (path, split, pending.pop(split), self._image_folder)
+            job = (path, pending.pop(split), self._image_folder)
             known = _finished_shard(path, self._key)
             if known is None and pool is not None:
                 return _Shard(split, path, sizes.pop(split), pool.submit(write_shard, *job))
@@ -183,37 +182,37 @@ class ShardWriter:
     def _located(self, order: int, entry: SourceEntry | SourceFault) -> LocatedEntry | None:
         """The entry with its image, without phrases whose id occurred before; None if nothing of it can be used."""
         if isinstance(entry, SourceFault):
-            fault = (entry.where, str(entry.split), entry.reason, entry.message, entry.num_phrases, entry.image)
-            self._fault(Fault(order, *fault))
+            self._add_fault(replace(entry, split=str(entry.split), order=order))
             return None
-        place = self._places.get(entry.image) if isinstance(entry.image, str) else None
-        if (fault := self._fault_of(entry, place)) is not None:
-            reason, message = fault
+        try:
+            row, height, width = self._checked_place(entry)
+            located = LocatedEntry(order, self._in_px(entry, height=height, width=width), row, height, width)
+        except ValueError as error:
+            reason = error.reason if isinstance(error, BadEntryError) else "mask"
             named = entry.image if isinstance(entry.image, str) else None
-            self._fault(Fault(order, entry.where, str(entry.split), reason, message, max(1, len(entry.phrases)), named))
+            num_phrases = max(1, len(entry.phrases))
+            self._add_fault(SourceFault(entry.where, str(entry.split), reason, str(error), num_phrases, named, order))
             return None
-        assert isinstance(place, tuple), "checked above"
-        row, height, width = place
-        if self._is_normalised:
-            try:
-                entry = _in_px(entry, height=height, width=width)
-            except ValueError as error:
-                fault = Fault(order, entry.where, entry.split, "mask", str(error), max(1, len(entry.phrases)), entry.image)
-                self._fault(fault)
-                return None
-        entry = self._with_new_phrases(order, entry)
-        return LocatedEntry(order, entry, row, height, width) if entry.phrases else None
+        return self._with_new_phrases(located)
 
-    def _fault_of(self, entry: SourceEntry, place: object) -> tuple[FaultReason, str] | None:
+    def _checked_place(self, entry: SourceEntry) -> tuple[int, int, int]:
+        """Row, height and width of an entry's image.
+
+        Raises:
+            BadEntryError: the entry's split, image, class or annotation ids cannot be used.
+        """
         if not isinstance(entry.split, str) or not NAME.fullmatch(entry.split):
-            return "structure", f"expected the name of a split, letters and digits, got {str(entry.split)[:100]!r}"
+            message = f"expected the name of a split, letters and digits, got {str(entry.split)[:100]!r}"
+            raise BadEntryError("structure", message)
+        place = self._places.get(entry.image) if isinstance(entry.image, str) else None
         if place is None:
-            return "image", f"expected the name of an image, got {entry.image!r}"
-        if isinstance(place, ImageFault):
-            return place.reason, place.message
+            raise BadEntryError("image", f"expected the name of an image, got {entry.image!r}")
+        if isinstance(place, BadEntryError):
+            raise place
         if entry.asks_class and self._classes[asked_class(entry, self._divided_split or entry.split)] > 1:
-            return "target", (
-                f"expected one record of image {entry.image} with all of its objects {entry.phrases[0].text!r}, got several: join them"
+            raise BadEntryError(
+                "target",
+                f"expected one record of image {entry.image} with all of its objects {entry.phrases[0].text!r}, got several: join them",
             )
         for instance in entry.instances:
             if is_int64(instance.id):
@@ -221,22 +220,36 @@ class ShardWriter:
                 image, one, where = self._objects.setdefault(key, (entry.image, instance, entry.where))
                 if image != entry.image or (one.mask is not instance.mask and one.mask != instance.mask):
                     other = f"image {image}" if image != entry.image else "another mask"
-                    return "duplicate id", f"expected annotation id {instance.id} to be one object, got {other} under it in {where}"
-        return None
+                    message = f"expected annotation id {instance.id} to be one object, got {other} under it in {where}"
+                    raise BadEntryError("duplicate id", message)
+        return place
 
-    def _with_new_phrases(self, order: int, entry: SourceEntry) -> SourceEntry:
+    def _in_px(self, entry: SourceEntry, *, height: int, width: int) -> SourceEntry:
+        """The entry with normalised polygons scaled to the image; other masks have no unit."""
+        if not self._is_normalised:
+            return entry
+        scaled = (
+            replace(each, mask=polygons_in_px(each.mask, height, width)) if isinstance(each.mask, list) else each
+            for each in entry.instances
+        )
+        return replace(entry, instances=tuple(scaled))
+
+    def _with_new_phrases(self, located: LocatedEntry) -> LocatedEntry | None:
+        entry = located.entry
         ids = self._phrase_ids.setdefault(entry.split, set())
         kept = []
         for phrase in entry.phrases:
             if str(phrase.id) in ids:
                 message = f"expected each phrase id once in {entry.split}, got {phrase.id!r} again"
-                self._fault(Fault(order, entry.where, entry.split, "duplicate id", message, 1, entry.image))
+                self._add_fault(located.fault("duplicate id", message, 1))
             else:
                 ids.add(str(phrase.id))
                 kept.append(phrase)
-        return entry if len(kept) == len(entry.phrases) else replace(entry, phrases=tuple(kept))
+        if len(kept) == len(entry.phrases):
+            return located if kept else None
+        return replace(located, entry=replace(entry, phrases=tuple(kept))) if kept else None
 
-    def _fault(self, fault: Fault) -> None:
+    def _add_fault(self, fault: SourceFault) -> None:
         self.num_bad.setdefault(printable(fault.split), Counter())[fault.reason] += fault.num_phrases
         self.faults.append(fault)
 
@@ -244,17 +257,6 @@ class ShardWriter:
 def asked_class(entry: SourceEntry, split: str) -> int:
     """Hash of the split, the image and the class that an entry asks for."""
     return hash((split, os.path.normpath(entry.image), class_key(entry.phrases[0].text)))
-
-
-def _in_px(entry: SourceEntry, *, height: int, width: int) -> SourceEntry:
-    """The entry with normalised polygons scaled to the image; other masks have no unit."""
-    return replace(
-        entry,
-        instances=tuple(
-            replace(each, mask=polygons_in_px(each.mask, height, width)) if isinstance(each.mask, list) else each
-            for each in entry.instances
-        ),
-    )
 
 
 def _finished_shard(path: Path, key: str) -> ShardResult | None:
@@ -268,5 +270,5 @@ def _finished_shard(path: Path, key: str) -> ShardResult | None:
         return None
     if content.pop("key", None) != key or content.pop("sha256", None) != file_sha256(path):
         return None
-    faults = {name: [Fault(**fault) for fault in content.pop(name)] for name in ("faults", "without_pixel")}
+    faults = {name: [SourceFault(**fault) for fault in content.pop(name)] for name in ("faults", "without_pixel")}
     return ShardResult(**{**content, "num_bad": Counter(content["num_bad"]), **faults})
