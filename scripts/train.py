@@ -3,7 +3,7 @@
 
 import sys
 
-from deris_llm.training.run import main
+from deris_llm.training.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -35,7 +35,7 @@ from deris_llm.planning.plan import plan_cognition, shape_batch
 from deris_llm.serving.pipeline import DerisPipeline
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringTargets
 from deris_llm.testing import synthetic_images, tiny_beit3, tiny_config, tiny_qwen_vl_weights, tiny_weights
-from deris_llm.training.parameters import build_optimizer
+from deris_llm.training.optimizer import build_optimizer
 
 CONFIGS = (
     "deris-7b-refcoco",

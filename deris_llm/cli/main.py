@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from deris_llm.cli import config, convert, data, evaluate, plan, predict, report, score, train
 from deris_llm.cli.arguments import Parser
-from deris_llm.common.error_file import QUIET, leave_last_words
+from deris_llm.common.error_file import QUIET, write_error_file
 from deris_llm.common.terminal import flush_output, is_reader_gone, print_anything
 from deris_llm.common.version import __version__
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         if QUIET not in os.environ:
             sys.stderr.write(f"error: {kind}{error}\n(`deris-llm --debug ...` shows where)\n")
-        leave_last_words(f"error: {kind}{error}")
+        write_error_file(f"error: {kind}{error}")
         return 2
     except KeyboardInterrupt:
         if QUIET not in os.environ:

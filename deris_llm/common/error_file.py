@@ -1,7 +1,7 @@
-"""Why a rank stops, said where a launcher's own lines do not bury it.
+"""Passes a rank's error message to its launcher, which prints it last.
 
-Below the message of a rank that fails, torchrun and DeepSpeed's launcher print a screenful of their own. torchrun names a
-file for each rank in its environment and ends with what it finds there; `launch.launch` does the same for DeepSpeed's.
+Below the message of a rank that fails, torchrun and DeepSpeed's launcher print a screenful of their own. torchrun sets a file
+for each rank in its environment and prints its content at the end; `training.launch` does the same for DeepSpeed's launcher.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import time
 from pathlib import Path
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it."""
+"""Exit status after Ctrl-C, as in shells."""
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Environment variable of torchrun: JSON of a `message` and a `timestamp` (seconds)."""
+"""torchrun's environment variable: path of a JSON file with a `message` and a `timestamp` (seconds)."""
 
 QUIET = "DERIS_LLM_LAUNCHER_SAYS_WHY"
-"""Environment variable of a rank whose launcher prints its last words, so that the rank does not print them too."""
+"""Environment variable of a rank whose launcher prints its error file, so that the rank does not print the message too."""
 
 
-def leave_last_words(message: str) -> bool:
-    """Keeps why this rank stops for its launcher, where there is one; of ranks with the same file the first one counts.
+def write_error_file(message: str) -> bool:
+    """Writes why this rank stops for its launcher, if there is one. The first of several ranks with the same file wins.
 
     Returns:
-        whether this rank is to print it: it is the first one, or nobody collects.
+        whether this rank should print the message: it is the first one, or no launcher reads it.
     """
     name = os.environ.get(ERROR_FILE)
     if not name:
@@ -40,6 +40,6 @@ def leave_last_words(message: str) -> bool:
     return True
 
 
-def last_words(file: Path) -> str:
-    """What a rank left; empty where none did."""
+def read_error_file(file: Path) -> str:
+    """Returns the message that a rank wrote, or an empty text."""
     return json.loads(file.read_text(encoding="utf-8"))["message"] if file.is_file() else ""

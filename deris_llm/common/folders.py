@@ -1,8 +1,8 @@
-"""Folders that are whole under their final name, whatever is interrupted.
+"""Writes and replaces folders so that an interruption never leaves an incomplete one under its final name.
 
-A folder NAME is written as ``.partial-NAME``, which becomes ``.complete-NAME`` when everything in it is on disk. Where NAME
-exists, it is renamed to ``.replaced-NAME``; then the new folder gets its name and the old one is removed. So at every moment
-a complete copy has a name that `finish_replacements` does not delete but puts back; only ``.partial-`` names are deleted.
+A folder NAME is written as ``.partial-NAME``, which becomes ``.complete-NAME`` when everything in it is on disk. An existing
+NAME is renamed to ``.replaced-NAME``; then the new folder gets its name and the old one is removed. So at any moment there is
+a complete copy that `finish_replacements` restores: it deletes ``.partial-`` folders only.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _PARTIAL, _COMPLETE, _REPLACED = ".partial-", ".complete-", ".replaced-"
 
 
 class FolderError(ValueError):
-    """A folder could not be written; what was there before is untouched."""
+    """A folder could not be written. Existing folders are untouched."""
 
 
 @contextlib.contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A folder to write into; it gets its final name when the block is done, and disappears when the block fails.
+    """Yields a folder to write into. It gets its final name at the end of the block and is removed if the block fails.
 
     Args:
-        folder: final name; a folder of that name is replaced, and stays whole until then.
+        folder: final name; an existing folder is replaced, and stays whole until then.
 
     Raises:
         FolderError: a file could not be written (disk full, no permission, ...).
@@ -54,14 +54,14 @@ def written_aside(folder: Path) -> Iterator[Path]:
         free = shutil.disk_usage(folder.parent).free / 2**20 if folder.parent.is_dir() else 0.0
         kept = f"it is complete in {complete}" if complete.exists() else "nothing of it was kept"
         raise FolderError(
-            f"{folder}: expected to write this folder, got {error} ({free:,.0f} MiB free there); {kept} and "
-            f"earlier folders, checkpoints too, are whole. Make room or choose another place, then start the same command again"
+            f"{folder}: expected to write this folder, got {error} ({free:,.0f} MiB free there); {kept}, and earlier folders and "
+            f"checkpoints are intact. Make room or choose another place, then run the same command again"
         ) from error
     _wait_for_disk(folder.parent)
 
 
 def finish_replacements(parent: Path) -> None:
-    """Ends what was interrupted in a folder: complete folders get their name, incomplete ones are removed."""
+    """Finishes interrupted writes in a folder: complete folders get their names, incomplete ones are removed."""
     for prefix in (_COMPLETE, _REPLACED):
         for path in sorted(parent.glob(f"{prefix}*")):
             logger.warning("%s: finishing a save that was interrupted", path)
@@ -72,7 +72,7 @@ def finish_replacements(parent: Path) -> None:
 
 
 def finish_replacement(folder: Path) -> None:
-    """Gives the complete copy of a folder its name, if it has another one; removes the copy that it replaces."""
+    """Renames the complete copy of a folder to its final name and removes the copy that it replaces."""
     complete, replaced = _named(folder, _COMPLETE), _named(folder, _REPLACED)
     if complete.exists():
         if os.path.lexists(folder):
@@ -89,7 +89,7 @@ def finish_replacement(folder: Path) -> None:
 
 
 def complete_copy(folder: Path) -> Path:
-    """Where a folder's newest complete copy is; its own name, unless its replacement was interrupted."""
+    """Returns where a folder's newest complete copy is: under its own name, unless its replacement was interrupted."""
     if folder.exists():
         return folder
     return next((path for prefix in (_COMPLETE, _REPLACED) if (path := _named(folder, prefix)).exists()), folder)
@@ -106,19 +106,22 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder; an interruption leaves nothing under its name that looks like a complete folder."""
-    _delete(_renamed(folder, _named(folder, _PARTIAL)))
+    """Removes a folder. An interruption leaves no incomplete folder under its name."""
+    partial = _named(folder, _PARTIAL)
+    if os.path.lexists(partial):
+        _delete(partial)
+    _delete(folder.rename(partial))
 
 
 def check_writable(folder: Path, where: str) -> None:
-    """Makes a folder if it is not there, and writes and removes a file in it; for before the work.
+    """Creates a folder if needed and checks, before any slow work, that files can be written to it.
 
     Args:
-        folder: that results will go to.
-        where: what names it, for the message: `--output`.
+        folder: of results.
+        where: the option that names it, for the message.
 
     Raises:
-        FolderError: it cannot be made or written to.
+        FolderError: it cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +135,7 @@ def check_writable(folder: Path, where: str) -> None:
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """A hard link where the file system has them, else a copy; for files that are never changed in place."""
+    """Makes a hard link, or a copy if the file system has none. For files that are never changed in place."""
     try:
         os.link(source, target)
     except OSError:
@@ -144,18 +147,12 @@ def _named(folder: Path, prefix: str) -> Path:
 
 
 def _restore(folder: Path) -> None:
-    """After a failure: the folder as it was, as far as this is possible now; the next start does the rest."""
+    """Restores the previous folder after a failure as far as possible now; the next start does the rest."""
     replaced = _named(folder, _REPLACED)
     with contextlib.suppress(OSError):
         if not os.path.lexists(folder) and replaced.exists():
             replaced.rename(folder)
     shutil.rmtree(_named(folder, _PARTIAL), ignore_errors=True)
-
-
-def _renamed(path: Path, target: Path) -> Path:
-    if os.path.lexists(target):
-        _delete(target)
-    return path.rename(target)
 
 
 def _delete(path: Path) -> None:
@@ -174,11 +171,7 @@ def _wait_for_disk(path: Path) -> None:
 
 
 def check_new_folder(out: Path) -> None:
-    """Refuses to write where something is.
-
-    Raises:
-        ValueError: a file of that name, or a folder that is not empty.
-    """
+    """Raises ValueError if the output folder exists and is not empty, or is a file."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(
             f"--out {out}: expected a new folder, got {'one that is not empty' if out.is_dir() else 'a file'}; "

@@ -1,4 +1,4 @@
-"""What the ranks of a run say to each other. All of it also works in a single process without a process group."""
+"""Collectives between the ranks of a run. All of them also work in a single process without a process group."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ T = TypeVar("T")
 
 
 class OtherRankError(RuntimeError):
-    """Another rank failed, and says why; this one stops because of it."""
+    """Another rank failed and reports why; this rank stops because of it."""
 
 
 def world_size() -> int:
-    """Number of ranks."""
+    """Returns the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's rank, 0..world_size - 1."""
+    """Returns the rank of this process, 0..world_size - 1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -33,14 +33,11 @@ def barrier() -> None:
 
 
 def reduced(value: Tensor, operation: str = "sum") -> Tensor:
-    """All ranks' values, element by element.
+    """Reduces a tensor over all ranks, in place, and returns it.
 
     Args:
-        value: same shape on every rank; changed in place.
+        value: same shape on every rank.
         operation: ``sum`` or ``max``.
-
-    Returns:
-        ``value``, on every rank.
     """
     if world_size() > 1:
         dist.all_reduce(value, op=dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
@@ -48,7 +45,7 @@ def reduced(value: Tensor, operation: str = "sum") -> Tensor:
 
 
 def gathered(value: Any) -> list[Any]:
-    """Every rank's picklable value, by rank, on every rank."""
+    """Returns every rank's value, by rank, on every rank. Values must be picklable."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -57,20 +54,17 @@ def gathered(value: Any) -> list[Any]:
 
 
 def any_rank(flag: Tensor) -> bool:
-    """Whether a boolean scalar is true on at least one rank; one small collective and a wait for the device."""
+    """Returns whether a boolean scalar is true on at least one rank. Costs a small collective and waits for the device."""
     return bool(reduced(flag.to(torch.int32), "max").item())
 
 
 def on_first_rank(action: Callable[[], T]) -> T:
-    """Runs an action on rank 0 alone; its result, or its exception, is that of all ranks.
+    """Runs an action on rank 0 and returns its result, or raises its exception, on every rank.
 
-    No rank goes on as if a file were written that rank 0 failed to write, and none waits for ever.
+    So no rank continues after rank 0 failed to write a file, and none waits forever.
 
     Args:
         action: its result must be picklable.
-
-    Returns:
-        the result, on every rank.
     """
     if world_size() == 1:
         return action()
@@ -78,7 +72,7 @@ def on_first_rank(action: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             outcome[0] = action()
-        except Exception as error:  # noqa: BLE001 - handed to every rank below
+        except Exception as error:  # raised on every rank below
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:

@@ -1,4 +1,4 @@
-"""Progress that a person can read, on a terminal and in a log file."""
+"""Readable training progress, on a terminal and in a log file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressLines(TrainerCallback):
-    """Loss, speed and time left: a bar on a terminal, else a line for every log."""
+    """Shows loss, speed and time left: a bar on a terminal, otherwise a line per log entry."""
 
     def __init__(self, *, enabled: bool) -> None:
         self.console = Console(stderr=True, quiet=not enabled)
@@ -33,15 +33,15 @@ class ProgressLines(TrainerCallback):
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[said]}"),
+                TextColumn("{task.fields[text]}"),
                 TimeElapsedColumn(),
                 console=self.console,
             )
-            self._task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, said="")
+            self._task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, text="")
             self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Moves the bar."""
+        """Advances the bar."""
         if self.bar is not None:
             self.bar.update(self._task, completed=state.global_step)
 
@@ -53,18 +53,18 @@ class ProgressLines(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Says the newest numbers."""
+        """Shows the newest numbers."""
         if not self._enabled or not logs:
             return
         if "loss" in logs:
-            said = (
+            text = (
                 f"loss {logs['loss']:.4f}, gradient norm {logs.get('grad_norm', float('nan')):.3f}, "
                 f"{logs['phrases_per_second']:.1f} phrases/s, {self._time_left(state)} left"
             )
             if self.bar is not None:
-                self.bar.update(self._task, said=said)
+                self.bar.update(self._task, text=text)
             else:
-                logger.info("step %d of %d: %s", state.global_step, state.max_steps, said)
+                logger.info("step %d of %d: %s", state.global_step, state.max_steps, text)
         elif "eval_n_phrases" in logs:
             logger.info(
                 "step %d: %s",
@@ -73,7 +73,7 @@ class ProgressLines(TrainerCallback):
             )
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leaves the bar where it stands."""
+        """Ends the bar."""
         self.stop()
 
     def stop(self) -> None:
@@ -84,7 +84,7 @@ class ProgressLines(TrainerCallback):
 
     @contextlib.contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Takes the bar off the terminal while something else shows its own."""
+        """Hides the bar while an evaluation shows its own."""
         if self.bar is None:
             yield
             return

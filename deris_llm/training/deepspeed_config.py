@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON says ZeRO and nothing else; whatever the run config decides is "auto" there."""
+"""Reads a DeepSpeed JSON, which configures ZeRO only: whatever the run config decides is "auto" there."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ from typing import Any
 from deris_llm.common.strict_files import parse_json, read_text
 from deris_llm.config import RunConfig
 
+DEFAULT_FILE = Path(__file__).parent / "ds_configs" / "zero2.json"
+_KNOWN = ("bf16", "fp16", "zero_optimization", "zero_force_ds_cpu_optimizer", "gradient_clipping", "train_batch_size")
+_OBJECTS = (("bf16",), ("fp16",), ("zero_optimization",), ("zero_optimization", "offload_optimizer"))
+
 
 def read_deepspeed_config(path: Path, config: RunConfig, *, num_ranks: int) -> dict[str, Any]:
-    """Reads a DeepSpeed JSON and compares it with the run config.
-
-    Args:
-        path: a JSON file, e.g. one of ``ds_configs/``.
-        config: the run config, which decides sizes, rates, schedule, clipping and precision.
-        num_ranks: number of processes.
-
-    Returns:
-        its content.
+    """Reads a DeepSpeed JSON and checks that it does not contradict the run config.
 
     Raises:
-        ValueError: no such file, not JSON, or it contradicts the run config; all contradictions at once, naming both.
+        ValueError: no such file, not JSON, or contradictions; lists all of them with both values.
     """
     if not path.is_file():
-        shipped = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) if path.parent.is_dir() else ""
+        folder = path.parent if any(path.parent.glob("*.json")) else DEFAULT_FILE.parent
         raise ValueError(
-            f"--deepspeed {path}: expected a JSON file, found none there{f'; that folder has {shipped}' if shipped else ''}"
+            f"--deepspeed {path}: expected a JSON file, found none there; {folder} has "
+            f"{', '.join(sorted(p.name for p in folder.glob('*.json')))}"
         )
     try:
         content = parse_json(read_text(path))
@@ -48,12 +45,8 @@ def read_deepspeed_config(path: Path, config: RunConfig, *, num_ranks: int) -> d
     return content
 
 
-_KNOWN = ("bf16", "fp16", "zero_optimization", "zero_force_ds_cpu_optimizer", "gradient_clipping", "train_batch_size")
-_OBJECTS = (("bf16",), ("fp16",), ("zero_optimization",), ("zero_optimization", "offload_optimizer"))
-
-
 def _misshapen(content: dict[str, Any]) -> list[str]:
-    """Keys that DeepSpeed would pass over because they are misspelt, and sections that are no objects."""
+    """Lists misspelt keys, which DeepSpeed would ignore, and sections that are not objects."""
     found: list[str] = []
     for key in content.keys() - set(_KNOWN):
         if near := difflib.get_close_matches(key, _KNOWN, n=1, cutoff=0.85):
@@ -68,7 +61,7 @@ def _misshapen(content: dict[str, Any]) -> list[str]:
 
 
 def contradictions(content: dict[str, Any], config: RunConfig, *, num_ranks: int) -> list[str]:
-    """What a DeepSpeed config says that the run config decides otherwise, each naming both."""
+    """Lists where a DeepSpeed config contradicts the run config, with both values."""
     training = config.training
     found = [
         f'"{section}": the run config decides it ({fields}); remove the section from the JSON'

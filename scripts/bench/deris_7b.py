@@ -43,7 +43,7 @@ from deris_llm.models.pretrained import architecture_of
 from deris_llm.planning.efficiency import PEAKS, training_flops
 from deris_llm.planning.plan import GIB, plan_cognition, plan_run, shape_batch
 from deris_llm.structures import ReferringBatch, ReferringTargets
-from deris_llm.training.parameters import build_optimizer
+from deris_llm.training.optimizer import build_optimizer
 
 FORWARD = "forward pass"  # a phase of a step; its parts are told apart
 SETTINGS = (

@@ -21,7 +21,7 @@ from deris_llm.checkpoints.load import checkpoint_config, load_checkpoint
 from deris_llm.checkpoints.same_run import check_same_run
 from deris_llm.checkpoints.save import save_weights
 from deris_llm.cli.main import main
-from deris_llm.common.error_file import ERROR_FILE, last_words, leave_last_words
+from deris_llm.common.error_file import ERROR_FILE, read_error_file, write_error_file
 from deris_llm.config import config_names, load_config
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.evaluation import evaluator
@@ -37,7 +37,7 @@ from deris_llm.models.out_of_memory import (
 )
 from deris_llm.serving.pipeline import DerisPipeline
 from deris_llm.testing import synthetic_images, tiny_config, tiny_weights
-from deris_llm.training import run
+from deris_llm.training.__main__ import main as train_on_this_rank
 
 PROTOCOL = "id: large\nsize: fixed\nfixed_px: 4096\ntruth_resampling: nearest\n"
 ALL_QUERIES = "evaluation.score_threshold=0.001"  # five masks of 64 MB a phrase
@@ -118,7 +118,7 @@ def in_a_child(test: Callable[..., None]) -> Callable[..., None]:
 
 def train(output: Path, *more: str) -> int:
     """As a rank does, without a launcher."""
-    return run.main(["--config", "tiny-refcoco", "--output", str(output), "--set", *more])
+    return train_on_this_rank(["--config", "tiny-refcoco", "--output", str(output), "--set", *more])
 
 
 @ON_CPU
@@ -135,7 +135,7 @@ def test_a_training_step_that_does_not_fit(
     assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate" in told.splitlines()[0]
     assert "  - criterion.num_points (now 4000000000): points at which masks are compared\n" in told
     assert told.splitlines()[-1] == "  - `deris-llm plan` says what each choice needs, before it runs"
-    assert told == last_words(tmp_path / "error.json") + "\n"  # what `deris-llm train` says at the very end
+    assert told == read_error_file(tmp_path / "error.json") + "\n"  # what `deris-llm train` says at the very end
     assert "Traceback" not in said
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
@@ -181,7 +181,7 @@ def test_an_evaluation_that_does_not_fit(
     assert main([*command, "--output", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     told = said[said.index("error: evaluation ran out of memory: expected a batch to fit, got: ") :]
-    assert told == last_words(tmp_path / "error.json") + "\n(`deris-llm --debug ...` shows where)\n"
+    assert told == read_error_file(tmp_path / "error.json") + "\n(`deris-llm --debug ...` shows where)\n"
     assert "data.max_tokens_per_image (now no limit)" in told
     assert not (tmp_path / "out").exists()
 
@@ -258,12 +258,12 @@ def test_a_rank_that_was_killed() -> None:
 
 def test_the_first_rank_to_stop_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "error.json"
-    assert last_words(file) == ""
-    leave_last_words("nobody listens")
+    assert read_error_file(file) == ""
+    write_error_file("nobody listens")
     monkeypatch.setenv(ERROR_FILE, str(file))
-    leave_last_words("rank 1: error: one\ntwo")
-    leave_last_words("rank 0: error: what came of it")
-    assert last_words(file) == "rank 1: error: one\ntwo"
+    write_error_file("rank 1: error: one\ntwo")
+    write_error_file("rank 0: error: what came of it")
+    assert read_error_file(file) == "rank 1: error: one\ntwo"
     assert json.loads(file.read_text())["timestamp"] > 0  # torchrun asks for it
 
 

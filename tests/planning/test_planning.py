@@ -28,7 +28,7 @@ from deris_llm.planning.plan import (
 )
 from deris_llm.structures import ReferringBatch
 from deris_llm.testing import synthetic_batch, tiny_config, tiny_weights
-from deris_llm.training.parameters import build_optimizer
+from deris_llm.training.optimizer import build_optimizer
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from deris_llm.common.ranks import gathered
 from deris_llm.models.deris import Deris, build_model
 from deris_llm.structures import DerisOutput
 from deris_llm.testing import synthetic_batch, tiny_config
-from deris_llm.training.parameters import build_optimizer
-from deris_llm.training.run import join_ranks, leave_ranks
+from deris_llm.training.optimizer import build_optimizer
+from deris_llm.training.start import join_ranks, leave_ranks
 
 NUM_PHRASES = 5
 

@@ -211,7 +211,7 @@ def test_disk_full_is_a_clear_error_and_keeps_what_was_there(copy, config, model
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow beyond this: the disk is "full"
     try:
         with pytest.raises(
-            FolderError, match=r"expected to write this folder, got .*checkpoints too, are whole\. Make room"
+            FolderError, match=r"expected to write this folder, got .*checkpoints are intact\. Make room"
         ):
             save_weights(copy, model, config, {})
         with pytest.raises(FolderError):

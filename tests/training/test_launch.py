@@ -16,12 +16,12 @@ from deris_llm.cli.main import main
 from deris_llm.common.error_file import (
     ERROR_FILE,
     INTERRUPTED,
-    last_words,
-    leave_last_words,
+    read_error_file,
+    write_error_file,
 )
 from deris_llm.config import load_config, save_config
+from deris_llm.training.__main__ import build_parser
 from deris_llm.training.launch import CPU_RANKS, _run, launch, num_ranks, training_command
-from deris_llm.training.run import build_parser
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 LAUNCHERS = ("launch_single_node.sh", "launch_multi_node.sh", "slurm.sbatch")
@@ -32,12 +32,12 @@ def test_the_command_holds_every_option():
         "tiny-refcoco",
         overrides=["training.seed=1", "name=x"],
         output=Path("runs/x"),
-        deepspeed="my.json",
-        resume="never",
-        fast_dev_run=True,
+        deepspeed=Path("my.json"),
+        options=["--resume", "never", "--fast-dev-run"],
         gpus=1,
     )
-    script = next(i for i, word in enumerate(command) if word.endswith("scripts/train.py"))
+    script = command.index("deris_llm.training")  # importable wherever the package is installed
+    assert command[script - 1] == "--module"
     assert command[:2] == ["--num_gpus", "1"]
     assert int(command[command.index("--master_port") + 1]) > 1023
     parsed = build_parser().parse_args(command[script + 1 :])
@@ -157,11 +157,11 @@ def test_launchers_pass_everything_on(tmp_path, name, arguments, environment, ex
 
 def test_of_several_ranks_the_first_one_speaks(tmp_path, monkeypatch):
     monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
-    assert leave_last_words("rank 1: error: no such picture")
-    assert not leave_last_words("rank 0: error: no such picture")
-    assert last_words(tmp_path / "error.json") == "rank 1: error: no such picture"
+    assert write_error_file("rank 1: error: no such picture")
+    assert not write_error_file("rank 0: error: no such picture")
+    assert read_error_file(tmp_path / "error.json") == "rank 1: error: no such picture"
     monkeypatch.delenv(ERROR_FILE)
-    assert leave_last_words("rank 0: error: nobody collects")
+    assert write_error_file("rank 0: error: nobody collects")
 
 
 def test_an_interruption_says_where_the_run_is(tmp_path):
@@ -178,14 +178,14 @@ RANKS = """
 import os, subprocess, sys, time
 if len(sys.argv) > 1:  # a rank
     try:
-        from deris_llm.training.run import _interrupt
+        from deris_llm.training.__main__ import _interrupt
         import signal
         signal.signal(signal.SIGTERM, _interrupt)
         open(sys.argv[1], "w").write(str(os.getpid()))
         time.sleep(60)
     except KeyboardInterrupt:
-        from deris_llm.common.error_file import leave_last_words
-        leave_last_words("interrupted after step 5")
+        from deris_llm.common.error_file import write_error_file
+        write_error_file("interrupted after step 5")
 else:  # a launcher that hands no signal on, as DeepSpeed's runner
     subprocess.run([sys.executable, __file__, os.environ["RANK_IS_UP"]])
 """
@@ -203,7 +203,7 @@ def test_ctrl_c_ends_every_rank_and_keeps_what_the_first_one_says(tmp_path, monk
 
     threading.Thread(target=interrupt, daemon=True).start()
     assert _run([sys.executable, str(tmp_path / "ranks.py")], environment, error_file) == INTERRUPTED == 130
-    assert last_words(error_file) == "interrupted after step 5"
+    assert read_error_file(error_file) == "interrupted after step 5"
     deadline = time.monotonic() + 10
     while (status := Path("/proc", up.read_text(), "stat")).is_file() and status.read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, "the rank goes on"

@@ -24,7 +24,8 @@ from deris_llm.data.mix import training_mix
 from deris_llm.data.sources import read_split
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.training.data_manifest import data_manifest
-from deris_llm.training.run import _check_phrases, train
+from deris_llm.training.inputs import check_phrases
+from deris_llm.training.run import train
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_an_evaluation_that_fails_costs_no_step(world, tmp_path):
     said = str(caught.value)
     assert str(spoiled) in said
     assert "refcoco/val/" in said  # the phrase that needs it
-    assert f"{output / 'checkpoint-4'} has all training up to here" in said
+    assert f"{output / 'checkpoint-4'} holds all training up to here" in said
     assert "Traceback" not in said
     assert (output / "checkpoint-4" / "optimizer.safetensors").is_file()
     saved = (output / "checkpoint-4" / "trainable.safetensors").read_bytes()
@@ -193,7 +194,7 @@ def test_broken_pictures_and_refused_phrases_are_named_before_the_first_step(wor
     content = spoiled.read_bytes()
     spoiled.write_bytes(content[: len(content) // 2])
     with pytest.raises(
-        ValueError, match=r"pictures of refcoco/train \(data.check_images=first-run\): 1 of 8 cannot"
+        ValueError, match=r"images of refcoco/train \(data.check_images=first-run\): 1 of 8 cannot"
     ) as caught:
         train(load_config("tiny-refcoco", overrides), output=output)
     assert f"  - {spoiled} (needed by refcoco/train/" in str(caught.value)
@@ -245,7 +246,7 @@ def test_prepared_sets_keep_which_tokenizer_was_asked(run_overrides, tmp_path):
         assert config.training.eval_split == f"{name}/val"  # the first of data.eval
         mix = training_mix(config.data)
         inputs = {"train": mix.records, "val": read_split(config.data.root, f"{name}/val")}
-        _check_phrases(config, Checker(tmp_path / "asked", tokenizer), inputs, data_manifest(config.data, mix))
+        check_phrases(config, Checker(tmp_path / "asked", tokenizer), inputs, data_manifest(config.data, mix))
 
     prepare("good", "blue cup")
     check("good", "A")

@@ -6,8 +6,7 @@ import torch
 from deris_llm.config import ConfigError, config_names, load_config
 from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_config
-from deris_llm.training.parameters import build_optimizer
-from deris_llm.training.schedule import by_epochs, epoch_factor
+from deris_llm.training.optimizer import build_optimizer, by_epochs, epoch_factor
 from deris_llm.training.trainer import training_arguments
 
 

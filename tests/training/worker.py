@@ -12,7 +12,8 @@ from pathlib import Path
 
 from deris_llm.common.ranks import barrier, rank
 from deris_llm.config import load_config
-from deris_llm.training.run import join_ranks, leave_ranks, train
+from deris_llm.training.run import train
+from deris_llm.training.start import join_ranks, leave_ranks
 
 
 def main() -> None:

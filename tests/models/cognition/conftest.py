@@ -17,7 +17,7 @@ from deris_llm.models.postprocess import answer_masks
 from deris_llm.models.preprocess import perception_pixels
 from deris_llm.structures import ReferringBatch, ReferringTargets
 from deris_llm.testing import tiny_config, tiny_weights
-from deris_llm.training.parameters import build_optimizer
+from deris_llm.training.optimizer import build_optimizer
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "yellow": (230, 220, 40)}
 

@@ -3,7 +3,7 @@ import torch
 
 from deris_llm.models.deris import build_model
 from deris_llm.testing import tiny_config
-from deris_llm.training.parameters import RateRule, build_optimizer, decaying_names, group_names, parameter_groups
+from deris_llm.training.optimizer import RateRule, build_optimizer, decaying_names, group_names, parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_mask_head_and_attention_projections_decay(model):
 
 
 def test_a_glob_that_matches_nothing_is_an_error(model):
-    with pytest.raises(ValueError, match=r"no trainable parameter is called 'perception\.backbon\.\*'"):
+    with pytest.raises(ValueError, match=r"no trainable parameter matches 'perception\.backbon\.\*'"):
         group_names(model, (RateRule("backbone", ("perception.backbon.*",), 1.0),))
 
 
