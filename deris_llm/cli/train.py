@@ -41,28 +41,24 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_data_names(config)
     protocols_of(config)
-    from deris_llm.training.launch import (  # imports torch, which the checks above do not need
-        launch,
-        num_ranks,
-        source_root,
-    )
-    from deris_llm.training.run import check_start
+    # These import torch, which the checks above do not need.
+    from deris_llm.training.deepspeed_config import DEFAULT_FILE
+    from deris_llm.training.launch import launch, num_ranks, training_command
+    from deris_llm.training.start import check_start
 
+    output, resume = arguments.output or Path("runs") / config.name, arguments.resume or "auto"
+    deepspeed, ranks = Path(arguments.deepspeed or DEFAULT_FILE), num_ranks(arguments.gpus)
     check_start(
         config,
-        output=arguments.output or Path("runs") / config.name,
-        deepspeed=Path(arguments.deepspeed or source_root() / "ds_configs" / "zero2.json"),
-        resume=arguments.resume or "auto",
+        output=output,
+        deepspeed=deepspeed,
+        resume=resume,
         fast_dev_run=arguments.fast_dev_run,
-        num_ranks=num_ranks(arguments.gpus),
+        num_ranks=ranks,
     )
-    return launch(
-        arguments.config,
-        overrides=arguments.set,
-        output=arguments.output,
-        deepspeed=arguments.deepspeed,
-        resume=arguments.resume,
-        fast_dev_run=arguments.fast_dev_run,
-        allow_other_data=arguments.allow_other_data,
-        gpus=arguments.gpus,
+    options = ["--resume", resume]
+    options += ["--fast-dev-run"] * arguments.fast_dev_run + ["--allow-other-data"] * arguments.allow_other_data
+    command = training_command(
+        arguments.config, output=output, ranks=ranks, overrides=arguments.set, deepspeed=deepspeed, options=options
     )
+    return launch(command, config, output=output, ranks=ranks)

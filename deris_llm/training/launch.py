@@ -19,7 +19,7 @@ import torch
 
 from deris_llm.checkpoints.layout import interrupted_message
 from deris_llm.common.error_file import ERROR_FILE, INTERRUPTED, read_error_file
-from deris_llm.config import load_config
+from deris_llm.config import RunConfig
 from deris_llm.models.out_of_memory import killed_message
 from deris_llm.training.deepspeed_config import DEFAULT_FILE
 
@@ -30,34 +30,18 @@ _KILLED = 256 - signal.SIGKILL  # exit status of DeepSpeed's launcher if a rank 
 _SECONDS_TO_END = 10.0  # for interrupted ranks
 
 
-def launch(
-    config: str,
-    *,
-    overrides: Sequence[str] = (),
-    output: Path | None = None,
-    deepspeed: Path = DEFAULT_FILE,
-    options: Sequence[str] = (),
-    gpus: int | None = None,
-) -> int:
-    """Runs ``python -m deris_llm.training`` on every rank and waits. The reason for a failure is printed last.
+def launch(command: Sequence[str], config: RunConfig, *, output: Path, ranks: int) -> int:
+    """Runs DeepSpeed's launcher and waits. The reason for a failure is printed last.
 
     Args:
-        config: name or file of a run config.
-        overrides: ``section.field=value`` each.
-        output: run folder; None = ``runs/NAME``.
-        deepspeed: a DeepSpeed JSON.
-        options: further options of a rank, such as ``--resume never``.
-        gpus: number of ranks; None = every GPU, and without a GPU `CPU_RANKS`.
+        command: from `training_command`.
+        config: of the run; the last three arguments are for messages.
+        output: run folder.
+        ranks: their number.
 
     Returns:
         the launcher's exit status; `INTERRUPTED` after SIGINT or SIGTERM.
-
-    Raises:
-        ValueError: there are fewer GPUs.
     """
-    command = training_command(
-        config, overrides=overrides, output=output, deepspeed=deepspeed, options=options, gpus=gpus
-    )
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", "1")
     logger.info(
@@ -69,9 +53,9 @@ def launch(
         status = _run([sys.executable, "-m", "deepspeed.launcher.runner", *command], environment, error_file)
         message = read_error_file(error_file)
     if status == INTERRUPTED and not message:
-        message = interrupted_message(output or Path("runs") / load_config(config, overrides).name)
+        message = interrupted_message(output)
     if status == _KILLED and not message:
-        message = killed_message(load_config(config, overrides), ranks=num_ranks(gpus))
+        message = killed_message(config, ranks=ranks)
     if status and message:
         sys.stderr.write(f"\n{message}\n")
     return status
@@ -110,21 +94,26 @@ def _run(command: Sequence[str], environment: dict[str, str], error_file: Path) 
 def training_command(
     config: str,
     *,
+    output: Path,
+    ranks: int,
     overrides: Sequence[str] = (),
-    output: Path | None = None,
     deepspeed: Path = DEFAULT_FILE,
     options: Sequence[str] = (),
-    gpus: int | None = None,
 ) -> list[str]:
-    """Returns the arguments of ``deepspeed`` for `launch`."""
+    """Returns the arguments of ``deepspeed`` that start ``python -m deris_llm.training`` on every rank.
+
+    Args:
+        config: name or file of a run config.
+        output: run folder.
+        ranks: their number, from `num_ranks`.
+        overrides: ``section.field=value`` each.
+        deepspeed: a DeepSpeed JSON.
+        options: further options of a rank, such as ``--resume never``.
+    """
     # A module, not scripts/train.py: an installed package has no scripts/.
-    command = ["--num_gpus", str(num_ranks(gpus)), "--master_port", str(free_port()), "--module", "deris_llm.training"]
-    command += ["--config", config, "--deepspeed", str(deepspeed)]
-    if overrides:
-        command += ["--set", *overrides]
-    if output is not None:
-        command += ["--output", str(output)]
-    return [*command, *options]
+    command = ["--num_gpus", str(ranks), "--master_port", str(free_port()), "--module", "deris_llm.training"]
+    command += ["--config", config, "--deepspeed", str(deepspeed), "--output", str(output), *options]
+    return [*command, *(("--set", *overrides) if overrides else ())]
 
 
 def num_ranks(gpus: int | None = None) -> int:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -139,9 +139,11 @@ def train(
 
     progress = ProgressLines(enabled=rank() == 0)
 
+    evaluate_model = _Evaluation(config, records, processor, arguments.device)
+
     def evaluation(model: nn.Module) -> dict[str, float]:
         with progress.set_aside(), _names_saved_checkpoint(config, output):
-            return _evaluated(model, config, records, processor, arguments.device)
+            return evaluate_model(model)
 
     tensorboard = TensorBoardCallback()
     tensorboard.logging_dir = str(output / "tensorboard")
@@ -168,7 +170,7 @@ def train(
     if fast_dev_run:
         saved = trainable_tensors(model)
         del trainer, model
-        metrics = _reloaded(newest, config, records, processor, arguments.device, saved)
+        metrics = _reloaded(newest, evaluate_model, saved)
         result = dataclasses.replace(result, metrics=metrics)
     barrier()
     return result
@@ -241,23 +243,19 @@ def _evaluation_records(config: RunConfig) -> Sequence[ReferringRecord]:
     return some_images(records, config.training.eval_max_images)
 
 
-def _evaluated(
-    model: nn.Module,
-    config: RunConfig,
-    records: Sequence[ReferringRecord],
-    processor: CognitionProcessor,
-    device: torch.device,
-) -> dict[str, float]:
-    result = evaluate(
-        model,
-        config,
-        records,
-        processor,
-        device=device,
-        title=config.training.eval_split,
-    )
-    numbers = next(iter(result.numbers.values()))  # of the first protocol
-    return {name: value for name, value in numbers.items() if value is not None}  # None: undefined for this split
+class _Evaluation(NamedTuple):
+    """Evaluates a model on `eval_split`, on every rank; metrics of the first protocol by name."""
+
+    config: RunConfig
+    records: Sequence[ReferringRecord]
+    processor: CognitionProcessor
+    device: torch.device
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        title = self.config.training.eval_split
+        result = evaluate(model, *self[:3], device=self.device, title=title)
+        numbers = next(iter(result.numbers.values()))
+        return {name: value for name, value in numbers.items() if value is not None}  # None: undefined for this split
 
 
 @contextlib.contextmanager
@@ -291,24 +289,17 @@ def _dev_config(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, training=short, data=data)
 
 
-def _reloaded(
-    folder: Path,
-    config: RunConfig,
-    records: Sequence[ReferringRecord],
-    processor: CognitionProcessor,
-    device: torch.device,
-    saved: dict[str, torch.Tensor],
-) -> dict[str, float]:
+def _reloaded(folder: Path, evaluation: _Evaluation, saved: dict[str, torch.Tensor]) -> dict[str, float]:
     """Reads the checkpoint as a user would, compares its tensors with ``saved``, and evaluates it."""
     unset_hf_deepspeed_config()  # otherwise transformers would partition this model too
-    _, model = load_checkpoint(folder, device, allow_module=True)  # of this user's own run
+    _, model = load_checkpoint(folder, evaluation.device, allow_module=True)  # of this user's own run
     if saved:  # rank 0
         loaded = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
         differ = [
             name for name, tensor in saved.items() if not torch.equal(tensor.to(loaded[name].dtype), loaded[name])
         ]
         assert not differ, f"{folder}: tensors differ after reloading: {differ[:10]}"
-    metrics = _evaluated(model, config, records, processor, device)
+    metrics = evaluation(model)
     logger.info(
         "fast dev run: load, 2 steps, save, reload and evaluate work; %d phrases evaluated", metrics["n_phrases"]
     )

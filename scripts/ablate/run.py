@@ -375,7 +375,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _trained(config: RunConfig, folder: Path, *, gpus: int | None) -> dict[str, Any]:
     """Trains to the end, going on from what is there; the Trainer's state of the last step."""
-    from deris_llm.training.launch import launch
+    from deris_llm.training.launch import launch, num_ranks, training_command
 
     state = _final_state(folder)
     if state is not None:
@@ -383,7 +383,9 @@ def _trained(config: RunConfig, folder: Path, *, gpus: int | None) -> dict[str, 
         return state
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / CONFIG_FILE)
-    status = launch(str(folder / CONFIG_FILE), output=folder, gpus=gpus)
+    ranks = num_ranks(gpus)
+    command = training_command(str(folder / CONFIG_FILE), output=folder, ranks=ranks)
+    status = launch(command, config, output=folder, ranks=ranks)
     state = _final_state(folder)
     if status != 0 or state is None:
         raise AblationError(

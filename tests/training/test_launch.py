@@ -34,7 +34,7 @@ def test_the_command_holds_every_option():
         output=Path("runs/x"),
         deepspeed=Path("my.json"),
         options=["--resume", "never", "--fast-dev-run"],
-        gpus=1,
+        ranks=1,
     )
     script = command.index("deris_llm.training")  # importable wherever the package is installed
     assert command[script - 1] == "--module"
@@ -46,7 +46,7 @@ def test_the_command_holds_every_option():
 
 
 def test_zero2_is_the_default():
-    command = training_command("tiny-refcoco")
+    command = training_command("tiny-refcoco", output=Path("runs/x"), ranks=2)
     assert Path(command[command.index("--deepspeed") + 1]).is_file()
     assert command[command.index("--deepspeed") + 1].endswith("ds_configs/zero2.json")
 
@@ -72,7 +72,8 @@ def test_no_ranks_are_refused():
 
 @pytest.mark.slow
 def test_the_exit_status_is_that_of_the_ranks(tmp_path, capfd):
-    assert launch("tiny-refcocoo", output=tmp_path, gpus=1) != 0
+    command = training_command("tiny-refcocoo", output=tmp_path, ranks=1)
+    assert launch(command, load_config("tiny-refcoco"), output=tmp_path, ranks=1) != 0
     said = capfd.readouterr().err
     assert "rank 0: error: tiny-refcocoo: 1 problem in the run config" in said
     assert "did you mean 'tiny-refcoco'?" in said
