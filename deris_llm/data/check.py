@@ -1,4 +1,4 @@
-"""Counts of a data folder beside the published ones."""
+"""Compares the counts of a data folder with the published ones."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ def known_num_images(split: str) -> int:
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """What a split holds, or why it cannot be read."""
+    """The counts of a split, or why it cannot be read."""
 
     name: str  # dataset/split
     num_refs: int
     num_phrases: int
     num_images: int
     num_images_in_train: int  # of its own dataset's train split; 0 for train itself
-    num_no_target: int = 0  # phrases that name nothing
+    num_no_target: int = 0  # phrases without a target
     problem: str | None = None
-    notes: tuple[str, ...] = ()  # what must be read with the split's numbers
-    source: str = ""  # the file that these counts come from, with size and hash
+    notes: tuple[str, ...] = ()  # what a reader of the split's numbers must know
+    source: str = ""  # the file that was counted, with size and hash
 
     @property
     def known(self) -> tuple[int, int, int] | None:
@@ -82,21 +82,21 @@ class SplitCounts:
 
     @property
     def is_as_published(self) -> bool:
-        """All that is known of the published split is so here."""
+        """Whether all known counts of the published split are met."""
         if self.known_phrases is not None:
             return self.known_phrases == (self.num_phrases, self.num_no_target)
         return self.known == (self.num_refs, self.num_phrases, self.num_images)
 
 
 def check_data(root: str | Path, datasets: Sequence[str] | None = None) -> list[SplitCounts]:
-    """Reads and checks every split below ``root``; of a prepared set, which was checked when it was made, the files.
+    """Reads and checks every split below ``root``. Prepared sets were checked when they were made; only files are hashed.
 
     Args:
         root: the data folder.
-        datasets: dataset names; None takes all that are there.
+        datasets: dataset names; None = all that exist.
 
     Raises:
-        DataError: no pictures or no dataset at all, or a dataset asked for that is missing.
+        DataError: no images or no dataset at all, or a named dataset is missing.
     """
     check_root(root)
     there = dict.fromkeys(
@@ -146,13 +146,13 @@ def check_data(root: str | Path, datasets: Sequence[str] | None = None) -> list[
 
 
 def differences(counts: Sequence[SplitCounts]) -> list[str]:
-    """For each source whose counts are not the published ones: which splits, which file, and what to do."""
+    """Returns a message for each source with other counts than the published ones: splits, file, and what to do."""
     by_source: dict[str, list[SplitCounts]] = {}
     for split in counts:
         if split.problem is None and (split.known or split.known_phrases) and not split.is_as_published:
             by_source.setdefault(split.source, []).append(split)
     return [
-        f"{', '.join(split.name for split in splits)}: expected the published counts, got others out of {source}. "
+        f"{', '.join(split.name for split in splits)}: expected the published counts, got others from {source}. "
         f"If you meant the published dataset, download {_publisher(splits[0].name)}"
         for source, splits in by_source.items()
     ]

@@ -1,6 +1,6 @@
-"""The training mix: train splits of several datasets over the same pictures, without any evaluation picture.
+"""The training mix: train splits of several datasets over the same images, without any evaluation image.
 
-RefCOCO, RefCOCO+ and RefCOCOg drew their splits independently: a picture of RefCOCO's val is one of RefCOCOg's train.
+RefCOCO, RefCOCO+ and RefCOCOg drew their splits independently: an image of RefCOCO's val may be in RefCOCOg's train.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DatasetShare:
-    """What one dataset gives to the mix, and what had to leave."""
+    """What one dataset contributes to the mix, and what was removed from it."""
 
     dataset: str
     num_phrases: int
@@ -62,7 +62,7 @@ class MixReport:
 
 @dataclass(frozen=True, eq=False)
 class TrainingMix:
-    """The phrases to train on, dataset after dataset, and how they came about."""
+    """The phrases to train on, dataset after dataset, and their counts."""
 
     records: RecordView
     report: MixReport
@@ -71,36 +71,19 @@ class TrainingMix:
 def training_mix(config: DataConfig) -> TrainingMix:
     """Reads the train splits of ``config.train`` and removes the images of every evaluation split.
 
-    Evaluation splits are all splits but train of every mixed dataset, and those of ``config.eval``. A picture is the same
-    if its id is (COCO's file names; `deris_llm.data.store.prepared`), or, among prepared sets, its file's
-    content, unless COCO's names tell two apart.
+    Evaluation splits are all splits but train of every mixed dataset, and those of ``config.eval``. Two images are the
+    same if their ids are equal (COCO's file names) or, in prepared sets, if the content of their files is equal and
+    COCO's names do not tell them apart.
 
     Raises:
         DataError: unusable files or records, or nothing is left to train on.
     """
-    others = [
-        f"{dataset}/{split}"
-        for dataset in config.train
-        for split in split_names(config.root, dataset)
-        if split != "train"
-    ]
-    for name in config.eval:
-        dataset, _, split = name.partition("/")
-        if split not in split_names(config.root, dataset):
-            raise DataError(
-                f"data.eval: {name!r} does not exist; {dataset} has {', '.join(split_names(config.root, dataset))}"
-            )
-    eval_splits = tuple(dict.fromkeys([*others, *config.eval]))
-    eval_images = {
-        image for name in eval_splits if not name.endswith("/train") for image in images_of_split(config.root, name)
-    }
-
-    eval_hashes = {
-        digest: image_id
-        for name in eval_splits
-        if not name.endswith("/train")
-        for digest, image_id in image_hashes_of_split(config.root, name).items()
-    }
+    eval_splits = _evaluation_splits(config)
+    evaluated_splits = [name for name in eval_splits if not name.endswith("/train")]
+    eval_images = set().union(*(images_of_split(config.root, name) for name in evaluated_splits))
+    eval_hashes: dict[str, str] = {}
+    for name in evaluated_splits:
+        eval_hashes |= image_hashes_of_split(config.root, name)
     parts = [read_split(config.root, f"{name}/train", phrase_field=config.phrase_field) for name in config.train]
     found = [part.image_numbers() for part in parts]
     of_eval = [
@@ -145,12 +128,21 @@ def training_mix(config: DataConfig) -> TrainingMix:
     return TrainingMix(RecordView(parts, chosen), report)
 
 
+def _evaluation_splits(config: DataConfig) -> tuple[str, ...]:
+    names = [f"{dataset}/{split}" for dataset in config.train for split in split_names(config.root, dataset)]
+    for name in config.eval:
+        dataset, _, split = name.partition("/")
+        if split not in (existing := split_names(config.root, dataset)):
+            raise DataError(f"data.eval: {name!r} does not exist; {dataset} has {', '.join(existing)}")
+    return tuple(dict.fromkeys([*(name for name in names if not name.endswith("/train")), *config.eval]))
+
+
 def _is_of_evaluation(
     records: PreparedSplit, ids: pa.Array, eval_images: set[str], eval_hashes: Mapping[str, str]
 ) -> np.ndarray:
-    """Which pictures some evaluation split has too, by id or, among prepared sets, by content; bool, per id.
+    """Returns for each image id whether an evaluation split has the same image, by id or by content.
 
-    Two pictures that both have COCO's names are told apart by these, as all published splits are.
+    Two images that both have COCO names are compared by name only, as in all published splits.
     """
     names = ids.to_pylist()
     found = np.fromiter((image_id in eval_images for image_id in names), bool, len(names))
@@ -163,18 +155,21 @@ def _is_of_evaluation(
 
 
 def leakage_notice(config: RunConfig, splits: Sequence[str] = ()) -> str | None:
-    """What every number of a run must be printed with when its model may have seen evaluation pictures; None if not.
+    """Returns the warning to print with every number of a run that may have been trained on evaluation images.
 
-    Says nothing about what the weights had seen before this run.
+    What the base weights were trained on is not considered.
 
     Args:
-        config: of the training run (a checkpoint's own).
-        splits: ``dataset/split`` that are evaluated; those of REFER's datasets, which all draw on the same pictures,
-            are compared with the splits that left the training mix.
+        config: of the training run, as its checkpoint records it.
+        splits: the evaluated ``dataset/split``; those of REFER's datasets, which share their images, are compared with
+            the splits that were removed from the training mix.
+
+    Returns:
+        None if there is nothing to warn of.
     """
     if config.data.allow_leakage:
         return (
-            "LEAKAGE (data.allow_leakage=true): trained on pictures of evaluation splits; "
+            "LEAKAGE (data.allow_leakage=true): trained on images of evaluation splits; "
             "these numbers are not comparable with anybody's"
         )
     mixed = set(config.data.train) & DATASETS.keys()
@@ -186,6 +181,6 @@ def leakage_notice(config: RunConfig, splits: Sequence[str] = ()) -> str | None:
     if not apart:
         return None
     return (
-        f"POSSIBLE LEAKAGE: pictures of {', '.join(apart)} did not leave the training mix ({', '.join(sorted(mixed))}), "
-        "whose datasets draw on the same pictures; name these splits in data.eval before training"
+        f"POSSIBLE LEAKAGE: images of {', '.join(apart)} were not removed from the training mix ({', '.join(sorted(mixed))}), "
+        "whose datasets share these images; name these splits in data.eval before training"
     )

@@ -1,15 +1,15 @@
-"""Non-referent sample conversion: some phrases with a target are swapped for a phrase of another picture.
+"""Non-referent sample conversion (NSC): replaces some phrases with a target by a phrase of another image.
 
-gRefCOCO has few phrases that name nothing (9 % in train), and a model trained on it finds a target nearly always. So,
-with a small probability, a phrase becomes one that was written for another picture, and the record then has no target.
-Three filters keep the new phrase from naming something by chance: it belongs to another picture, is longer than some
-words, and is not similar to the phrase it replaces. Source: paper section 3.3, eq. 6, appendix D.1.
+Only 9 % of gRefCOCO's training phrases have no target, and a model trained on them nearly always finds one. So, with a
+small probability, a phrase is replaced by one that was written for another image, and the record then has no target.
+Three filters make it unlikely that the new phrase names something by chance: it belongs to another image, has more than
+a minimum number of words, and is not similar to the phrase it replaces. Source: paper section 3.3, eq. 6, appendix D.1.
 
-The conversion is pure: it makes a new record, the data stay as they are, and the draw depends on (seed, epoch, phrase
-id) alone, so it is the same for any number of workers and ranks. The public code differs in three ways that we do not
-want (`parity/NOTES.md` 8): its check for the same picture compares text with a number and never fires, it changes its
-data in place, so that converted phrases stay converted, and similarity is taken over characters, where anagrams are
-equal and long phrases are all alike. The last is `mode="characters"`; `scripts.parity.upstream_conversion` replays
+The conversion is pure: it builds a new record and leaves the data unchanged. The draw depends on (seed, epoch, phrase
+id) alone, so it is the same for any number of workers and ranks. We avoid three properties of the public code
+(`parity/NOTES.md` 8): its check for the same image compares text with a number and never matches; it changes its data in
+place, so that converted phrases stay converted; and it computes similarity over characters, where anagrams are equal and
+all long phrases are alike. The last is `mode="characters"`; `scripts.parity.upstream_conversion` replays
 all of them to compare with its traces.
 """
 
@@ -38,16 +38,16 @@ Outcome = Literal["kept", "converted", "gave_up"]
 
 
 def phrase_similarity(phrase: str, other: str, *, mode: Literal["words", "characters"]) -> float:
-    """Mean of Jaccard and cosine similarity.
+    """Returns the mean of Jaccard and cosine similarity.
 
     Args:
         phrase: any text.
         other: any text.
         mode: ``words`` (the paper): sets of words for Jaccard, word counts for cosine, lower case; ``characters`` (the
-            public code): multisets of characters for both, case and blanks count.
+            public code): multisets of characters for both; case and blanks matter.
 
     Returns:
-        in [0, 1]; two empty texts are equal, an empty one is unlike any other.
+        In [0, 1]; 1 for two empty texts, 0 if only one is empty.
     """
     if mode == "words":
         one, two = Counter(phrase.lower().split()), Counter(other.lower().split())
@@ -72,35 +72,35 @@ def word_cosine(one: Counter[str], two: Counter[str]) -> float:
 
 
 def multiset_jaccard(one: Counter[str], two: Counter[str]) -> float:
-    """|A and B| / |A or B| of multisets, as the public code takes it over characters."""
+    """|A and B| / |A or B| of multisets; the public code applies it to characters."""
     return (one & two).total() / (one | two).total()
 
 
 def multiset_cosine(one: Counter[str], two: Counter[str]) -> float:
-    """|A and B| / sqrt(|A| |B|) of multisets, as the public code takes it over characters."""
+    """|A and B| / sqrt(|A| |B|) of multisets; the public code applies it to characters."""
     return (one & two).total() / math.sqrt(one.total() * two.total())
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What became of one record."""
+    """The outcome for one record."""
 
-    record: ReferringRecord  # the record itself, or a new one without instances
+    record: ReferringRecord  # the record itself, or a new one without referents
     outcome: Outcome
     tries: int = 0  # phrases drawn
-    same_image: int = 0  # of them refused: of this picture, or word for word one of its phrases
+    same_image: int = 0  # refused: of this image, or word for word one of its phrases
     too_short: int = 0
     too_similar: int = 0
 
 
 @dataclass(frozen=True)
 class ConversionStatistics:
-    """Sums of an epoch, for the log."""
+    """Sums over an epoch, for the log."""
 
     num_phrases: int
     num_no_target: int  # before
     converted: int
-    gave_up: int  # phrases that stay as they are because no try passed
+    gave_up: int  # phrases that stay unchanged because every drawn phrase was refused
     tries: int
     same_image: int
     too_short: int
@@ -110,10 +110,10 @@ class ConversionStatistics:
         share = 100 / max(1, self.num_phrases)
         return (
             f"non-referent conversion: {self.converted:,} of {self.num_phrases - self.num_no_target:,} phrases with a "
-            f"target are swapped, no-target phrases {share * self.num_no_target:.1f} % -> "
+            f"target are replaced, no-target phrases {share * self.num_no_target:.1f} % -> "
             f"{share * (self.num_no_target + self.converted):.1f} %; {self.tries:,} phrases drawn, refused: "
-            f"{self.same_image:,} of the same picture, {self.too_short:,} too short, {self.too_similar:,} too similar; "
-            f"{self.gave_up:,} found none and stay"
+            f"{self.same_image:,} of the same image, {self.too_short:,} too short, {self.too_similar:,} too similar; "
+            f"{self.gave_up:,} found no replacement"
         )
 
 
@@ -155,7 +155,7 @@ class PhraseConversion:
         self.seed = seed
 
     def convert(self, record: ReferringRecord, epoch: int) -> Conversion:
-        """Draws what becomes of a record in an epoch; a record without a target is never touched."""
+        """Converts a record, or not, as drawn for this epoch; a record without a target is never changed."""
         if record.is_no_target:
             return Conversion(record, "kept")
         random = np.random.default_rng([self.seed, epoch, _text_number(record.phrase_id)])
@@ -181,7 +181,7 @@ class PhraseConversion:
         return Conversion(record, "gave_up", MAX_TRIES, **refused)
 
     def statistics(self, records: Sequence[ReferringRecord], epoch: int) -> ConversionStatistics:
-        """What the conversion does to these records in an epoch."""
+        """Counts the outcomes for these records in an epoch."""
         found = [self.convert(record, epoch) for record in records]
         outcomes = Counter(each.outcome for each in found)
         return ConversionStatistics(
@@ -201,5 +201,5 @@ def _plain(phrase: str) -> str:
 
 
 def _text_number(text: str) -> int:
-    """64 bits of a text, the same on every machine and in every process, which Python's `hash` is not."""
+    """Hashes a text to 64 bits, equal on every machine and in every process, unlike Python's `hash`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

@@ -1,4 +1,4 @@
-"""How many phrases of a picture may share it, so that a micro-batch stays within a number of tokens."""
+"""Limits how many phrases share an image, so that a micro-batch stays within a number of tokens."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _GROUPS_AT_ONCE = 1024
 def phrase_limits(
     config: RunConfig, groups: ImageGroups, processor: CognitionProcessor, *, is_swapped: bool = False
 ) -> list[int] | None:
-    """The most phrases of each group that fit `data.max_tokens_per_image` together, whichever they are.
+    """Returns how many phrases of each group fit into `data.max_tokens_per_image` together, whichever are chosen.
 
-    Any choice of as many phrases fits, so that the number of pieces does not depend on how they are dealt.
+    Since any choice of that many phrases fits, the number of pieces does not depend on how phrases are dealt.
 
     Args:
         config: its `data.max_tokens_per_image`.
         groups: what the sampler numbers.
-        processor: the cognition backend's.
-        is_swapped: any phrase of the groups may take the place of any other (phrase conversion).
+        processor: of the cognition backend.
+        is_swapped: the phrase conversion may replace any phrase by any other.
 
     Returns:
-        a number of phrases per group; None without a limit.
+        A number of phrases per group; None without a limit.
 
     Raises:
         ValueError: a phrase exceeds the limit alone, or the processor does not count tokens.
@@ -57,7 +57,7 @@ def phrase_limits(
         limits.append(fitting)
     split = sum(most < len(tokens) for most, tokens in zip(limits, own, strict=True))
     logger.info(
-        "data.max_tokens_per_image=%d: %d of %d pictures have more phrases than that", limit, split, len(groups)
+        "data.max_tokens_per_image=%d: %d of %d images have more phrases than fit together", limit, split, len(groups)
     )
     return limits
 
@@ -65,12 +65,12 @@ def phrase_limits(
 def split_phrases(
     config: RunConfig, phrases: Sequence[str], size: tuple[int, int], counter: TokenCounter | None
 ) -> Iterator[Sequence[str]]:
-    """Cuts the phrases of a picture, in their order, into runs as long as may share it in an evaluation batch.
+    """Splits the phrases of an image, in their order, into the longest runs that fit into an evaluation batch.
 
     Args:
         config: its `evaluation.max_phrases_per_batch` and `data.max_tokens_per_image`.
         phrases: at least one.
-        size: height and width of the picture, px.
+        size: height and width of the image, px.
         counter: from `token_counter`.
 
     Raises:
@@ -94,10 +94,10 @@ def split_phrases(
 
 
 def token_counter(config: RunConfig, processor: CognitionProcessor) -> TokenCounter | None:
-    """The processor, where `data.max_tokens_per_image` limits what it makes; None without a limit.
+    """Returns the processor if `data.max_tokens_per_image` limits it, or None without a limit.
 
     Raises:
-        ValueError: it does not count tokens.
+        ValueError: the processor does not count tokens.
     """
     from deris_llm.models.cognition.base import TokenCounter  # noqa: PLC0415
 
@@ -115,13 +115,13 @@ def token_counter(config: RunConfig, processor: CognitionProcessor) -> TokenCoun
 
 def _does_not_fit(limit: int, phrase: str, shared: int, own: int) -> ValueError:
     return ValueError(
-        f"data.max_tokens_per_image={limit}: expected every phrase to fit with its picture, got {shared + own} tokens for "
-        f"{phrase} ({shared} of them shared); set the limit at least so high, or lower cognition.max_phrase_tokens."
+        f"data.max_tokens_per_image={limit}: expected every phrase to fit with its image, got {shared + own} tokens for "
+        f"{phrase} ({shared} of them shared); set the limit to at least this number, or lower cognition.max_phrase_tokens."
     )
 
 
 def _token_counts(groups: ImageGroups, processor: TokenCounter) -> tuple[list[int], list[np.ndarray]]:
-    """Tokens shared in each group, and of each of its phrases; records are built by the block, and let go."""
+    """Counts the shared tokens of each group and the own tokens of its phrases; keeps only one block of records."""
     shared: list[int] = []
     own: list[np.ndarray] = []
     for start in range(0, len(groups), _GROUPS_AT_ONCE):

@@ -1,4 +1,4 @@
-"""What a run is trained on: `data.json` of the run's folder and of every checkpoint in it."""
+"""Describes the training data in `data.json`, in the folder of a run and in each of its checkpoints."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def write_data_manifest(output: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def same_data(checkpoint: Path | None, manifest: dict[str, Any], *, allow_other_data: bool = False) -> dict[str, Any]:
-    """Refuses to go on from a checkpoint that was trained on other data.
+    """Refuses to resume a checkpoint that was trained on other data.
 
     Args:
-        checkpoint: that is resumed; None: a new run. One without `data.json` (of an earlier version) passes.
-        manifest: of the data as it is read now.
-        allow_other_data: the difference is recorded instead.
+        checkpoint: to resume; None for a new run. A checkpoint without `data.json` (of an earlier version) passes.
+        manifest: of the data as read now.
+        allow_other_data: record the difference instead.
 
     Returns:
-        the manifest, with what is recorded of such changes as `resumed_on_other_data`.
+        The manifest, with recorded changes of data under `resumed_on_other_data`.
 
     Raises:
-        CheckpointError: names datasets, counts and hashes, then and now.
+        CheckpointError: names datasets, counts and hashes of both.
     """
     if checkpoint is None or not (checkpoint / DATA_FILE).is_file():
         return manifest
@@ -51,10 +51,10 @@ def same_data(checkpoint: Path | None, manifest: dict[str, Any], *, allow_other_
         if not allow_other_data:
             raise CheckpointError(
                 f"{checkpoint}: expected the data it was trained on ({DATA_FILE}), got other data\n{listed}\nPut the former data "
-                "back (data.root, data.train, data.eval), start a new run with another --output, or give --allow-other-data: the "
-                "change is then recorded"
+                "back (data.root, data.train, data.eval), start a new run with another --output, or give --allow-other-data, which "
+                "records the change"
             )
-        logger.warning("going on from %s with other data than it was trained on (recorded):\n%s", checkpoint, listed)
+        logger.warning("resuming %s with other data than it was trained on (recorded):\n%s", checkpoint, listed)
         changes.append({"checkpoint": checkpoint.name, "trained_on": {name: before.get(name) for name in differ}})
     return manifest | ({"resumed_on_other_data": changes} if changes else {})
 
@@ -70,15 +70,15 @@ def _said(entry: Mapping[str, Any] | None) -> str:
 
 
 def data_manifest(config: DataConfig, mix: TrainingMix) -> dict[str, Any]:
-    """Describes a training mix without naming any folder of this machine.
+    """Describes a training mix without naming a folder of this machine.
 
     Args:
         config: of the run.
         mix: what was read.
 
     Returns:
-        plain values: counts in all; per dataset counts, what left because evaluation needs it, and a SHA-256: of the
-        records (ids, phrases, referents, size of the picture), or of a prepared set's manifest, which has those of its files.
+        Plain values: total counts; per dataset the counts, the number of removed evaluation images, and a SHA-256: of the
+        records (ids, phrases, referents, image sizes) or, for a prepared set, of its manifest, which has its files' hashes.
     """
     manifests = {share.dataset: find_manifest(config.root, share.dataset) for share in mix.report.shares}
     hashes = {name: hashlib.sha256() for name, manifest in manifests.items() if manifest is None}
@@ -108,7 +108,7 @@ def data_manifest(config: DataConfig, mix: TrainingMix) -> dict[str, Any]:
         "num_phrases": mix.report.num_phrases,
         "num_images": mix.report.num_images,
         "num_images_left_out": mix.report.num_images_removed,
-        "num_eval_images_kept": mix.report.num_eval_images_kept,  # more than 0: evaluation pictures were trained on
+        "num_eval_images_kept": mix.report.num_eval_images_kept,  # more than 0: evaluation images are trained on
         "evaluation_splits": list(mix.report.eval_splits),
         "phrase_field": config.phrase_field,
         "conversion_rate": config.conversion.rate,

@@ -170,7 +170,7 @@ def test_statistics_are_sums_of_the_draws() -> None:
     assert statistics.converted == sum(each.outcome == "converted" for each in found)
     assert statistics.too_similar == sum(each.too_similar for each in found) > 0
     assert statistics.tries == sum(each.tries for each in found)
-    assert f"{statistics.converted} of {200 - statistics.num_no_target} phrases with a target are swapped" in str(
+    assert f"{statistics.converted} of {200 - statistics.num_no_target} phrases with a target are replaced" in str(
         statistics
     )
 

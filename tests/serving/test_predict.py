@@ -218,7 +218,7 @@ def test_a_phrase_beyond_the_limit_of_tokens_is_named(checkpoint, pictures, pipe
     command += ["--phrase", "ring", "--phrase", long, "--phrase", "star"]
     command += ["--out", str(tmp_path / "out"), "--set", f"data.max_tokens_per_image={limit}"]
     assert main(command) == 2
-    said = f"picture 0.png, {long!r}: data.max_tokens_per_image={limit}: expected every phrase to fit with its picture"
+    said = f"picture 0.png, {long!r}: data.max_tokens_per_image={limit}: expected every phrase to fit with its image"
     assert said in capsys.readouterr().err
     assert main([*command, "--skip-bad"]) == 0
     assert "1 bad ones left out" in capsys.readouterr().out

@@ -1,11 +1,11 @@
-"""Prepared sets: what `deris-llm data prepare` wrote, read without being loaded.
+"""Prepared sets, as `deris-llm data prepare` writes them, are memory-mapped, not loaded.
 
-    ROOT/NAME/manifest.json             counts, hashes, where the pictures are; a folder without it is no prepared set
-    ROOT/NAME/arrow/images.arrow        a row per picture: id, file, size, sha256
+    ROOT/NAME/manifest.json             counts, hashes, image folder; only a folder with it is a prepared set
+    ROOT/NAME/arrow/images.arrow        a row per image: id, file, size, sha256
     ROOT/NAME/arrow/SPLIT-00000.arrow   a row per phrase (`deris_llm.data.validation.PHRASE_SCHEMA`), in the source's order
 
-The files are memory-mapped: a process holds a few integers per phrase and picture, and the pages that it is looking at
-belong to the system's cache, shared by all ranks and loader workers of a machine. The set's name is that of its folder.
+A process holds a few integers per phrase and image. The mapped pages belong to the system's cache and are shared by all
+ranks and loader workers of a machine. The name of a set is the name of its folder.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ MANIFEST_FILE = "manifest.json"
 ARROW_FOLDER = "arrow"
 IMAGES_FILE = "images.arrow"
 LEFT_OUT_FILE = "left_out.jsonl"
-"""All that ``skip_bad`` left out, and referents that draw no pixel, a line each, beside the manifest."""
+"""Entries that ``skip_bad`` left out, and referents without pixels, one line each, beside the manifest."""
 LAYOUT = 2
-"""Version of the layout above; another one is refused."""
+"""Version of the layout above; other versions are refused. Raise it when the content of rows changes."""
 
 IMAGE_SCHEMA = pa.schema(
     {
-        "image_id": pa.string(),  # equal ids are the same picture, in whatever dataset
+        "image_id": pa.string(),  # equal ids are the same image, across datasets
         "file": pa.string(),  # below the manifest's image folder
         "height": pa.int32(),  # px, as annotated
         "width": pa.int32(),
-        "sha256": pa.string(),  # of the file
+        "sha256": pa.string(),  # of the file; empty if images were not read
     }
 )
 
 
 COCO_STEM = re.compile(r"COCO_(train|val|test)20\d\d_\d{12}")
-"""Names of pictures by which datasets over COCO know each other's pictures."""
+"""Image names by which datasets over COCO recognise each other's images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +69,10 @@ class Manifest:
 
 
 def find_manifest(root: str | Path, dataset: str) -> Manifest | None:
-    """The manifest of ``root/dataset``; None where there is no prepared set of that name.
+    """Reads the manifest of ``root/dataset``; None if there is no prepared set of that name.
 
     Raises:
-        DataError: there is one, and it cannot be used.
+        DataError: the manifest cannot be used.
     """
     path = Path(root) / dataset / MANIFEST_FILE
     if not dataset or "/" in dataset or not path.is_file():
@@ -81,7 +81,7 @@ def find_manifest(root: str | Path, dataset: str) -> Manifest | None:
 
 
 def prepared_sets(root: str | Path) -> tuple[str, ...]:
-    """Names of the prepared sets below a data root."""
+    """Returns the names of the prepared sets below a data root."""
     return tuple(sorted(path.parent.name for path in Path(root).glob(f"*/{MANIFEST_FILE}")))
 
 
@@ -127,7 +127,7 @@ def _manifest_content(path: Path, _modified_ns: int) -> Mapping[str, Any]:
 
 
 class PreparedSplit(Records):
-    """The records of ``dataset/split``; each is built when it is asked for.
+    """The records of one split of a prepared set.
 
     Args:
         manifest: of the set.
@@ -135,7 +135,7 @@ class PreparedSplit(Records):
         phrase_field: which text becomes the phrase.
 
     Raises:
-        DataError: a file is missing or not as the manifest says, or there is no raw text.
+        DataError: a file is missing or differs from the manifest, or some phrases have no raw text.
     """
 
     def __init__(self, manifest: Manifest, split: str, *, phrase_field: Literal["sent", "raw"]) -> None:
@@ -146,7 +146,7 @@ class PreparedSplit(Records):
         self._exif: Exif = manifest.content["exif"]
         if not self._image_folder.is_dir():
             raise DataError(
-                f"{dataset}/{split}: expected its pictures in {self._image_folder}, got no such folder. Put them there, or "
+                f"{dataset}/{split}: expected its images in {self._image_folder}, got no such folder. Put them there, or "
                 f"name their folder as `image_folder` in {manifest.folder / MANIFEST_FILE}"
             )
         self._batches: list[pa.RecordBatch] = []
@@ -170,7 +170,7 @@ class PreparedSplit(Records):
             self._text = "phrase"  # the source has one text only
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process maps the files again."""
+        """Pickles the paths; another process maps the files again."""
         return _reopened, (self.folder, self._image_folder, self.split, self.phrase_field)
 
     def __len__(self) -> int:
@@ -187,12 +187,12 @@ class PreparedSplit(Records):
 
     @property
     def image_ids(self) -> pa.Array:
-        """Ids of the set's pictures, text, by the rows that `image_rows` names."""
+        """Image ids of the whole set, text; `image_rows` are indices of it."""
         return self._images.column("image_id").combine_chunks()
 
     @property
     def image_hashes(self) -> pa.Array:
-        """Content hashes of the set's pictures, by the rows that `image_rows` names."""
+        """Content hashes of the images of the whole set; `image_rows` are indices of it."""
         return self._images.column("sha256").combine_chunks()
 
     def image_numbers(self) -> tuple[np.ndarray, pa.Array]:
@@ -216,8 +216,8 @@ class PreparedSplit(Records):
         size = [image["height"], image["width"]]
         if image["file"].startswith("/") or ".." in image["file"].split("/"):  # `data prepare` writes no such name
             raise DataError(
-                f"{self.dataset}/{self.split}: expected a picture inside {self._image_folder}, got {image['file']!r}. This set "
-                "was not made by `deris-llm data prepare`: don't use it"
+                f"{self.dataset}/{self.split}: expected an image inside {self._image_folder}, got {image['file']!r}. This set "
+                "was not made by `deris-llm data prepare`; do not use it"
             )
         return ReferringRecord(
             phrase_id=f"{self.dataset}/{self.split}/{row['id']}",
@@ -248,23 +248,23 @@ def _reopened(folder: Path, image_folder: Path, split: str, phrase_field: Litera
 
 
 def file_sha256(path: Path) -> str:
-    """Hash of a file's content."""
+    """Returns the SHA-256 of a file's content."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_images(manifest: Manifest) -> pa.Table:
-    """The table of a set's pictures, memory-mapped."""
+    """Opens the table of a set's images, memory-mapped."""
     images = manifest.content["images"]
     batches = map_arrow(manifest.folder / ARROW_FOLDER / IMAGES_FILE, images["bytes"])
     return pa.Table.from_batches(batches, IMAGE_SCHEMA)
 
 
 def map_arrow(path: Path, num_bytes: int) -> list[pa.RecordBatch]:
-    """The batches of an Arrow stream, whose columns lie in the file.
+    """Opens an Arrow stream as memory-mapped batches.
 
     Raises:
-        DataError: it is not the file that the manifest speaks of.
+        DataError: it is not the file that the manifest describes.
     """
     found = path.stat().st_size if path.is_file() else None
     if found != num_bytes:

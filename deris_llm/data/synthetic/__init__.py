@@ -1,1 +1,1 @@
-"""A synthetic world in REFER's format: pictures of simple objects and phrases that name them."""
+"""A synthetic world in REFER's format: images of simple objects and phrases that name them."""

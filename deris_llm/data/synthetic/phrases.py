@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
@@ -25,10 +25,10 @@ from .vocabulary import (
     PATTERNS,
     SIZE_WORDS,
     SIZES,
+    pick,
     plural,
 )
 
-T = TypeVar("T")
 Style = Literal["refcoco", "refcoco+", "refcocog"]
 
 PLACE_MARGIN = 0.08  # of the image's side: the least gap between an extreme object and the next one
@@ -282,17 +282,13 @@ def _direction_truth(facts: _Facts, index: int, anchor: int, relation: str) -> b
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _pick(rng: np.random.Generator, values: Sequence[T]) -> T:
-    return values[int(rng.integers(len(values)))]
-
-
 def _noun_text(rng: np.random.Generator, noun: Noun, *, is_plural: bool = False) -> str:
-    head = _pick(rng, KIND_WORDS[noun.kind]) if noun.kind else ("thing" if rng.random() < 0.5 else "object")
-    words = [_pick(rng, SIZE_WORDS[noun.size])] if noun.size else []
+    head = pick(rng, KIND_WORDS[noun.kind]) if noun.kind else ("thing" if rng.random() < 0.5 else "object")
+    words = [pick(rng, SIZE_WORDS[noun.size])] if noun.size else []
     tail = ""
     adjectives = [noun.colour] if noun.colour else []
     if noun.pattern in PATTERN_NOUNS and rng.random() < 0.3:
-        tail = f" with {_pick(rng, PATTERN_NOUNS[noun.pattern])}"
+        tail = f" with {pick(rng, PATTERN_NOUNS[noun.pattern])}"
     elif noun.pattern:
         adjectives.insert(0 if rng.random() < 0.7 else len(adjectives), noun.pattern)
     return " ".join([*words, *adjectives, plural(head) if is_plural else head]) + tail
@@ -309,10 +305,10 @@ def _place_text(rng: np.random.Generator, form: Place) -> str:
         word = {"top": "top", "bottom": "lowest"}.get(side, where)
         return f"{word} {noun}"
     if where == "middle":
-        return _pick(rng, (f"{noun} in the middle", f"middle {noun}", f"{noun} in the centre"))
+        return pick(rng, (f"{noun} in the middle", f"middle {noun}", f"{noun} in the centre"))
     preposition = "on" if where in ("left", "right") else ("in" if where in _CORNERS and rng.random() < 0.3 else "at")
     corner = " corner" if preposition == "in" else ""
-    return _pick(rng, (f"{noun} {preposition} the {where}{corner}", f"{noun} {where}", f"{where} {noun}"))
+    return pick(rng, (f"{noun} {preposition} the {where}{corner}", f"{noun} {where}", f"{where} {noun}"))
 
 
 def _expression(text: str, family: str, form: Form) -> Expression:
@@ -344,7 +340,7 @@ def _unique_noun(rng: np.random.Generator, facts: _Facts, index: int, redundancy
     with_kind = [fields for fields in unique if "kind" in fields]
     if with_kind and rng.random() < 0.85:
         unique = with_kind
-    return _noun_of(facts, index, _pick(rng, unique))
+    return _noun_of(facts, index, pick(rng, unique))
 
 
 def _ambiguous_noun(rng: np.random.Generator, facts: _Facts, index: int, density: float = 0.3) -> Noun | None:
@@ -364,7 +360,7 @@ def _propose_comparative(rng: np.random.Generator, facts: _Facts, index: int) ->
     if len(_matching(facts, noun)) < 2:
         return None
     which = "biggest" if facts.profiles[index][3] == "large" else "smallest"
-    word = _pick(rng, ("biggest", "largest")) if which == "biggest" else "smallest"
+    word = pick(rng, ("biggest", "largest")) if which == "biggest" else "smallest"
     return f"{word} {_noun_text(rng, noun)}", Extreme(noun, which)
 
 
@@ -373,7 +369,7 @@ def _propose_location(rng: np.random.Generator, facts: _Facts, index: int) -> tu
     if noun is None:
         return None
     wheres = [*(f"{side}most" for side in _SIDES), *_SIDES, *_CORNERS, "middle"]
-    form = Place(noun, _pick(rng, wheres))
+    form = Place(noun, pick(rng, wheres))
     return _place_text(rng, form), form
 
 
@@ -382,7 +378,7 @@ def _propose_ordinal(rng: np.random.Generator, facts: _Facts, index: int) -> tup
     if noun is None:
         return None
     indices = _matching(facts, noun)
-    side = _pick(rng, ("left", "right", "left", "right", "top", "bottom"))
+    side = pick(rng, ("left", "right", "left", "right", "top", "bottom"))
     ranked = _ranked(facts, indices, side)
     if ranked is None or len(ranked) < 3 or ranked.index(index) > 2:
         return None
@@ -401,8 +397,8 @@ def _propose_relation(rng: np.random.Generator, facts: _Facts, index: int) -> tu
     if noun is None or anchor is None:
         return None
     relations = [r for r in ("left", "right", "above", "below") if _direction_truth(facts, index, anchor[0], r)]
-    relation = _pick(rng, [*relations, *relations, "next"])
-    words = _pick(rng, _RELATION_WORDS[relation])
+    relation = pick(rng, [*relations, *relations, "next"])
+    words = pick(rng, _RELATION_WORDS[relation])
     return f"{_noun_text(rng, noun)} {words} {_anchor_text(rng, anchor[1])}", Relation(noun, relation, anchor[1])
 
 
@@ -410,13 +406,13 @@ def _propose_behind(rng: np.random.Generator, facts: _Facts, index: int) -> tupl
     partners = [other for other in range(len(facts.profiles)) if _touch(facts, index, other)]
     if not partners:
         return None
-    partner = _pick(rng, partners)
+    partner = pick(rng, partners)
     anchor = _unique_noun(rng, facts, partner, 0.2)
     noun = _noun_of(facts, index, ["kind", *(name for name in _FIELDS[1:] if rng.random() < 0.25)])
     if anchor is None:
         return None
     relation = "front" if facts.is_in_front[index][partner] else "behind"
-    words = _pick(rng, _RELATION_WORDS[relation])
+    words = pick(rng, _RELATION_WORDS[relation])
     return f"{_noun_text(rng, noun)} {words} {_anchor_text(rng, anchor)}", Relation(noun, relation, anchor)
 
 
@@ -436,7 +432,7 @@ def _propose_long_relation(rng: np.random.Generator, facts: _Facts, index: int) 
         words = _RELATION_WORDS[relation][0]
     else:
         relations = [r for r in ("left", "right", "above", "below") if _direction_truth(facts, index, other, r)]
-        relation = _pick(rng, [*relations, *relations, "next"])
+        relation = pick(rng, [*relations, *relations, "next"])
         words = _RELATION_WORDS[relation][1 if relation in ("left", "right") else int(rng.integers(2))]
     verb = LIVING_VERBS.get(facts.profiles[index][0]) if noun.kind else None
     link = verb if verb and rng.random() < 0.4 else "that is"
@@ -449,9 +445,9 @@ def _propose_long_place(rng: np.random.Generator, facts: _Facts, index: int) -> 
     if noun is None:
         return None
     if rng.random() < 0.8:
-        form = Place(noun, _pick(rng, _SIDES))
+        form = Place(noun, pick(rng, _SIDES))
         return f"{_article(rng, _noun_text(rng, noun))} on the {form.where} side of the picture", form
-    form = Place(noun, _pick(rng, _CORNERS))
+    form = Place(noun, pick(rng, _CORNERS))
     return f"{_article(rng, _noun_text(rng, noun))} in the {form.where} corner of the picture", form
 
 
@@ -460,17 +456,17 @@ def _propose_description(rng: np.random.Generator, facts: _Facts, index: int) ->
     if noun is None or noun.kind is None or noun.pattern is None:
         return None
     bare = replace(noun, pattern=None, size=None)
-    marks = "no stripes or dots" if noun.pattern == "plain" else _pick(rng, PATTERN_NOUNS[noun.pattern])
+    marks = "no stripes or dots" if noun.pattern == "plain" else pick(rng, PATTERN_NOUNS[noun.pattern])
     verb = LIVING_VERBS.get(noun.kind)
     choices = [f"{_article(rng, _noun_text(rng, replace(noun, pattern=None)))} that has {marks} on it"]
     if noun.size:
-        size = _pick(rng, SIZE_WORDS[noun.size])
+        size = pick(rng, SIZE_WORDS[noun.size])
         choices.append(f"{_article(rng, _noun_text(rng, bare))} that is {size} and has {marks} on it")
     if verb:
         choices.append(f"{_article(rng, _noun_text(rng, noun))} that is {verb} in the picture")
     else:
         choices.append(f"{_article(rng, _noun_text(rng, noun))} that you see in the picture")
-    return _pick(rng, choices), noun
+    return pick(rng, choices), noun
 
 
 _Proposer = Callable[[np.random.Generator, _Facts, int], tuple[str, Form] | None]
@@ -503,7 +499,7 @@ def expressions_for(
     """Returns up to `count` different phrases, each of which names exactly the object `index`.
 
     Args:
-        scene: the picture and its objects.
+        scene: the image and its objects.
         index: of the object.
         rng: the only source of randomness.
         style: "refcoco" (short), "refcoco+" (short, no location words) or "refcocog" (8-17 words).
@@ -552,7 +548,7 @@ def multi_target_expressions(
             form: Form = noun
             counted = {2: ("the two", "both"), 3: ("the three",)}.get(len(_matching(facts, noun)), ())
             starts = ["all", "all the", *counted]
-            text = f"{_pick(rng, starts)} {_noun_text(rng, noun, is_plural=True)}"
+            text = f"{pick(rng, starts)} {_noun_text(rng, noun, is_plural=True)}"
         else:
             noun, anchor = _unique_noun(rng, facts, index, 0.2), _sample_anchor(rng, facts, index, 0.2)
             if noun is None or anchor is None:
@@ -566,7 +562,7 @@ def multi_target_expressions(
 
 
 def no_target_expressions(scene: Scene, rng: np.random.Generator, count: int) -> list[Expression]:
-    """Returns up to `count` phrases that name nothing here, each one attribute away from an object of the picture."""
+    """Returns up to `count` phrases that name nothing here, each one attribute away from an object of the image."""
     facts = _facts(scene)
     values: dict[str, tuple[str, ...]] = {"kind": KINDS, "colour": COLOURS, "pattern": PATTERNS, "size": SIZES}
     found: dict[str, Expression] = {}
@@ -578,8 +574,8 @@ def no_target_expressions(scene: Scene, rng: np.random.Generator, count: int) ->
         if len(fields) == 1 and rng.random() < 0.8:
             continue
         noun = _noun_of(facts, index, fields)
-        name = _pick(rng, fields)
-        noun = Noun(**{**asdict(noun), name: _pick(rng, values[name])})
+        name = pick(rng, fields)
+        noun = Noun(**{**asdict(noun), name: pick(rng, values[name])})
         if not _matching(facts, noun):
             text = f"{'the ' if rng.random() < 0.3 else ''}{_noun_text(rng, noun)}"
             found.setdefault(text, _expression(text, "no_target", noun))

@@ -1,6 +1,6 @@
-"""Samples and draws one picture of the synthetic world with its exact masks.
+"""Samples and draws one image of the synthetic world with its exact masks.
 
-Letters: H, W = the picture's height and width in pixels; h, w = those of one object's crop.
+Letters: H, W = the image's height and width in pixels; h, w = those of one object's crop.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from .vocabulary import COLOURS, KINDS, PATTERNS, SIZES
+from .vocabulary import COLOURS, KINDS, PATTERNS, SIZES, pick
 
 WIDTH_RANGE_PX = (144, 208)
 HEIGHT_RANGE_PX = (112, 176)
@@ -42,7 +42,7 @@ _DARK_MARKS = frozenset({"yellow", "white"})  # their stripes and dots are darke
 
 @dataclass(frozen=True, eq=False)
 class SceneObject:
-    """One object of a picture.
+    """One object of an image.
 
     Attributes:
         kind: one of `KINDS`.
@@ -77,7 +77,7 @@ class SceneObject:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture, uint8 (H, W, 3) RGB, and its objects."""
+    """An image, uint8 (H, W, 3) RGB, and its objects."""
 
     image: np.ndarray
     objects: tuple[SceneObject, ...]
@@ -102,11 +102,11 @@ def mask_box_xyxy(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def sample_scene(rng: np.random.Generator, *, target_kinds: Sequence[str] | None = None) -> Scene:
-    """Samples a picture built around distractors: objects that share all but one attribute with another one.
+    """Samples an image built around distractors: objects that share all but one attribute with another one.
 
     Args:
         rng: the only source of randomness.
-        target_kinds: kinds of the objects that the picture is built around; at least 3 objects are of these kinds.
+        target_kinds: kinds of the objects that the image is built around; at least 3 objects are of these kinds.
             None = all.
     """
     kinds = tuple(target_kinds) if target_kinds is not None else KINDS
@@ -130,13 +130,9 @@ def sample_scene(rng: np.random.Generator, *, target_kinds: Sequence[str] | None
             return scene
 
 
-def _choice(rng: np.random.Generator, values: Sequence[str]) -> str:
-    return values[int(rng.integers(len(values)))]
-
-
 def _random_profile(rng: np.random.Generator, kinds: Sequence[str]) -> tuple[str, str, str, str]:
     size = "large" if rng.random() < 0.42 else "small"
-    return _choice(rng, kinds), _choice(rng, COLOURS), _choice(rng, PATTERNS), size
+    return pick(rng, kinds), pick(rng, COLOURS), pick(rng, PATTERNS), size
 
 
 def _sample_profiles(rng: np.random.Generator, kinds: Sequence[str]) -> list[tuple[str, str, str, str]]:
@@ -149,7 +145,7 @@ def _sample_profiles(rng: np.random.Generator, kinds: Sequence[str]) -> list[tup
         group = [target]
         for slot in rng.permutation(4)[: int(rng.integers(1, 4))]:
             changed = list(target)
-            changed[slot] = _choice(rng, [value for value in values[slot] if value != target[slot]])
+            changed[slot] = pick(rng, [value for value in values[slot] if value != target[slot]])
             group.append((changed[0], changed[1], changed[2], changed[3]))
         if rng.random() < 0.25:
             group.append(target)
@@ -427,7 +423,7 @@ def _place_overlapping(
 
 
 def _draw(rng: np.random.Generator, placed: list[_Placed], width: int, height: int) -> Scene | None:
-    """Draws the picture; None when an object is hidden too much."""
+    """Draws the image; None if an object is hidden too much."""
     placed = sorted(placed, key=lambda item: item.order)
     full_masks = []
     for item in placed:

@@ -1,11 +1,11 @@
-"""Writes a synthetic world in REFER's own format: RefCOCO, RefCOCO+, RefCOCOg (umd) and gRefCOCO over shared pictures.
+"""Writes a synthetic world in REFER's own format: RefCOCO, RefCOCO+, RefCOCOg (umd) and gRefCOCO over shared images.
 
 Every object that a phrase refers to, alone or among others, is written as polygons; crowds (RLE) are objects that no phrase
-names. So REFER's own API, LAVT, LISA and ReLA, which open no crowd, read every split. Pictures are in images/train2014
+names. So REFER's own API, LAVT, LISA and ReLA, which open no crowd, read every split. Images are in images/train2014
 (gRefCOCO's API, ReLA) and, by a link, in images/mscoco/images/train2014 (REFER's API, LAVT, LISA).
 
-Every picture depends on (seed, image id) only, and the image id says which split it was made for; so neither the order
-of work, nor the number of workers, nor the number of pictures changes a picture or its phrases.
+An image depends on (seed, image id) only, and the image id tells which split it was made for. So neither the order of
+work, nor the number of workers, nor the number of images changes an image or its phrases.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ REFS_FILES = {
     "refcocog": "refs(umd).p",
     "grefcoco": "grefs(unc).json",
 }
-# Pictures are made for a role; ids of one role start at its offset + 1.
+# Images are made for a role; ids of one role start at its offset + 1.
 _ROLE_OFFSETS = {"train": 0, "val": 100_000, "testA": 200_000, "testB": 300_000, "g_val": 400_000, "g_test": 500_000}
 _ROLE_KINDS = {"testA": KINDS_A, "testB": KINDS_B}
 _PARTIAL_MARK = "unfinished.json"
@@ -74,11 +74,11 @@ def write_world(
     Args:
         out: folder to make.
         seed: >= 0.
-        num_train: pictures of refcoco/train (refcocog/train has nearly the same ones).
-        num_val: pictures of refcoco/val and of refcocog/val.
-        num_test: pictures of testA, testB and of refcocog/test.
+        num_train: images of refcoco/train (refcocog/train has nearly the same ones).
+        num_val: images of refcoco/val and of refcocog/val.
+        num_test: images of testA, testB and of refcocog/test.
         workers: processes; the files do not depend on it.
-        on_progress: called with (pictures done, pictures in all).
+        on_progress: called with (images done, images in all).
 
     Raises:
         ValueError: an argument is out of range.
@@ -110,7 +110,7 @@ def write_world(
         records[record["image"]["id"]] = record
         if on_progress is not None:
             on_progress(len(records), len(image_ids))
-    _link_pictures(partial)
+    _link_images(partial)
     for dataset in DATASETS:
         _write_dataset(partial / dataset, dataset, splits[dataset], records)
     files = [f"{dataset}/{name}" for dataset in DATASETS for name in ("instances.json", REFS_FILES[dataset])]
@@ -122,8 +122,8 @@ def write_world(
     (out / _PARTIAL_MARK).unlink()  # after the renaming: an interruption leaves an unfinished folder that is known as one
 
 
-def _link_pictures(world: Path) -> None:
-    """Makes the pictures appear where REFER's own API looks for them; copies them where there are no links."""
+def _link_images(world: Path) -> None:
+    """Links the images to where REFER's own API looks for them; copies them if links are not supported."""
     place = world / _REFER_IMAGE_FOLDER
     place.parent.mkdir(parents=True)
     try:
@@ -135,7 +135,7 @@ def _link_pictures(world: Path) -> None:
 def assign_splits(*, num_train: int, num_val: int, num_test: int) -> dict[str, dict[str, list[int]]]:
     """Returns dataset -> split -> image ids.
 
-    As in the published sets, some evaluation pictures of one dataset are training pictures of another: 10 % of those of
+    As in the published sets, some evaluation images of one dataset are training images of another: 10 % of those of
     refcocog/val and refcocog/test are in refcoco/train, and 5 % of those of refcoco/val are in refcocog/train.
     """
 
@@ -185,7 +185,7 @@ def _check_same_world(out: Path, request: dict[str, int]) -> None:
         raise FileExistsError(f"{start}, found changed or missing files: {changed}; {end}")
     num_found = len(list((out / _IMAGE_FOLDER).glob("*.jpg")))
     if num_found != num_images:
-        raise FileExistsError(f"{start} with {num_images} pictures, found {num_found} pictures; {end}")
+        raise FileExistsError(f"{start} with {num_images} images, found {num_found} images; {end}")
 
 
 def _sha256(path: Path) -> str:
@@ -201,17 +201,17 @@ def _map(make: Callable[[int], dict[str, Any]], image_ids: list[int], workers: i
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One picture
+# One image
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def image_file_name(image_id: int) -> str:
-    """Returns the name of a picture's file, as COCO 2014's."""
+    """Returns the file name of an image, as in COCO 2014."""
     return f"COCO_train2014_{image_id:012d}.jpg"
 
 
 def image_scene(image_id: int, seed: int) -> tuple[Scene, dict[str, list[dict[str, Any]]], np.random.Generator]:
-    """Returns a picture of the world, its refs by dataset (see `_sample_refs`) and the generator in its later state."""
+    """Returns an image of the world, its refs by dataset (see `_sample_refs`) and the generator in its later state."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, WORLD_STREAM, image_id]))
     role = max((name for name, offset in _ROLE_OFFSETS.items() if image_id > offset), key=_ROLE_OFFSETS.__getitem__)
     kinds = _ROLE_KINDS.get(role)
@@ -223,7 +223,7 @@ def image_scene(image_id: int, seed: int) -> tuple[Scene, dict[str, list[dict[st
 
 
 def make_image(image_id: int, *, seed: int, image_folder: Path) -> dict[str, Any]:
-    """Draws a picture, writes its JPEG and returns its COCO image, annotations and refs (without ref and sent ids)."""
+    """Draws an image, writes its JPEG and returns its COCO image, annotations and refs (without ref and sent ids)."""
     scene, refs, rng = image_scene(image_id, seed)
     height, width = scene.image.shape[:2]
     file_name = image_file_name(image_id)

@@ -335,7 +335,7 @@ def test_pictures_may_move_with_the_root(world: Any) -> None:
     record = read_split(world.root.parent / "elsewhere", "mine/train")[0]
     assert Path(record.image_path).is_file()
     shutil.rmtree(world.root.parent / "elsewhere/images")
-    with pytest.raises(DataError, match="expected its pictures in .*elsewhere/images, got no such folder"):
+    with pytest.raises(DataError, match="expected its images in .*elsewhere/images, got no such folder"):
         read_split(world.root.parent / "elsewhere", "mine/train")
 
 
@@ -378,7 +378,7 @@ def test_a_hostile_set_names_no_picture_outside(world: Any) -> None:
         stream.write_batch(pa.RecordBatch.from_pylist(rows, IMAGE_SCHEMA))
     manifest["images"]["bytes"] = path.stat().st_size
     (world.root / "mine/manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=r"expected a picture inside .*, got '\.\./\.\./secret\.png'"):
+    with pytest.raises(DataError, match=r"expected an image inside .*, got '\.\./\.\./secret\.png'"):
         read_split(world.root, "mine/train")[0]
 
 
