@@ -1,4 +1,4 @@
-"""Pages that are one file: jinja2 templates that escape all text, and images inside the page."""
+"""Pages that are one file: jinja2 templates, and images inside the page."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ _QUALITIES = (88, 78, 66, 54)
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
-def environment(package: str) -> Environment:
-    """Returns the templates of a package's folder `templates`: escaping, strict about names that are not given."""
+def environment(package: str, *, autoescape: bool = True) -> Environment:
+    """Returns the templates of a package's folder `templates`; they are strict about names that are not given.
+
+    Args:
+        package: dotted name.
+        autoescape: False for templates that are not HTML.
+    """
     found = Environment(
         loader=PackageLoader(package),
-        autoescape=True,
+        autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

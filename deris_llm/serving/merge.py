@@ -19,8 +19,8 @@ from deris_llm.checkpoints.load import load_checkpoint
 from deris_llm.checkpoints.save import files_beside_weights, save_full_checkpoint
 from deris_llm.common.folders import check_new_folder
 from deris_llm.config import Beit3Cognition, RunConfig, config_from_dict, config_to_dict, load_config
+from deris_llm.data.collate import ReferringCollator
 from deris_llm.models.cognition import build_processor
-from deris_llm.models.preprocess import perception_pixels
 from deris_llm.structures import DerisOutput, ReferringBatch
 
 _PHRASES = ("the person on the left", "a red car behind the tree", "the smaller one of the two in front")
@@ -28,7 +28,7 @@ _PHRASES = ("the person on the left", "a red car behind the tree", "the smaller 
 
 @dataclass(frozen=True)
 class Change:
-    """How far answers about a picture of noise moved; for each, the largest difference over phrases, queries and rounds."""
+    """The largest differences of the answers about an image of noise, over phrases, queries and rounds."""
 
     mask_logits: float  # relative to the largest logit
     referring_score: float  # in [0, 1]
@@ -41,15 +41,18 @@ class Change:
         )
 
 
-QUANTIZED = "the run had its base weights in 4 bits, here they are whole: answers are near those of the run, not the same; evaluate again"
+QUANTIZED = (
+    "the run had its base weights in 4 bits, here they are in full precision: answers are close to those of the run, not equal; "
+    "evaluate again"
+)
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What merging did."""
+    """The account of a merge."""
 
     source: Path
-    num_linears: int  # that had LoRA; 0 = the run had none, or was full already
+    num_linears: int  # linears with LoRA; 0 = the run had none, or was full already
     by_merging: Change  # in float32
     by_rounding: Change | None  # float32 against what was written; None where that is float32
     was_quantized: bool  # the run had its base weights in 4 bits; they are whole here
@@ -58,12 +61,12 @@ class Merge:
 def merge_checkpoint(
     folder: str | Path, out: Path, *, dtype: Literal["fp32", "bf16"] = "fp32", overrides: Sequence[str] = ()
 ) -> Merge:
-    """Writes a full checkpoint with the answers of another one.
+    """Writes a full checkpoint that gives the answers of another one.
 
     Everything is computed in float32, with all of the model in memory: 4 bytes per parameter, about 33 GB for a 7B.
-    What the run computes in (`training.precision`) stays as it is in the config. `data.json`, `metrics.json` and
-    what else says where the checkpoint comes from goes along. LoRA that was trained on weights in 4 bits is added to the
-    whole ones: the answers are then near those of the run, not the same.
+    `training.precision` stays as it is in the config. `data.json`, `metrics.json` and the other files that say where the
+    checkpoint comes from are copied. LoRA that was trained on weights in 4 bits is added to the full-precision weights:
+    the answers are then close to those of the run, not equal.
 
     Args:
         folder: any checkpoint, or the folder of a run (`find_checkpoint`).
@@ -101,10 +104,10 @@ def merge_checkpoint(
 
 
 def merge_lora(model: nn.Module) -> int:
-    """Adds every low-rank update to its linear and takes it away, in place.
+    """Adds every low-rank update to its linear and removes it, in place.
 
     Returns:
-        how many there were.
+        the number of updates.
     """
     updated = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     for name, module in updated:
@@ -114,7 +117,7 @@ def merge_lora(model: nn.Module) -> int:
 
 
 def _without_lora(config: RunConfig, where: str) -> RunConfig:
-    """The run config of a checkpoint that is merged; a folder of this machine that it started from is of no use there."""
+    """Returns the run config of the merged checkpoint, without LoRA and without the folder that the run started from."""
     lora = dataclasses.replace(config.cognition.lora, r=0, dropout=0.0)
     cognition = dataclasses.replace(config.cognition, lora=lora, quantization="none")
     if isinstance(cognition, Beit3Cognition):
@@ -142,15 +145,7 @@ def change_of(before: DerisOutput, after: DerisOutput) -> Change:
 
 
 def _probe(config: RunConfig, *, allow_module: bool) -> ReferringBatch:
-    """A picture of noise, the same everywhere, with three phrases."""
+    """Makes a batch of one image of noise, the same everywhere, with three phrases."""
     pixels = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
-    processor = build_processor(config, allow_module=allow_module)
-    options = config.perception
-    return ReferringBatch(
-        perception_image=perception_pixels(picture, options.image_size, config.ways.resize)[None],
-        cognition=processor([picture], _PHRASES, [0] * len(_PHRASES)),
-        image_index=torch.zeros(len(_PHRASES), dtype=torch.long),
-        phrase_ids=tuple(map(str, range(len(_PHRASES)))),
-        phrases=_PHRASES,
-    )
+    collator = ReferringCollator(config, build_processor(config, allow_module=allow_module), with_targets=False)
+    return collator.batch([Image.fromarray(pixels)], _PHRASES, [0] * len(_PHRASES))

@@ -1,4 +1,4 @@
-"""A checkpoint in use: pictures and phrases in, masks out.
+"""Uses a checkpoint: images and phrases in, masks out.
 
     from deris_llm import DerisPipeline
 
@@ -6,7 +6,7 @@
     for answer in pipeline("street.jpg", ["the red car", "the man who crosses"]):
         answer.mask, answer.score, answer.presence, answer.says_target
 
-What depends on the picture alone is computed once for all its phrases.
+What depends on the image alone is computed once for all its phrases.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
 from deris_llm.checkpoints.layout import find_checkpoint
 from deris_llm.checkpoints.load import checkpoint_config, load_checkpoint, with_files_of
 from deris_llm.config import RunConfig
+from deris_llm.data.collate import ReferringCollator
 from deris_llm.data.images import load_image, rgb_image
 from deris_llm.data.token_budget import split_phrases, token_counter
 from deris_llm.data.validation import is_text
@@ -34,8 +35,7 @@ from deris_llm.models.cognition import CognitionProcessor, build_processor
 from deris_llm.models.cpu_inference import for_cpu_inference
 from deris_llm.models.out_of_memory import explains_out_of_memory
 from deris_llm.models.postprocess import PhraseAnswer, PresenceUse, Selection, answer_masks
-from deris_llm.models.preprocess import perception_pixels
-from deris_llm.structures import DerisOutput, Exif, ReferringBatch
+from deris_llm.structures import DerisOutput, Exif
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +46,13 @@ _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class DerisPipeline:
-    """Answers phrases about pictures with the model of a checkpoint. Not thread-safe.
+    """Answers phrases about images with the model of a checkpoint. Not thread-safe.
 
     Attributes:
-        config: the checkpoint's run config as it is used; `config.evaluation` says when a query joins the answer.
-        fingerprint: twelve hex digits that say which checkpoint it is.
+        config: the checkpoint's run config with the overrides; `config.evaluation` says when a query joins the answer.
+        fingerprint: twelve hex digits that identify the checkpoint.
         threshold_source: where the score threshold comes from, in words.
-        device: where the model is.
+        device: of the model.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class DerisPipeline:
         fingerprint: str = "",
         threshold_source: str = "",
     ) -> None:
-        """Joins the parts; `from_pretrained` is the way to them.
+        """Joins the parts; use `from_pretrained` to load them.
 
         Args:
             config: of the model.
@@ -82,6 +82,7 @@ class DerisPipeline:
         self.fingerprint = fingerprint
         self.threshold_source = threshold_source
         self.device = next(model.parameters()).device
+        self._collator = ReferringCollator(config, processor, with_targets=False)
         self._token_counter = token_counter(config, processor)
 
     @classmethod
@@ -99,13 +100,13 @@ class DerisPipeline:
     ) -> DerisPipeline:
         """Reads a checkpoint.
 
-        Where the run was trained with `loopback.prior_attention=batch` (the public code), `self` is read instead, which is
-        what that code computes of a phrase alone: an answer in use never depends on what shares its batch.
+        If the run was trained with `loopback.prior_attention=batch` (the public code), `self` is used instead. That is what the
+        public code computes for a single phrase, so an answer never depends on what shares its batch.
 
         Args:
             folder: a run (its `best`, else its newest checkpoint), `best` or `checkpoint-STEP` of one, or a folder that
                 `deris-llm convert` wrote.
-            device: None = the GPU where there is one, else the CPU.
+            device: None = the GPU if there is one, else the CPU.
             dtype: float32 or bfloat16; None = the run's.
             score_threshold: queries with a higher referring score join the answer; None = the checkpoint's: the one
                 that a sweep chose (`deris_llm.evaluation.calibration`), else that of its run config.
@@ -134,7 +135,7 @@ class DerisPipeline:
         settings = [*overrides, *(f"{name}={value}" for name, value in chosen.items() if value is not None)]
         if checkpoint_config(folder, settings).loopback.prior_attention == "batch":
             logger.info(
-                "loopback.prior_attention=batch is read as self: answers do not depend on what shares their batch"
+                "loopback.prior_attention=self instead of batch: answers do not depend on what shares their batch"
             )
             settings.append("loopback.prior_attention=self")
         if device is None:
@@ -152,46 +153,46 @@ class DerisPipeline:
         )
 
     def __call__(self, image: Picture, phrases: Sequence[str]) -> list[PhraseAnswer]:
-        """Answers phrases about one picture.
+        """Answers phrases about one image.
 
         Args:
-            image: the picture.
+            image: a file or pixels.
             phrases: at least one.
 
         Returns:
-            One answer per phrase; masks have the picture's size.
+            One answer per phrase; masks have the image's size.
 
         Raises:
-            ValueError: the picture cannot be read, there is no phrase, or one that cannot be asked or alone exceeds
+            ValueError: the image cannot be read, there is no phrase, or a phrase cannot be used or alone exceeds
                 `data.max_tokens_per_image`.
         """
         (answers,) = self.answer_all([(image, phrases)])
         return answers
 
     def answer_all(self, pairs: Iterable[tuple[Picture, Sequence[str]]]) -> Iterator[list[PhraseAnswer]]:
-        """Answers many pictures, several in a batch (`evaluation.images_per_device`, `evaluation.max_phrases_per_batch`).
+        """Answers phrases about many images, several per batch (`evaluation.images_per_device`, `evaluation.max_phrases_per_batch`).
 
-        Phrases that exceed `data.max_tokens_per_image` together are asked behind several copies of their picture.
-        Pictures are read when their turn comes, so any number of them fits in memory.
+        Phrases that together exceed `data.max_tokens_per_image` are asked with several copies of their image.
+        Images are read when their turn comes, so any number of them fits in memory.
 
         Args:
-            pairs: pictures, each with its phrases.
+            pairs: images, each with its phrases.
 
         Yields:
-            the answers of each pair, in their order.
+            the answers of each pair, in order.
 
         Raises:
-            ValueError: see `__call__`; what was answered before has been given.
+            ValueError: see `__call__`; earlier answers have been yielded.
         """
         limits = self.config.evaluation
         waiting: deque[_Asked] = deque()
         batch: list[_Part] = []
         for image, phrases in pairs:
-            texts, picture = checked_phrases(phrases), as_picture(image)
+            texts, found = checked_phrases(phrases), as_picture(image)
             asked = _Asked(len(texts), [])
             waiting.append(asked)
-            for run in split_phrases(self.config, texts, (picture.height, picture.width), self._token_counter):
-                part = _Part(picture, run, asked)
+            for run in split_phrases(self.config, texts, (found.height, found.width), self._token_counter):
+                part = _Part(found, run, asked)
                 num_phrases = sum(len(other.phrases) for other in (*batch, part))
                 if len(batch) == limits.images_per_device or num_phrases > limits.max_phrases_per_batch:
                     self._answer(batch)
@@ -205,28 +206,21 @@ class DerisPipeline:
             yield asked.answers
 
     def _answer(self, batch: Sequence[_Part]) -> None:
-        """Runs the model once and hands each answer to whom it belongs."""
+        """Runs the model once and appends each answer to its image's list."""
         with torch.inference_mode(), explains_out_of_memory(self.config):
             self._run(batch)
 
     def _run(self, batch: Sequence[_Part]) -> None:
-        options, size, resize = self.config.evaluation, self.config.perception.image_size, self.config.ways.resize
+        options = self.config.evaluation
         dtype = torch.bfloat16 if self.config.training.precision == "bf16" else None
-        pictures = [part.picture for part in batch]
+        images = [part.image for part in batch]
         owners = [number for number, part in enumerate(batch) for _ in part.phrases]
-        phrases = tuple(phrase for part in batch for phrase in part.phrases)
-        inputs = ReferringBatch(
-            perception_image=torch.stack([perception_pixels(picture, size, resize) for picture in pictures]),
-            cognition=self.processor(pictures, phrases, owners),
-            image_index=torch.tensor(owners),
-            phrase_ids=tuple(str(number) for number in range(len(phrases))),
-            phrases=phrases,
-        )
+        inputs = self._collator.batch(images, [phrase for part in batch for phrase in part.phrases], owners)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             output: DerisOutput = self.model(inputs.to(self.device, dtype=dtype))
         answers = answer_masks(
             output,
-            [(pictures[owner].height, pictures[owner].width) for owner in owners],
+            [(images[owner].height, images[owner].width) for owner in owners],
             score_threshold=options.score_threshold,
             selection=options.selection,
             presence_use=options.presence,
@@ -236,7 +230,7 @@ class DerisPipeline:
 
 
 class _Asked(NamedTuple):
-    """A picture's phrases and the answers so far."""
+    """The number of an image's phrases and the answers so far."""
 
     number: int
     answers: list[PhraseAnswer]
@@ -247,19 +241,19 @@ class _Asked(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What a batch holds of a picture."""
+    """An image in a batch with some of its phrases."""
 
-    picture: Image.Image
+    image: Image.Image
     phrases: Sequence[str]
     asked: _Asked
 
 
 def as_picture(image: Picture, *, exif: Exif = "displayed") -> Image.Image:
-    """A picture in RGB, whatever it comes as.
+    """Returns an image in RGB.
 
     Args:
-        image: a path; or pixels, which are taken as they are.
-        exif: which way up a file is taken.
+        image: a path, a PIL image or an array.
+        exif: whether a file is turned as its EXIF orientation says.
 
     Raises:
         ValueError: it cannot be read, or an array is not uint8 (h, w, 3).
@@ -270,27 +264,27 @@ def as_picture(image: Picture, *, exif: Exif = "displayed") -> Image.Image:
         return rgb_image(image)
     if not isinstance(image, np.ndarray):
         raise ValueError(
-            f"picture: expected a path, a PIL image or a numpy array, got {type(image).__name__}; convert it to one of these."
+            f"image: expected a path, a PIL image or a numpy array, got {type(image).__name__}; convert it to one of these."
         )
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(
-            f"picture: expected an array uint8 (h, w, 3) in RGB with values 0..255, got {image.dtype} {image.shape}; convert "
-            "it (a grey or transparent picture through PIL: Image.fromarray(array).convert('RGB'))."
+            f"image: expected an array uint8 (h, w, 3) in RGB with values 0..255, got {image.dtype} {image.shape}; convert "
+            "it (a grey or transparent image through PIL: Image.fromarray(array).convert('RGB'))."
         )
     return Image.fromarray(image)
 
 
 def checked_phrases(phrases: Sequence[str]) -> tuple[str, ...]:
-    """The phrases of a picture, as a tuple.
+    """Returns the phrases of an image as a tuple.
 
     Raises:
-        ValueError: a single text instead of a list, no phrase, an empty one, or something that is no text.
+        ValueError: a single text instead of a list, no phrase, an empty phrase, or something that is not text.
     """
     if isinstance(phrases, str):
         raise ValueError(f"phrases: expected a list of texts, got one text; give [{phrases!r}].")
     texts = tuple(phrases)
     if not texts:
-        raise ValueError("phrases: expected at least one for a picture, got none; give a list such as ['the red car'].")
+        raise ValueError("phrases: expected at least one for an image, got none; give a list such as ['the red car'].")
     for number, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(

@@ -1,14 +1,14 @@
-"""Answers for files: masks as PNG, pictures to look at, and one line of JSON per phrase (`deris-llm predict`).
+"""Answers phrases about image files: masks as PNG, overlays, and one line of JSON per phrase (`deris-llm predict`).
 
 A folder of predictions holds
 
-    predictions.jsonl   one line per picture and phrase, written when its files are: what `deris-llm score` reads
-    masks/              NAME.png, 0 or 255, at the picture's size; with instances NAME.instance-1.png, ... besides
-    overlays/           NAME.jpg, the mask on the picture, with phrase, score and presence
-    left_out.txt        what the last call left out, with the reason; there only if something was
+    predictions.jsonl   one line per image and phrase, written after its files; `deris-llm score` reads it
+    masks/              NAME.png, 0 or 255, at the image's size; with --instances also NAME.instance-1.png, ...
+    overlays/           NAME.jpg, the mask over the image, with phrase, score and presence
+    left_out.txt        what the last call left out, with the reason; absent if nothing was
 
-NAME is made of picture and phrase. A line also says which checkpoint answered and when a query joins the answer, so that
-a second call knows what is done and refuses to mix answers of different kinds.
+NAME is derived from image and phrase. A line also records the checkpoint and the selection rule, so that a second call
+skips what is done and refuses to mix answers of different kinds.
 """
 
 from __future__ import annotations
@@ -46,31 +46,31 @@ from deris_llm.structures import Exif
 logger = logging.getLogger(__name__)
 
 LEFT_OUT_FILE = "left_out.txt"
-_OVERLAY_WIDTHS_PX = (480, 1280)  # smaller pictures are enlarged, larger ones reduced
+_OVERLAY_WIDTHS_PX = (480, 1280)  # smaller images are enlarged, larger ones reduced
 _CAPTION_PX = 62
 _ROWS_SHOWN = 40
 _BAD_SHOWN = 10
-_NAME_SHOWN = 40  # letters of a picture's name or a phrase in the table
+_NAME_SHOWN = 40  # characters of an image name or a phrase in the table
 _COLOURS = {
     "found": ((20, 110, 60), "green"),
     "best guess": ((176, 116, 0), "yellow"),
     "nothing": ((170, 40, 40), "red"),
 }
-"""Of each verdict: on the overlay, in the terminal."""
+"""Colour of each verdict on the overlay and in the terminal."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A phrase about a picture."""
+    """A phrase about an image."""
 
-    image: str  # as it was given; what predictions call the picture
-    path: Path  # where it lies
+    image: str  # as it was given; the name of the image in the predictions
+    path: Path  # of the file
     phrase: str
-    phrase_id: str = ""  # handed on; empty = none
+    phrase_id: str = ""  # copied to the predictions; empty = none
 
     @property
     def file_stem(self) -> str:
-        """A readable name for its files that no other question has."""
+        """A readable file name that is unique to the question."""
         named = "\0".join((self.image, self.phrase, self.phrase_id)).encode(errors="surrogatepass")
         digest = hashlib.sha256(named).hexdigest()[:8]
         readable = (_words(self.path.stem[-32:]), _words(self.phrase.lower()[:32]))
@@ -78,35 +78,37 @@ class Question:
 
 
 def _words(text: str) -> str:
-    """What of a text may stand in the name of a file; cut so that names stay below 255 bytes."""
+    """Returns a text as part of a file name; cut so that names stay below 255 bytes."""
     return re.sub(r"[^\w]+", "-", text).encode()[:96].decode(errors="ignore").strip("-")
 
 
 @dataclass
 class Predictions:
-    """What came of a call."""
+    """The result of a call."""
 
     out: Path
     threshold_source: str = ""  # in words
-    lines: list[dict[str, Any]] = field(default_factory=list)  # those of this call without masks, with area and number
-    num_there: int = 0  # questions that were answered before
-    bad: list[str] = field(default_factory=list)  # what was left out because it is bad, with the reason
-    others: list[str] = field(default_factory=list)  # what lay in a folder of pictures and is none
+    lines: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # of this call, without masks, with area and number of queries
+    num_there: int = 0  # questions answered by an earlier call
+    bad: list[str] = field(default_factory=list)  # what was left out as bad, with the reason
+    others: list[str] = field(default_factory=list)  # files in image folders that are not images
 
 
 # -- questions -------------------------------------------------------------------------------------------------------
 
 
 def questions_about(images: Sequence[Path], phrases: Sequence[str], others: list[str] | None = None) -> list[Question]:
-    """Every phrase about every picture.
+    """Returns every phrase about every image.
 
     Args:
-        images: files, and folders, whose own pictures are taken in the order of their names; folders in them are not entered.
+        images: files and folders; a folder's images are taken in the order of their names, subfolders are not entered.
         phrases: texts.
-        others: takes the names of what lies in the folders and is no picture, with the reason.
+        others: receives the names of files in the folders that are not images, with the reason.
 
     Raises:
-        ValueError: a path that is not there, or a folder without pictures.
+        ValueError: a path that does not exist, or a folder without images.
     """
     files: dict[Path, None] = {}
     for path in images:
@@ -115,8 +117,8 @@ def questions_about(images: Sequence[Path], phrases: Sequence[str], others: list
             if not found:
                 there = f", but e.g. {left_out[0]}" if left_out else ""
                 raise ValueError(
-                    f"--image {path}: expected a picture or a folder with pictures in it, got a folder without any "
-                    f"(folders in it are not entered){there}; give that folder, or the files."
+                    f"--image {path}: expected an image or a folder with images in it, got a folder without any "
+                    f"(subfolders are not entered){there}; give that folder, or the files."
                 )
             files |= dict.fromkeys(found)
             if others is not None:
@@ -124,29 +126,27 @@ def questions_about(images: Sequence[Path], phrases: Sequence[str], others: list
         elif path.is_file():
             files[path] = None
         else:
-            raise ValueError(
-                f"--image {path}: expected a picture or a folder of pictures, got no such file; correct it."
-            )
+            raise ValueError(f"--image {path}: expected an image or a folder of images, got no such file; correct it.")
     return [Question(str(path), path, phrase) for path in files for phrase in phrases]
 
 
 def read_pairs(path: Path) -> tuple[list[Question], list[str]]:
     """Reads a JSONL of `{"image": ..., "phrase": ...}` or `{"image": ..., "phrases": [...]}`, other keys are not read.
 
-    Names of pictures are relative to the folder of the file. A `phrase_id` is handed on into the predictions.
+    Image names are relative to the folder of the file. A `phrase_id` is copied to the predictions.
 
     Args:
         path: of the file.
 
     Returns:
-        the questions, and what is wrong with the lines that give none.
+        the questions, and what is wrong with the lines that cannot be used.
 
     Raises:
-        ValueError: there is no such file, or it has no line.
+        ValueError: no such file, or an empty one.
     """
     if not path.is_file():
         raise ValueError(
-            f"--jsonl {path}: expected a file with a line of JSON per picture and phrase, got no such file."
+            f"--jsonl {path}: expected a file with one line of JSON per image and phrase, got no such file."
         )
     questions: list[Question] = []
     problems: list[str] = []
@@ -182,7 +182,7 @@ def _questions_of_line(line: bytes, folder: Path) -> list[Question]:
         raise ValueError(f"expected a `phrase_id` that is a text, for one phrase, got {_short(entry)}")
     path = folder / entry["image"]
     if not path.is_file():
-        raise ValueError(f"expected a picture at {path}, got {'a folder' if path.is_dir() else 'no such file'}")
+        raise ValueError(f"expected an image at {path}, got {'a folder' if path.is_dir() else 'no such file'}")
     return [Question(entry["image"], path, phrase, phrase_id) for phrase in phrases]
 
 
@@ -207,22 +207,22 @@ def predict(
     bad: Sequence[str] = (),
     others: Sequence[str] = (),
 ) -> Predictions:
-    """Answers what is not answered yet in a folder, picture by picture.
+    """Answers the questions that a folder has no answer for yet, image by image.
 
     Args:
         pipeline: the checkpoint.
-        questions: any number; those of a picture are asked together.
-        out: folder of predictions, new or of an earlier call with the same checkpoint and settings.
-        overlays: draws the masks on the pictures.
-        instances: also writes each selected query's mask by itself.
-        skip_bad: goes on after a picture or phrase that cannot be answered; otherwise that is an error.
-        progress: shows a bar.
-        exif: which way up pictures are taken, as EXIF displays them or as their pixels are stored; so are the masks.
-        bad: lines that were left out before, for `left_out.txt`.
-        others: files that were left out before because they are no pictures, for the same.
+        questions: any number; those about one image are asked together.
+        out: folder of predictions; an unfinished one of the same checkpoint and settings is resumed.
+        overlays: writes the images with their masks.
+        instances: also writes the mask of each selected query.
+        skip_bad: leaves out images and phrases that cannot be answered; otherwise they are errors.
+        progress: shows a progress bar.
+        exif: orientation of images and masks: as EXIF displays them, or as their pixels are stored.
+        bad: input lines already left out, for `left_out.txt`.
+        others: files already left out because they are not images, for `left_out.txt`.
 
     Raises:
-        ValueError: the folder holds something else or cannot be written to, or (without `skip_bad`) a picture or phrase is bad.
+        ValueError: the folder holds something else or cannot be written to, or (without `skip_bad`) an image or phrase is bad.
     """
     done = _prepared(out, _settings(pipeline, instances=instances) | {"exif": exif})
     result = Predictions(out, pipeline.threshold_source, bad=list(bad), others=list(others))
@@ -240,7 +240,7 @@ def predict(
     ]
     batches = [groups[i : i + limits.images_per_device] for i in range(0, len(groups), limits.images_per_device)]
     try:
-        # a name that is not UTF-8 has letters that UTF-8 cannot hold: they are escaped as JSON does
+        # File names that are not UTF-8 contain lone surrogates, which are escaped.
         with (
             _bar(enabled=progress) as bar,
             (out / PREDICTIONS_FILE).open("a", encoding="utf-8", errors="backslashreplace") as file,
@@ -259,8 +259,8 @@ def predict(
         write_names(out / LEFT_OUT_FILE, [*result.bad, *result.others])
     except OSError as error:
         raise ValueError(
-            f"{out}: expected to write answers there, got {error}. What was answered before is kept; make room, then the same "
-            "command goes on from there, or choose another --out"
+            f"{out}: expected to write answers there, got {error}. Earlier answers are kept; make room and repeat the "
+            "command, which continues from there, or choose another --out"
         ) from error
     return result
 
@@ -268,7 +268,7 @@ def predict(
 def _answered(
     pipeline: DerisPipeline, batch: Sequence[Sequence[Question]], bad: list[str], exif: Exif, *, skip_bad: bool
 ) -> Iterable[tuple[Question, Image.Image, PhraseAnswer]]:
-    """Answers a batch; where something in it is bad, one question after the other, so that the bad one is known."""
+    """Answers a batch; if something in it is bad, asks one question at a time, so that the bad one is named."""
     try:
         pictures = [as_picture(asked[0].path, exif=exif) for asked in batch]
         pairs = [(picture, [q.phrase for q in asked]) for picture, asked in zip(pictures, batch, strict=True)]
@@ -297,8 +297,8 @@ def _one_by_one(
                 problem = f"{question.image}, {question.phrase[:120]!r}: {error}"
                 if not skip_bad:
                     raise ValueError(
-                        f"{problem}\nWhat was answered before is kept; the same command goes on from there, with --skip-bad "
-                        "past what is bad"
+                        f"{problem}\nEarlier answers are kept; repeat the command to continue from there, with --skip-bad to "
+                        "leave out what is bad"
                     ) from error
                 bad.append(problem)
             else:
@@ -306,7 +306,7 @@ def _one_by_one(
 
 
 def _settings(pipeline: DerisPipeline, *, instances: bool | None = None) -> dict[str, Any]:
-    """Who answered, and by which rule."""
+    """Returns the checkpoint and the selection rule that made the answers."""
     options = pipeline.config.evaluation
     settings: dict[str, Any] = {
         "checkpoint": pipeline.fingerprint,
@@ -341,10 +341,10 @@ def _key(question: Question) -> tuple[str, str, str]:
 
 
 def _prepared(out: Path, settings: dict[str, Any]) -> set[tuple[str, str, str]]:
-    """Makes the folder, or reads what an earlier call answered in it; a line that a killed call left half is cut off.
+    """Makes the folder, or reads the answers of an earlier call; an incomplete last line of a killed call is removed.
 
     Raises:
-        ValueError: it holds something else, or answers of another checkpoint or by another rule.
+        ValueError: it holds something else, or answers of another checkpoint or selection rule.
     """
     path = out / PREDICTIONS_FILE
     if out.exists() and not out.is_dir():
@@ -352,15 +352,15 @@ def _prepared(out: Path, settings: dict[str, Any]) -> set[tuple[str, str, str]]:
     if not path.is_file():
         if out.is_dir() and any(out.iterdir()):
             raise ValueError(
-                f"--out {out}: expected a new folder, or one with {PREDICTIONS_FILE} of an earlier call, got one with other "
-                f"things in it; choose another name."
+                f"--out {out}: expected a new folder, or one with {PREDICTIONS_FILE} of an earlier call, got one with "
+                f"other files in it; choose another name."
             )
         out.mkdir(parents=True, exist_ok=True)
         return set()
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
-        logger.warning("%s: its last line is not whole and is answered again", path)
+        logger.warning("%s: its last line is incomplete and is answered again", path)
         path.write_bytes(whole)
     done = set()
     for number, text in enumerate(whole.splitlines(), start=1):
@@ -379,7 +379,7 @@ def _prepared(out: Path, settings: dict[str, Any]) -> set[tuple[str, str, str]]:
         ]
         if differ:
             raise ValueError(
-                f"--out {out}: expected a new folder, or answers of the same kind, got some of another: {'; '.join(differ)}. "
+                f"--out {out}: expected a new folder, or answers of the same kind, got answers of another kind: {'; '.join(differ)}. "
                 "Nothing was changed; choose another --out, or remove that folder."
             )
     return done
@@ -408,12 +408,12 @@ def _write_mask(mask: np.ndarray, path: Path) -> None:
 
 
 def captioned_overlay(picture: Image.Image, phrase: str, answer: PhraseAnswer) -> Image.Image:
-    """The mask on the picture, and below it the phrase and what the model thinks of it.
+    """Draws the mask over the image, and below it the phrase with the verdict and scores.
 
     Args:
         picture: RGB.
         phrase: what was asked.
-        answer: with a mask of the picture's size.
+        answer: with a mask of the image's size.
     """
     smallest, largest = _OVERLAY_WIDTHS_PX
     width = min(max(picture.width, smallest), largest)
@@ -423,7 +423,7 @@ def captioned_overlay(picture: Image.Image, phrase: str, answer: PhraseAnswer) -
     pen, large, small = ImageDraw.Draw(page), ImageFont.load_default(20), ImageFont.load_default(15)
     pen.text((12, drawn.height + 7), fitted(phrase, large, page.width - 24, pen), fill=(20, 20, 30), font=large)
     said = {
-        "found": f"found, {100 * answer.mask.mean():.1f} % of the picture",
+        "found": f"found, {100 * answer.mask.mean():.1f} % of the image",
         "best guess": f"best guess, below the threshold {answer.score_threshold:g}",
         "nothing": "nothing",
     }[answer.verdict]
@@ -436,10 +436,10 @@ def show_predictions(result: Predictions, console: Console) -> None:
     """Prints a table of the first answers, and counts."""
     shown = result.lines[:_ROWS_SHOWN]
     images = [line["image"] for line in shown]
-    folder = os.path.commonprefix(images).rpartition("/")[0]  # that all have in common
+    folder = os.path.commonprefix(images).rpartition("/")[0]  # common to all
     table = Table(box=None, pad_edge=False)
     one_picture = len(set(images)) == 1
-    for name in ("phrase",) if one_picture else ("picture", "phrase"):
+    for name in ("phrase",) if one_picture else ("image", "phrase"):
         table.add_column(name, overflow="fold")
     table.add_column("answer", no_wrap=True)
     for name in ("area %", "score", "presence"):
@@ -475,9 +475,9 @@ def _counts(result: Predictions) -> str:
         guesses = "1 best guess" if number == 1 else f"{number:,} best guesses"
         said[0] += f", {guesses} below the threshold {result.lines[0]['score_threshold']:g}"
     said[0] += f", {verdicts['nothing']:,} nothing"
-    said += [f"{result.num_there:,} were there already"] if result.num_there else []
+    said += [f"{result.num_there:,} were answered before"] if result.num_there else []
     said += [f"{len(result.bad):,} bad ones left out"] if result.bad else []
-    said += [f"{len(result.others):,} that are no pictures left out"] if result.others else []
+    said += [f"{len(result.others):,} that are not images left out"] if result.others else []
     return "; ".join(said)
 
 
@@ -504,16 +504,16 @@ def _bar(*, enabled: bool) -> Progress:
 def questions_of_command(
     images: Sequence[Path], phrases: Sequence[str], jsonl: Path | None, *, skip_bad: bool
 ) -> tuple[list[Question], list[str], list[str]]:
-    """What `deris-llm predict` was asked.
+    """Returns the questions of a `deris-llm predict` command.
 
     Args:
         images: of `--image`.
         phrases: of `--phrase`.
-        jsonl: of `--jsonl`, instead of the two.
+        jsonl: of `--jsonl`, instead of both.
         skip_bad: bad lines are returned instead of raised.
 
     Returns:
-        the questions, the bad lines, and what lies in folders of `--image` and is no picture.
+        the questions, the bad lines, and the files in folders of `--image` that are not images.
 
     Raises:
         ValueError: neither or both are given, an empty phrase, or bad lines.
@@ -521,7 +521,7 @@ def questions_of_command(
     if jsonl is not None:
         if images or phrases:
             raise ValueError(
-                "--jsonl: expected it alone, got --image or --phrase too; the file has pictures and phrases."
+                "--jsonl: expected --jsonl alone, got --image or --phrase too; the file has images and phrases."
             )
         questions, problems = read_pairs(jsonl)
         if problems and not skip_bad:
@@ -529,7 +529,7 @@ def questions_of_command(
             more = f"\n  - and {len(problems) - _BAD_SHOWN:,} more" if len(problems) > _BAD_SHOWN else ""
             raise ValueError(
                 f"--jsonl {jsonl}: {len(problems):,} lines cannot be used\n{listed}{more}\nNothing was answered; correct them, or "
-                "leave them out and counted with --skip-bad"
+                "leave them out with --skip-bad, which counts them"
             )
         return questions, problems, []
     if not images or not phrases:
@@ -557,7 +557,7 @@ def run(
     skip_bad: bool,
     exif: Exif,
 ) -> Predictions:
-    """`deris-llm predict`, without the printing."""
+    """Runs `deris-llm predict` without printing the result."""
     questions, bad, others = questions_of_command(images, phrases, jsonl, skip_bad=skip_bad)
     check_writable(out or Path("runs", "predict"))
     pipeline = DerisPipeline.from_pretrained(checkpoint, overrides=overrides)

@@ -91,7 +91,7 @@ def test_a_small_folder(run, tmp_path, capsys):
     data = json.loads((run / "data.json").read_text())["datasets"]["refcoco"]
     assert f"| refcoco | {data['num_phrases']} | {data['num_images']} | {data['num_images_left_out']} |" in body
     assert (
-        "on refcoco/val (12 phrases of 3 pictures), by which this checkpoint was chosen; protocol `original` (" in body
+        "on refcoco/val (12 phrases of 3 images), by which this checkpoint was chosen; protocol `original` (" in body
     )
     assert "| 61.2 | 58.1 | 70.0 |" in body
     assert "Threshold 0.9, of the run config, not calibrated." in body
@@ -99,7 +99,7 @@ def test_a_small_folder(run, tmp_path, capsys):
     for part, name in (("cognition", "llava"), ("perception", "mask2former")):
         digest = recorded[part]["files"]["model.safetensors"][:12]
         assert f"| {part} | `{name}` | `{digest}` |" in body
-    assert "Loading it with others is refused." in body
+    assert "Loading it with other base weights is refused." in body
     assert "It always answers with a mask" in body
 
 
@@ -139,7 +139,7 @@ def test_merged_it_needs_nothing(run, tmp_path):
     front, body = card_of(out)
     assert "lora" not in front["tags"]
     assert "tuned with LoRA of rank 4, which is merged into its weights" in body
-    assert "rounding the weights to bf16 moved mask logits by" in body
+    assert "rounding the weights to bf16 changed mask logits by" in body
     assert "Nothing else is downloaded" in body
     assert "They are part of this checkpoint's own." in body
     ours = DerisPipeline.from_pretrained(out)(picture, ["ring"])[0]
@@ -176,7 +176,7 @@ def test_numbers_of_a_report(run, tmp_path):
     assert "| grefcoco/val | `original` | 9 | 64.0 | 49.2 | 97.7 | 92.5 | 45.0 | 47.7 |" in body
     assert "95 % bootstrap intervals" in body
     assert "- protocol `original` (0123abcd): as it is" in body
-    assert "Of at most 24 pictures of each split." in body
+    assert "Of at most 24 images of each split." in body
     assert "**LEAKAGE: trained on pictures of evaluation splits.**" in body
     assert "refcoco/val: the threshold was chosen on it." in body
     assert "While training" not in body
@@ -184,7 +184,7 @@ def test_numbers_of_a_report(run, tmp_path):
     other = shutil.copytree(run / "best", tmp_path / "other", ignore=shutil.ignore_patterns("checksums.json"))
     (other / "config.yaml").write_text((other / "config.yaml").read_text() + "\n")
     for measured, said in (
-        (run / "best", "Measured with the checkpoint that this one was made of."),
+        (run / "best", "Measured with the checkpoint that this one was made from."),
         (other, f"**Measured with the checkpoint of fingerprint `{checkpoint_fingerprint(other)}`, not with that of"),
     ):
         report["about"]["checkpoint"] = str(measured)
@@ -216,7 +216,7 @@ def test_an_older_checkpoint_says_what_it_does_not_know(run, tmp_path):
     export_checkpoint(source, tmp_path / "hub")
     _, body = card_of(tmp_path / "hub")
     assert "Not recorded: this checkpoint has no `data.json`." in body
-    assert "None: nobody evaluated this checkpoint for the card." in body
+    assert "None: this checkpoint was not evaluated for the card." in body
 
 
 def test_a_tokenizer_of_its_own_goes_along(tmp_path):

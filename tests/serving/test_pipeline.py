@@ -161,7 +161,7 @@ def test_a_picture_in_memory_is_read_as_its_file_is(tmp_path):
         image.save(tmp_path / f"{number}.png")
         np.testing.assert_array_equal(np.asarray(as_picture(image)), np.asarray(as_picture(tmp_path / f"{number}.png")))
     assert np.asarray(as_picture(Image.fromarray(clear))).min() == 255  # what is transparent lies on white
-    with pytest.raises(ValueError, match="got floating-point numbers"):
+    with pytest.raises(ValueError, match="got floating-point values"):
         as_picture(Image.fromarray(np.zeros((4, 4), dtype=np.float32)))
 
 
@@ -223,7 +223,7 @@ def test_attention_over_the_batch_is_read_as_over_itself(tmp_path, picture, kind
 @pytest.mark.parametrize(
     ("phrases", "said"),
     [
-        ([], "expected at least one for a picture, got none"),
+        ([], "expected at least one for an image, got none"),
         ("a circle", r"expected a list of texts, got one text; give \['a circle'\]"),
         (["ring", " "], r"phrases\[1\]: expected some words, got ' ' beside 1 others"),
         (["ring", None], r"phrases\[1\]: expected some words, got None"),
@@ -262,7 +262,7 @@ def test_files_that_are_no_pictures(pipeline, picture, tmp_path, monkeypatch):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:900])
     picture.save(tmp_path / "whole.png")
     for name in ("nowhere.jpg", "text.jpg", "cut.jpg", ""):
-        with pytest.raises(ValueError, match=r"expected .*picture"):
+        with pytest.raises(ValueError, match=r"expected .*image"):
             pipeline(tmp_path / name, ["ring"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"whole\.png"):

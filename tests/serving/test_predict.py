@@ -202,7 +202,7 @@ def test_bad_pictures_and_phrases_are_named(pictures, pipeline, tmp_path):
     whole = (pictures / "picture 1.png").read_bytes()
     (pictures / "picture 1.png").write_bytes(whole[: len(whole) // 2])
     questions = [*asked_of(pictures, "ring"), Question("a", pictures / "picture 2.png", "ring <image>")]
-    with pytest.raises(ValueError, match=r"picture 1\.png.*\nWhat was answered before is kept.*--skip-bad"):
+    with pytest.raises(ValueError, match=r"picture 1\.png.*\nEarlier answers are kept.*--skip-bad"):
         predict(pipeline, questions, tmp_path / "out", progress=False)
     assert [line["image"] for line in lines_of(tmp_path / "out")] == [str(pictures / "picture 0.png")]
     result = predict(pipeline, questions, tmp_path / "out", skip_bad=True, progress=False)
@@ -397,7 +397,7 @@ def test_a_full_disk_keeps_what_was_answered(pictures, pipeline, tmp_path, monke
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("deris_llm.serving.predict._write_mask", fails)
-    with pytest.raises(ValueError, match=r"No space left on device\. What was answered before is kept"):
+    with pytest.raises(ValueError, match=r"No space left on device\. Earlier answers are kept"):
         predict(pipeline, asked_of(pictures, "ring"), tmp_path / "out", overlays=False, progress=False)
     assert len(lines_of(tmp_path / "out")) == 1
 
