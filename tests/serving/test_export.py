@@ -90,9 +90,7 @@ def test_a_small_folder(run, tmp_path, capsys):
     assert f"fingerprint `{checkpoint_fingerprint(run / 'best')}`" in body
     data = json.loads((run / "data.json").read_text())["datasets"]["refcoco"]
     assert f"| refcoco | {data['num_phrases']} | {data['num_images']} | {data['num_images_left_out']} |" in body
-    assert (
-        "on refcoco/val (12 phrases of 3 images), by which this checkpoint was chosen; protocol `original` (" in body
-    )
+    assert "on refcoco/val (12 phrases of 3 images), by which this checkpoint was chosen; protocol `original` (" in body
     assert "| 61.2 | 58.1 | 70.0 |" in body
     assert "Threshold 0.9, of the run config, not calibrated." in body
     recorded = json.loads((run / "best" / "base_weights.json").read_text())
@@ -141,7 +139,7 @@ def test_merged_it_needs_nothing(run, tmp_path):
     assert "tuned with LoRA of rank 4, which is merged into its weights" in body
     assert "rounding the weights to bf16 changed mask logits by" in body
     assert "Nothing else is downloaded" in body
-    assert "They are part of this checkpoint's own." in body
+    assert "They are part of this checkpoint's weights." in body
     ours = DerisPipeline.from_pretrained(out)(picture, ["ring"])[0]
     assert ours.score == pytest.approx(DerisPipeline.from_pretrained(run)(picture, ["ring"])[0].score, abs=0.05)
     again = tmp_path / "again"

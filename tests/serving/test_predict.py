@@ -187,7 +187,7 @@ def test_answers_of_another_kind_are_not_mixed(checkpoint, pictures, pipeline, t
 
 
 def test_a_folder_of_something_else_is_refused(pictures, pipeline, tmp_path):
-    with pytest.raises(ValueError, match=r"got one with other things in it; choose another name"):
+    with pytest.raises(ValueError, match=r"got one with other files in it; choose another name"):
         predict(pipeline, [], pictures, progress=False)
     with pytest.raises(ValueError, match="got a file; choose another name"):
         predict(pipeline, [], pictures / "notes.txt", progress=False)
@@ -250,8 +250,8 @@ def test_too_little_memory_is_no_bad_picture(pictures, checkpoint, tmp_path, mon
         ('{"image": "picture 0.png", "phrase": " "}', "expected phrases with words, got ' '"),
         ('{"image": "picture 0.png", "phrases": ["a", null]}', "expected phrases with words, got None"),
         ('{"image": "picture 0.png", "phrase": "a", "phrase_id": 3}', "expected a `phrase_id` that is a text"),
-        ('{"image": "nowhere.png", "phrase": "a"}', "expected a picture at "),
-        ('{"image": "inside", "phrase": "a"}', "expected a picture at "),
+        ('{"image": "nowhere.png", "phrase": "a"}', "expected an image at "),
+        ('{"image": "inside", "phrase": "a"}', "expected an image at "),
         (b'{"image": "picture 0.png", "phrase": "\xff"}', "expected JSON in UTF-8 such as"),
     ],
 )
@@ -283,9 +283,9 @@ def test_broken_lines_are_left_out_and_counted(checkpoint, pictures, tmp_path, c
         (["--image", "x.png"], "got no --phrase"),
         (["--phrase", "ring"], "got no --image"),
         (["--image", "x.png", "--phrase", " "], "--phrase ' ': expected some words"),
-        (["--image", "x.png", "--phrase", "ring"], "--image x.png: expected a picture or a folder of pictures"),
+        (["--image", "x.png", "--phrase", "ring"], "--image x.png: expected an image or a folder of images"),
         (["--jsonl", "nowhere.jsonl"], "--jsonl nowhere.jsonl: expected a file"),
-        (["--jsonl", "nowhere.jsonl", "--phrase", "ring"], "--jsonl: expected it alone"),
+        (["--jsonl", "nowhere.jsonl", "--phrase", "ring"], "--jsonl: expected --jsonl alone"),
     ],
 )
 def test_wrong_commands(checkpoint, capsys, options, said):
@@ -320,7 +320,7 @@ def test_what_is_no_picture_is_left_out_of_a_folder_and_listed(checkpoint, pictu
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "3 answered" in said
-    assert "9 that are no pictures left out" in " ".join(said.split())  # these, notes.txt and the folder
+    assert "9 that are not images left out" in " ".join(said.split())  # these, notes.txt and the folder
     assert "pip install pillow-heif" in said
     listed = (tmp_path / "out" / "left_out.txt").read_text().splitlines()
     named = {line.partition(": ")[0] for line in listed}
