@@ -49,7 +49,14 @@ def test_data_files_are_built_into_the_package(tmp_path):
     subprocess.run([*command, *egg_info, *build], cwd=ROOT, check=True, capture_output=True)
     wanted = [
         path
-        for pattern in ("config/**/*.yaml", "models/architectures/*.json", "builtin/**/*", "**/*.css", "**/*.py")
+        for pattern in (
+            "training/ds_configs/*.json",
+            "config/**/*.yaml",
+            "models/architectures/*.json",
+            "builtin/**/*",
+            "**/*.css",
+            "**/*.py",
+        )
         for path in (ROOT / "deris_llm").glob(pattern)
         if path.is_file()
     ]

@@ -166,7 +166,7 @@ def find_checkpoint(given: str | Path, overrides: Sequence[str] = ()) -> FoundCh
 
 
 def _downloaded(name: str) -> Path | None:
-    """The folder of an exported checkpoint on the Hugging Face hub, or None if the text is not a repository id."""
+    """Downloads an exported checkpoint from the Hugging Face hub; None if the text is not a repository id."""
     from deris_llm.common import hub  # huggingface_hub delays the start of commands that do not need it
 
     repository = hub.HubName.parsed(name)
@@ -189,9 +189,7 @@ def is_full(folder: Path) -> bool:
 def check_is_checkpoint(folder: Path, where: str = "") -> None:
     """Checks that a folder is a checkpoint of either kind and undamaged.
 
-    Args:
-        folder: to check.
-        where: prefix of the message: the option or field that named the folder.
+    ``where`` begins the message: the option or field that named the folder.
 
     Raises:
         CheckpointError: lists the missing files and suggests a checkpoint inside the folder; or see `check_files`.
@@ -236,10 +234,7 @@ def write_checksums(folder: Path) -> None:
 def check_files(folder: Path, where: str = "", *, to_resume: bool = False) -> None:
     """Checks that a checkpoint's files are as they were saved. A checkpoint without ``checksums.json`` passes.
 
-    Args:
-        folder: a checkpoint.
-        where: prefix of the message: the option or field that named the folder.
-        to_resume: whether the optimizer's files are needed too.
+    ``where`` begins the message, ``to_resume`` includes the optimizer's files.
 
     Raises:
         CheckpointError: names each file that is missing, truncated or changed.
@@ -340,12 +335,7 @@ def _digest_of_state(path: Path, size: int, _modified_ns: int) -> str:
 
 
 def interrupted_message(output: Path, step: int | None = None) -> str:
-    """Returns the message after Ctrl-C: what is saved and how to resume.
-
-    Args:
-        output: folder of the run.
-        step: the last finished step, if known.
-    """
+    """Returns the message after Ctrl-C: what is saved in the run folder and how to resume."""
     newest = newest_checkpoint(output)
     at = "interrupted" if step is None else f"interrupted after step {step}"
     if newest is None:

@@ -200,13 +200,9 @@ def restore_full_weights(model: nn.Module, folder: Path) -> None:
 
 
 def _load_strictly(tensors: Mapping[str, Tensor], path: Path, what: str, *, others: str) -> None:
-    """Copies a file's values into tensors with exactly its names and shapes.
+    """Copies a file's values into tensors of exactly its names and shapes, which ZeRO-3 may have partitioned.
 
-    Args:
-        tensors: name -> tensor to fill, possibly partitioned by ZeRO-3.
-        path: a safetensors file.
-        what: the tensors, for the message.
-        others: what any other tensor of the file is, for the message.
+    ``what`` and ``others`` describe the tensors here, and any other one in the file, in the message.
     """
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
     with opened(path) as file:

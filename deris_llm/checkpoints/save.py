@@ -47,13 +47,9 @@ _NOT_OF_PROCESSOR = ("*.index.json", "metrics.json")  # lists of weight files, n
 
 
 def save_weights(folder: Path, model: nn.Module, config: RunConfig, metrics: Mapping[str, Any]) -> None:
-    """Writes a checkpoint without optimizer state (``best``). Every rank calls it.
+    """Writes a checkpoint without optimizer state (``best``), with ``metrics`` as ``metrics.json``. Every rank calls it.
 
-    Args:
-        folder: final name.
-        model: the bare model (not DeepSpeed's engine), under any ZeRO stage.
-        config: saved with it.
-        metrics: plain numbers, saved as ``metrics.json``.
+    ``model`` is the bare model (not DeepSpeed's engine), under any ZeRO stage.
     """
     tensors = trainable_tensors(model)
 
@@ -76,13 +72,8 @@ def save_training_state(
 ) -> None:
     """Writes a checkpoint that a run can be resumed from. Every rank calls it; rank 0 writes.
 
-    Args:
-        folder: final name.
-        model: the bare model, under any ZeRO stage.
-        optimizer: the Trainer's (with or without the wrappers of accelerate and DeepSpeed), after at least one step.
-        scheduler: the Trainer's.
-        config: saved with it.
-        trainer_state: the Trainer's state as plain values.
+    ``model`` is the bare model, under any ZeRO stage. ``optimizer`` may have the wrappers of accelerate and DeepSpeed and has
+    taken at least one step.
     """
     tensors = trainable_tensors(model)
     step, moments = optimizer_moments(model, optimizer)

@@ -58,13 +58,6 @@ def restore_training_state(
 ) -> None:
     """Restores optimizer, master weights and schedule. `load.restore_weights` is called before the engine exists.
 
-    Args:
-        folder: a checkpoint folder.
-        model: the bare model.
-        optimizer: the Trainer's, new.
-        scheduler: the Trainer's, new.
-        config: of this run.
-
     Raises:
         CheckpointError: another number of images per step, or the file lacks moments of the optimizer.
     """

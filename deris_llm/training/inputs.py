@@ -34,11 +34,13 @@ def check_phrases(
 ) -> None:
     """Passes all phrases, with the sizes of their images, to the processor's check.
 
+    A processor that is not an `InputChecker` accepts everything. The folder of the data remembers which one has accepted them.
+
     Args:
         config: of the run.
-        processor: one that is not an `InputChecker` is skipped.
+        processor: the cognition backend's.
         inputs: records by the name that a message gives them.
-        data: their manifest. Its folder remembers which processor has accepted them.
+        data: their manifest.
 
     Raises:
         DataError: lists all rejected phrases, on every rank.
@@ -72,12 +74,7 @@ def _mark_of_checked_phrases(config: RunConfig, processor: CognitionProcessor, d
 
 
 def check_images(config: RunConfig, inputs: Mapping[str, Sequence[ReferringRecord]], *, is_new: bool) -> None:
-    """Decodes all images if `data.check_images` asks for it.
-
-    Args:
-        config: of the run.
-        inputs: records by the name that a message gives them.
-        is_new: whether the run starts now, and is not resumed.
+    """Decodes all images if `data.check_images` asks for it; ``is_new`` is False on resume.
 
     Raises:
         DataError: lists all unusable images, on every rank.
