@@ -39,7 +39,7 @@ class EvaluationFolder:
     Args:
         folder: made when something is written.
         protocols: those of all results.
-        title: of the pictures.
+        title: of the images.
         about: where the numbers come from: name, checkpoint, data_root, date, threshold_source, ...; stored as it is.
 
     Raises:
@@ -75,7 +75,7 @@ class EvaluationFolder:
         notes: Sequence[str] = (),
         more: Mapping[str, Any] | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Adds a split's numbers to the report; those of section ``splits`` with predictions and pictures.
+        """Adds a split's numbers to the report; those of section ``splits`` with predictions and images.
 
         Args:
             split: ``dataset/split``.

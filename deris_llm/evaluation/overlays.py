@@ -1,11 +1,8 @@
-"""Pictures of answers: predicted mask and ground truth on the picture, as contact sheets (PNG) and one HTML page."""
+"""Images of answers: predicted mask and ground truth on the image, as contact sheets (PNG) and one HTML page."""
 
 from __future__ import annotations
 
-import base64
 import bisect
-import html
-import io
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +14,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from deris_llm.common.html import data_uri, environment
 from deris_llm.data.images import load_image
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.evaluation.answers import Answer
@@ -24,11 +22,11 @@ from deris_llm.evaluation.truth import merged_truth
 from deris_llm.structures import ReferringRecord
 
 TILE_WIDTH_PX = 400
-_MAX_SCALE = 3  # small pictures are enlarged up to this factor
+_MAX_SCALE = 3  # small images are enlarged up to this factor
 PREDICTED_RGB = (255, 122, 0)
 TRUTH_RGB = (0, 190, 255)
 """Orange and blue, which people who confuse colours tell apart; the truth's line is dashed besides."""
-_GAP_RGB = (8, 24, 48)  # between the dashes: they stand out on any picture
+_GAP_RGB = (8, 24, 48)  # between the dashes: they stand out on any image
 _DASH_PX = 5
 _TINT = 0.42
 _CAPTION_PX = 74
@@ -48,7 +46,7 @@ class Case:
 
     @cached_property
     def overlay(self) -> Image.Image:
-        """The drawn picture, RGB."""
+        """The drawn image, RGB."""
         record = self.record
         image = load_image(record.image_path, size_hw=(record.height, record.width), exif=record.exif)
         predicted = decode_segmentation(self.prediction.mask, self.record.height, self.record.width)
@@ -63,7 +61,7 @@ def choose_cases(
     num_each: int = 4,
     seed: int = 0,
 ) -> list[Case]:
-    """Random cases first (what to expect), then the worst and the best; each phrase once, pictures repeat only if they must.
+    """Random cases first (what to expect), then the worst and the best; each phrase once, images repeat only if they must.
 
     Args:
         predictions: of a split.
@@ -75,7 +73,7 @@ def choose_cases(
     by_iou = sorted(predictions, key=lambda p: p.iou[protocol])
     shuffled = random.Random(seed).sample(by_iou, len(by_iou))
     cases: list[Case] = []
-    seen: Counter[str] = Counter()  # cases by picture: a new picture is preferred
+    seen: Counter[str] = Counter()  # cases by image: a new image is preferred
     for kind, ranking in (("random", shuffled), ("worst", by_iou), ("best", by_iou[::-1])):
         taken = {case.record.phrase_id for case in cases}
         for chosen in pick([p for p in ranking if p.phrase_id not in taken], num_each, seen):
@@ -94,12 +92,12 @@ Ranked = TypeVar("Ranked", bound=OfImage)
 
 
 def pick(ranking: Iterable[Ranked], number: int, seen: Counter[str]) -> list[Ranked]:
-    """The first of a ranking, but pictures that were shown less go before those that were shown more.
+    """The first of a ranking, but images that were shown less go before those that were shown more.
 
     Args:
         ranking: best first.
         number: wanted; fewer if there are no more.
-        seen: how often each picture was shown; counted on.
+        seen: how often each image was shown; counted on.
     """
     left = list(ranking)
     picked: list[Ranked] = []
@@ -113,16 +111,16 @@ def pick(ranking: Iterable[Ranked], number: int, seen: Counter[str]) -> list[Ran
 def draw_overlay(
     image: Image.Image, predicted: np.ndarray | None, truth: np.ndarray | None, *, width_px: int = TILE_WIDTH_PX
 ) -> Image.Image:
-    """The picture with the predicted mask tinted and outlined and the ground truth outlined by a dashed line.
+    """The image with the predicted mask tinted and outlined and the ground truth outlined by a dashed line.
 
     Args:
         image: RGB.
-        predicted: bool (h, w) at the picture's size; None draws none.
+        predicted: bool (h, w) at the image's size; None draws none.
         truth: bool (h, w); None draws none.
-        width_px: wanted width; small pictures are enlarged at most three times.
+        width_px: wanted width; small images are enlarged at most three times.
 
     Returns:
-        RGB picture.
+        RGB image.
     """
     scale = min(width_px / image.width, _MAX_SCALE)
     size = (round(image.width * scale), round(image.height * scale))
@@ -168,18 +166,28 @@ def write_contact_sheet(cases: Sequence[Case], path: str | Path, *, title: str, 
 
 
 def write_page(cases_by_split: Mapping[str, Sequence[Case]], path: str | Path, *, title: str, protocol: str) -> None:
-    """One HTML page that holds its pictures itself and needs no network."""
-    sections = []
-    for split, cases in cases_by_split.items():
-        figures = "".join(_figure(case, protocol) for case in cases)
-        sections.append(f'<h2>{html.escape(split)}</h2><div class="grid">{figures}</div>')
-    page = _PAGE.format(
-        title=html.escape(title),
-        protocol=html.escape(protocol),
-        predicted=f"rgb{PREDICTED_RGB}",
-        truth=f"rgb{TRUTH_RGB}",
-        gap=f"rgb{_GAP_RGB}",
-        sections="".join(sections),
+    """Writes one HTML page that holds its images itself and needs no network."""
+    splits = [
+        (
+            split,
+            [
+                (case, data_uri(case.overlay, "JPEG", quality=90), f"rgb{_badge_rgb(case.prediction.iou[protocol])}")
+                for case in cases
+            ],
+        )
+        for split, cases in cases_by_split.items()
+    ]
+    page = (
+        environment("deris_llm.evaluation")
+        .get_template("overlays.html.j2")
+        .render(
+            title=title,
+            protocol=protocol,
+            predicted=f"rgb{PREDICTED_RGB}",
+            truth=f"rgb{TRUTH_RGB}",
+            gap=f"rgb{_GAP_RGB}",
+            splits=splits,
+        )
     )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, "utf-8", "backslashreplace")
@@ -202,20 +210,6 @@ def _tile(case: Case, protocol: str) -> Image.Image:
     about = f"{case.kind} | {case.prediction.phrase_id}"
     draw.text((8, overlay.height + _CAPTION_PX - 19), about, fill=(130, 130, 140), font=ImageFont.load_default(13))
     return tile
-
-
-def _figure(case: Case, protocol: str) -> str:
-    stream = io.BytesIO()
-    case.overlay.save(stream, format="JPEG", quality=90)
-    picture = base64.b64encode(stream.getvalue()).decode("ascii")
-    iou = case.prediction.iou[protocol]
-    phrase, phrase_id = html.escape(case.prediction.phrase), html.escape(case.prediction.phrase_id)
-    colour = f"rgb{_badge_rgb(iou)}"
-    return (
-        f'<figure><div class="picture"><img alt="{phrase}" src="data:image/jpeg;base64,{picture}">'
-        f'<span class="badge" style="background:{colour}">IoU {iou:.1f}</span></div>'
-        f"<figcaption>{phrase}<small>{case.kind} &middot; {phrase_id}</small></figcaption></figure>"
-    )
 
 
 def fitted(text: str, font: Font, width_px: float, draw: ImageDraw.ImageDraw) -> str:
@@ -257,29 +251,3 @@ def _outline(mask: np.ndarray) -> np.ndarray:
 
 def _badge_rgb(iou: float) -> tuple[int, int, int]:
     return (28, 132, 80) if iou >= 70 else (176, 116, 0) if iou >= 50 else (190, 40, 50)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1500px; padding: 0 1rem; }}
-body {{ color: #1c1c24; background: #fff; }}
-h1 {{ font-size: 1.5rem; margin-bottom: .2rem; }} h2 {{ font-size: 1.15rem; margin: 2rem 0 .6rem; }}
-.key {{ display: inline-block; width: 1em; height: 1em; border-radius: 3px; }}
-.key {{ vertical-align: -2px; margin: 0 .3em 0 1em; }}
-.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 1rem; }}
-figure {{ margin: 0; background: #f4f4f7; border-radius: 10px; overflow: hidden; }}
-.key.truth {{ background: repeating-linear-gradient(90deg, {truth} 0 5px, {gap} 5px 10px); }}
-.picture {{ position: relative; }} img {{ width: 100%; display: block; }}
-.badge {{ position: absolute; left: 8px; top: 8px; color: #fff; border-radius: 6px; padding: 1px 8px; }}
-figcaption {{ padding: .5rem .7rem .7rem; }}
-small {{ display: block; color: #777; font-size: .75rem; overflow-wrap: anywhere; }}
-</style>
-<h1>{title}</h1>
-<p>IoU in percent under protocol <code>{protocol}</code>.
-<span class="key" style="background:{predicted}"></span>prediction
-<span class="key truth"></span>ground truth</p>
-{sections}
-</html>
-"""

@@ -38,10 +38,10 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
 }
 """Table 1 of the DeRIS paper, percent."""
 
-NOTE = "95 %: bootstrap over pictures. Oracle: each referent's best query."
+NOTE = "95 %: bootstrap over images. Oracle: each referent's best query."
 
 PUBLISHED_NOTE = (
-    "Other data: published numbers on the real COCO pictures, DeRIS paper, Table 1. \N{DAGGER}: its group of MLLM-based methods, "
+    "Other data: published numbers on the real COCO images, DeRIS paper, Table 1. \N{DAGGER}: its group of MLLM-based methods, "
     "whose metric the table does not state: the paper's text calls DeRIS-7B's lead over SAM4MLLM-8B cIoU, its appendix says 'For RIS, "
     "we use mIoU', and LISA, GSVA, GLaMM and SAM4MLLM report cIoU (here: oIoU) in their own papers."
 )
@@ -62,12 +62,12 @@ PUBLISHED_GRES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
 """Table 2 of the DeRIS paper: gIoU, cIoU, N-acc, percent."""
 
 GRES_NOTE = (
-    "Always empty, never empty: what answers without looking get (no target for every phrase; the whole picture for "
+    "Always empty, never empty: what answers without looking get (no target for every phrase; the whole image for "
     "every phrase). F1: share of phrases whose boxes are all right. Oracle: each referent's best query. 95 %: bootstrap over "
-    "pictures."
+    "images."
 )
 
-PUBLISHED_GRES_NOTE = "Other data: published gIoU / cIoU / N-acc on the real COCO pictures, DeRIS paper, Table 2."
+PUBLISHED_GRES_NOTE = "Other data: published gIoU / cIoU / N-acc on the real COCO images, DeRIS paper, Table 2."
 
 _INTERVAL = "95 %"  # a column of the table beside the first metric, not a metric
 

@@ -70,7 +70,7 @@ def convert(
         path: see `deris_llm.common.weight_files.read_weight_file`.
         out: new folder.
         tokenizer: `beit3.spm`, copied beside the weights.
-        image_size: px, side of the pictures that the position table is resized for; None = as in the file.
+        image_size: px, side of the images that the position table is resized for; None = as in the file.
         allow_half: take half precision, as float32.
 
     Raises:

@@ -290,7 +290,7 @@ def test_side_by_side_of_other_splits_or_other_data_is_refused(folder: Path, tmp
     moved = world.write_evaluation(tmp_path / "moved")
     path = moved / "predictions" / "refcoco_val.jsonl"
     path.write_text(path.read_text().replace("COCO_train2014_000000000001.jpg", "elsewhere.jpg"))
-    with pytest.raises(ValueError, match=r"got 4 phrases of refcoco/val with another picture"):
+    with pytest.raises(ValueError, match=r"got 4 phrases of refcoco/val with another image"):
         pairs_of(open_evaluation(folder), open_evaluation(moved))
 
 

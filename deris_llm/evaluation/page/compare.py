@@ -39,7 +39,7 @@ def pairs_of(evaluation: Evaluation, other: Evaluation) -> dict[str, list[Pair]]
     """The phrases that both have answered, by split.
 
     Raises:
-        ValueError: there is none, or they are not about the same pictures.
+        ValueError: there is none, or they are not about the same images.
     """
     found: dict[str, list[Pair]] = {}
     for split, answers in evaluation.answers.items():
@@ -56,7 +56,7 @@ def pairs_of(evaluation: Evaluation, other: Evaluation) -> dict[str, list[Pair]]
         if strange:
             raise ValueError(
                 f"report --against {other.folder}: expected predictions over the same data, got {len(strange)} phrases of {split} "
-                f"with another picture or another truth, e.g. {strange[0]}: evaluate both on the same data"
+                f"with another image or another truth, e.g. {strange[0]}: evaluate both on the same data"
             )
         if pairs:
             found[split] = pairs
@@ -69,7 +69,7 @@ def pairs_of(evaluation: Evaluation, other: Evaluation) -> dict[str, list[Pair]]
 
 
 def choose_pairs(pairs: Sequence[Pair], num_each: int) -> tuple[list[Pair], list[Pair]]:
-    """Where ours is better and where the other is, the largest differences first, other pictures before the same again."""
+    """Where ours is better and where the other is, the largest differences first, other images before the same again."""
     seen: Counter[str] = Counter()
     by_gain = sorted((pair for pair in pairs if pair.gain), key=lambda pair: -pair.gain)
     better, worse = [p for p in by_gain if p.gain > 0], [p for p in reversed(by_gain) if p.gain < 0]
@@ -206,7 +206,7 @@ def _apart(pair: Pair, record: ReferringRecord, protocol: str, names: Sequence[s
 
 
 def shown_ids(pairs: Mapping[str, Sequence[Pair]]) -> dict[str, list[str]]:
-    """Split -> ids of the phrases whose pictures `apart` shows."""
+    """Split -> ids of the phrases whose images `apart` shows."""
     return {
         split: [pair.ours.phrase_id for pair in (*better, *worse)] for split, (better, worse) in _shown(pairs).items()
     }
