@@ -142,6 +142,9 @@ class PreparedSplit(Records):
         self.folder, self.split, self.phrase_field = manifest.folder, split, phrase_field
         self.dataset = dataset = manifest.folder.name
         self._images = read_images(manifest)
+        self._image_columns = {
+            name: self._images.column(name).combine_chunks() for name in ("image_id", "file", "height", "width")
+        }
         self._image_folder = manifest.image_folder
         self._exif: Exif = manifest.content["exif"]
         if not self._image_folder.is_dir():
@@ -177,9 +180,13 @@ class PreparedSplit(Records):
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def record(self, row: int) -> ReferringRecord:
-        batch, row_of_batch = self._place(row)
-        fields = batch.slice(row_of_batch, 1).to_pylist()[0]
-        return self._record(fields, self._images.slice(fields["image"], 1).to_pylist()[0])
+        batch, row_of_batch = self._place(row)  # column by column: half the time of a slice's to_pylist
+        fields = {
+            name: column[row_of_batch].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        }
+        return self._record(
+            fields, {name: column[fields["image"]].as_py() for name, column in self._image_columns.items()}
+        )
 
     def __iter__(self) -> Iterator[ReferringRecord]:
         for batch in self._batches:
@@ -224,7 +231,7 @@ class PreparedSplit(Records):
             dataset=self.dataset,
             split=self.split,
             image_id=image["image_id"],
-            image_path=str(self._image_folder / image["file"]),
+            image_path=f"{self._image_folder}/{image['file']}",
             width=image["width"],
             height=image["height"],
             phrase=row[self._text],
