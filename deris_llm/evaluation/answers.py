@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from deris_llm.evaluation.boxes import Box
 from deris_llm.evaluation.metrics import Outcome, Overlap
@@ -14,9 +13,13 @@ Rle = dict[str, Any]
 """COCO's run-length encoding: ``{"size": [h, w], "counts": ...}``."""
 
 
-@dataclass(frozen=True)
-class Answer:
+_NOTHING: Mapping[str, Any] = {}  # read-only
+
+
+class Answer(NamedTuple):
     """The answer to one phrase and how it compares with the truth.
+
+    A tuple, because a frozen dataclass of this size takes ten times as long to make, and files have 100,000 lines.
 
     The first fields are the keys of a line of a predictions file; what is unknown is left out there. Percentages and
     ``oracle_px`` are by protocol id.
@@ -29,30 +32,19 @@ class Answer:
     # of all referents, at the image's own size, under the first protocol. Of a file that somebody handed in: unchecked,
     # COCO RLE, polygons, the path of a PNG, or None for no answer (`submissions.rle_of`)
     mask: Any = None
-    iou: Mapping[str, float] = field(default_factory=dict)  # percent, by quadrant (`metrics`)
-    oracle_iou: Mapping[str, float] = field(default_factory=dict)  # percent, of the best query of each referent
+    iou: Mapping[str, float] = _NOTHING  # percent, by quadrant (`metrics`)
+    oracle_iou: Mapping[str, float] = _NOTHING  # percent, of the best query of each referent
     top_scores: tuple[float, ...] = ()  # the highest referring scores, descending
     presence: float | None = None  # probability that a target exists
     has_target: bool = True  # the truth
     says_target: bool | None = True  # a query was selected; None in a file that leaves it to the mask
-    oracle_px: Mapping[str, Overlap] = field(default_factory=dict)  # of the best query of each referent
+    oracle_px: Mapping[str, Overlap] = _NOTHING  # of the best query of each referent
     boxes: tuple[Box, ...] | None = None  # around each selected query's mask; None where phrases always have a target
-    answers: Mapping[str, Answer] = field(default_factory=dict)  # under protocols that compare another mask than `mask`
+    answers: Mapping[str, Answer] = _NOTHING  # under protocols that compare another mask than `mask`
 
-    outcomes: Mapping[str, Outcome] = field(default_factory=dict)  # against the truth by protocol id; not in files
+    outcomes: Mapping[str, Outcome] = _NOTHING  # against the truth by protocol id; not in files
     truth_px: int = 0  # area of the referents together, px of the original image; not in files
-    where: str = field(default="", compare=False)  # line or file that it was read from, for messages
-
-    def with_outcomes(self, outcomes: Mapping[str, Outcome]) -> Answer:
-        """Returns this answer with how it compares with the truth under each protocol."""
-        oracles = {name: outcome.oracle for name, outcome in outcomes.items() if outcome.oracle is not None}
-        return replace(
-            self,
-            iou={name: 100 * outcome.iou for name, outcome in outcomes.items()},
-            oracle_iou={name: 100 * found.iou for name, found in oracles.items()},
-            oracle_px=oracles,
-            outcomes=outcomes,
-        )
+    where: str = ""  # line or file that it was read from, for messages
 
     def says_target_under(self, protocol: str) -> bool:
         """Returns whether there is an answer under a protocol."""
@@ -133,6 +125,17 @@ class Answer:
             },
             where=where,
         )
+
+
+def outcome_fields(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Returns the fields of an `Answer` that say how it compares with the truth under each protocol."""
+    oracles = {name: outcome.oracle for name, outcome in outcomes.items() if outcome.oracle is not None}
+    return {
+        "iou": {name: 100 * outcome.iou for name, outcome in outcomes.items()},
+        "oracle_iou": {name: 100 * found.iou for name, found in oracles.items()},
+        "oracle_px": oracles,
+        "outcomes": outcomes,
+    }
 
 
 def shortened(value: object) -> str:

@@ -56,8 +56,7 @@ def overlap(mask: np.ndarray, truth: np.ndarray) -> Overlap:
     return Overlap(intersection, int(np.count_nonzero(mask)) + int(np.count_nonzero(truth)) - intersection)
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """One phrase's answer against the truth under one protocol: all that the metrics need."""
 
     overlap: Overlap  # of the answer's mask with the truth, before the quadrants

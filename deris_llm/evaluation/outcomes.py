@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from deris_llm.config.protocols import Protocol, Rule
 from deris_llm.data.masks import encode_mask
-from deris_llm.evaluation.answers import Answer
+from deris_llm.evaluation.answers import Answer, outcome_fields
 from deris_llm.evaluation.boxes import Box, boxes_f1, boxes_of_masks
 from deris_llm.evaluation.metrics import Outcome, overlap
 from deris_llm.evaluation.truth import decoded_referents, merged_truths, resampled_truth
@@ -97,7 +97,8 @@ def compared(
             boxes=around,
             answers=other,
             truth_px=int(np.count_nonzero(truth)),
-        ).with_outcomes(outcome)
+            **outcome_fields(outcome),
+        )
         for record, answer, around, other, truth, outcome in zip(
             asked, drawn[first.rule], boxes[first.rule], others, truths[first.crowds], outcomes, strict=True
         )

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from deris_llm.config.protocols import Protocol, protocols_of_file
 from deris_llm.data.dataset import group_by_image
 from deris_llm.data.masks import coco_mask, segmentation_rle
 from deris_llm.data.sources import is_generalised, read_split, split_notes
-from deris_llm.evaluation.answers import Answer, Rle
+from deris_llm.evaluation.answers import Answer, Rle, outcome_fields
 from deris_llm.evaluation.boxes import boxes_f1, boxes_of_masks
 from deris_llm.evaluation.comparison import compare, write_comparison
 from deris_llm.evaluation.metrics import Outcome, Overlap, overlap
@@ -330,7 +330,7 @@ def _scored(
     is_generalised: bool,
 ) -> Answer:
     given = submitted or Answer(says_target=record.is_no_target, where="missing")
-    answer = _checked(given, record.height, record.width)
+    mask, says_target = _checked(given, record.height, record.width)
     true_boxes = None
     if is_generalised and given.boxes is not None:
         instances = [coco_mask.decode(truths.instance(i, record)).astype(bool) for i in record.instances]
@@ -340,42 +340,46 @@ def _scored(
     drawn_WH = None
     for protocol in protocols:
         size = protocol.size_hw(record.height, record.width)
-        compared, truth = answer, truths.of(record, protocol)
-        if protocol.id in own and protocol.id in given.answers:
-            compared = others[protocol.id] = _checked(given.answers[protocol.id], *size)
+        other = given.answers.get(protocol.id) if protocol.id in own else None
+        compared, says, boxes, truth = mask, says_target, given.boxes, truths.of(record, protocol)
+        if other is not None:
+            (compared, says), boxes = _checked(other, *size), other.boxes
+            others[protocol.id] = Answer(mask=_plain(compared), says_target=says, boxes=boxes)
         if protocol.fixed_px is None:
-            pixels, truth_px = _overlap(compared.mask, truth), int(coco_mask.area(truth))
+            pixels, truth_px = _overlap(compared, truth), int(coco_mask.area(truth))
         else:
-            if compared is not answer:
-                answer_WH = _transposed(compared.mask)
+            if other is not None:
+                answer_WH = _transposed(compared)
             else:
-                drawn_WH = _transposed(answer.mask) if drawn_WH is None else drawn_WH
+                drawn_WH = _transposed(mask) if drawn_WH is None else drawn_WH
                 answer_WH = resampled_truth(protocol, drawn_WH)
             truth_WH = truths.resized_truth(record, protocol)
             pixels, truth_px = overlap(answer_WH, truth_WH), int(np.count_nonzero(truth_WH))
-        boxes_match = None
-        if true_boxes is not None and compared.boxes is not None:
-            boxes_match = boxes_f1(compared.boxes, true_boxes) == 1
+        boxes_match = None if true_boxes is None or boxes is None else boxes_f1(boxes, true_boxes) == 1
         outcomes[protocol.id] = Outcome(
             pixels,
             has_target=not record.is_no_target,
-            says_target=bool(compared.says_target),
+            says_target=says,
             oracle=given.oracle_px.get(protocol.id) if _compares_as_evaluated(protocol) else None,
             boxes_match=boxes_match,
             truth_px=truth_px,
             image_px=size[0] * size[1],
         )
-    return replace(
-        answer,
+    return Answer(
         phrase_id=record.phrase_id,
         image=Path(record.image_path).name,
         image_id=record.image_id,
         phrase=record.phrase,
-        mask=_plain(answer.mask),
+        mask=_plain(mask),
+        top_scores=given.top_scores,
+        presence=given.presence,
         has_target=not record.is_no_target,
-        answers={name: replace(other, mask=_plain(other.mask)) for name, other in others.items()},
+        says_target=says_target,
+        boxes=given.boxes,
+        answers=others,
         truth_px=int(coco_mask.area(truths.of(record, protocols[0]))),
-    ).with_outcomes(outcomes)
+        **outcome_fields(outcomes),
+    )
 
 
 def _compares_as_evaluated(protocol: Protocol) -> bool:
@@ -383,14 +387,13 @@ def _compares_as_evaluated(protocol: Protocol) -> bool:
     return protocol.fixed_px is None or protocol.prediction_resampling == "given"
 
 
-def _checked(answer: Answer, height: int, width: int) -> Answer:
-    """Returns the answer with its mask as compressed RLE; an unknown `says_target` is taken from the mask."""
+def _checked(answer: Answer, height: int, width: int) -> tuple[Rle, bool]:
+    """Returns the mask of an answer as compressed RLE and whether there is one, which the mask decides if the file does not."""
     try:
         mask = rle_of(answer.mask, height, width)
     except ValueError as error:
         raise _BadMaskError(f"{answer.where}: {error}") from error
-    says_target = bool(coco_mask.area(mask)) if answer.says_target is None else answer.says_target
-    return replace(answer, mask=mask, says_target=says_target)
+    return mask, bool(coco_mask.area(mask)) if answer.says_target is None else answer.says_target
 
 
 def _transposed(mask: Rle) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def read_answers(path: Path) -> list[Answer]:
                 if not (answer.phrase_id and answer.image and answer.iou and isinstance(answer.mask, dict)):
                     raise ValueError("not all of these are there")
                 if answer.says_target is None:  # written before phrases could name nothing
-                    answer = replace(answer, says_target=True)
+                    answer = answer._replace(says_target=True)
                 answers.append(answer)
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(
