@@ -1,6 +1,5 @@
 """A look into a real (tiny, random) model: masks and scores by query and by round, and the page that shows them."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -129,10 +128,7 @@ def test_views_survive_their_file_and_others_are_named(
 def test_chosen_are_failed_choices_and_others_by_chance(folder: Path) -> None:
     evaluation = open_evaluation(folder)
     answers = {
-        split: [
-            dataclasses.replace(a, iou={"original": 5.0}, oracle_iou={"original": 90.0 - n})
-            for n, a in enumerate(found)
-        ]
+        split: [a._replace(iou={"original": 5.0}, oracle_iou={"original": 90.0 - n}) for n, a in enumerate(found)]
         for split, found in evaluation.answers.items()
     }
     protocols = dict.fromkeys(answers, "original")
