@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Everything CI checks: ruff, shellcheck, pyright, pytest. Makes .venv (or uses the active environment) and installs the `dev` extra.
+# Everything CI checks: ruff, shellcheck, layers, pyright, the documentation site, pytest. Makes .venv (or uses the active
+# environment) and installs the `dev` extra.
 #   ./scripts/test.sh                        all of it
 #   ./scripts/test.sh tests/test_config.py   only pytest, with these arguments
 set -euo pipefail
@@ -13,7 +14,7 @@ LOG="$ROOT/runs/test-install.log"
 use_environment
 install_package "[dev]"
 PATH="$(dirname "$PYTHON"):$PATH"
-export PATH OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export PATH OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false NO_MKDOCS_2_WARNING=1
 
 if (($#)); then exec "$PYTHON" -m pytest "$@"; fi
 
@@ -32,6 +33,7 @@ check "ruff format" ruff format --check .
 check "shellcheck" shellcheck --external-sources scripts/*.sh scripts/slurm.sbatch .ci/run
 check "layers" lint-imports
 check "pyright" pyright
+check "docs" mkdocs build --strict --quiet -f .ci/mkdocs.yml
 check "pytest" "$PYTHON" -m pytest -q -n 2 --dist loadfile --durations 10
 
 if ((${#failed[@]})); then

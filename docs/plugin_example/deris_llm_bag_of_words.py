@@ -1,4 +1,4 @@
-"""A cognition backend in a package of its own: every word has a learned vector; the picture is not looked at."""
+"""A cognition backend in its own package: every word has a learned vector; the image is not used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PADDING, UNKNOWN = 0, 1
 
 
 class WordProcessor:
-    """Phrases -> numbers of words; all words that are not in the list have one number."""
+    """Turns phrases into word numbers; all words that are not in the list share one number."""
 
     def __init__(self, words: Sequence[str], max_phrase_tokens: int) -> None:
         self.numbers = {word: number for number, word in enumerate(words, start=UNKNOWN + 1)}
@@ -39,7 +39,7 @@ class WordProcessor:
 
 
 class BagOfWords(CognitionBackend):
-    """Text features are the words' vectors in reading order; their mean is the summary."""
+    """Text features are the vectors of the words in reading order; `cls_feat` is their mean."""
 
     def __init__(self, num_words: int, width: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class BagOfWords(CognitionBackend):
 
     @classmethod
     def build(cls, config: CognitionConfig, *, weights: bool, dtype: torch.dtype) -> Self:
-        """Needs `cognition.tuning=full`: there is nothing to put LoRA into. The table starts fresh."""
+        """Needs `cognition.tuning=full`, because no layer could get LoRA. The table starts from random values."""
         if config.tuning != "full":
             raise ValueError(f"cognition.tuning: expected full for bag_of_words, got {config.tuning}; set it to full.")
         word_list = _word_list(config)
@@ -60,7 +60,7 @@ class BagOfWords(CognitionBackend):
         return WordProcessor(_word_list(config)["words"], config.max_phrase_tokens)
 
     def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
-        """A map of zeros stands for the picture: nothing was seen of it."""
+        """Returns a map of zeros as image features."""
         text = self.table(inputs.input_ids)
         is_word = ~inputs.token_padding_mask[..., None]
         return CognitionFeatures(

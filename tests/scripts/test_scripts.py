@@ -109,7 +109,7 @@ def checkout(tmp_path: Path) -> Path:
     helpers.write_text(helpers.read_text().replace("PROGRESS_EVERY=10", "PROGRESS_EVERY=1"))
     tools = tmp_path / ".venv" / "bin"
     tools.mkdir(parents=True)
-    for tool in ("ruff", "shellcheck", "lint-imports", "pyright"):
+    for tool in ("ruff", "shellcheck", "lint-imports", "mkdocs", "pyright"):
         (tools / tool).write_text("#!/bin/sh\n")
     (tools / "python").write_text(
         "#!/usr/bin/env bash\n"
