@@ -68,8 +68,6 @@ class TokenRows(_TensorFields):
     text_places: Tensor  # int64 (P, L): places of the text features, left-aligned; any place at padding
     text_padding_mask: Tensor  # bool (P, L), True = padding
     last_places: Tensor  # int64 (P,): place of the last token of each prompt
-    images: tuple[int, ...]  # R numbers: the image of each row
-    is_causal: bool  # plain causal attention is all that the rows need: nothing is packed or padded
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +81,15 @@ class CognitionInputs(_TensorFields):
     input_ids: Tensor  # int64 (P, L)
     token_padding_mask: Tensor  # bool (P, L), True = padding
     text_feature_mask: Tensor  # bool (P, L), True = this token's hidden state is one of the text features
-    image_grid: Tensor | None = None  # int64 (I, 2) rows, columns of the image tokens where they vary by image
     prompt_lengths: tuple[int, ...] = ()  # P numbers: tokens of each prompt without padding; empty = not known
-    image_grids: tuple[tuple[int, int], ...] = ()  # I pairs: rows, columns of the image tokens where they vary by image
+    phrase_images: tuple[int, ...] = ()  # P numbers: ``image_index`` on the host, for backends that ask for it
+    image_grids: tuple[tuple[int, int], ...] = ()  # I pairs: rows, columns of the image tokens, for backends that ask
     rows: TokenRows | None = None  # for causal language models
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether a prompt is shorter than the longest, told without waiting for the device; True if not known."""
+        return not self.prompt_lengths or min(self.prompt_lengths) < self.input_ids.shape[1]
 
 
 @dataclass(frozen=True, eq=False)

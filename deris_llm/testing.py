@@ -38,11 +38,7 @@ from transformers import (
 )
 
 from deris_llm.config import RunConfig, load_config
-from deris_llm.models.cognition import (
-    CognitionBackend,
-    CognitionProcessor,
-    build_processor,
-)
+from deris_llm.models.cognition import CognitionBackend, CognitionProcessor, build_processor
 from deris_llm.models.cognition.beit3 import TOKENIZER_FILE, Beit3Config, Beit3Model
 from deris_llm.structures import CognitionFeatures, CognitionInputs, ReferringBatch, ReferringTargets
 
@@ -334,7 +330,7 @@ def check_cognition_backend(
 def _check_inputs(inputs: CognitionInputs, *, num_images: int, num_phrases: int) -> None:
     ids, padding, chosen = inputs.input_ids, inputs.token_padding_mask, inputs.text_feature_mask
     _require(ids.dtype == torch.int64 and len(ids) == num_phrases, "input_ids: int64 (P, L)")
-    _require(len(inputs.pixel_values) == num_images or inputs.image_grid is not None, "pixel_values: I rows")
+    _require(len(inputs.pixel_values) == num_images or bool(inputs.image_grids), "pixel_values: I rows")
     _require(padding.dtype == torch.bool and padding.shape == ids.shape, "token_padding_mask: bool (P, L)")
     _require(chosen.dtype == torch.bool and chosen.shape == ids.shape, "text_feature_mask: bool (P, L)")
     _require(not padding.all(dim=1).any(), "token_padding_mask: True = padding, and no row is padding alone")

@@ -1,4 +1,4 @@
-"""What a cognition backend is. `deris_llm.testing.check_cognition_backend` is this contract as a program."""
+"""The contract of a cognition backend. `deris_llm.testing.check_cognition_backend` runs it as a test."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from deris_llm.structures import CognitionFeatures, CognitionInputs
 
 logger = logging.getLogger(__name__)
 
+TYPICAL_SIZE = (480, 640)  # height and width of a typical COCO image, px
+
 
 class CognitionProcessor(Protocol):
-    """Pictures and phrases -> tensors. Picklable and without a model: it runs in the loader's workers."""
+    """Turns images and phrases into tensors. Picklable and without a model: it runs in the data loader's workers."""
 
     def __call__(
         self, images: Sequence[Image.Image], phrases: Sequence[str], image_index: Sequence[int]
@@ -27,9 +29,9 @@ class CognitionProcessor(Protocol):
         """Prepares a batch.
 
         Args:
-            images: I pictures at their original size.
+            images: I images at their original size.
             phrases: P phrases.
-            image_index: P numbers in 0..I-1, non-decreasing: the picture of each phrase.
+            image_index: P numbers in 0..I-1, non-decreasing: the image of each phrase. Every image has a phrase.
 
         Raises:
             ValueError: a phrase is empty.
@@ -38,39 +40,39 @@ class CognitionProcessor(Protocol):
 
 
 class TokenCount(NamedTuple):
-    """Tokens that the image-text model reads of a phrase and its picture."""
+    """Tokens that the image-text model reads for a phrase and its image."""
 
-    shared: int  # once for all phrases of the picture, those of the picture included
-    own: int  # for this phrase
+    shared: int  # read once for all phrases of the image, image tokens included
+    own: int  # read for this phrase alone
 
 
 @runtime_checkable
 class TokenCounter(Protocol):
-    """A processor that can say how long prompts are without making them; `data.max_tokens_per_image` asks it."""
+    """A processor that can count prompt tokens without building the prompts; `data.max_tokens_per_image` needs it."""
 
     def count_tokens(self, phrases: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[TokenCount]:
-        """Counts tokens, those of a cut phrase as cut.
+        """Counts tokens; a phrase that will be cut counts as cut.
 
         Args:
             phrases: P phrases.
-            sizes: P pairs of height and width, px: of the phrase's picture.
+            sizes: height and width of each phrase's image, px.
         """
         ...
 
 
 @runtime_checkable
 class InputChecker(Protocol):
-    """A processor that says which phrases and pictures it will refuse; training asks it before it starts."""
+    """A processor that can tell which phrases and images it will refuse; training asks before it starts."""
 
     def refused(self, phrases: Sequence[str], sizes: Sequence[tuple[int, int]]) -> dict[int, str]:
-        """Finds what `CognitionProcessor` would raise an error for; hundreds of thousands of phrases take seconds.
+        """Finds the phrases for which `CognitionProcessor` would raise; must take seconds for 100,000 phrases.
 
         Args:
             phrases: P phrases.
-            sizes: P pairs of height and width, px: of the phrase's picture.
+            sizes: height and width of each phrase's image, px.
 
         Returns:
-            for each phrase that is refused, by its number: the message.
+            the error message of each refused phrase, by the phrase's index.
         """
         ...
 
@@ -78,17 +80,19 @@ class InputChecker(Protocol):
 class PlannedInputs(NamedTuple):
     """Inputs of the sizes that a run has, for `deris-llm plan`."""
 
-    inputs: CognitionInputs  # pixel values may lie on `meta`
+    inputs: CognitionInputs  # pixel values may be on `meta`
     tokens_per_phrase: int  # through the image-text model, image tokens included
-    shared_tokens: int  # of these, how many run once for all phrases of an image
+    shared_tokens: int  # how many of these run once for all phrases of an image
 
 
 class CognitionBackend(nn.Module, abc.ABC):
-    """An image-text model with what trains and what is frozen already set.
+    """An image-text model whose trainable and frozen parameters are already set.
+
+    `transformers_backend.TransformersBackend` implements all but the processor and `forward` around a transformers model.
 
     Attributes:
         feature_dim: D, the width of all features.
-        shares_images: what depends on the image alone runs once for all of its phrases.
+        shares_images: whatever depends on the image alone runs once for all of its phrases.
     """
 
     feature_dim: int
@@ -97,16 +101,16 @@ class CognitionBackend(nn.Module, abc.ABC):
     @classmethod
     @abc.abstractmethod
     def build(cls, config: CognitionConfig, *, weights: bool, dtype: torch.dtype) -> Self:
-        """Builds the model; `weights=False` gives the architecture alone, without network and on any device."""
+        """Builds the model; `weights=False` builds the architecture alone, without network and on any device."""
 
     @classmethod
     def check_weights(cls, config: CognitionConfig) -> None:
-        """Checks config and names of the weights, reading headers only (`deris_llm.models.pretrained.check_names`).
+        """Checks config and parameter names against the weight files, reading headers only. The default does nothing.
 
-        It runs before the weights of any part are read or downloaded. Here it does nothing.
+        It runs before the weights of any part of the model are read or downloaded.
 
         Raises:
-            ValueError: they do not fit the backend.
+            ValueError: the files do not fit the backend.
         """
 
     @classmethod
@@ -116,35 +120,43 @@ class CognitionBackend(nn.Module, abc.ABC):
 
     @classmethod
     def plan_inputs(cls, config: CognitionConfig, phrase: str, image_index: Sequence[int]) -> PlannedInputs:
-        """Inputs for counting memory and tokens without a run.
+        """Makes inputs for counting memory and tokens without a run, here with the real processor and blank images.
 
-        A backend overrides this to need no tokenizer, or where it shares tokens between phrases; here the real
-        processor prepares blank pictures.
+        A backend overrides this if it can estimate them without the files of its processor.
 
         Args:
-            config: of the run.
+            config: the run's cognition section.
             phrase: every phrase of the batch.
             image_index: as in `CognitionProcessor`, of a full micro-batch.
         """
-        pictures = [Image.new("RGB", (640, 480))] * (max(image_index) + 1)
-        inputs = cls.build_processor(config)(pictures, [phrase] * len(image_index), image_index)
-        return PlannedInputs(inputs, tokens_per_phrase=inputs.input_ids.shape[1], shared_tokens=0)
+        height, width = TYPICAL_SIZE
+        images = [Image.new("RGB", (width, height))] * (max(image_index) + 1)
+        processor = cls.build_processor(config)
+        inputs = processor(images, [phrase] * len(image_index), image_index)
+        count = TokenCount(0, inputs.input_ids.shape[1])
+        if isinstance(processor, TokenCounter):
+            [count] = processor.count_tokens([phrase], [TYPICAL_SIZE])
+        return PlannedInputs(inputs, tokens_per_phrase=sum(count), shared_tokens=count.shared)
 
     @abc.abstractmethod
     def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
-        """Reads I images and P phrases.
+        """Computes the features of I images and P phrases.
 
         Args:
-            inputs: what the processor made.
+            inputs: from the processor.
             image_index: int64 (P,), non-decreasing: the image of each phrase.
         """
 
-    @abc.abstractmethod
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recomputes the trained layers' activations in the backward pass; arguments of `torch.utils.checkpoint`."""
+        """Recomputes the activations of the trained layers in the backward pass. The default recomputes nothing.
+
+        Args:
+            activation_checkpointing_kwargs: arguments of `torch.utils.checkpoint`.
+        """
+        del activation_checkpointing_kwargs
 
 
 @functools.cache
 def say_once(message: str) -> None:
-    """Logs what is worth knowing once in a process."""
+    """Logs a message once per process."""
     logger.info("%s", message)
