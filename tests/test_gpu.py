@@ -17,7 +17,8 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from deris_llm.losses.criterion import build_criterion
 from deris_llm.models.cognition import build_processor, resolve_backend
-from deris_llm.models.cognition.shared_prefix import pack_prompts, run_packed
+from deris_llm.models.cognition.causal import read_rows, with_rows
+from deris_llm.models.cognition.prompts import padded
 from deris_llm.models.deris import Deris, build_model
 from deris_llm.models.perception import deformable_attention
 from deris_llm.models.perception.deformable_attention import Formulation, sample_by_grid, sample_by_rows, sampler_on
@@ -187,18 +188,16 @@ def test_flex_attention_agrees_on_packed_phrases() -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = Qwen2Model(config).to(DEVICE).eval()
-    prefixes, own = torch.randn(2, 20, 128, device=DEVICE), torch.randn(5, 6, 128, device=DEVICE)
-    index = torch.tensor([0, 0, 0, 1, 1], device=DEVICE)
-    embeddings = torch.cat([prefixes[index], own], dim=1)
-    is_valid = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=DEVICE)
-    is_prefix = torch.ones(2, 20, dtype=torch.bool, device=DEVICE)
-    packed = pack_prompts(is_valid[:, 20:], is_prefix, index)
+    prompt = ([0] * 19 + [1] + [0] * 6, [False] * 20 + [True] * 6)
+    inputs = padded([prompt] * 5, 0, [0, 0, 0, 1, 1], torch.empty(0), ((1, 1),) * 2)
+    rows = with_rows(inputs, image_token_id=1, is_shared=True).to(DEVICE).rows
+    assert rows is not None
+    embeddings = torch.randn(*rows.source.shape, 128, device=DEVICE)
     with torch.no_grad():
-        expected = run_packed(model, embeddings, packed, index)
+        expected = read_rows(model, embeddings, rows)
         model.set_attn_implementation("flex_attention")
-        found = run_packed(model, embeddings, packed, index)
-    for ours, reference in zip(found, expected, strict=True):
-        assert relative_difference(ours, reference) < 10 * FLOAT32
+        found = read_rows(model, embeddings, rows)
+    assert relative_difference(found, expected) < 10 * FLOAT32
 
 
 @pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs flash-attn (the extra `gpu`), it is not installed")

@@ -1,7 +1,7 @@
-"""Where weights come from: shipped folders, local folders, Hugging Face ids; and strict loading of them.
+"""Finds weights (shipped folders, local folders, Hugging Face ids) and loads them strictly.
 
-What can be known without reading weights is checked first: small files are whole, and every name and shape that the model
-needs is in the headers of the weight files.
+Whatever can be known without reading weights is checked first: small files are whole, and the headers of the weight files
+have every name and shape that the model needs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
@@ -31,11 +31,8 @@ from deris_llm.common.weight_files import WeightFileError, tensor_shapes
 logger = logging.getLogger(__name__)
 
 BUILTIN_PREFIX = "builtin:"
-CONVERTED_PREFIX = "weights/"  # where the run configs of BEiT-3 look: no owner of that name is meant
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "pytorch_model.bin",
-)  # in transformers' order; in parts: NAME.index.json lists them
+CONVERTED_PREFIX = "weights/"  # where the run configs of BEiT-3 look; not the owner of a repository
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in transformers' order; NAME.index.json lists parts
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))  # any of these sets
 _IMAGE_PROCESSOR_FILES = (("preprocessor_config.json",), ("processor_config.json",))
 _PUBLISHED = {
@@ -47,12 +44,12 @@ _PUBLISHED = {
     "qwen3_vl": "Qwen/Qwen3-VL-8B-Instruct",
     "vilt": "dandelin/vilt-b32-mlm",
 }
-"""By model type: a repository that has all files, for messages about a lacking one."""
+"""By model type: a repository that has all files, for messages about a missing one."""
 _ModelT = TypeVar("_ModelT", bound=PreTrainedModel)
 
 
 def resolve_weights(name: str) -> str:
-    """Says what the `weights` of a run config name: a folder or a Hugging Face id.
+    """Resolves the `weights` of a run config to a folder or a Hugging Face id.
 
     Args:
         name: `builtin:NAME` (a folder shipped in the package), a local folder in Hugging Face form, or a Hugging Face
@@ -62,7 +59,7 @@ def resolve_weights(name: str) -> str:
         A folder, or the id unchanged.
 
     Raises:
-        ValueError: no such shipped name, or a path that is no model folder.
+        ValueError: the package has no weights of this name, or the path is not a model folder.
     """
     if name.startswith(BUILTIN_PREFIX):
         shipped = Path(str(resources.files("deris_llm").joinpath("builtin")))
@@ -84,7 +81,7 @@ def resolve_weights(name: str) -> str:
     if name.startswith(CONVERTED_PREFIX):
         raise ValueError(
             f"weights {name!r}: expected a folder that `deris-llm convert` wrote, got no such folder; write it first, e.g. "
-            f"`deris-llm convert beit3 beit3_base_patch16_224.zip --tokenizer beit3.spm --out {name}` (--help has where the "
+            f"`deris-llm convert beit3 beit3_base_patch16_224.zip --tokenizer beit3.spm --out {name}` (--help says where the "
             "files are published), or give another name."
         )
     if HubName.parsed(name) is not None:
@@ -98,46 +95,96 @@ def resolve_weights(name: str) -> str:
 def architecture_of(name: str, *, weights: bool = False) -> PreTrainedConfig:
     """Reads the architecture (a transformers config) of some weights.
 
-    The architectures that the run configs name are shipped as JSON in `deris_llm/models/architectures`, so that a model can be
-    built without its weights (`deris-llm plan`) and without network. They were written by hand. That of a folder which
-    is not there (yet), such as `weights/beit3-base-patch16-224`, is found by the last part of its path.
+    The architectures that the run configs name are shipped in `deris_llm/models/architectures`, written by hand, so that a
+    model can be built without its weights (`deris-llm plan`) and without network. For a folder that does not exist (yet),
+    such as `weights/beit3-base-patch16-224`, the last part of its path is looked up.
 
     Args:
         name: see `resolve_weights`.
-        weights: True reads the config that lies beside the weights, which is what they were trained with.
+        weights: read the config that lies beside the weights, which they were trained with.
     """
-    if weights:
-        return _read_small_files(AutoConfig, name, (("config.json",),))
-    unpinned = HubName.parsed(name)
-    if unpinned is not None and not Path(name).is_dir():
-        name = unpinned.repo
-    by_name = [name.replace("/", "--")] if Path(name).is_dir() else [name.replace("/", "--"), Path(name).name]
-    for stem in by_name:
-        shipped = resources.files("deris_llm.models.architectures").joinpath(f"{stem}.json")
-        if shipped.is_file():
-            return AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8")))
+    if not weights:
+        parsed, is_folder = HubName.parsed(name), Path(name).is_dir()
+        repo = parsed.repo if parsed is not None and not is_folder else name
+        for stem in (repo.replace("/", "--"), "" if is_folder else Path(repo).name):
+            shipped = resources.files("deris_llm.models.architectures").joinpath(f"{stem}.json")
+            if shipped.is_file():
+                return AutoConfig.for_model(**json.loads(shipped.read_text(encoding="utf-8")))
     return _read_small_files(AutoConfig, name, (("config.json",),))
 
 
 def weights_folder(name: str) -> Path:
-    """The folder of some weights on this machine; of the hub only its small files are downloaded here.
+    """Returns the folder of some weights on this machine; from the hub, only small files are downloaded.
 
     Args:
         name: see `resolve_weights`.
 
     Raises:
-        ValueError: see `resolve_weights`; the repository or revision can not be reached.
+        ValueError: see `resolve_weights`; or the repository or revision cannot be reached.
     """
+    return _located(name).folder
+
+
+def load_tokenizer(name: str) -> Any:
+    """Reads the tokenizer that lies beside weights.
+
+    Raises:
+        ValueError: it is missing (transformers would make one that knows no word) or damaged.
+    """
+    return _read_small_files(AutoTokenizer, name, _TOKENIZER_FILES)
+
+
+def load_image_processor(cls: Any, name: str) -> Any:
+    """Reads the image processor that lies beside weights.
+
+    Args:
+        cls: its class.
+        name: see `resolve_weights`.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    return _read_small_files(cls, name, _IMAGE_PROCESSOR_FILES)
+
+
+class _Located(NamedTuple):
+    """Weights, and where they are."""
+
+    name: str  # as the run config has it
+    folder: Path
+    repository: HubName | None  # whose commit the folder holds; None = weights were named by a folder
+
+    def error(self, expected: str, got: str, file: str) -> ValueError:
+        """An error about a file of the weights; `file` is its name, or the options of `hf download` that bring it."""
+        return ValueError(f"weights {self.name!r}: expected {expected} in {self.folder}, got {got}; {self.cure(file)}")
+
+    def cure(self, file: str) -> str:
+        """Says where a missing or damaged file comes from."""
+        if self.repository is not None:
+            pin = f" --revision {self.repository.revision}" if self.repository.revision else ""
+            return f"download it again with `hf download {self.repository.repo} {file}{pin} --force-download`."
+        try:
+            kind = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        except (OSError, ValueError, AttributeError):
+            kind = None
+        return (
+            "copy it from where the folder came from, or, if these are the published weights, "
+            f"`hf download {_PUBLISHED.get(str(kind), 'OWNER/NAME')} {file} --local-dir {self.folder}`."
+        )
+
+
+def _located(name: str) -> _Located:
     resolved = resolve_weights(name)
-    named = None if Path(resolved).is_dir() else HubName.parsed(resolved)
-    if named is None:
-        return Path(resolved)
+    repository = None if Path(resolved).is_dir() else HubName.parsed(resolved)
+    if repository is None:
+        return _Located(name, Path(resolved), None)
     with _explains_hub(name):
-        return hub.small_files(named)
+        return _Located(name, hub.small_files(repository), repository)
 
 
 @contextlib.contextmanager
 def _explains_hub(name: str) -> Iterator[None]:
+    """Turns the errors of the hub's client into one that says which weights, and what to do."""
     try:
         yield
     except (OSError, HFValidationError) as error:
@@ -153,179 +200,98 @@ def _explains_hub(name: str) -> Iterator[None]:
         ) from error
 
 
-def load_tokenizer(name: str) -> Any:
-    """Reads the tokenizer that lies beside weights.
-
-    Raises:
-        ValueError: it is not there (transformers would make one that knows no word), or damaged.
-    """
-    return _read_small_files(AutoTokenizer, name, _TOKENIZER_FILES)
-
-
-def load_image_processor(cls: Any, name: str) -> Any:
-    """Reads the image processor that lies beside weights.
-
-    Args:
-        cls: its class.
-        name: see `resolve_weights`.
-
-    Raises:
-        ValueError: it is not there, or damaged.
-    """
-    return _read_small_files(cls, name, _IMAGE_PROCESSOR_FILES)
-
-
 def _read_small_files(cls: Any, name: str, needed: tuple[tuple[str, ...], ...]) -> Any:
-    """`from_pretrained` of something that is no model.
+    """Calls `from_pretrained` of a class that is not a model.
 
     Args:
-        cls: with `from_pretrained`.
+        cls: the class.
         name: see `resolve_weights`.
-        needed: sets of files; one set must be there whole.
+        needed: sets of files, one of which must be complete.
     """
-    folder = weights_folder(name)
+    located = _located(name)
+    folder = located.folder
+    asked = needed[0][0] if needed is not _TOKENIZER_FILES else '--include "*token*" "vocab*" "merges.txt"'
     if not any(all((folder / file).is_file() for file in files) for files in needed):
-        wanted = " or ".join(" with ".join(files) for files in needed)
-        raise ValueError(
-            f"weights {name!r}: expected {wanted} in {folder}, got a folder without; {_cure(name, folder, _asked(needed))}"
-        )
+        raise located.error(" or ".join(" with ".join(files) for files in needed), "a folder without", asked)
     for path in sorted(path for pattern in hub.SMALL_FILES for path in folder.glob(pattern)):
         with path.open("rb") as file:
             if file.read(40).startswith(b"version https://git-lfs"):
-                raise ValueError(
-                    f"weights {name!r}: expected {path.name} in {folder}, got a git-lfs pointer to it; "
-                    f"{_cure(name, folder, path.name)}"
-                )
+                raise located.error(path.name, "a git-lfs pointer to it", path.name)
     try:
         return cls.from_pretrained(folder)
     except MemoryError:
         raise
     except Exception as error:  # tokenizers, json, transformers and its checked dataclasses each have their own
+        files = " or ".join(file for files in needed for file in files)
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"weights {name!r}: expected readable {' or '.join(file for files in needed for file in files)} in {folder}, got "
-            f"{type(error).__name__}: {reason}; {_cure(name, folder, _asked(needed))}"
-        ) from error
-
-
-def _asked(needed: tuple[tuple[str, ...], ...]) -> str:
-    """What `hf download` is asked for, whichever of the sets of files the repository has."""
-    return needed[0][0] if needed is not _TOKENIZER_FILES else '--include "*token*" "vocab*" "merges.txt"'
-
-
-def _cure(name: str, folder: Path, file: str) -> str:
-    """Says where a file that is lacking or damaged is to be got; `file` is its name, or options of `hf download`."""
-    named = None if name.startswith(BUILTIN_PREFIX) or Path(name).expanduser().is_dir() else HubName.parsed(name)
-    if named is not None:
-        pin = f" --revision {named.revision}" if named.revision else ""
-        return f"download it again with `hf download {named.repo} {file}{pin} --force-download`."
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        kind = None
-    repo = _PUBLISHED.get(str(kind), "OWNER/NAME")
-    return (
-        "copy it from where the folder came from, or, if these are the published weights, "
-        f"`hf download {repo} {file} --local-dir {folder}`."
-    )
+        raise located.error(f"readable {files}", f"{type(error).__name__}: {reason}", asked) from error
 
 
 # -- weight files -----------------------------------------------------------------------------------------------------
 
 
-def weight_files(name: str) -> list[str]:
-    """Names of the weight files that transformers reads; those of the hub may not be downloaded yet.
-
-    Args:
-        name: see `resolve_weights`.
-
-    Raises:
-        ValueError: there is none, or a list of parts that cannot be read.
-    """
-    folder = weights_folder(name)
+def _weight_files(located: _Located) -> list[str]:
+    """Names of the weight files that transformers reads; those of the hub may not be downloaded yet."""
     for file in _WEIGHT_FILES:
-        if (folder / file).is_file():
+        if (located.folder / file).is_file():
             return [file]
-        index = folder / f"{file}.index.json"
+        index = located.folder / f"{file}.index.json"
         if index.is_file():
-            return _parts(name, index)
-    repository = _repository(name, folder)
-    if repository is not None:
-        with _explains_hub(name):
+            return _parts(located, index)
+    if located.repository is not None:
+        with _explains_hub(located.name):
             for file in _WEIGHT_FILES:
-                if hub.has_file(repository, folder, file):
+                if hub.has_file(located.repository, located.folder, file):
                     return [file]
-    parts = [path.name for path in sorted(folder.glob("*-of-*"))]
-    raise ValueError(
-        f"weights {name!r}: expected {' or '.join(_WEIGHT_FILES)}, or a list of parts (NAME.index.json), in {folder}, got "
-        + (f"parts without their list, e.g. {parts[0]}; " if parts else "a folder without; ")
-        + _cure(name, folder, f"{_WEIGHT_FILES[0]}.index.json" if parts else _WEIGHT_FILES[0])
+    parts = [path.name for path in sorted(located.folder.glob("*-of-*"))]
+    raise located.error(
+        f"{' or '.join(_WEIGHT_FILES)}, or a list of parts (NAME.index.json),",
+        f"parts without their list, e.g. {parts[0]}" if parts else "a folder without",
+        f"{_WEIGHT_FILES[0]}.index.json" if parts else _WEIGHT_FILES[0],
     )
 
 
-def _repository(name: str, folder: Path) -> HubName | None:
-    """The repository whose commit a folder holds; None: weights were named by a folder."""
-    return None if hub.commit_of(folder) is None else HubName.parsed(name)
-
-
-def _parts(name: str, index: Path) -> list[str]:
+def _parts(located: _Located, index: Path) -> list[str]:
     try:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not files or any(Path(file).name != file for file in files):
             raise ValueError("`weight_map` must name files of this folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"weights {name!r}: expected the list of weight files in {index}, got {type(error).__name__}: {error}; "
-            f"{_cure(name, index.parent, index.name)}"
+            f"weights {located.name!r}: expected the list of weight files in {index}, got {type(error).__name__}: {error}; "
+            f"{located.cure(index.name)}"
         ) from error
     return files
 
 
 def _shapes(name: str) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes in the headers of the weight files, here or on the hub; None: only a .bin there knows them."""
-    folder, files = weights_folder(name), weight_files(name)
-    repository = _repository(name, folder)
-    lacking = [file for file in files if not (folder / file).is_file()]
-    if lacking and repository is None:
-        raise ValueError(
-            f"weights {name!r}: expected {len(files)} weight files in {folder}, got a folder without "
-            f"{', '.join(lacking[:10])}; {_cure(name, folder, lacking[0])}"
-        )
+    """Names and shapes in the headers of the weight files, here or on the hub; None = they are in a .bin on the hub."""
+    located = _located(name)
+    files = _weight_files(located)
+    lacking = [file for file in files if not (located.folder / file).is_file()]
+    if lacking and located.repository is None:
+        raise located.error(f"{len(files)} weight files", f"a folder without {', '.join(lacking[:10])}", lacking[0])
     if any(file.endswith(".bin") for file in lacking):
         return None
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        if repository is not None and file in lacking:
-            with _explains_hub(name):
-                header = hub.header_of(repository, folder, file)
-        else:
-            header = _header(name, folder, file)
-        twice = sorted(shapes.keys() & header.keys())
-        if twice:
-            raise ValueError(
-                f"weights {name!r}: expected every tensor once in {folder}, got {', '.join(twice[:10])} again in {file}; "
-                f"{_cure(name, folder, file)}"
-            )
+        header = _header(located, file)
+        if twice := sorted(shapes.keys() & header.keys()):
+            raise located.error("every tensor once", f"{', '.join(twice[:10])} again in {file}", file)
         shapes |= header
     return shapes
 
 
-def _header(name: str, folder: Path, file: str) -> dict[str, tuple[int, ...]]:
+def _header(located: _Located, file: str) -> dict[str, tuple[int, ...]]:
+    path = located.folder / file
+    if located.repository is not None and not path.is_file():
+        with _explains_hub(located.name):
+            return hub.header_of(located.repository, located.folder, file)
     try:
-        return tensor_shapes(folder / file)
+        return tensor_shapes(path)
     except (WeightFileError, UnsafePickleError) as error:
         reason = str(error).rpartition("; ")[0] or str(error)
-        raise ValueError(f"weights {name!r}: {reason}; {_cure(name, folder, file)}") from error
-
-
-def _with_weights(name: str) -> Path:
-    """The folder of some weights on this machine; those of the hub are downloaded whole."""
-    folder = weights_folder(name)
-    repository = _repository(name, folder)
-    if repository is not None:
-        with _explains_hub(name):
-            hub.download(repository, folder, weight_files(name))
-    return folder
+        raise ValueError(f"weights {located.name!r}: {reason}; {located.cure(file)}") from error
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -339,28 +305,22 @@ def check_names(
     may_be_fresh: tuple[str, ...] = (),
     left_in_file: tuple[str, ...] = (),
 ) -> set[str]:
-    """Compares the names and shapes of weight files with those of a model; reads (of the hub: downloads) headers only.
+    """Compares the names and shapes in weight files with those of a model.
 
-    .bin files of the hub are compared once they are downloaded.
-
-    Args:
-        cls: model class.
-        name: see `resolve_weights`.
-        config: see `load_pretrained`.
-        may_be_fresh: see `load_pretrained`.
-        left_in_file: see `load_pretrained`.
+    Only headers are read or, from the hub, downloaded; a .bin of the hub is compared once it is downloaded. For the
+    arguments see `load_pretrained`.
 
     Returns:
         parameters that start fresh.
 
     Raises:
-        ValueError: the files lack other parameters, hold unknown ones, or shapes differ; a file is not there or damaged.
+        ValueError: the files lack other parameters, have unknown ones or other shapes; a file is missing or damaged.
     """
     shapes = _shapes(name)
     if shapes is None:
         return set()
     with _without_load_report(progress=False), _without_zero3(), torch.random.fork_rng(devices=[]):
-        # Renaming from published names is transformers' own; on `meta` it needs no values and makes none.
+        # transformers renames published tensors itself. On `meta` it does so without values.
         tensors = {tensor: torch.empty(shape, device="meta") for tensor, shape in shapes.items()}
         loaded: Any = cls.from_pretrained(
             None,
@@ -374,17 +334,13 @@ def check_names(
     info = loaded[1]
     mismatched = {key for key, *_ in info["mismatched_keys"]}
     fresh = _matching({*info["missing_keys"], *mismatched}, may_be_fresh)
-    prefix = f"{cls.base_model_prefix}."
-    unknown = {key.removeprefix(prefix) for key in info["unexpected_keys"]}
-    problems = [
-        f"{len(keys)} {what}: {', '.join(sorted(keys)[:10])}"
-        for what, keys in (
-            ("missing", set(info["missing_keys"]) - fresh),
-            ("of another shape", mismatched - fresh),
-            ("unknown", unknown - _matching(unknown, left_in_file)),
-        )
-        if keys
-    ]
+    unknown = {key.removeprefix(f"{cls.base_model_prefix}.") for key in info["unexpected_keys"]}
+    differences = {
+        "missing": set(info["missing_keys"]) - fresh,
+        "of another shape": mismatched - fresh,
+        "unknown": unknown - _matching(unknown, left_in_file),
+    }
+    problems = [f"{len(keys)} {what}: {', '.join(sorted(keys)[:10])}" for what, keys in differences.items() if keys]
     if problems:
         raise ValueError(
             f"weights {name!r}: expected the parameters of a {config.model_type}, got a file with other ones "
@@ -411,40 +367,44 @@ def load_pretrained(
         cls: model class.
         name: see `resolve_weights`.
         config: architecture to build, which may differ from that of the file (fewer layers).
-        weights: False builds the architecture alone, freshly initialised.
+        weights: False builds the architecture alone, freshly initialized.
         dtype: of all parameters.
-        may_be_fresh: globs over parameter names that may be missing in the file or have another shape there; they are
-            then freshly initialised, and the log says so.
-        left_in_file: globs over names in the file, without the model's prefix, that the model does not take.
+        may_be_fresh: globs over parameter names that may be missing from the file or have another shape there; they are
+            then freshly initialized, and the log says so.
+        left_in_file: globs over names in the file, without the model's prefix, that the model does not use.
         attention: transformers' `attn_implementation` by part of the model; None = transformers' choice.
-        in_4_bits_except: linears are kept in 4 bits (NF4, bitsandbytes) but for those of these parts; None = none are. On
-            the meta device they are plain ones.
+        in_4_bits_except: stores the linear layers in 4 bits (NF4, bitsandbytes), except those of these parts; None = no
+            layer. On the meta device the layers are plain.
 
     Raises:
-        ValueError: the file lacks other parameters, holds unknown ones, or shapes differ; 4 bits without bitsandbytes, or
-            without a file to make them of.
+        ValueError: see `check_names`; or 4 bits without bitsandbytes or without a file to quantize.
     """
     if in_4_bits_except is not None:
         _check_4_bits(weights=weights)
     if not weights:
         return cls._from_config(config, dtype=dtype, attn_implementation=attention)
-    folder = _with_weights(name)
-    # transformers names nothing but missing parameters under ZeRO-3: these are the names that are checked.
+    located = _located(name)
+    files = _weight_files(located)
+    if located.repository is not None:
+        with _explains_hub(name):
+            hub.download(located.repository, located.folder, files)
+    # Under ZeRO-3 transformers reports missing parameters only, so the names are compared here.
     fresh = check_names(cls, name, config, may_be_fresh=may_be_fresh, left_in_file=left_in_file)
     options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attention}
     if in_4_bits_except is not None:
         options["quantization_config"] = _nf4(in_4_bits_except, dtype)
-    # Under ZeRO-3 loading draws other random numbers than elsewhere; what is made fresh later must not depend on it.
+    # Loading draws other random numbers under ZeRO-3; what is initialized later must not depend on that.
     with _without_load_report(), torch.random.fork_rng(devices=[]):
         try:
-            model = cls.from_pretrained(folder, ignore_mismatched_sizes=True, **options)
+            model = cls.from_pretrained(located.folder, ignore_mismatched_sizes=True, **options)
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"weights {name!r}: expected weight files that can be read in {folder}, got: {error}; "
-                f"{_cure(name, folder, weight_files(name)[0])}"
+                f"weights {name!r}: expected weight files that can be read in {located.folder}, got: {error}; "
+                f"{located.cure(files[0])}"
             ) from error
     if fresh:
-        logger.warning("%s: %d parameters are not in the file and start fresh: %s", name, len(fresh), _listed(fresh))
+        listed = ", ".join(sorted(fresh)[:10]) + (", ..." if len(fresh) > 10 else "")
+        logger.warning("%s: %d parameters are not in the file and start fresh: %s", name, len(fresh), listed)
     return model
 
 
@@ -452,7 +412,7 @@ def _check_4_bits(*, weights: bool) -> None:
     if not weights and torch.get_default_device().type != "meta":
         raise ValueError(
             "cognition.quantization=nf4: expected base weights that are read from a folder or the hub, got a full checkpoint, "
-            "whose weights are put into plain linears; set cognition.quantization=none, or fine-tune base weights."
+            "whose weights go into plain linear layers; set cognition.quantization=none, or fine-tune base weights."
         )
     if weights and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
@@ -462,7 +422,7 @@ def _check_4_bits(*, weights: bool) -> None:
 
 
 def _nf4(plain_parts: tuple[str, ...], dtype: torch.dtype) -> BitsAndBytesConfig:
-    """4-bit normal floats, their scales quantised too, as in QLoRA (Dettmers et al. 2023); computes in `dtype`."""
+    """4-bit normal floats whose scales are quantized too, as in QLoRA (Dettmers et al. 2023); computes in `dtype`."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -474,7 +434,7 @@ def _nf4(plain_parts: tuple[str, ...], dtype: torch.dtype) -> BitsAndBytesConfig
 
 @contextlib.contextmanager
 def _without_load_report(*, progress: bool = True) -> Iterator[None]:
-    """Silences transformers' table of missing and unknown parameters: we check them and say what matters."""
+    """Suppresses transformers' table of missing and unknown parameters, which `check_names` reports."""
     level, shows_progress = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     if not progress:
@@ -489,7 +449,7 @@ def _without_load_report(*, progress: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_zero3() -> Iterator[None]:
-    """Hides ZeRO-3 from transformers, which would partition a model that is made to be looked at."""
+    """Hides ZeRO-3 from transformers, which would partition a model that is only built to be compared."""
     reference = hf_deepspeed._hf_deepspeed_config_weak_ref
     hf_deepspeed.unset_hf_deepspeed_config()
     try:
@@ -500,7 +460,3 @@ def _without_zero3() -> Iterator[None]:
 
 def _matching(keys: set[str], globs: tuple[str, ...]) -> set[str]:
     return {key for key in keys if any(fnmatch.fnmatchcase(key, glob) for glob in globs)}
-
-
-def _listed(keys: set[str], limit: int = 10) -> str:
-    return ", ".join(sorted(keys)[:limit]) + (", ..." if len(keys) > limit else "")

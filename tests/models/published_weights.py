@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, LlavaOnevisionModel, PreTrainedModel, Qwen2_5_VLModel, Qwen2VLModel, Qwen3VLModel
 
-from deris_llm.models.cognition.bert import _BertWithoutPooler
+from deris_llm.models.cognition.bert import BertWithoutPooler
 from deris_llm.models.cognition.vilt import OrderedVilt
 from deris_llm.models.perception.mask2former import _Mask2FormerParts
 from deris_llm.testing import tiny_bert_weights, tiny_qwen_vl_weights, tiny_vilt_weights, tiny_weights
@@ -206,7 +206,7 @@ FAMILIES = {
          "image_std": [0.5, 0.5, 0.5], "resample": 3, "size": 24, "size_divisor": 6},
     ),
     "bert": Family(
-        _BertWithoutPooler,
+        BertWithoutPooler,
         ((r"^", "bert."), (r"LayerNorm\.weight$", "LayerNorm.gamma"), (r"LayerNorm\.bias$", "LayerNorm.beta")),
         _of_bert,
         {

@@ -78,24 +78,32 @@ TEXT_FIRST = ["cognition.prompt_order=text_first", 'cognition.prompt="Where is {
 
 
 @pytest.mark.parametrize(
-    ("weights", "first"),
-    [
-        (lambda _: [], "vision_tower"),
-        (lambda _: TEXT_FIRST, "language_model.layers.0"),  # transformers looks for padding before
-        (tiny_qwen_vl_weights, "language_model"),  # transformers' vision tower reads every picture's grid
-        (tiny_beit3, "encoder.layers.0"),
-        (tiny_bert_weights, "encoder.layer.0"),
-        (tiny_vilt_weights, "encoder.layer.0"),
-    ],
-    ids=["qwen2_ov", "qwen2_ov text_first", "qwen_vl", "beit3", "bert", "vilt"],
+    "weights",
+    [lambda _: [], lambda _: TEXT_FIRST, tiny_beit3, tiny_bert_weights, tiny_vilt_weights],
+    ids=["qwen2_ov", "qwen2_ov text_first", "beit3", "bert", "vilt"],
 )
-def test_behind_cognitions_first_layer_nothing_waits(
-    weights: Callable[[Path], list[str]], first: str, tmp_path: Path
-) -> None:
+def test_cognition_waits_for_nothing(weights: Callable[[Path], list[str]], tmp_path: Path) -> None:
     config = tiny_config(*tiny_weights(tmp_path / "base"), *weights(tmp_path / "backend"))
     model = build_model(config).train()
     batch = synthetic_batch(config, num_images=2, phrases_per_image=3)
-    assert waits_behind(model, model.cognition.get_submodule(f"model.{first}"), batch) == []
+    with HostWaits() as waits:
+        model.cognition(batch.cognition, batch.image_index)
+    assert waits.found == []
+
+
+@pytest.mark.parametrize("order", [[], TEXT_FIRST], ids=["image_first", "text_first"])
+def test_of_qwen_vl_the_vision_tower_alone_waits(order: list[str], tmp_path: Path) -> None:
+    """transformers' tower reads every image's grid; nothing is queued yet."""
+    config = tiny_config(*tiny_weights(tmp_path / "base"), *tiny_qwen_vl_weights(tmp_path / "backend"), *order)
+    model = build_model(config).train()
+    batch = synthetic_batch(config, num_images=2, phrases_per_image=3)
+    tower = model.cognition.model.get_image_features
+    grids = torch.tensor([(1, rows * 2, columns * 2) for rows, columns in batch.cognition.image_grids])
+    with HostWaits() as of_the_tower, torch.no_grad():
+        tower(batch.cognition.pixel_values, grids)
+    with HostWaits() as waits:
+        model.cognition(batch.cognition, batch.image_index)
+    assert waits.found == of_the_tower.found
 
 
 def test_perception_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

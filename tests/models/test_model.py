@@ -16,6 +16,7 @@ from deris_llm.models.cognition import build_processor
 from deris_llm.models.deris import Deris, build_model, trainable_names
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringTargets
 from deris_llm.testing import relative_difference, synthetic_batch, synthetic_images, tiny_config, tiny_weights
+from tests.models.padded_rows import with_more_padding
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -107,17 +108,7 @@ def test_perception_runs_once_per_image(model: Deris, batch: ReferringBatch):
 
 
 def test_longer_padding_changes_nothing(model: Deris, batch: ReferringBatch):
-    inputs = batch.cognition
-    wider = nn.functional.pad
-    padded = replace(
-        batch,
-        cognition=replace(
-            inputs,
-            input_ids=wider(inputs.input_ids, (0, 9)),
-            token_padding_mask=wider(inputs.token_padding_mask, (0, 9), value=True),
-            text_feature_mask=wider(inputs.text_feature_mask, (0, 9), value=False),
-        ),
-    )
+    padded = replace(batch, cognition=with_more_padding(batch.cognition, 9))
     with torch.no_grad():
         assert difference(model(padded), model(batch), slice(None), slice(None)) < 1e-4
 

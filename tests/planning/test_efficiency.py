@@ -1,5 +1,6 @@
 """The efficiency table: what is counted from shapes is what runs; sharing shows; measuring says where."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -52,12 +53,7 @@ def test_counted_from_shapes_is_what_a_real_forward_pass_multiplies(
     on_meta = build_model(config, weights=False, device="meta").requires_grad_(False).eval()
     counted = count_macs(on_meta, shapes)
     batch = synthetic_batch(config, num_images=2, phrases_per_image=3)
-    inputs = type(batch.cognition)(
-        batch.cognition.pixel_values,
-        shapes.cognition.input_ids,
-        shapes.cognition.token_padding_mask,
-        shapes.cognition.text_feature_mask,
-    )
+    inputs = dataclasses.replace(shapes.cognition, pixel_values=batch.cognition.pixel_values)
     batch = type(batch)(batch.perception_image, inputs, batch.image_index, batch.phrase_ids, batch.phrases)
     real = build_model(config).requires_grad_(False).eval()
     with sdpa_kernel(SDPBackend.MATH):  # the counter does not know the CPU's fused kernel

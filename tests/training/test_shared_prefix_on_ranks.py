@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from deris_llm.models.cognition import build_processor
 from deris_llm.models.deris import build_model
 from deris_llm.structures import ReferringBatch
-from deris_llm.testing import relative_difference, synthetic_batch, tiny_config
+from deris_llm.testing import relative_difference, synthetic_batch, synthetic_images, tiny_config
 from deris_llm.training.launch import free_port
 
 pytestmark = pytest.mark.slow
@@ -33,11 +35,12 @@ def _one_by_one(overrides: list[str]) -> dict[str, Any]:
     config = tiny_config(*overrides)
     torch.manual_seed(0)
     model = worker.with_drawn_lora(build_model(config).train())
-    losses, values = [0.0, 0.0], []
+    losses, values, processor = [0.0, 0.0], [], build_processor(config)
     for rank in (0, 1):
         batch = synthetic_batch(config, num_images=1, phrases_per_image=worker.NUM_PHRASES, seed=rank)
         for phrase in range(worker.NUM_PHRASES):
-            said = worker.values_of(model(_one_phrase(batch, phrase)), 0)
+            alone = _one_phrase(processor, batch, phrase, synthetic_images(1, seed=rank))
+            said = worker.values_of(model(alone), 0)
             loss = worker.loss_of(said)
             (loss / 2).backward()
             losses[rank] += loss.item()
@@ -46,16 +49,12 @@ def _one_by_one(overrides: list[str]) -> dict[str, Any]:
     return {"losses": losses, "values": torch.stack(values), "gradients": gradients}
 
 
-def _one_phrase(batch: ReferringBatch, phrase: int) -> ReferringBatch:
+def _one_phrase(processor: Any, batch: ReferringBatch, phrase: int, images: list[Image.Image]) -> ReferringBatch:
     """A phrase alone, at its own length."""
-    inputs, row = batch.cognition, slice(phrase, phrase + 1)
-    length = int((~inputs.token_padding_mask[phrase]).sum())
-    cut = {
-        name: getattr(inputs, name)[row, :length] for name in ("input_ids", "token_padding_mask", "text_feature_mask")
-    }
+    row = slice(phrase, phrase + 1)
     return replace(
         batch,
-        cognition=replace(inputs, **cut),
+        cognition=processor(images, batch.phrases[row], [0]),
         image_index=batch.image_index[row],
         phrase_ids=batch.phrase_ids[row],
         phrases=batch.phrases[row],

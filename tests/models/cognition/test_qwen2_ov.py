@@ -18,6 +18,7 @@ from deris_llm.models.cognition import build_processor, prompts, resolve_backend
 from deris_llm.models.cognition.qwen2_ov import Qwen2OneVision, Qwen2OneVisionProcessor
 from deris_llm.structures import CognitionFeatures, CognitionInputs
 from deris_llm.testing import check_cognition_backend, relative_difference, synthetic_images, tiny_config
+from tests.models.padded_rows import with_more_padding
 
 TEXT_FIRST = (
     "cognition.prompt_order=text_first",
@@ -225,29 +226,28 @@ def test_a_prompt_beyond_the_context_is_told(processor):
     short = copy.deepcopy(processor)
     short.prompts.num_positions = len(processor.encode("star")[0])
     short.encode("star")
-    told = r"phrase 'the red circle': expected at most \d+ tokens in its prompt, .* got \d+, 16 of them its picture's"
+    told = r"phrase 'the red circle': expected at most \d+ tokens in its prompt, .* got \d+, 16 of them its image's"
     with pytest.raises(ValueError, match=told):
         short.encode("the red circle")
 
 
 def test_prompts_of_different_lengths_are_padded_on_the_right() -> None:
-    found = prompts.padded([([1, 2, 3], [False, True, True]), ([4], [True])], pad_token_id=9)
-    assert [tensor.tolist() for tensor in found] == [
+    found = prompts.padded([([1, 2, 3], [False, True, True]), ([4], [True])], 9, [0, 1], torch.empty(0))
+    assert (found.prompt_lengths, found.phrase_images, found.has_padding) == ((3, 1), (0, 1), True)
+    tensors = (found.input_ids, found.token_padding_mask, found.text_feature_mask)
+    assert [tensor.tolist() for tensor in tensors] == [
         [[1, 2, 3], [4, 9, 9]],
         [[False, False, False], [False, True, True]],
         [[False, True, True], [True, False, False]],
     ]
-    assert [tensor.dtype for tensor in found] == [torch.int64, torch.bool, torch.bool]
+    assert [tensor.dtype for tensor in tensors] == [torch.int64, torch.bool, torch.bool]
 
 
-def test_phrases_of_a_picture_with_other_prompts_are_refused(overrides: list[str], backend: Qwen2OneVision, processor):
-    other = build_processor(tiny_config(*overrides, 'cognition.prompt="red <image> Where is {phrase}?"'))
-    ours, theirs = (each(synthetic_images(1), ["star"], [0]) for each in (processor, other))
-    length = min(ours.input_ids.shape[1], theirs.input_ids.shape[1])
-    names = ("input_ids", "token_padding_mask", "text_feature_mask")
-    both = {name: torch.cat([getattr(each, name)[:, :length] for each in (ours, theirs)]) for name in names}
-    with pytest.raises(ValueError, match="phrase 1 of the batch: expected the same prompt"):
-        backend(replace(ours, **both), torch.tensor([0, 0]))
+def test_phrases_of_an_image_have_one_prefix(processor):
+    """Whatever the phrase: nothing that precedes it is tokenized together with it."""
+    inputs = processor(synthetic_images(1), [*PHRASES, "chién, à gauche!", "?"], [0] * 5)
+    length = processor.count_tokens(["star"], [(60, 80)])[0].shared
+    assert (inputs.input_ids[:, :length] == inputs.input_ids[0, :length]).all()
 
 
 def test_pictures_are_warped_and_normalised(processor):
@@ -290,41 +290,19 @@ def test_features_are_the_hidden_states_of_the_published_forward(backend: Qwen2O
         assert relative_difference(features.cls_feat[number], hidden[number, last]) < 1e-5
 
 
-def padded(inputs: CognitionInputs, length: int, *, left: bool) -> CognitionInputs:
-    lengths = (~inputs.token_padding_mask).sum(dim=1).tolist()
-
-    def moved(tensor: Tensor, fill: int) -> Tensor:
-        rows = zip(lengths, tensor, strict=True)
-        parts = [(tensor.new_full((length - n,), fill), row[:n]) for n, row in rows]
-        return torch.stack([torch.cat(pair if left else pair[::-1]) for pair in parts])
-
-    return CognitionInputs(
-        pixel_values=inputs.pixel_values,
-        input_ids=moved(inputs.input_ids, 0),
-        token_padding_mask=moved(inputs.token_padding_mask, True),
-        text_feature_mask=moved(inputs.text_feature_mask, False),
-    )
-
-
-@pytest.mark.parametrize(
-    ("order", "left"), [((), False), (TEXT_FIRST, False), (TEXT_FIRST, True)], ids=["image_first", "text_first", "left"]
-)
-def test_padding_changes_nothing(overrides: list[str], order: tuple[str, ...], left: bool):
+@pytest.mark.parametrize("order", [(), TEXT_FIRST], ids=["image_first", "text_first"])
+def test_padding_changes_nothing(overrides: list[str], order: tuple[str, ...]):
     config, index = tiny_config(*overrides, *order), torch.tensor(INDEX)
     model = build(config).eval()
     inputs = build_processor(config)(synthetic_images(2), PHRASES, INDEX)
     with torch.no_grad():
-        ours, reference = model(padded(inputs, 60, left=left), index), model(inputs, index)
-    valid = ~reference.text_padding_mask
-    assert torch.equal(ours.text_padding_mask, reference.text_padding_mask)
+        ours, reference = model(with_more_padding(inputs, 9), index), model(inputs, index)
+    valid, width = ~reference.text_padding_mask, reference.text_padding_mask.shape[1]
+    assert torch.equal(ours.text_padding_mask[:, :width], reference.text_padding_mask)
+    assert ours.text_padding_mask[:, width:].all()
     for name in ("image_feats", "cls_feat"):
         assert relative_difference(getattr(ours, name), getattr(reference, name)) < 1e-5
-    assert relative_difference(ours.text_feats[valid], reference.text_feats[valid]) < 1e-5
-
-
-def test_a_shared_prefix_refuses_padding_on_the_left(backend: Qwen2OneVision, inputs: CognitionInputs):
-    with pytest.raises(AssertionError, match="padded on the right"):
-        backend(padded(inputs, 60, left=True), torch.tensor(INDEX))
+    assert relative_difference(ours.text_feats[:, :width][valid], reference.text_feats[valid]) < 1e-5
 
 
 def test_image_first_image_features_are_the_images_own(backend: Qwen2OneVision, processor):

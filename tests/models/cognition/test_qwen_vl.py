@@ -73,23 +73,21 @@ def test_features_are_the_hidden_states_of_the_models_own_forward(qwen: list[str
     config = tiny_config(*qwen, *order)
     backend, processor = build(config).eval(), build_processor(config)
     inputs = processor(pictures(), PHRASES, INDEX)
-    assert inputs.image_grid is not None
-    assert inputs.image_grid[0].tolist() != inputs.image_grid[1].tolist()
+    assert inputs.image_grids[0] != inputs.image_grids[1]
     with torch.no_grad():
         features = backend(inputs, torch.tensor(INDEX))
     for number, image in enumerate(INDEX):
         alone = processor([pictures()[image]], [PHRASES[number]], [0])
-        assert alone.image_grid is not None
         is_image = alone.input_ids == backend.model.config.image_token_id
         with torch.no_grad():
             hidden = backend.model(
                 input_ids=alone.input_ids,
                 pixel_values=alone.pixel_values,
-                image_grid_thw=F.pad(alone.image_grid * 2, (1, 0), value=1),
+                image_grid_thw=F.pad(torch.tensor(alone.image_grids) * 2, (1, 0), value=1),
                 mm_token_type_ids=is_image.int(),
                 use_cache=False,
             ).last_hidden_state
-        rows, columns = alone.image_grid[0].tolist()
+        rows, columns = alone.image_grids[0]
         maps = hidden[is_image].view(1, rows, columns, -1).permute(0, 3, 1, 2)
         maps = F.interpolate(maps, size=(6, 6), mode="bilinear", antialias=True)[0]
         text = hidden[alone.text_feature_mask]
@@ -111,8 +109,7 @@ def test_a_marker_in_a_corner_is_seen_in_that_corner_of_the_map(
     marked = plain.copy()
     marked[corner[0] * (size[0] - 6) :, corner[1] * (size[1] - 6) :][:6, :6] = 255
     inputs = processor([Image.fromarray(plain), Image.fromarray(marked)], ["star", "star"], [0, 1])
-    assert inputs.image_grid is not None
-    rows, columns = inputs.image_grid[0].tolist()
+    rows, columns = inputs.image_grids[0]
     assert (rows < columns) == (size[0] < size[1])
     with torch.no_grad():
         maps = backend(inputs, torch.tensor([0, 1])).image_feats
@@ -136,7 +133,7 @@ def test_pictures_keep_their_aspect_within_the_budget(qwen25: list[str]):
 def test_too_thin_pictures_are_told(qwen25: list[str], width: int, height: int):
     processor = build_processor(tiny_config(*qwen25))
     with pytest.raises(
-        ValueError, match=rf"picture of {width} x {height} px: expected at least one image token \(6 px\)"
+        ValueError, match=rf"image of {width} x {height} px: expected at least one image token \(6 px\)"
     ):
         processor([Image.new("RGB", (width, height))], ["star"], [0])
 

@@ -53,8 +53,7 @@ def pictures() -> list[Image.Image]:
 
 
 def grid_of(inputs: CognitionInputs) -> list[list[int]]:
-    assert inputs.image_grid is not None
-    return inputs.image_grid.tolist()
+    return [list(grid) for grid in inputs.image_grids]
 
 
 @TUNINGS
@@ -130,7 +129,7 @@ def test_a_marker_in_a_corner_is_seen_in_that_corner_of_the_map(
 @pytest.mark.parametrize(("width", "height"), [(700, 28), (28, 700)])
 def test_too_thin_pictures_are_told(vilt: list[str], width: int, height: int):
     processor = build_processor(tiny_config(*vilt))
-    with pytest.raises(ValueError, match=rf"picture of {width} x {height} px: expected at least one patch \(6 px\)"):
+    with pytest.raises(ValueError, match=rf"image of {width} x {height} px: expected at least one patch \(6 px\)"):
         processor([Image.new("RGB", (width, height))], ["star"], [0])
     thin = [Image.new("L", (140, 20)), Image.new("RGB", (20, 140))]  # 6 px is just enough
     assert grid_of(processor(thin, ["star", "star"], [0, 1])) == [[1, 6], [6, 1]]

@@ -1,4 +1,4 @@
-"""The packed language model equals one run per phrase."""
+"""Rows that share a prefix equal one run per phrase."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import Qwen2Config, Qwen2Model
 from transformers.modeling_outputs import BaseModelOutput
 
-from deris_llm.models.cognition import qwen2_ov
+from deris_llm.models.cognition import causal
 from deris_llm.models.cognition.base import say_once
-from deris_llm.models.cognition.qwen2_ov import attention_kernels
-from deris_llm.models.cognition.shared_prefix import check_prefix, pack_prompts, run_packed
+from deris_llm.models.cognition.causal import attention_kernels, is_visible, read_rows, with_rows
+from deris_llm.models.cognition.prompts import padded
 from deris_llm.models.deris import build_model
+from deris_llm.structures import TokenRows
 from deris_llm.testing import relative_difference, tiny_config
 
 TOLERANCE = 2e-6  # measured worst case 2.4e-7 (hidden states of size 1); gradients 3.7e-7 relative
 PREFIX, WIDTH = 7, 32
+IMAGE, TEXT = 1, 0  # token ids
 
 
 @pytest.fixture(params=["sdpa", "eager"])
@@ -38,20 +40,31 @@ def _tiny_qwen2(attention: str) -> Qwen2Model:
     return model
 
 
-def _prompts(lengths: list[int], image_index: list[int], padding: int = 0) -> tuple[torch.Tensor, ...]:
+def rows_of(lengths: list[int], image_index: list[int], prefixes: list[int] | None = None) -> TokenRows:
+    """Rows of prompts whose own parts have these lengths; the last token of a prefix is the image's only one."""
+    prefixes = prefixes or [PREFIX] * (image_index[-1] + 1)
+    prompts = [
+        ([TEXT] * (prefixes[image] - 1) + [IMAGE] + [TEXT] * length, [False] * prefixes[image] + [True] * length)
+        for length, image in zip(lengths, image_index, strict=True)
+    ]
+    inputs = padded(prompts, TEXT, image_index, torch.empty(0), ((1, 1),) * len(prefixes))
+    rows = with_rows(inputs, image_token_id=IMAGE, is_shared=True).rows
+    assert rows is not None
+    return rows
+
+
+def _prompts(lengths: list[int], image_index: list[int]) -> tuple[torch.Tensor, TokenRows]:
+    """Embeddings (P, L, D) of prompts, equal up to the image for all phrases of one, and their rows."""
     generator = torch.Generator().manual_seed(1)
     prefixes = torch.randn(max(image_index) + 1, PREFIX, WIDTH, generator=generator)
-    own = torch.randn(len(lengths), max(lengths) + padding, WIDTH, generator=generator)
-    embeddings = torch.cat([prefixes[image_index], own], dim=1)
-    is_valid = torch.arange(embeddings.shape[1]) < (PREFIX + torch.tensor(lengths))[:, None]
-    return embeddings, is_valid, torch.tensor(image_index)
+    own = torch.randn(len(lengths), max(lengths), WIDTH, generator=generator)
+    return torch.cat([prefixes[image_index], own], dim=1), rows_of(lengths, image_index)
 
 
-def _run(
-    model: torch.nn.Module, embeddings: torch.Tensor, is_valid: torch.Tensor, image_index: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    is_prefix = torch.ones(int(image_index.max()) + 1, PREFIX, dtype=torch.bool)
-    return run_packed(model, embeddings, pack_prompts(is_valid[:, PREFIX:], is_prefix, image_index), image_index)
+def _run(model: torch.nn.Module, embeddings: torch.Tensor, rows: TokenRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states of the prefixes (I, S, D) and of the phrases' own tokens (P, O, D)."""
+    hidden = read_rows(model, embeddings.flatten(0, 1)[rows.source], rows)
+    return hidden[:, :PREFIX], hidden.flatten(0, 1)[rows.text_places]
 
 
 def _gradients(model: Qwen2Model) -> dict[str, torch.Tensor]:
@@ -60,11 +73,10 @@ def _gradients(model: Qwen2Model) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("padding", [0, 3])
-def test_packed_equals_one_by_one_in_values_and_gradients(language_model: Qwen2Model, padding: int) -> None:
-    lengths = [4, 1, 6, 3, 2]
-    embeddings, is_valid, image_index = _prompts(lengths, [0, 0, 0, 1, 1], padding)
-    shared, own = _run(language_model, embeddings, is_valid, image_index)
+def test_packed_equals_one_by_one_in_values_and_gradients(language_model: Qwen2Model) -> None:
+    lengths, image_index = [4, 1, 6, 3, 2], [0, 0, 0, 1, 1]
+    embeddings, rows = _prompts(lengths, image_index)
+    shared, own = _run(language_model, embeddings, rows)
     weight = torch.linspace(-1, 1, WIDTH)
     sum((own[p, :n] * weight).sum() for p, n in enumerate(lengths)).backward()
     packed_gradients = _gradients(language_model)
@@ -89,8 +101,8 @@ def test_any_number_of_phrases_equals_one_by_one(is_checkpointed: bool) -> None:
     for phrases_of_images in ([1], [2], [12], [7, 1, 4]):
         image_index = [image for image, number in enumerate(phrases_of_images) for _ in range(number)]
         lengths = torch.randint(1, 10, (len(image_index),), generator=generator).tolist()
-        embeddings, is_valid, index = _prompts(lengths, image_index, padding=2)
-        _, own = _run(language_model, embeddings, is_valid, index)
+        embeddings, rows = _prompts(lengths, image_index)
+        _, own = _run(language_model, embeddings, rows)
         torch.stack([(own[p, :n] * weight).sum() for p, n in enumerate(lengths)]).sum().backward()
         packed = _gradients(language_model)
         for p, n in enumerate(lengths):
@@ -104,32 +116,53 @@ def test_any_number_of_phrases_equals_one_by_one(is_checkpointed: bool) -> None:
 class Recorder(torch.nn.Module):
     """Keeps what a language model is given."""
 
+    config = Qwen2Config()
+
     def forward(self, inputs_embeds: torch.Tensor, **given: object) -> object:
         self.given = given
         return BaseModelOutput(last_hidden_state=inputs_embeds)
 
 
 def test_a_phrase_sees_the_prefix_and_itself_at_the_positions_it_has_alone() -> None:
-    embeddings, is_valid, image_index = _prompts([2, 3], [0, 0])
+    embeddings, rows = _prompts([2, 3], [0, 0])
     recorder = Recorder()
-    shared, own = _run(recorder, embeddings, is_valid, image_index)
+    shared, own = _run(recorder, embeddings, rows)
     assert recorder.given["position_ids"].tolist() == [[*range(PREFIX), 7, 8, 7, 8, 9]]
     assert torch.equal(shared[0], embeddings[0, :PREFIX])
     assert torch.equal(own[0, :2], embeddings[0, PREFIX : PREFIX + 2])
     assert torch.equal(own[1], embeddings[1, PREFIX:])
     last_of_second = recorder.given["attention_mask"][0, 0, PREFIX + 4] == 0
     assert last_of_second.tolist() == [True] * PREFIX + [False, False, True, True, True]
+    assert rows.image_places.tolist() == [PREFIX - 1]
+    assert rows.last_places.tolist() == [PREFIX + 1, PREFIX + 4]
+    assert rows.text_padding_mask.tolist() == [[False, False, True], [False] * 3]
 
 
-def test_nobody_sees_the_padding_of_a_shorter_prefix() -> None:
-    is_prefix = torch.tensor([[True, True, True], [True, False, False]])
-    packed = pack_prompts(torch.ones(3, 2, dtype=torch.bool), is_prefix, torch.tensor([0, 0, 1]))
-    assert packed.is_visible_ITT[1, 4].tolist() == [True, False, False, True, True, False, False]
-    assert packed.is_visible_ITT[0, 6].tolist() == [True] * 3 + [False, False, True, True]
-    assert packed.is_visible_ITT.any(dim=-1).all()  # a row of softmax over nothing would be NaN
-    numbers = torch.tensor([[1, 2], [3, 4], [5, 6]])
-    assert packed.laid_out(10 * is_prefix, numbers).tolist() == [[10, 10, 10, 1, 2, 3, 4], [10, 0, 0, 5, 6, 0, 0]]
-    assert torch.equal(packed.own(packed.laid_out(10 * is_prefix, numbers)), numbers)
+def test_no_token_sees_the_padding_of_a_shorter_prefix() -> None:
+    rows = rows_of([2, 2, 2], [0, 0, 1], prefixes=[3, 1])
+    visible = is_visible(rows)
+    assert visible[1, 4].tolist() == [True, False, False, True, True, False, False]
+    assert visible[0, 6].tolist() == [True] * 3 + [False, False, True, True]
+    assert visible.any(dim=-1).all()  # a row of softmax over nothing would be NaN
+    assert rows.owner.tolist() == [[0, 0, 0, 1, 1, 2, 2], [0, -1, -1, 3, 3, -1, -1]]
+    assert rows.text_places.tolist() == [[3, 4], [5, 6], [10, 11]]
+
+
+def test_rows_that_share_nothing_are_the_prompts() -> None:
+    """Left-aligned, each with its image where it is in the prompt."""
+    prompts = [
+        ([5, IMAGE, IMAGE, 6], [True, False, False, True]),
+        ([5, 5, 5, IMAGE, IMAGE, 6], [True] * 3 + [False] * 3),
+    ]
+    inputs = padded(prompts, TEXT, [0, 0], torch.empty(0), ((1, 2),))
+    rows = with_rows(inputs, image_token_id=IMAGE, is_shared=False).rows
+    assert rows is not None
+    assert rows.source[0, :4].tolist() == [0, 1, 2, 3]
+    assert rows.source[1].tolist() == [6, 7, 8, 9, 10, 11]
+    assert rows.owner.tolist() == [[0] * 4 + [-1] * 2, [0] * 6]
+    assert rows.image_places.tolist() == [1, 2, 9, 10]
+    assert rows.text_places.tolist() == [[0, 3, 3], [6, 7, 8]]
+    assert rows.last_places.tolist() == [3, 11]
 
 
 def test_without_flash_attention_everything_runs_on_sdpa() -> None:
@@ -139,14 +172,10 @@ def test_without_flash_attention_everything_runs_on_sdpa() -> None:
     }
 
 
-def test_what_cannot_be_packed_is_told() -> None:
-    prefixes = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 2, 4]])
-    check_prefix(prefixes, torch.tensor([0, 0, 1]), 2)
-    with pytest.raises(ValueError, match=r"phrase 2 of the batch: expected the same prompt .* image 0, got other"):
-        check_prefix(prefixes, torch.tensor([0, 0, 0]), 1)
-    for index, num_images, without in (([0, 0, 2], 3, 1), ([0, 0, 1], 3, 2), ([1, 1, 2], 3, 0)):
-        with pytest.raises(ValueError, match=rf"every one of 3 images to have a phrase, got none for image {without} "):
-            check_prefix(prefixes, torch.tensor(index), num_images)
+@pytest.mark.parametrize(("index", "without"), [([0, 0, 2], 1), ([0, 0, 1], 2), ([1, 1, 2], 0)])
+def test_an_image_without_a_phrase_is_refused(index: list[int], without: int) -> None:
+    with pytest.raises(ValueError, match=rf"every one of 3 images to have a phrase, got none for image {without} "):
+        rows_of([1, 1, 1], index, prefixes=[3, 3, 3])
 
 
 def test_a_backend_that_cannot_share_says_so_once(overrides: list[str], caplog: pytest.LogCaptureFixture) -> None:
@@ -166,7 +195,7 @@ def test_a_backend_that_cannot_share_says_so_once(overrides: list[str], caplog: 
 def test_a_missing_kernel_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     say_once.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(qwen2_ov, "is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr(causal, "is_flash_attn_2_available", lambda: False)
     with caplog.at_level(logging.INFO, logger="deris_llm"):
         for _ in range(2):
             kernels = attention_kernels(torch.bfloat16, prompt_order="image_first")
