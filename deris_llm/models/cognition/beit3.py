@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from deris_llm.config import Beit3Cognition
+from deris_llm.config.schema import Beit3Cognition
 from deris_llm.models.cognition.base import PlannedInputs
 from deris_llm.models.cognition.prompts import (
     PhraseLimit,

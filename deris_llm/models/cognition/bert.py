@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from deris_llm.config import BertCognition
+from deris_llm.config.schema import BertCognition
 from deris_llm.models.cognition.base import PlannedInputs
 from deris_llm.models.cognition.prompts import (
     PhraseTokenizer,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from deris_llm.config import LanguageModelCognition
+from deris_llm.config.schema import LanguageModelCognition
 from deris_llm.models.cognition.base import PlannedInputs, say_once
 from deris_llm.models.cognition.maps import resampled_maps
 from deris_llm.models.cognition.prompts import padded

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from deris_llm.config import CognitionConfig, LanguageModelCognition
+from deris_llm.config import CognitionConfig
+from deris_llm.config.schema import LanguageModelCognition
 from deris_llm.models.cognition.base import TokenCount
 from deris_llm.models.pretrained import load_tokenizer
 from deris_llm.structures import CognitionInputs

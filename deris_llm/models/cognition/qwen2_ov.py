@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaOnevisionModel
 
-from deris_llm.config import Qwen2OvCognition
+from deris_llm.config.schema import Qwen2OvCognition
 from deris_llm.models.cognition.base import TokenCount
 from deris_llm.models.cognition.causal import CausalBackend, VisionTokens, with_rows
 from deris_llm.models.cognition.prompts import IMAGE_SLOT, PromptTokenizer, padded

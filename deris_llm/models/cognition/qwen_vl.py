@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Qwen2_5_VLModel, Qwen2VLImageProcessor, Qwen2VLModel, Qwen3VLModel
 
-from deris_llm.config import QwenVlCognition
+from deris_llm.config.schema import QwenVlCognition
 from deris_llm.models.cognition.base import TYPICAL_SIZE, TokenCount
 from deris_llm.models.cognition.causal import CausalBackend, VisionTokens, with_rows
 from deris_llm.models.cognition.prompts import PromptTokenizer, padded, raised_messages

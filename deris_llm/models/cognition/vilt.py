@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, ViltConfig, ViltImageProcessor, ViltModel
 
-from deris_llm.config import ViltCognition
+from deris_llm.config.schema import ViltCognition
 from deris_llm.models.cognition.base import TYPICAL_SIZE, PlannedInputs
 from deris_llm.models.cognition.maps import resampled_maps
 from deris_llm.models.cognition.prompts import (
