@@ -1,4 +1,4 @@
-"""Where the host waits for the device: before the model's layers are queued, and once to match.
+"""Where the host waits for the device: in the loss, in the pixel decoder, and in the vision tower of Qwen-VL.
 
 On a GPU each of these calls stops the host until everything queued so far is computed; the layers behind it are then launched
 into an empty queue. What calls them is Python, so a CPU run shows it.
@@ -12,14 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from deris_llm.losses.criterion import build_criterion
-from deris_llm.models.deris import Deris, build_model
+from deris_llm.models.deris import build_model
 from deris_llm.models.perception import deformable_attention
 from deris_llm.models.perception.deformable_attention import sample_by_grid
-from deris_llm.structures import ReferringBatch
 from deris_llm.testing import (
     synthetic_batch,
     tiny_beit3,
@@ -53,15 +52,6 @@ class HostWaits(TorchFunctionMode):
 def _has_boolean_index(index: Any) -> bool:
     indices = index if isinstance(index, tuple) else (index,)
     return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in indices)
-
-
-def waits_behind(model: Deris, first: nn.Module, batch: ReferringBatch) -> list[str]:
-    """What the host waits for once a module of the model runs, to the end of the forward pass."""
-    with HostWaits() as waits:
-        hook = first.register_forward_pre_hook(lambda *_: waits.found.clear())
-        model(batch)
-        hook.remove()
-    return waits.found
 
 
 def test_the_list_is_not_blind() -> None:
