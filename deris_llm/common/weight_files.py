@@ -45,7 +45,7 @@ _MAX_NAME = 500  # characters
 _MAX_SHARING = 8  # total size of all tensors over the size of the file; tied weights appear twice
 _HALF = (torch.float16, torch.bfloat16)
 _NOT_IN_TORCH = ("uint16", "uint32", "uint64")  # as weights; torch supports them in part
-_SAFE_GLOBALS = [(value, name) for name, value in ALLOWED_NAMES.items()]
+_SAFE_GLOBALS: list[Any] = [(value, name) for name, value in ALLOWED_NAMES.items()]
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80"
 """First bytes of torch's format before 1.6: the pickle of its magic number, then the next pickle."""
 
