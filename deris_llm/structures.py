@@ -106,7 +106,8 @@ class ReferringBatch(_TensorFields):
 
     perception_image: Tensor  # float (I, 3, H, W), ImageNet-normalised RGB; (I, 3, 0, 0) where nobody reads it
     cognition: CognitionInputs
-    image_index: Tensor  # int64 (P,), in 0..I-1, non-decreasing: the image a phrase looks at
+    image_index: Tensor  # int64 (P,), in 0..I-1, non-decreasing: the image of each phrase
+    phrases_per_image: tuple[int, ...]  # I numbers, at least 1, sum P: the counts in image_index, known to the host
     phrase_ids: tuple[str, ...]  # P names, e.g. "refcoco/val/12345": dataset, split, sentence id
     phrases: tuple[str, ...]  # P texts, for messages and logs
     targets: ReferringTargets | None = None  # None when the answer is unknown (prediction)
@@ -114,12 +115,6 @@ class ReferringBatch(_TensorFields):
     @property
     def num_phrases(self) -> int:
         return len(self.phrase_ids)
-
-    def phrases_per_image(self) -> list[int]:
-        """I numbers, sum P; on a GPU the host waits for them."""
-        import torch  # noqa: PLC0415
-
-        return torch.bincount(self.image_index, minlength=len(self.perception_image)).tolist()
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,12 @@ from transformers import (
 )
 
 from deris_llm.config import RunConfig, load_config
-from deris_llm.models.cognition import CognitionBackend, CognitionProcessor, build_processor
+from deris_llm.data.collate import referring_batch
+from deris_llm.models.cognition import (
+    CognitionBackend,
+    CognitionProcessor,
+    build_processor,
+)
 from deris_llm.models.cognition.beit3 import TOKENIZER_FILE, Beit3Config, Beit3Model
 from deris_llm.structures import CognitionFeatures, CognitionInputs, ReferringBatch, ReferringTargets
 
@@ -273,19 +278,19 @@ def synthetic_batch(
     size = config.perception.image_size
     num_phrases = num_images * phrases_per_image
     phrases = list(itertools.islice(itertools.cycle(_PHRASES), num_phrases))
-    image_index = np.repeat(np.arange(num_images), phrases_per_image)
+    image_index = np.repeat(np.arange(num_images), phrases_per_image).tolist()
     masks = torch.zeros(num_phrases * targets_per_phrase, size, size, dtype=torch.bool)
     for mask in masks:
         top, left = generator.integers(0, size // 2, 2)
         height, width = generator.integers(size // 8, size // 2, 2)
         mask[top : top + height, left : left + width] = True
     processor = processor or build_processor(config)
-    return ReferringBatch(
-        perception_image=torch.from_numpy(generator.standard_normal((num_images, 3, size, size), dtype=np.float32)),
-        cognition=processor(synthetic_images(num_images, seed=seed), phrases, image_index.tolist()),
-        image_index=torch.from_numpy(image_index),
-        phrase_ids=tuple(f"synthetic/train/{number}" for number in range(num_phrases)),
-        phrases=tuple(phrases),
+    return referring_batch(
+        torch.from_numpy(generator.standard_normal((num_images, 3, size, size), dtype=np.float32)),
+        processor(synthetic_images(num_images, seed=seed), phrases, image_index),
+        phrases,
+        image_index,
+        phrase_ids=[f"synthetic/train/{number}" for number in range(num_phrases)],
         targets=ReferringTargets(masks, torch.arange(num_phrases).repeat_interleave(targets_per_phrase)),
     )
 

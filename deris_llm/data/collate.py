@@ -48,6 +48,7 @@ def referring_batch(
         perception_image=perception_image,
         cognition=cognition,
         image_index=torch.tensor(image_index, dtype=torch.int64),
+        phrases_per_image=tuple(np.bincount(image_index, minlength=len(perception_image)).tolist()),
         phrase_ids=tuple(map(str, range(len(phrases))) if phrase_ids is None else phrase_ids),
         phrases=tuple(phrases),
         targets=targets,

@@ -25,6 +25,7 @@ from deris_llm.models.cognition import CognitionBackend, resolve_backend
 from deris_llm.models.cognition.base import say_once
 from deris_llm.models.loopback import Loopback
 from deris_llm.models.perception import Perception, build_perception, check_perception
+from deris_llm.models.variants import LoopbackVariant, build_loopback
 from deris_llm.structures import DerisOutput, ReferringBatch
 
 
@@ -42,7 +43,9 @@ class Deris(nn.Module):
         config: for Trainer and DeepSpeed only.
     """
 
-    def __init__(self, cognition: CognitionBackend, perception: Perception | None, loopback: Loopback) -> None:
+    def __init__(
+        self, cognition: CognitionBackend, perception: Perception | None, loopback: Loopback | LoopbackVariant
+    ) -> None:
         """Joins the parts.
 
         Args:
@@ -58,14 +61,9 @@ class Deris(nn.Module):
 
     def forward(self, batch: ReferringBatch) -> DerisOutput:
         """Answers P phrases about I images."""
-        # On a GPU the host waits for what it reads itself: here, at cognition's start and once in the pixel
-        # decoder. So the shorter of the two comes first.
-        phrases_per_image = batch.phrases_per_image()
-        image = batch.perception_image
-        perception = None if self.perception is None else self.perception(image)  # where things are, once per image
+        perception = None if self.perception is None else self.perception(batch.perception_image)  # where objects are
         cognition = self.cognition(batch.cognition, batch.image_index)  # what the phrase means
-        # Which of them it is, in N rounds.
-        return self.loopback(perception, cognition, batch.image_index, phrases_per_image)
+        return self.loopback(perception, cognition, batch.image_index, batch.phrases_per_image)  # which object it is
 
     def activation_checkpointing_enable(
         self,
@@ -127,30 +125,14 @@ def build_model(
             dtype=dtype,
             fpn=ways.fpn,
         )
-        loopback = Loopback(
-            query_decoder,
-            cognition_dim=cognition.feature_dim,
-            rounds=options.rounds,
-            dim_feedforward=options.dim_feedforward,
-            prior_attention=options.prior_attention,
-            text_positions=ways.text_positions,
-            text_padding=ways.text_padding,
-            referring_head=ways.referring_head,
-            presence_head=ways.presence_head,
-            mask_upsampling=ways.mask_upsampling,
-            form=options.form,
-            cognition_weights=options.cognition_weights,
-            presence_source=options.presence_source,
-            trains_presence=config.criterion.presence_weight > 0,
-            structure=options.structure,
-        ).to(dtype)
+        loopback = build_loopback(config, query_decoder, cognition_dim=cognition.feature_dim).to(dtype)
         if weights and not cognition.shares_images:
             order = getattr(config.cognition, "prompt_order", "image_first")
             say_once(
                 f"cognition.backend={config.cognition.backend} does not share an image between its phrases and runs once per phrase"
                 + (": cognition.prompt_order=text_first" if order == "text_first" else "")
             )
-        model = Deris(cognition, None if options.structure == "cognition_centric" else perception, loopback)
+        model = Deris(cognition, None if config.loopback.structure == "cognition_centric" else perception, loopback)
     if config.cognition.gradient_checkpointing:
         model.activation_checkpointing_enable()
     return model if device is None else model.to(device)

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from deris_llm.config import RunConfig
 from deris_llm.data.check import known_num_images, known_num_phrases
+from deris_llm.data.collate import referring_batch
 from deris_llm.data.dataset import group_by_image
 from deris_llm.data.mix import training_mix
 from deris_llm.data.sources import is_there
@@ -284,23 +285,24 @@ def within_token_limit(config: RunConfig) -> RunConfig:
 
 def plan_cognition(config: RunConfig) -> PlannedInputs:
     """What the cognition backend would read in a full micro-batch of one GPU."""
-    per_image = config.data.phrases_per_image
-    image_index = [number // per_image for number in range(config.training.images_per_device * per_image)]
-    return resolve_backend(config.cognition.backend).plan_inputs(config.cognition, TYPICAL_PHRASE, image_index)
+    backend = resolve_backend(config.cognition.backend)
+    return backend.plan_inputs(config.cognition, TYPICAL_PHRASE, _planned_image_index(config))
+
+
+def _planned_image_index(config: RunConfig) -> list[int]:
+    return [image for image in range(config.training.images_per_device) for _ in range(config.data.phrases_per_image)]
 
 
 def shape_batch(config: RunConfig, planned: PlannedInputs) -> ReferringBatch:
     """A full micro-batch of one GPU: token ids for real, pictures as shapes."""
-    num_images, per_image = config.training.images_per_device, config.data.phrases_per_image
-    num_phrases = num_images * per_image
-    size = config.perception.image_size
-    inputs = planned.inputs
-    return ReferringBatch(
-        perception_image=torch.empty(num_images, 3, size, size, device="meta"),
-        cognition=dataclasses.replace(inputs, pixel_values=inputs.pixel_values.to("meta")),
-        image_index=torch.arange(num_images).repeat_interleave(per_image),
-        phrase_ids=tuple(f"plan/train/{number}" for number in range(num_phrases)),
-        phrases=(TYPICAL_PHRASE,) * num_phrases,
+    num_images, size = config.training.images_per_device, config.perception.image_size
+    image_index = _planned_image_index(config)
+    pixel_values = planned.inputs.pixel_values.to("meta")
+    return referring_batch(
+        torch.empty(num_images, 3, size, size, device="meta"),
+        dataclasses.replace(planned.inputs, pixel_values=pixel_values),
+        [TYPICAL_PHRASE] * len(image_index),
+        image_index,
     )
 
 

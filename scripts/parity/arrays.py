@@ -16,9 +16,11 @@ import torchvision.ops
 from torch import Tensor, nn
 
 from deris_llm.config import load_config
+from deris_llm.data.collate import referring_batch
 from deris_llm.interop.deris import rename
 from deris_llm.models.deris import Deris, build_model
 from deris_llm.models.postprocess import readable_logits
+from deris_llm.models.variants import LoopbackVariant
 from deris_llm.structures import CognitionInputs, DerisOutput, ReferringBatch
 from scripts.parity.recipe import ParityInputs
 
@@ -71,17 +73,16 @@ def parity_batch(inputs: ParityInputs, rows: slice = slice(None)) -> ReferringBa
     """The fixtures' inputs as a batch: each phrase has a picture of its own."""
     image = torch.from_numpy(inputs.image[rows])
     padding = torch.from_numpy(inputs.token_padding[rows]).bool()
-    return ReferringBatch(
-        perception_image=image,
-        cognition=CognitionInputs(
+    return referring_batch(
+        image,
+        CognitionInputs(
             pixel_values=torch.from_numpy(inputs.small_image[rows]),
             input_ids=torch.from_numpy(inputs.token_ids[rows]),
             token_padding_mask=padding,
             text_feature_mask=~padding,
         ),
-        image_index=torch.arange(len(image)),
-        phrase_ids=tuple(f"parity/{i}" for i in range(len(image))),
-        phrases=("",) * len(image),
+        phrases=[""] * len(image),
+        image_index=range(len(image)),
     )
 
 
@@ -179,6 +180,7 @@ def _recorded(model: Deris) -> Iterator[dict[str, list[Any]]]:
     """Outputs of the modules in between, in the order of their calls."""
     seen: dict[str, list[Any]] = {}
     loopback, perception = model.loopback, model.perception
+    assert isinstance(loopback, LoopbackVariant), "compat: deris-2025 differs from the paper's loopback"
     assert perception is not None, "compat: deris-2025 has both branches"
     beit3: Any = model.cognition
     decoder = loopback.query_decoder

@@ -65,7 +65,7 @@ def difference(ours: DerisOutput, reference: DerisOutput, phrases=slice(None)) -
 
 @torch.no_grad()
 def run(loopback: Loopback, perception: PerceptionFeatures, cognition: CognitionFeatures, index=INDEX) -> DerisOutput:
-    return loopback(perception, cognition, index)
+    return loopback(perception, cognition, index, tuple(torch.bincount(index).tolist()))
 
 
 def test_shapes_of_all_rounds(loopback: Loopback, perception: PerceptionFeatures, cognition: CognitionFeatures):
@@ -101,7 +101,7 @@ def test_mask_feats_start_as_perceptions_own():
 
 def test_logits_and_prior_against_loops():
     feats, embeddings = randn(2, 8, 16, 16), randn(3, 5, 8, seed=1)
-    mask_feats = MaskFeats(feats, F.avg_pool2d(feats, 4), INDEX, [2, 1])
+    mask_feats = MaskFeats(feats, F.avg_pool2d(feats, 4), INDEX, (2, 1))
     logits, prior = mask_feats.logits(embeddings), None
     prior = mask_feats.prior(logits)
     for p in range(3):
@@ -226,7 +226,7 @@ def test_queries_start_equal_for_all_and_unsure(
 def test_every_parameter_gets_a_gradient(
     loopback: Loopback, perception: PerceptionFeatures, cognition: CognitionFeatures
 ):
-    output = loopback(perception, cognition, INDEX)
+    output = loopback(perception, cognition, INDEX, (2, 1))
     terms = [output.presence_logit.sum()]
     for one in output.rounds:
         terms += [one.mask_logits.square().mean(), one.referring_logits.square().mean()]

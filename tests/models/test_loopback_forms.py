@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from deris_llm.config import ConfigError, RunConfig, load_config
 from deris_llm.losses.criterion import build_criterion
 from deris_llm.models.deris import build_model, trainable_names
-from deris_llm.models.loopback import Loopback, SimplePyramid
+from deris_llm.models.loopback import Loopback
 from deris_llm.models.perception import build_perception
+from deris_llm.models.variants import LoopbackVariant, SimplePyramid, Variation, build_loopback
 from deris_llm.structures import CognitionFeatures, DerisOutput, PerceptionFeatures
 from deris_llm.testing import relative_difference, synthetic_batch, tiny_bert_weights, tiny_config, tiny_weights
 
 DIM, QUERIES, ROUNDS = 24, 5, 3
-INDEX = torch.tensor([0, 0, 1])
+INDEX, COUNTS = torch.tensor([0, 0, 1]), (2, 1)
 TEXT_FIRST = (
     "cognition.prompt_order=text_first",
     'cognition.prompt="<|im_start|>user\\nWhere is {phrase}?\\n<image><|im_end|>\\n<|im_start|>assistant\\n"',
@@ -32,11 +33,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return tiny_weights(tmp_path_factory.mktemp("weights"))
 
 
-def build(weights: list[str], rounds: int = ROUNDS, queries: int = QUERIES, **options) -> Loopback:
+def build(weights: list[str], rounds: int = ROUNDS, queries: int = QUERIES, **options) -> LoopbackVariant:
     config = tiny_config(*weights).perception
     _, decoder = build_perception(config, rounds=rounds, num_queries=queries, weights=True, dtype=torch.float32)
     torch.manual_seed(0)
-    loopback = Loopback(decoder, cognition_dim=DIM, rounds=rounds, dim_feedforward=48, **options).eval()
+    variation = Variation(**options)
+    loopback = LoopbackVariant(decoder, variation, cognition_dim=DIM, rounds=rounds, dim_feedforward=48).eval()
     for parameter in loopback.parameters():  # away from zeros and near-zeros, so that differences show
         parameter.data += 0.1 * torch.randn_like(parameter)
     return loopback
@@ -62,9 +64,28 @@ def reaches(source: Tensor, answer: Tensor) -> bool:
     return gradient is not None and bool((gradient != 0).any())
 
 
-def run(loopback: Loopback) -> tuple[DerisOutput, PerceptionFeatures, CognitionFeatures]:
+def run(loopback: LoopbackVariant) -> tuple[DerisOutput, PerceptionFeatures, CognitionFeatures]:
     perception, cognition = features()
-    return loopback(perception, cognition, INDEX), perception, cognition
+    return loopback(perception, cognition, INDEX, COUNTS), perception, cognition
+
+
+def test_a_variant_without_variations_is_the_loopback(weights: list[str]):
+    """Names, random initial values and results are equal to the last bit."""
+    config = tiny_config(*weights).perception
+    built = []
+    for kind in (Loopback, lambda decoder, **sizes: LoopbackVariant(decoder, Variation(), **sizes)):
+        _, decoder = build_perception(config, rounds=ROUNDS, num_queries=QUERIES, weights=True, dtype=torch.float32)
+        torch.manual_seed(0)
+        built.append(kind(decoder, cognition_dim=DIM, rounds=ROUNDS, dim_feedforward=48).eval())
+    paper, variant = built
+    assert list(paper.state_dict()) == list(variant.state_dict())
+    for mine, theirs in zip(paper.parameters(), variant.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    ours, reference = run(paper)[0], run(variant)[0]
+    assert torch.equal(ours.presence_logit, reference.presence_logit)
+    for one, other in zip(ours.rounds, reference.rounds, strict=True):
+        assert torch.equal(one.mask_logits, other.mask_logits)
+        assert torch.equal(one.referring_logits, other.referring_logits)
 
 
 # -- form (Table 7) --------------------------------------------------------------------------------------------------
@@ -92,7 +113,7 @@ def test_text_changes_no_mask_in_p2c(weights: list[str]):
     perception, cognition = features()
     other = CognitionFeatures(**{**vars(cognition), "text_feats": cognition.text_feats + 1})
     with torch.no_grad():
-        before, after = loopback(perception, cognition, INDEX), loopback(perception, other, INDEX)
+        before, after = loopback(perception, cognition, INDEX, COUNTS), loopback(perception, other, INDEX, COUNTS)
     for one, another in zip(before.rounds, after.rounds, strict=True):
         assert torch.equal(one.mask_logits, another.mask_logits)
         assert relative_difference(another.referring_logits, one.referring_logits) > 1e-3
@@ -139,8 +160,8 @@ def test_hierarchical_takes_image_features_of_phrases_too(weights: list[str]):
     perception, cognition = features()
     rows = {"image_feats": cognition.image_feats[INDEX], "image_feats_index": torch.arange(3)}
     with torch.no_grad():
-        shared = loopback(perception, cognition, INDEX)
-        repeated = loopback(perception, CognitionFeatures(**{**vars(cognition), **rows}), INDEX)
+        shared = loopback(perception, cognition, INDEX, COUNTS)
+        repeated = loopback(perception, CognitionFeatures(**{**vars(cognition), **rows}), INDEX, COUNTS)
     assert relative_difference(repeated.final.mask_logits, shared.final.mask_logits) < 1e-5
 
 
@@ -239,11 +260,10 @@ def test_presence_source_cls_is_the_summary_vector(weights: list[str]):
 @pytest.mark.parametrize("head", ["linear", "text_decoder"])
 def test_untrained_presence_is_frozen_and_says_nothing(weights: list[str], head: str):
     torch.manual_seed(0)
-    config = tiny_config(*weights, "criterion.presence_weight=0")
+    compat = "none" if head == "linear" else "deris-2025"
+    config = tiny_config(*weights, "criterion.presence_weight=0", f"compat={compat}")
     _, decoder = build_perception(config.perception, rounds=3, num_queries=5, weights=True, dtype=torch.float32)
-    loopback = Loopback(
-        decoder, cognition_dim=DIM, rounds=3, dim_feedforward=48, presence_head=head, trains_presence=False
-    )
+    loopback = build_loopback(config, decoder, cognition_dim=DIM)
     assert {n for n, p in loopback.named_parameters() if not p.requires_grad} == {
         "presence_head.weight",
         "presence_head.bias",

@@ -11,9 +11,16 @@ from deris_llm.config import load_config
 from deris_llm.config.compat import Ways
 from deris_llm.losses.criterion import Criterion
 from deris_llm.losses.losses import referring_bce
-from deris_llm.models.loopback import CognitionRound, Loopback, PresenceDecoder, TextTokens, sine_positions
+from deris_llm.models.loopback import TextTokens
 from deris_llm.models.perception import build_perception
 from deris_llm.models.postprocess import readable_logits
+from deris_llm.models.variants import (
+    BatchPriorRound,
+    LoopbackVariant,
+    PresenceDecoder,
+    Variation,
+    integer_sine_positions,
+)
 from deris_llm.structures import (
     CognitionFeatures,
     DerisOutput,
@@ -36,17 +43,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return tiny_weights(tmp_path_factory.mktemp("weights"))
 
 
-def build(weights: list[str], **switches) -> Loopback:
+def build(weights: list[str], **switches) -> LoopbackVariant:
     config = tiny_config(*weights)
     _, decoder = build_perception(config.perception, rounds=3, num_queries=QUERIES, weights=True, dtype=torch.float32)
     torch.manual_seed(0)
-    loopback = Loopback(decoder, cognition_dim=DIM, rounds=3, dim_feedforward=48, **switches).eval()
+    variation = Variation(**switches)
+    loopback = LoopbackVariant(decoder, variation, cognition_dim=DIM, rounds=3, dim_feedforward=48).eval()
     for parameter in loopback.cognition_rounds.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return loopback
 
 
-def features(rows: slice = slice(None)) -> tuple[PerceptionFeatures, CognitionFeatures, torch.Tensor]:
+def features(rows: slice = slice(None)) -> tuple[PerceptionFeatures, CognitionFeatures, torch.Tensor, tuple[int, ...]]:
     """Of phrases 0..2, the first two about one picture; or of some of them."""
     images = INDEX[rows].unique()
     scales = tuple(randn(2, 32, size, size, seed=size)[images] for size in (2, 4, 8))
@@ -58,11 +66,16 @@ def features(rows: slice = slice(None)) -> tuple[PerceptionFeatures, CognitionFe
         text_padding_mask=(torch.arange(6) >= torch.tensor([[6], [2], [4]]))[rows],
         cls_feat=randn(3, DIM, seed=3)[rows],
     )
-    return PerceptionFeatures(randn(2, 32, 16, 16)[images], scales), cognition, index
+    return (
+        PerceptionFeatures(randn(2, 32, 16, 16)[images], scales),
+        cognition,
+        index,
+        tuple(torch.bincount(index).tolist()),
+    )
 
 
 @torch.no_grad()
-def run(loopback: Loopback, rows: slice = slice(None)) -> DerisOutput:
+def run(loopback: LoopbackVariant, rows: slice = slice(None)) -> DerisOutput:
     return loopback(*features(rows))
 
 
@@ -110,7 +123,7 @@ def test_prior_attention_to_oneself_is_that_over_a_batch_of_one(weights: list[st
 
 def test_prior_attention_over_the_batch_is_that_of_transposed_queries():
     torch.manual_seed(0)
-    one = CognitionRound(32, dim_feedforward=48, prior_attention="batch")
+    one = BatchPriorRound(32, dim_feedforward=48)
     text = TextTokens(randn(3, 4, 32), randn(3, 4, 32, seed=1), mask=torch.ones(3, 4, dtype=torch.bool))
     queries, prior = randn(3, QUERIES, 32, seed=2), randn(3, QUERIES, 32, seed=3)
     reference = nn.MultiheadAttention(32, 8)  # sequence first, as upstream calls it on (P, Q, C)
@@ -136,7 +149,7 @@ def test_unused_weights_of_attention_to_oneself_are_frozen(weights: list[str]):
 
 
 def test_integer_frequencies_leave_one_pair():
-    positions = sine_positions(6, 8, integer_frequencies=True)
+    positions = integer_sine_positions(6, 8)
     p = torch.arange(6.0)
     assert torch.allclose(positions[:, 0], p.sin(), atol=1e-6)
     assert torch.allclose(positions[:, 1], p.cos(), atol=1e-6)
@@ -153,12 +166,12 @@ def test_minus_100_hides_padding_all_but_exactly(weights: list[str]):
     hidden, minus = build(weights), build(weights, text_padding="minus_100")
     minus.load_state_dict(hidden.state_dict())
     assert last_difference(run(minus), run(hidden)) < 1e-6
-    perception, cognition, index = features()
+    perception, cognition, index, counts = features()
     mask = minus._text(cognition).mask
     assert torch.equal(mask, torch.where(cognition.text_padding_mask, -100.0, 0.0))
     everything = CognitionFeatures(**{**vars(cognition), "text_padding_mask": cognition.text_padding_mask & False})
     with torch.no_grad():
-        assert last_difference(minus(perception, everything, index), run(minus)) > 1e-4
+        assert last_difference(minus(perception, everything, index, counts), run(minus)) > 1e-4
 
 
 def test_two_way_head_gives_the_difference_of_its_logits(weights: list[str]):

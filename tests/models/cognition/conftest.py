@@ -9,12 +9,12 @@ import torch
 from PIL import Image, ImageDraw
 
 from deris_llm.config import RunConfig
+from deris_llm.data.collate import ReferringCollator
 from deris_llm.evaluation.metrics import overlap
 from deris_llm.losses.criterion import build_criterion
 from deris_llm.models.cognition import build_processor
 from deris_llm.models.deris import build_model
 from deris_llm.models.postprocess import answer_masks
-from deris_llm.models.preprocess import perception_pixels
 from deris_llm.structures import ReferringBatch, ReferringTargets
 from deris_llm.testing import tiny_config, tiny_weights
 from deris_llm.training.optimizer import build_optimizer
@@ -83,14 +83,8 @@ def _eight_pictures(config: RunConfig) -> ReferringBatch:
         images.append(image)
         phrases.append(f"the {names[named]} square")
     index = list(range(8))
-    return ReferringBatch(
-        perception_image=torch.stack([perception_pixels(image, size, config.ways.resize) for image in images]),
-        cognition=build_processor(config)(images, phrases, index),
-        image_index=torch.tensor(index),
-        phrase_ids=tuple(f"eight/train/{number}" for number in index),
-        phrases=tuple(phrases),
-        targets=ReferringTargets(torch.stack(masks), torch.tensor(index)),
-    )
+    targets = ReferringTargets(torch.stack(masks), torch.tensor(index))
+    return ReferringCollator(config, build_processor(config)).batch(images, phrases, index, targets=targets)
 
 
 @torch.no_grad()
