@@ -82,8 +82,9 @@ class Loopback(nn.Module):
         """
         text = text_tokens(self.text_embed, cognition)
         image_feats = project_maps(self.vis_embed, cognition.image_feats)  # F_c
+        image_of_row = image_index if len(image_feats) == len(image_index) else None
         mask_feats = MaskFeats.of(
-            self.mask_feats_fusion(perception.mask_feats, image_feats, image_index),
+            self.mask_feats_fusion(perception.mask_feats, image_feats, image_of_row),
             cognition.image_feats_index,
             phrases_per_row(image_feats, phrases_per_image),
         )
@@ -123,12 +124,12 @@ class CognitionRound(nn.Module):
         self.feedforward_norm = nn.LayerNorm(channels)
         init_linears(self.feedforward)
 
-    def forward(self, query_feats: Tensor, mask_prior: Tensor, text: TextTokens) -> tuple[Tensor, Tensor]:
+    def forward(self, query_feats: Tensor, mask_prior: Tensor | None, text: TextTokens) -> tuple[Tensor, Tensor]:
         """Runs both relations.
 
         Args:
             query_feats: float (P, Q, C).
-            mask_prior: float (P, Q, C).
+            mask_prior: float (P, Q, C); None = the queries carry no position.
             text: of the P phrases.
 
         Returns:
@@ -140,9 +141,9 @@ class CognitionRound(nn.Module):
         queries = self.text_norm(queries + self.text_attention(queries, text.keys, text.values, text.mask))
         return perception_queries, self.feedforward_norm(queries + self.feedforward(queries))
 
-    def exchange_priors(self, query_feats: Tensor, mask_prior: Tensor) -> Tensor:
+    def exchange_priors(self, query_feats: Tensor, mask_prior: Tensor | None) -> Tensor:
         """Attends among the queries of a phrase, with the mask prior as position (eq. 5)."""
-        placed = query_feats + mask_prior
+        placed = query_feats if mask_prior is None else query_feats + mask_prior
         return self.prior_attention(placed, placed, query_feats)
 
 
@@ -190,13 +191,13 @@ class MaskFeatsFusion(nn.Module):
         nn.init.dirac_(self.perception.weight)  # training starts from the F_p that the mask head was trained with
         nn.init.xavier_uniform_(self.cognition.weight, gain=0.1)
 
-    def forward(self, mask_feats: Tensor, image_feats: Tensor, image_index: Tensor) -> Tensor:
+    def forward(self, mask_feats: Tensor, image_feats: Tensor, image_of_row: Tensor | None) -> Tensor:
         """Fuses the maps of the two branches.
 
         Args:
             mask_feats: F_p, float (I, C, H/4, W/4).
-            image_feats: F_c, float (R, C, h, w); R is I or P.
-            image_index: int64 (P,), the image of each phrase.
+            image_feats: F_c, float (R, C, h, w).
+            image_of_row: int64 (R,), the image of each row; None = R is I.
 
         Returns:
             float (R, C, H/4, W/4).
@@ -204,7 +205,7 @@ class MaskFeatsFusion(nn.Module):
         coarse = self.cognition(image_feats)
         upsampled = F.interpolate(coarse, size=mask_feats.shape[-2:], mode="bilinear", align_corners=False)
         projected = self.perception(mask_feats)
-        return (projected if len(projected) == len(upsampled) else projected[image_index]) + upsampled
+        return (projected if image_of_row is None else projected[image_of_row]) + upsampled
 
 
 class Attention(nn.Module):

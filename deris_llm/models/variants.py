@@ -167,6 +167,7 @@ class LoopbackVariant(nn.Module):
         slots = torch.arange(self.query_decoder.num_queries, device=image_index.device)
         queries = self.initial_embed(self.initial_queries(slots)).expand(len(image_index), -1, -1)
         perception_queries = cognition_queries = queries
+        has_prior = self.variation.prior_attention != "self" and self.variation.form != "c2p"
 
         rounds: list[RoundOutput] = []
         for i in range(self.rounds + 1):
@@ -177,7 +178,7 @@ class LoopbackVariant(nn.Module):
             mask_logits = mask_feats.logits(self.query_decoder.mask_embeddings(queries))
             perception_queries, cognition_queries = self.cognition_rounds[i % len(self.cognition_rounds)](
                 self._queries_for_cognition(i, queries, cognition_queries),
-                self._prior(mask_feats, mask_logits),
+                mask_feats.prior(mask_logits) if has_prior else None,
                 text,
             )
             rounds.append(RoundOutput(mask_logits, self._referring_logits(cognition_queries)))
@@ -201,11 +202,6 @@ class LoopbackVariant(nn.Module):
 
     def _fused(self, i: int, perception_queries: Tensor, cognition_queries: Tensor) -> Tensor:
         return self.query_fusions[i](torch.cat([perception_queries, cognition_queries], dim=-1))
-
-    def _prior(self, mask_feats: MaskFeats, mask_logits: Tensor) -> Tensor:
-        if self.variation.prior_attention == "self" or self.variation.form == "c2p":  # it has no effect, or is not used
-            return mask_logits.new_zeros(())
-        return mask_feats.prior(mask_logits)
 
     def _referring_logits(self, cognition_queries: Tensor) -> Tensor:
         logits = self.referring_head(cognition_queries)
@@ -260,13 +256,15 @@ class LoopbackVariant(nn.Module):
             assert pyramid is not None, "without perception, the structure is cognition_centric"
             return pyramid[:-1], pyramid[-1]
         assert self.mask_feats_fusion is not None
+        is_per_phrase = len(image_feats) == len(image_index)
+        image_of_row = image_index if is_per_phrase else torch.arange(len(image_feats), device=image_index.device)
         scale_maps = perception.multi_scale_feats
         if pyramid is not None:
             assert self.scale_fusions is not None
             pairs = zip(self.scale_fusions, scale_maps, pyramid[:-1], strict=True)
-            scale_maps = tuple(fusion(fine, coarse, image_index) for fusion, fine, coarse in pairs)
+            scale_maps = tuple(fusion(fine, coarse, image_of_row) for fusion, fine, coarse in pairs)
             image_feats = pyramid[-1]
-        return scale_maps, self.mask_feats_fusion(perception.mask_feats, image_feats, image_index)
+        return scale_maps, self.mask_feats_fusion(perception.mask_feats, image_feats, image_of_row)
 
 
 class BatchPriorRound(CognitionRound):
@@ -275,9 +273,10 @@ class BatchPriorRound(CognitionRound):
     Answers then depend on the batch.
     """
 
-    def exchange_priors(self, query_feats: Tensor, mask_prior: Tensor) -> Tensor:
+    def exchange_priors(self, query_feats: Tensor, mask_prior: Tensor | None) -> Tensor:
         """See `CognitionRound`."""
-        placed, values = (query_feats + mask_prior).transpose(0, 1), query_feats.transpose(0, 1)
+        placed = query_feats if mask_prior is None else query_feats + mask_prior
+        placed, values = placed.transpose(0, 1), query_feats.transpose(0, 1)
         return self.prior_attention(placed, placed, values).transpose(0, 1)
 
 
@@ -292,7 +291,7 @@ class SelfPriorRound(CognitionRound):
         self.prior_attention.q_proj.requires_grad_(False)
         self.prior_attention.k_proj.requires_grad_(False)
 
-    def exchange_priors(self, query_feats: Tensor, mask_prior: Tensor) -> Tensor:
+    def exchange_priors(self, query_feats: Tensor, mask_prior: Tensor | None) -> Tensor:
         """See `CognitionRound`."""
         return self.prior_attention.out_proj(self.prior_attention.v_proj(query_feats))
 

@@ -1,11 +1,11 @@
-"""The parts of a Mask2Former that DeRIS takes: backbone, pixel decoder, first decoder layers and mask head.
+"""The parts of a Mask2Former that DeRIS uses: backbone, pixel decoder, first decoder layers and mask head.
 
-I images, P phrases, Q queries, R maps of one stride (I, or P where the phrase is in them), C channels, H W pixels, h w
-cells of a map.
+Letters: I images, P phrases, Q queries, R maps of one stride (one per image or one per phrase), S cells of all maps,
+C channels, H W pixels, h w cells of a map.
 
-transformers' classes are used as they are and loaded through transformers' own loading (names on disk differ from names
-in memory). Left in the file: the decoder layers beyond the rounds of the loopback, the content queries (ours are
-learned anew, paper section 3.2) and the class head.
+The modules are transformers', loaded by its own loading (names on disk differ from names in memory). Not loaded: decoder
+layers beyond the rounds of the loopback, the content queries (the loopback learns its own, paper section 3.2) and the
+class head.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from deris_llm.config import PerceptionConfig
-from deris_llm.models.perception.deformable_attention import DeformableAttention, exact_reference_points
+from deris_llm.models.perception.deformable_attention import DeformableAttention, Formulation
 from deris_llm.models.perception.masked_attention import MaskedAttention, VisibleCells
 from deris_llm.models.perception.timm_backbone import TimmBackbone, timm_channels
 from deris_llm.models.pretrained import architecture_of, check_names, load_pretrained
@@ -44,9 +44,9 @@ _HEADS_IN_FILE = (
     "criterion.empty_weight",  # a buffer of the loss
 )
 _SWIN_IN_FILE = (
-    # Computed from the window size. transformers 4, which wrote the published files, stored it.
+    # Computed from the window size; transformers 4 wrote the published files and stored it.
     "pixel_level_module.encoder.*encoder.layers.*.blocks.*.attention.self.relative_position_index",
-    # A classifier's last norm, whose result nobody reads in a backbone: transformers 5 stores it, transformers 4 has none.
+    # A classifier's last norm, unused in a backbone: transformers 5 stores it, transformers 4 does not have it.
     "pixel_level_module.encoder.swin.layernorm.weight",
     "pixel_level_module.encoder.swin.layernorm.bias",
 )
@@ -56,14 +56,14 @@ class Perception(nn.Module):
     """Backbone and pixel decoder: image -> F_p at 1/4 and three maps at strides 32, 16, 8."""
 
     def __init__(
-        self, backbone: nn.Module, pixel_decoder: Mask2FormerPixelDecoder, *, freeze_backbone: bool, checkpointing: bool
+        self, backbone: nn.Module, pixel_decoder: PixelDecoder, *, freeze_backbone: bool, checkpointing: bool
     ) -> None:
         """Joins the two.
 
         Args:
             backbone: image -> `feature_maps`, four maps at strides 4, 8, 16, 32.
             pixel_decoder: built for the backbone's channels.
-            freeze_backbone: the backbone gets no gradient and stays in eval mode (its drop path would be active).
+            freeze_backbone: no gradient, and always eval mode (its drop path would be active in training mode).
             checkpointing: recompute the pixel decoder in the backward pass.
         """
         super().__init__()
@@ -75,10 +75,10 @@ class Perception(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Perception:  # noqa: FBT001, FBT002 (torch's signature)
-        """Sets the mode; a frozen backbone stays in eval.
+        """Sets the mode; a frozen backbone stays in eval mode.
 
-        So do the pixel decoder's layers without dropout, for which transformers' training mode only adds a look for infinity:
-        on a GPU the host waits for it in every layer. The criterion looks for it in the outputs.
+        The pixel decoder's layers do too, unless they have dropout: all that transformers' training mode adds is a check
+        for infinity in every layer, for which the host waits on a GPU. The criterion checks the outputs.
         """
         super().train(mode)
         if self.freeze_backbone:
@@ -90,30 +90,93 @@ class Perception(nn.Module):
         return self
 
     def forward(self, image: Tensor) -> PerceptionFeatures:
-        """Computes what depends on the images alone; `image` as in `pyramid`."""
-        pyramid = self.pyramid(image)
-        if self.checkpointing and self.training:
-            decoded = checkpoint(self.pixel_decoder, pyramid, use_reentrant=False)
-        else:
-            decoded = self.pixel_decoder(pyramid)
-        return PerceptionFeatures(decoded.mask_features, tuple(decoded.multi_scale_features))
-
-    def pyramid(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Runs the backbone; without gradient where it is frozen.
+        """Computes the features of images.
 
         Args:
             image: float (I, 3, H, W), ImageNet-normalised RGB, H and W multiples of 32.
-
-        Returns:
-            four maps (I, c, H / stride, W / stride), strides 4, 8, 16, 32.
         """
         image = image.to(next(self.backbone.parameters()).dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            return tuple(self.backbone(image).feature_maps)
+            pyramid = tuple(self.backbone(image).feature_maps)
+        if self.checkpointing and self.training:
+            return checkpoint(self.pixel_decoder, pyramid, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return self.pixel_decoder(pyramid)
+
+
+class PixelDecoder(nn.Module):
+    """Mask2Former's pixel decoder, with the modules of transformers' under the same names.
+
+    transformers' own `forward` computes masks and ratios for padded images, which we do not have, and makes the host wait
+    for the device.
+    """
+
+    def __init__(self, source: Mask2FormerPixelDecoder, *, formulation: Formulation) -> None:
+        """Takes over the modules.
+
+        Args:
+            source: of transformers, with one FPN level.
+            formulation: of the deformable attention.
+        """
+        super().__init__()
+        self.position_embedding = source.position_embedding
+        self.level_embed = source.level_embed
+        self.input_projections = source.input_projections
+        self.encoder = source.encoder
+        self.mask_projection = source.mask_projection
+        self.adapter_1 = source.adapter_1
+        self.layer_1 = source.layer_1
+        for layer in self.encoder.layers:
+            assert isinstance(layer, Mask2FormerPixelDecoderEncoderLayer)
+            layer.add_module("self_attn", DeformableAttention(layer.self_attn, formulation=formulation))
+
+    def forward(self, pyramid: tuple[Tensor, ...]) -> PerceptionFeatures:
+        """Lets the cells of strides 32, 16 and 8 attend to each other; an FPN step adds stride 4.
+
+        Args:
+            pyramid: four maps (I, c, H / stride, W / stride), strides 4, 8, 16, 32.
+        """
+        coarse_first = pyramid[:0:-1]
+        projected, positions = [], []
+        for level, feats in enumerate(coarse_first):
+            projected.append(self.input_projections[level](feats))
+            positions.append(self.position_embedding(feats.shape, feats.device, feats.dtype))
+        sizes = [(feats.shape[2], feats.shape[3]) for feats in projected]
+        hidden = torch.cat([feats.flatten(2).transpose(1, 2) for feats in projected], dim=1)
+        position_embeddings = torch.cat(
+            [each.flatten(2).transpose(1, 2) + self.level_embed[i].view(1, 1, -1) for i, each in enumerate(positions)],
+            dim=1,
+        )
+        centres = cell_centres(sizes, hidden.device)
+        for layer in self.encoder.layers:
+            (hidden,) = layer(
+                hidden,
+                attention_mask=None,
+                position_embeddings=position_embeddings,
+                reference_points=centres,
+                spatial_shapes_list=sizes,
+            )
+        tokens = hidden.split([h * w for h, w in sizes], dim=1)
+        maps = [each.transpose(1, 2).view(len(hidden), -1, *size) for each, size in zip(tokens, sizes, strict=True)]
+        lateral = self.adapter_1(pyramid[0])
+        finest = lateral + F.interpolate(maps[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+        return PerceptionFeatures(self.mask_projection(self.layer_1(finest)), tuple(maps))
+
+
+def cell_centres(sizes_hw: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Returns the centre (x, y) in [0, 1] of each cell, for each of V levels: float32 (1, S, V, 2).
+
+    float32 whatever the model's precision: in bf16, centres are up to 0.06 cells off in a map that is 48 cells wide.
+    """
+    centres = []
+    for height, width in sizes_hw:
+        y = torch.linspace(0.5, height - 0.5, height, device=device) / height
+        x = torch.linspace(0.5, width - 0.5, width, device=device) / width
+        centres.append(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1))
+    return torch.cat(centres)[None, :, None].expand(-1, -1, len(sizes_hw), -1)
 
 
 class ScaleTokens(NamedTuple):
-    """A map of the pyramid as the query decoder reads it."""
+    """A map as the query decoder reads it."""
 
     values: Tensor  # float (R, h*w, C), level embedding added
     positions: Tensor  # float (1, h*w, C), 2-D sine
@@ -124,7 +187,7 @@ class QueryDecoder(nn.Module):
     """The masked-attention layers and the mask head of a Mask2Former, one layer per round of the loopback."""
 
     def __init__(self, transformer: Mask2FormerTransformerModule, *, num_queries: int) -> None:
-        """Takes the parts out of transformers' module.
+        """Takes over the modules of transformers' decoder.
 
         Args:
             transformer: with as many layers as the loopback has rounds.
@@ -151,7 +214,7 @@ class QueryDecoder(nn.Module):
         """Prepares the maps once for all rounds.
 
         Args:
-            multi_scale_feats: three maps (I, C, h, w), strides 32, 16, 8.
+            multi_scale_feats: three maps (R, C, h, w), strides 32, 16, 8.
         """
         sine = Mask2FormerSinePositionEmbedding(num_position_features=self.channels // 2, normalize=True)
         # Embeddings are called, not read: under ZeRO-3 a parameter is whole only while its own module runs.
@@ -170,11 +233,11 @@ class QueryDecoder(nn.Module):
         return tuple(scales)
 
     def mask_embeddings(self, query_feats: Tensor) -> Tensor:
-        """Turns queries (P, Q, C) into the vectors (P, Q, C) whose product with F_mask is the mask logits."""
+        """Returns the vectors (P, Q, C) whose product with F_mask is the mask logits of queries (P, Q, C)."""
         return self.mask_embed(self.norm(query_feats))
 
     def outside(self, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Says which cells of a map lie outside each query's mask: bool (P, Q, h*w); without gradient.
+        """Returns which cells of a map lie outside each query's mask: bool (P, Q, h*w), without gradient.
 
         Args:
             mask_logits: float (P, Q, H/4, W/4).
@@ -184,17 +247,17 @@ class QueryDecoder(nn.Module):
         return coarse_masks.flatten(2).sigmoid() < 0.5  # not `< 0`: the sigmoid of -1e-8 is 0.5
 
     def forward(
-        self, index: int, query_feats: Tensor, mask_logits: Tensor, scale: ScaleTokens, phrases_per_map: list[int]
+        self, index: int, query_feats: Tensor, mask_logits: Tensor, scale: ScaleTokens, phrases_per_map: Sequence[int]
     ) -> Tensor:
         """Runs one layer: masked cross-attention to a map, self-attention among queries, FFN; post-norm.
 
         Args:
             index: of the layer.
             query_feats: float (P, Q, C).
-            mask_logits: float (P, Q, H/4, W/4), the masks found so far: a query reads the cells inside its mask, or all
-                cells where that is empty. No gradient flows through them.
-            scale: the map to read, R rows.
-            phrases_per_map: R numbers, sum P: phrases come in the order of their maps.
+            mask_logits: float (P, Q, H/4, W/4), of the round before: a query attends to the cells inside its mask, or to
+                all cells if the mask is empty. No gradient flows through them.
+            scale: the maps to attend to.
+            phrases_per_map: R numbers, sum P: phrases are in the order of their maps.
 
         Returns:
             float (P, Q, C).
@@ -228,14 +291,14 @@ def build_perception(
 
     Args:
         config: which weights, which backbone, what is frozen.
-        rounds: N, decoder layers taken; those the weights do not have start fresh (the log says so).
+        rounds: N, the number of decoder layers; layers that the weights lack start fresh, with a line in the log.
         num_queries: Q.
         weights: False builds the architecture alone.
         dtype: of all parameters.
         fpn: the finest step of the pixel decoder; `deris-2025` has biases and one more ReLU, as released DeRIS weights.
 
     Raises:
-        ValueError: the weights are of another model, or lack what is asked for.
+        ValueError: the weights are of another model, or too small for Q.
     """
     plan = _loading_plan(config, rounds=rounds, num_queries=num_queries, weights=weights)
     parts: Any = load_pretrained(**plan, weights=weights, dtype=dtype)
@@ -244,11 +307,7 @@ def build_perception(
     else:
         name = config.backbone.removeprefix(TIMM_PREFIX)
         backbone = TimmBackbone(name, image_size=config.image_size, pretrained=weights).to(dtype)
-    pixel_decoder = parts.pixel_level_module.decoder
-    pixel_decoder.encoder.get_reference_points = exact_reference_points
-    for layer in pixel_decoder.encoder.layers:
-        assert isinstance(layer, Mask2FormerPixelDecoderEncoderLayer)
-        layer.add_module("self_attn", DeformableAttention(layer.self_attn, formulation=config.deformable_attention))
+    pixel_decoder = PixelDecoder(parts.pixel_level_module.decoder, formulation=config.deformable_attention)
     if fpn == "deris-2025":
         _add_fpn_biases_and_relu(pixel_decoder)
     perception = Perception(
@@ -261,17 +320,17 @@ def build_perception(
 
 
 def check_perception(config: PerceptionConfig, *, rounds: int, num_queries: int) -> None:
-    """Checks config and names of the weights, reading headers only; arguments and errors are those of `build_perception`."""
+    """Checks the config and the names of the weights, reading headers only; arguments and errors as `build_perception`."""
     check_names(**_loading_plan(config, rounds=rounds, num_queries=num_queries, weights=True))
 
 
 def _loading_plan(config: PerceptionConfig, *, rounds: int, num_queries: int, weights: bool) -> dict[str, Any]:
-    """What `load_pretrained` and `check_names` are told of the model and its file."""
+    """Returns the arguments of `load_pretrained` and `check_names`."""
     source = architecture_of(config.weights, weights=weights)
     _check_architecture(config.weights, source, num_queries)
     assert isinstance(source, Mask2FormerConfig)
     architecture = copy.deepcopy(source)
-    architecture.decoder_layers = rounds + 1  # transformers counts the prediction from the initial queries as a layer
+    architecture.decoder_layers = rounds + 1  # transformers counts the prediction of the initial queries as a layer
     plan = {"cls": _Mask2FormerParts, "name": config.weights, "config": architecture}
     in_file = source.decoder_layers - 1
     may_be_fresh = tuple(f"transformer_module.decoder.layers.{i}.*" for i in range(in_file, rounds))
@@ -281,7 +340,7 @@ def _loading_plan(config: PerceptionConfig, *, rounds: int, num_queries: int, we
     if not config.backbone.startswith(TIMM_PREFIX):
         raise ValueError(
             f"perception.backbone: expected `mask2former` or `timm:NAME`, got {config.backbone!r}; "
-            "write timm:swin_small_patch4_window7_224 for timm's Swin-S."
+            "for timm's Swin-S, write timm:swin_small_patch4_window7_224."
         )
     name = config.backbone.removeprefix(TIMM_PREFIX)
     architecture.backbone_channels = timm_channels(name, image_size=config.image_size)
@@ -295,47 +354,46 @@ def _loading_plan(config: PerceptionConfig, *, rounds: int, num_queries: int, we
 
 
 def _first_rows(table: nn.Embedding, num_rows: int) -> nn.Embedding:
-    """A table of the first rows of another, which under ZeRO-3 is whole only while it is asked for."""
+    """Copies the first rows of a table, which ZeRO-3 may have partitioned."""
     gathered = contextlib.nullcontext()
     if hasattr(table.weight, "ds_id"):
-        import deepspeed  # noqa: PLC0415 - only where it runs
+        import deepspeed  # slow, and not needed elsewhere
 
         gathered = deepspeed.zero.GatheredParameters(table.weight)
     with gathered:
         return nn.Embedding.from_pretrained(table.weight[:num_rows].detach().clone(), freeze=False)
 
 
-def _add_fpn_biases_and_relu(decoder: Mask2FormerPixelDecoder) -> None:
-    """Makes the finest (FPN) step that of the public DeRIS code, which Mask2Former has not (parity/NOTES.md 4).
+def _add_fpn_biases_and_relu(decoder: PixelDecoder) -> None:
+    """Makes the FPN step that of the public DeRIS code (parity/NOTES.md 4).
 
     Both convolutions get a bias, 0 until it is trained or loaded, and the lateral branch a ReLU after its norm.
     """
-    for lateral, output in zip(decoder.lateral_convolutions, decoder.output_convolutions, strict=True):
-        for convolution in (lateral[0], output[0]):
-            convolution.bias = nn.Parameter(convolution.weight.new_zeros(convolution.out_channels))
-        lateral.append(nn.ReLU())
+    for convolution in (decoder.adapter_1[0], decoder.layer_1[0]):
+        convolution.bias = nn.Parameter(convolution.weight.new_zeros(convolution.out_channels))
+    decoder.adapter_1.append(nn.ReLU())
 
 
 def _check_architecture(name: str, source: PreTrainedConfig, num_queries: int) -> None:
     if not isinstance(source, Mask2FormerConfig):
         raise ValueError(
             f"perception.weights={name}: expected the weights of a Mask2Former, got a {source.model_type}; "
-            "take e.g. facebook/mask2former-swin-base-coco-instance."
+            "use e.g. facebook/mask2former-swin-base-coco-instance."
         )
     if source.num_queries < num_queries:
         raise ValueError(
             f"perception.weights={name}: expected at least loopback.num_queries={num_queries} query positions, "
-            f"got {source.num_queries}; lower loopback.num_queries or take other weights."
+            f"got {source.num_queries}; lower loopback.num_queries or use other weights."
         )
     if source.mask_feature_size != source.hidden_dim or source.pre_norm:
         raise ValueError(
             f"perception.weights={name}: expected a post-norm Mask2Former with mask_feature_size = hidden_dim, got "
-            f"{source.mask_feature_size}, {source.hidden_dim}, pre_norm={source.pre_norm}; take other weights."
+            f"{source.mask_feature_size}, {source.hidden_dim}, pre_norm={source.pre_norm}; use other weights."
         )
 
 
 class _Mask2FormerParts(Mask2FormerPreTrainedModel):
-    """A Mask2Former without its heads; never run as a whole, its parts are taken out after loading."""
+    """A Mask2Former without its heads, for loading; its parts are taken out afterwards."""
 
     def __init__(self, config: Mask2FormerConfig) -> None:
         super().__init__(config)
@@ -354,7 +412,7 @@ class _PixelDecoderOnly(nn.Module):
 
 
 class _Mask2FormerDecoders(Mask2FormerPreTrainedModel):
-    """The same without the backbone; `config.backbone_channels` says what the pixel decoder gets instead."""
+    """The same without the backbone; `config.backbone_channels` are the channels of the maps that replace its own."""
 
     def __init__(self, config: Mask2FormerConfig) -> None:
         super().__init__(config)

@@ -1,14 +1,15 @@
-"""Masked cross-attention of the query decoder, with keys and values once per image.
+"""Masked cross-attention of the query decoder, with keys and values computed once per image.
 
-P phrases, Q queries, R maps (one per image, or per phrase where the phrase is in them), S cells of a map, C channels.
+Letters: P phrases, Q queries, R maps (one per image or one per phrase), S cells of a map, A heads, C channels.
 
-torch's module, which transformers' layer has, wants keys for each phrase: it projects the same map once per phrase and
-averages attention weights that nobody reads. With seven phrases of a picture that was half of the loopback's time
+transformers' layer has torch's module, which needs keys for each phrase: it projects the same map once per phrase, and
+also averages attention weights that are not used. With seven phrases per image this took half of the loopback's time
 (`scripts/bench/perception.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,14 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, eq=False)
 class VisibleCells:
-    """What the queries may read; takes the place of transformers' attention mask."""
+    """Which cells the queries attend to; replaces transformers' attention mask."""
 
     is_visible: Tensor  # bool (P, Q, S), at least one True per query
-    phrases_per_map: list[int]  # R numbers, sum P: phrases come in the order of their maps
+    phrases_per_map: Sequence[int]  # R numbers, sum P: phrases are in the order of their maps
 
 
 class MaskedAttention(nn.Module):
-    """Takes the place of torch's module in a decoder layer, with its weights under the same names."""
+    """Replaces torch's module in a decoder layer, with its weights under the same names."""
 
     def __init__(self, source: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -44,10 +45,10 @@ class MaskedAttention(nn.Module):
             query: float (Q, P, C).
             key: float (R, S, C).
             value: float (R, S, C).
-            attn_mask: what each query may read.
+            attn_mask: which cells each query attends to.
 
         Returns:
-            float (Q, P, C), and None for the attention weights that nobody asks for.
+            float (Q, P, C), and None for the attention weights, which are not used.
         """
         num_queries, num_phrases, channels = query.shape
         weights, biases = self.in_proj_weight.split(channels), self.in_proj_bias.split(channels)
