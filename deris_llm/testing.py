@@ -1,40 +1,26 @@
-"""For tests, ours and those of plugins: tiny random weights, configs, batches, the contract of a cognition backend."""
+"""For the tests of plugins and ours: tiny random weights, configs and batches, and the contract of a cognition backend."""
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
 import pickle
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
-from sentencepiece import SentencePieceTrainer
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    BertConfig,
-    BertForPreTraining,
-    BertTokenizer,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     PreTrainedTokenizerBase,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2Tokenizer,
-    Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
-    Qwen3VLForConditionalGeneration,
     SiglipVisionConfig,
     SwinConfig,
-    ViltConfig,
-    ViltForMaskedLM,
 )
 
 from deris_llm.config import RunConfig, load_config
@@ -44,10 +30,9 @@ from deris_llm.models.cognition import (
     CognitionProcessor,
     build_processor,
 )
-from deris_llm.models.cognition.beit3 import TOKENIZER_FILE, Beit3Config, Beit3Model
 from deris_llm.structures import CognitionFeatures, CognitionInputs, ReferringBatch, ReferringTargets
 
-_CORPUS = (
+CORPUS = (
     "the red circle on the left", "a small blue square", "second green ring from the right", "user", "assistant",
     "Where is the large striped triangle behind the yellow star?", "dark grey shape in the middle of the picture",
 )  # fmt: skip
@@ -58,12 +43,12 @@ _PHRASES = ("red circle", "the small blue square on the left", "star", "a green 
 def tiny_weights(folder: Path) -> list[str]:
     """Writes a tiny LLaVA-OneVision and a tiny Mask2Former with random weights, as Hugging Face folders.
 
-    They are for tests that need the real classes and no knowledge; they take about a second to write.
+    Writing them takes about a second.
 
     Returns:
-        overrides for `tiny_config` that point at them, with sizes that make a step quick.
+        overrides for `tiny_config` that use them, with sizes that make a step fast.
     """
-    tokenizer = _tiny_qwen_tokenizer()
+    tokenizer = tiny_qwen_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlavaOnevisionForConditionalGeneration(_tiny_llava(tokenizer.get_vocab())).save_pretrained(folder / "llava")
@@ -83,139 +68,10 @@ def tiny_weights(folder: Path) -> list[str]:
     ]
 
 
-def tiny_beit3(folder: Path) -> list[str]:
-    """Writes a tiny BEiT-3 with random weights and a tokenizer of its own.
-
-    Returns:
-        overrides for `tiny_config` that make it the cognition backend, all of it trained.
-    """
-    tokenizer = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(_CORPUS), model_writer=tokenizer, vocab_size=100, model_type="bpe", minloglevel=2
-    )
-    config = Beit3Config(
-        vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=48,
-        patch_size=12, max_text_positions=64,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Beit3Model(config)
-        for parameter in model.parameters():  # larger than fresh ones, so that differences show
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-        model.save_pretrained(folder / "beit3")
-    (folder / "beit3" / TOKENIZER_FILE).write_bytes(tokenizer.getvalue())
-    return [
-        "cognition.backend=beit3",
-        f"cognition.weights={folder / 'beit3'}",
-        "cognition.tuning=full",
-    ]
-
-
-def tiny_qwen_vl_weights(folder: Path, model_type: str = "qwen2_5_vl") -> list[str]:
-    """Writes a tiny Qwen-VL with random weights, its tokenizer and its image processor.
-
-    Args:
-        folder: to write to.
-        model_type: qwen2_vl, qwen2_5_vl or qwen3_vl; of the last, patches have 4 px instead of 3.
-
-    Returns:
-        overrides for `tiny_config`, on top of those of `tiny_weights`.
-    """
-    tokenizer = _tiny_qwen_tokenizer("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>")
-    vocabulary = tokenizer.get_vocab()
-    width, heads = 32, 4
-    text = {
-        "vocab_size": len(vocabulary), "hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": heads, "num_key_value_heads": 2, "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-    }  # fmt: skip
-    vision: dict[str, Any] = {"depth": 2, "num_heads": heads, "patch_size": 3}
-    if model_type == "qwen2_vl":
-        vision |= {"embed_dim": width, "hidden_size": width, "mlp_ratio": 2}
-    elif model_type == "qwen2_5_vl":
-        # windows of 2 x 2 merged tokens in the first layer, the whole picture in the second
-        vision |= {"hidden_size": width, "out_hidden_size": width, "intermediate_size": 64, "window_size": 12,
-                   "fullatt_block_indexes": [1]}  # fmt: skip
-    else:
-        vision |= {"hidden_size": width, "out_hidden_size": width, "intermediate_size": 64, "patch_size": 4,
-                   "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}  # fmt: skip
-        text |= {"head_dim": width // heads, "rope_parameters": text["rope_parameters"] | {"mrope_interleaved": True}}
-    kind = {
-        "qwen2_vl": Qwen2VLForConditionalGeneration,
-        "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
-        "qwen3_vl": Qwen3VLForConditionalGeneration,
-    }[model_type]
-    config = AutoConfig.for_model(
-        model_type,
-        text_config=text,
-        vision_config=vision,
-        image_token_id=vocabulary["<|image_pad|>"],
-        video_token_id=vocabulary["<|video_pad|>"],
-        vision_start_token_id=vocabulary["<|vision_start|>"],
-        vision_end_token_id=vocabulary["<|vision_end|>"],
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        kind(cast(Any, config)).save_pretrained(folder)
-    Qwen2VLImageProcessor(patch_size=vision["patch_size"], merge_size=2, temporal_patch_size=2).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return [
-        "cognition.backend=qwen_vl",
-        f"cognition.weights={folder}",
-        "cognition.min_pixels=900",
-        "cognition.max_pixels=2400",
-        "cognition.grid=6",
-    ]
-
-
-def tiny_bert_weights(folder: Path) -> list[str]:
-    """Writes a tiny BERT with random weights, as published with its pre-training heads, and its tokenizer.
-
-    Returns:
-        overrides for `tiny_config`, on top of those of `tiny_weights`.
-    """
-    tokenizer = BertTokenizer().train_new_from_iterator(_CORPUS, vocab_size=200)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        BertForPreTraining(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return ["cognition.backend=bert", f"cognition.weights={folder}", "cognition.max_phrase_tokens=20"]
-
-
-def tiny_vilt_weights(folder: Path) -> list[str]:
-    """Writes a tiny ViLT with random weights, as published with its pre-training head, tokenizer, image processor.
-
-    Returns:
-        overrides for `tiny_config`, on top of those of `tiny_weights`.
-    """
-    tokenizer = BertTokenizer().train_new_from_iterator(_CORPUS, vocab_size=200)
-    config = ViltConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=24, image_size=24, patch_size=6,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = ViltForMaskedLM(config)
-        torch.nn.init.normal_(model.vilt.embeddings.position_embeddings, std=0.02)  # zero where transformers makes it
-        model.save_pretrained(folder)
-    preprocessor = {"image_processor_type": "ViltImageProcessor", "size": 24, "size_divisor": 6}  # as published
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
-    tokenizer.save_pretrained(folder)
-    return [
-        "cognition.backend=vilt",
-        f"cognition.weights={folder}",
-        "cognition.max_phrase_tokens=20",
-        "cognition.grid=6",
-    ]
-
-
-def _tiny_qwen_tokenizer(*more: str) -> PreTrainedTokenizerBase:
+def tiny_qwen_tokenizer(*more: str) -> PreTrainedTokenizerBase:
+    """Trains a small Qwen2 tokenizer that has `more` special tokens."""
     special = [AddedToken(token, special=True) for token in (*_SPECIAL_TOKENS, *more)]
-    return Qwen2Tokenizer().train_new_from_iterator(_CORPUS, vocab_size=400, new_special_tokens=special)
+    return Qwen2Tokenizer().train_new_from_iterator(CORPUS, vocab_size=400, new_special_tokens=special)
 
 
 def _tiny_llava(vocabulary: dict[str, int]) -> LlavaOnevisionConfig:
@@ -245,12 +101,12 @@ def _tiny_mask2former() -> Mask2FormerConfig:
 
 
 def tiny_config(*overrides: str) -> RunConfig:
-    """The run config `tiny-refcoco` with overrides, e.g. those of `tiny_weights`."""
+    """Loads the run config `tiny-refcoco` with overrides, e.g. those of `tiny_weights`."""
     return load_config("tiny-refcoco", overrides)
 
 
 def synthetic_images(num_images: int, *, seed: int = 0, size: tuple[int, int] = (60, 80)) -> list[Image.Image]:
-    """Noise pictures of (height, width) `size`, for tests that need no content."""
+    """Makes noise images of (height, width) `size`."""
     generator = np.random.default_rng(seed)
     return [Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for _ in range(num_images)]
 
@@ -264,15 +120,15 @@ def synthetic_batch(
     seed: int = 0,
     processor: CognitionProcessor | None = None,
 ) -> ReferringBatch:
-    """A batch of noise pictures, stock phrases and random rectangles as referents.
+    """Makes a batch of noise images, fixed phrases and random rectangles as referents.
 
     Args:
-        config: the run whose processor and sizes are used.
+        config: determines processor and sizes.
         num_images: I.
         phrases_per_image: P / I.
         targets_per_phrase: T / P; 0 = no phrase has a target.
-        seed: of pictures and rectangles.
-        processor: of the run's backend, when it is already built.
+        seed: of images and rectangles.
+        processor: of the run's backend, if it is already built.
     """
     generator = np.random.default_rng(seed)
     size = config.perception.image_size
@@ -303,10 +159,10 @@ def check_cognition_backend(
     Args:
         backend: built; float32 on the CPU makes the comparisons meaningful.
         processor: of the same weights.
-        tolerance: largest difference allowed between batched and single results, relative to the largest value.
+        tolerance: largest difference between batched and single results, relative to the largest value.
 
     Raises:
-        AssertionError: naming the rule that is broken.
+        AssertionError: names the rule that is broken.
     """
     images = [*synthetic_images(1), *synthetic_images(1, seed=1, size=(72, 48))]
     phrases, image_index = [_PHRASES[2], _PHRASES[1], _PHRASES[3]], [0, 0, 1]
@@ -376,14 +232,14 @@ def _check_equal(together: CognitionFeatures, alone: CognitionFeatures, number: 
 
 
 def _check_orientation(backend: CognitionBackend, processor: CognitionProcessor) -> None:
-    """A change in a corner of the picture changes that corner of the map most; maps without a picture pass."""
+    """Checks that changing a corner of the image changes that corner of the map most; maps without an image pass."""
     for corner, elsewhere in (
         ("lower left", ("upper right",)),
         ("lower right", ("upper left", "upper right", "lower left")),
     ):
         found = dict.fromkeys(_CORNERS, 0.0)
-        for picture in synthetic_images(4, seed=2):
-            pair = [picture, _with_changed_corner(picture, corner)]
+        for image in synthetic_images(4, seed=2):
+            pair = [image, _with_changed_corner(image, corner)]
             features = backend(processor(pair, [_PHRASES[2]] * 2, [0, 1]), torch.tensor([0, 1]))
             first, second = features.image_feats[features.image_feats_index]
             change = (second - first).float().norm(dim=0)
@@ -396,7 +252,7 @@ def _check_orientation(backend: CognitionBackend, processor: CognitionProcessor)
         for other in elsewhere:
             _require(
                 found[corner] >= found[other],
-                f"image_feats: row-major map, top row first, but a change at the picture's {corner} shows at the map's "
+                f"image_feats: row-major map, top row first, but a change at the image's {corner} shows at the map's "
                 f"{other} (is the map transposed or flipped?)",
             )
 
@@ -406,12 +262,12 @@ _CORNERS = {
     "upper right": (True, False),
     "lower left": (False, True),
     "lower right": (False, False),
-}  # is it at the top, is it at the left
+}  # (at the top, at the left)
 
 
-def _with_changed_corner(picture: Image.Image, corner: str) -> Image.Image:
-    """The picture with a quarter of it inverted."""
-    pixels = np.array(picture)
+def _with_changed_corner(image: Image.Image, corner: str) -> Image.Image:
+    """Inverts a quarter of the image."""
+    pixels = np.array(image)
     height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
     top, left = _CORNERS[corner]
     quarter = pixels[
@@ -439,5 +295,5 @@ def _check_gradients(backend: CognitionBackend, inputs: CognitionInputs, image_i
 
 
 def relative_difference(ours: Tensor, reference: Tensor) -> float:
-    """Largest absolute difference, relative to the largest absolute value of the reference."""
+    """Returns the largest absolute difference, relative to the largest absolute value of the reference."""
     return float((ours - reference).abs().max() / reference.abs().max().clamp(min=1e-12))

@@ -23,15 +23,8 @@ from deris_llm.models.deris import Deris, build_model
 from deris_llm.models.perception import deformable_attention
 from deris_llm.models.perception.deformable_attention import Formulation, sample_by_grid, sample_by_rows, sampler_on
 from deris_llm.structures import DerisOutput, ReferringBatch
-from deris_llm.testing import (
-    check_cognition_backend,
-    relative_difference,
-    synthetic_batch,
-    tiny_beit3,
-    tiny_config,
-    tiny_qwen_vl_weights,
-    tiny_weights,
-)
+from deris_llm.testing import check_cognition_backend, relative_difference, synthetic_batch, tiny_config, tiny_weights
+from tests.models.tiny_backends import tiny_beit3, tiny_qwen_vl_weights
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,8 @@ from torch import nn
 from deris_llm.models import cpu_inference as inference
 from deris_llm.models.cpu_inference import OneDnnLinear, for_cpu_inference, use_onednn_linears
 from deris_llm.models.deris import build_model
-from deris_llm.testing import relative_difference, synthetic_batch, tiny_beit3, tiny_config, tiny_weights
+from deris_llm.testing import relative_difference, synthetic_batch, tiny_config, tiny_weights
+from tests.models.tiny_backends import tiny_beit3
 
 
 @pytest.mark.parametrize("backend", ["qwen2_ov", "beit3"])

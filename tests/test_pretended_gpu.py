@@ -34,8 +34,9 @@ from deris_llm.models.deris import Deris, build_model
 from deris_llm.planning.plan import plan_cognition, shape_batch
 from deris_llm.serving.pipeline import DerisPipeline
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringTargets
-from deris_llm.testing import synthetic_images, tiny_beit3, tiny_config, tiny_qwen_vl_weights, tiny_weights
+from deris_llm.testing import synthetic_images, tiny_config, tiny_weights
 from deris_llm.training.optimizer import build_optimizer
+from tests.models.tiny_backends import tiny_beit3, tiny_qwen_vl_weights
 
 CONFIGS = (
     "deris-7b-refcoco",

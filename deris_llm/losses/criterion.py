@@ -1,4 +1,6 @@
-"""The criterion is the table of contents of the loss; see `losses`, `matcher` and `point_sampling` for the chapters.
+"""The criterion: which losses are computed, of which masks, with which weights.
+
+`losses`, `matcher` and `point_sampling` have the formulas.
 
 Letters: P phrases, T targets, R rounds, Q queries, K points.
 """
@@ -23,19 +25,18 @@ __all__ = ["Criterion", "LossBreakdown", "NonFiniteOutputError", "build_criterio
 
 @dataclass(frozen=True)
 class LossBreakdown:
-    """The loss and what it is made of."""
+    """The loss and its parts."""
 
     total: Tensor  # float scalar with gradient
-    parts: dict[
-        str, Tensor
-    ]  # detached float scalars before weighting: "mask_bce/round0", "dice/round3", "referring/round1", "presence"
+    parts: dict[str, Tensor]
+    # Detached float scalars before weighting: "mask_bce/round0", "dice/round3", "referring/round1", "presence".
 
 
 class Criterion:
-    """Sum of the losses of all rounds (paper eq. 7 and 8; upstream's factors, parity/NOTES.md section 6).
+    """Sum of the losses of all rounds (paper eq. 7 and 8; weights as in the public code, parity/NOTES.md section 6).
 
-    Per round: Hungarian matching, then mask BCE and Dice of the matched pairs at sampled points and the referring
-    classification of all queries; earlier rounds count `aux_weight`. Presence counts once.
+    Per round: Hungarian matching, then mask BCE and Dice of the matched pairs at sampled points, and the referring
+    classification of all queries. Rounds before the last are weighted by `aux_weight`. Presence counts once.
     """
 
     def __init__(
@@ -74,16 +75,16 @@ class Criterion:
         Args:
             output: P phrases, R rounds, logits of any floating type (computed in float32).
             targets: T referents; a phrase without one has no target.
-            num_targets: what the summed mask losses are divided by, at least 1; None = T. Several ranks pass the mean
-                of their T, so that a referent weighs the same on every rank.
+            num_targets: divisor of the summed mask losses, at least 1; None = T. Ranks pass the mean of their T, so that a
+                referent has the same weight on every rank.
             generator: source of the sampled points.
-            points: float (K, 2), (x, y) in [0, 1]: use exactly these points for matching and loss instead of sampling.
+            points: float (K, 2), (x, y) in [0, 1]: used for matching and loss instead of sampled points.
 
         Returns:
-            The loss; its gradient reaches every output even when the batch has no target.
+            The loss; every output gets a gradient even if the batch has no target.
 
         Raises:
-            NonFiniteOutputError: an output holds NaN or infinity; names the rows.
+            NonFiniteOutputError: an output holds NaN or infinity.
         """
         with torch.autocast(output.presence_logit.device.type, enabled=False):
             output = DerisOutput(
@@ -102,7 +103,7 @@ class Criterion:
             return LossBreakdown(self.weighted_total(parts), {name: value.detach() for name, value in parts.items()})
 
     def weighted_total(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Sum of the parts times their weights: `aux_weight` on all rounds but the last (paper eq. 8).
+        """Returns the sum of the parts times their weights, with `aux_weight` on all rounds but the last (paper eq. 8).
 
         Args:
             parts: named as in `LossBreakdown.parts`.
@@ -134,7 +135,7 @@ class Criterion:
         points: Tensor | None,
     ) -> dict[str, Tensor]:
         num_targets, num_rounds = query_index.shape
-        if num_targets == 0:  # keeps the masks in the graph: ranks must agree on which parameters have a gradient
+        if num_targets == 0:  # masks stay in the graph: ranks must agree on which parameters have a gradient
             zeros = [r.mask_logits.sum() * 0 for r in output.rounds]
             return {f"{kind}/round{i}": zero for kind in ("mask_bce", "dice") for i, zero in enumerate(zeros)}
         is_matched = (query_index >= 0).float()  # (T, R)
@@ -146,7 +147,7 @@ class Criterion:
         else:
             at = points.expand(num_targets * num_rounds, -1, -1)
         logits = sample_points(mask_logits.unsqueeze(1), at).view(num_targets, num_rounds, -1)
-        with torch.no_grad():  # a target is read at the points of all its rounds at once
+        with torch.no_grad():  # each target is read once, at the points of all rounds
             masks = targets.masks.float().unsqueeze(1)
             values = sample_points(masks, at.reshape(num_targets, -1, 2)).view(num_targets, num_rounds, -1)
         bce = (mask_bce(logits, values) * is_matched).sum(dim=0) / divisor
@@ -167,7 +168,7 @@ class Criterion:
             (rounds, targets.phrase_index[:, None], query_index.clamp(min=0)),
             (query_index >= 0).to(torch.int32),
             accumulate=True,
-        )  # accumulates: an unmatched target must not erase a matched one
+        )  # accumulate, because an unmatched target (clamped to query 0) must not erase a matched one
         losses = referring_bce(logits, is_referent > 0, negative_weight=self.referring_negative_weight)
         return {f"referring/round{i}": loss for i, loss in enumerate(losses)}
 
@@ -183,7 +184,7 @@ def _has_target(output: DerisOutput, targets: ReferringTargets) -> Tensor:
 
 
 def build_criterion(config: RunConfig) -> Criterion:
-    """The criterion of a run config."""
+    """Builds the criterion of a run."""
     c = config.criterion
     return Criterion(
         mask_bce_weight=c.mask_bce_weight,

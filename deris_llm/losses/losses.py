@@ -1,4 +1,4 @@
-"""The losses as plain functions; normalisers are arguments, sums and weights belong to the criterion."""
+"""The losses as plain functions. The criterion sums and weights them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def mask_dice(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def pairwise_mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
-    """`mask_bce` of every query with a target, for the matching; without gradient.
+    """`mask_bce` of every query with a target, for the matching; not differentiable.
 
     Args:
         logits: float (T, Q, K): the queries that may take each target.
@@ -46,8 +46,8 @@ def pairwise_mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
         float (T, Q).
     """
     # y softplus(-x) + (1 - y) softplus(x) = softplus(x) - x y: one product instead of two.
-    # softplus(x) = (x + |x|) / 2 + log(1 + exp(-|x|)): on the CPU six times faster than torch's, which has log1p, and off by
-    # 6e-8 at most.
+    # softplus(x) = (x + |x|) / 2 + log(1 + exp(-|x|)): six times faster on a CPU than torch's, which uses log1p, with an
+    # error of at most 6e-8.
     size = logits.abs()
     softplus = (logits.sum(dim=-1) + size.sum(dim=-1)) / 2
     softplus = softplus + size.neg_().exp_().add_(1).log_().sum(dim=-1)
@@ -70,7 +70,7 @@ def pairwise_mask_dice(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def referring_bce(logits: Tensor, is_referent: Tensor, *, negative_weight: float) -> Tensor:
-    """Is this query a referent? Weighted BCE over the queries of a batch, divided by the sum of the weights.
+    """Referring classification: weighted BCE over the queries of a batch, divided by the sum of the weights.
 
     With logit = l0 - l1 this is upstream's two-way cross entropy over (referent, no object) with class weights
     (1, negative_weight), whose mean PyTorch normalises the same way.
@@ -78,7 +78,7 @@ def referring_bce(logits: Tensor, is_referent: Tensor, *, negative_weight: float
     Args:
         logits: float (..., P, Q), > 0 = referent.
         is_referent: bool, the same shape.
-        negative_weight: weight of a query that is no referent; a referent has 1.
+        negative_weight: weight of a query that is not a referent; a referent has 1.
 
     Returns:
         float (...), one value per batch, e.g. per round.
@@ -90,7 +90,7 @@ def referring_bce(logits: Tensor, is_referent: Tensor, *, negative_weight: float
 
 
 def presence_bce(logits: Tensor, has_target: Tensor) -> Tensor:
-    """Does the phrase name anything here? Mean BCE (paper section 3.4; upstream: 1 = a target exists).
+    """Presence: mean BCE (paper section 3.4).
 
     Args:
         logits: float (P,), > 0 = a target exists.

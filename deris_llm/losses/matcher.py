@@ -1,6 +1,6 @@
-"""Which query answers for which referent: Hungarian matching per phrase and round (Mask2Former, paper section 3.4).
+"""Hungarian matching of queries and referents, per phrase and round (Mask2Former, paper section 3.4).
 
-All phrases and rounds are compared on the device; the costs cross to the host once per step.
+Costs of all phrases and rounds are computed on the device and moved to the host once per step.
 
 Letters: P phrases, T targets, R rounds, Q queries, K points.
 """
@@ -25,7 +25,7 @@ class NonFiniteOutputError(FloatingPointError):
     """The model's output holds NaN or infinity.
 
     Attributes:
-        rows: rows of the batch (phrases) concerned, for whoever knows their names.
+        rows: the phrases concerned, by row of the batch.
     """
 
     def __init__(self, rows: list[int], num_phrases: int) -> None:
@@ -33,13 +33,13 @@ class NonFiniteOutputError(FloatingPointError):
         super().__init__(
             f"criterion: expected finite mask, referring and presence logits, got NaN or infinity for phrase "
             f"rows {rows} of {num_phrases}: the run has diverged or its input is broken; go back to the last "
-            f"checkpoint, lower the learning rate, or look at these phrases' pictures"
+            f"checkpoint, lower the learning rate, or check these phrases' images"
         )
 
 
 @dataclass(frozen=True)
 class MatchingWeights:
-    """What a bad match costs."""
+    """Weights of the matching costs."""
 
     mask_bce: float = 5.0
     dice: float = 5.0
@@ -50,7 +50,7 @@ class MatchingWeights:
 def matching_costs(
     rounds: Sequence[RoundOutput], phrase_index: Tensor, target_values: Tensor, points: Tensor, weights: MatchingWeights
 ) -> Tensor:
-    """What it costs to give each target to each query of its phrase, in all rounds.
+    """Returns the cost of assigning each target to each query of its phrase, in all rounds.
 
     Args:
         rounds: R rounds, P phrases.
@@ -63,7 +63,7 @@ def matching_costs(
         float32 (T, R, Q).
     """
     costs = []
-    for one in rounds:  # not all rounds at once: four times the memory, and slower on a CPU, whose cache holds one
+    for one in rounds:  # all rounds at once take four times the memory, and are slower on a CPU, whose cache holds one
         logits = sample_points(one.mask_logits.float()[phrase_index], points)
         scores = one.referring_logits.float().sigmoid()[phrase_index]
         costs.append(
@@ -75,14 +75,14 @@ def matching_costs(
 
 
 def assign_targets(costs: np.ndarray, phrase_index: np.ndarray) -> np.ndarray:
-    """Cheapest assignment, separately for every phrase and round.
+    """Finds the cheapest assignment, separately for every phrase and round.
 
     Args:
         costs: float (T, R, Q), finite.
         phrase_index: int (T,), non-decreasing.
 
     Returns:
-        int64 (T, R): the query that takes each target; -1 where a phrase has more targets than queries.
+        int64 (T, R): the query of each target; -1 if no query is left because a phrase has more targets than queries.
     """
     num_targets, num_rounds, _ = costs.shape
     query_index = np.full((num_targets, num_rounds), -1, dtype=np.int64)
@@ -101,11 +101,11 @@ def match(output: DerisOutput, targets: ReferringTargets, points: Tensor, weight
     Args:
         output: R rounds, P phrases.
         targets: T target instances.
-        points: float (P, K, 2): where a phrase's masks are compared, in every round.
+        points: float (P, K, 2): where the masks of a phrase are compared, in every round.
         weights: of the three terms.
 
     Returns:
-        int64 (T, R) on the output's device: the query that takes each target in each round; -1 = none was left.
+        int64 (T, R) on the output's device: the query of each target in each round; -1 = no query was left.
 
     Raises:
         NonFiniteOutputError: an output holds NaN or infinity (any round, phrases without target included).

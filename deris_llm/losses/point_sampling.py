@@ -1,7 +1,7 @@
-"""Masks are compared at sampled points instead of at every pixel (PointRend, Mask2Former section 3.3).
+"""Point sampling: masks are compared at sampled points instead of at every pixel (PointRend, Mask2Former section 3.3).
 
-Points are (x, y) in [0, 1] of the picture: (0, 0) is its top left corner, pixel centres lie at (j + 0.5) / width. So
-maps of different resolutions (logits at 1/4, targets at full size) are read at the same place, neither upsampled.
+Points are (x, y) in [0, 1] of the image: (0, 0) is its top left corner, and pixel centres are at (j + 0.5) / width. Maps
+of different resolutions (logits at 1/4, targets at full size) are therefore read at the same place without upsampling.
 
 Letters: N maps, C channels, K points.
 """
@@ -19,8 +19,8 @@ IMPORTANCE_RATIO = 0.75  # share of the sampled points at which the prediction i
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     """Reads maps at points, bilinearly; outside the outermost pixel centres the value fades to 0.
 
-    Upstream samples logits that it has first upsampled x4 with align_corners=True; here they are read at their own
-    resolution. To reproduce upstream's numbers, upsample its way before calling (nothing here knows the resolution).
+    The public code samples logits after upsampling them x4 with align_corners=True; `postprocess.readable_logits` does
+    so before this is called.
 
     Args:
         maps: float (N, C, h, w).

@@ -1,8 +1,8 @@
-"""A model for use only, on the CPU: linears through oneDNN where that is faster than PyTorch's own matrix products.
+"""Faster inference on AMD CPUs: linear layers through oneDNN instead of MKL.
 
-PyTorch multiplies float32 matrices with MKL, which leaves the AVX-512 units of AMD processors idle: there oneDNN is more
-than twice as fast (104 against 236 GFLOP/s on one core of an EPYC). On Intel processors both are about equal, so the
-machine is asked. Results are the same up to rounding.
+PyTorch multiplies float32 matrices with MKL, which leaves the AVX-512 units of AMD processors idle. oneDNN is more than
+twice as fast there (236 against 104 GFLOP/s on one core of an EPYC). On Intel processors both are about equal, so the
+speed is measured first. Results are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.nn import functional as F
 logger = logging.getLogger(__name__)
 
 MIN_WEIGHTS = 2**14
-"""Smaller linears stay: what is gained is lost again in handing the tensors over."""
+"""Smaller layers are not replaced: converting their tensors costs what the product saves."""
 WORTHWHILE = 1.2
 
 
 class OneDnnLinear(nn.Module):
-    """A linear that oneDNN computes, for inference: its tensors are in oneDNN's layout (torch's `to_mkldnn`)."""
+    """A linear layer for inference with its tensors in oneDNN's layout (torch's `to_mkldnn`)."""
 
     weight: Tensor
     bias: Tensor | None
@@ -35,39 +35,39 @@ class OneDnnLinear(nn.Module):
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().to_mkldnn())
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., C in) -> (..., C out), float32."""
+        """Maps (..., C_in) to (..., C_out), float32."""
         return F.linear(hidden.to_mkldnn(), self.weight, self.bias).to_dense()
 
 
 def for_cpu_inference(model: nn.Module) -> nn.Module:
-    """Makes the linears of a model those of oneDNN where this machine is faster with them; elsewhere changes nothing.
+    """Replaces the linear layers of a model on the CPU if oneDNN is faster on this machine.
 
     Args:
-        model: in evaluation mode, float32 on the CPU; it cannot be trained or saved afterwards.
+        model: in evaluation mode; it cannot be trained or saved afterwards.
 
     Returns:
         the same model.
     """
     if next(model.parameters()).device.type == "cpu" and is_onednn_faster():
         number = use_onednn_linears(model)
-        logger.info("%d linears run through oneDNN, which is faster than MKL on this processor", number)
+        logger.info("%d linear layers run through oneDNN, which is faster than MKL on this processor", number)
     return model
 
 
 def use_onednn_linears(model: nn.Module) -> int:
-    """Replaces every float32 linear of at least `MIN_WEIGHTS` weights, whatever the machine.
+    """Replaces every float32 linear layer of at least `MIN_WEIGHTS` weights.
 
     Args:
         model: in evaluation mode, on the CPU.
 
     Returns:
-        how many were replaced.
+        the number of replaced layers.
     """
-    assert not model.training, "oneDNN's linears have no gradient"
+    assert not model.training, "oneDNN's linear layers have no gradient"
     number = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            # Exactly Linear: what derives from it (in nn.MultiheadAttention) is read, not called.
+            # Not subclasses: nn.MultiheadAttention reads the weights of its own and never calls it.
             if type(child) is nn.Linear and child.weight.dtype == torch.float32 and child.weight.numel() >= MIN_WEIGHTS:
                 setattr(parent, name, OneDnnLinear(child))
                 number += 1
@@ -77,7 +77,7 @@ def use_onednn_linears(model: nn.Module) -> int:
 @functools.cache
 @torch.inference_mode()
 def is_onednn_faster() -> bool:
-    """Whether oneDNN is at least `WORTHWHILE` times faster than MKL here; measured once, in some 20 ms of one thread."""
+    """Measures whether oneDNN is at least `WORTHWHILE` times faster than MKL here; takes about 20 ms, once."""
     if not torch.backends.mkldnn.is_available():
         return False
     plain = nn.Linear(768, 768)

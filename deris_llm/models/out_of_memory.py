@@ -1,10 +1,10 @@
-"""When memory runs out: the error says which config fields lower it, with what they are now."""
+"""Errors for exhausted memory that list the settings which reduce it, with their present values."""
 
 from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -16,23 +16,23 @@ _SIGNS = (
     "ALLOC_FAILED",  # cuBLAS, cuDNN
     "DefaultCPUAllocator",
 )
-_ONEDNN = "could not create a primitive"  # all that it says of lacking memory; with more words it is another error
+_ONEDNN = "could not create a primitive"  # its whole message if memory runs out; with more words it is another error
 
 
 class DoesNotFitError(ValueError):
-    """A run does not fit this machine as it is configured."""
+    """A run does not fit in the memory of this machine as it is configured."""
 
 
 @contextlib.contextmanager
 def explains_out_of_memory(config: RunConfig, *, loading: bool = False) -> Iterator[None]:
-    """Turns the error of who asked for memory into one that names the fields of this run; other errors pass.
+    """Replaces an out-of-memory error by one that names settings of this run; other errors pass.
 
     Args:
         config: the run.
-        loading: what happens inside is the model's weights finding their place, not batches.
+        loading: while loading weights, as opposed to processing batches.
 
     Raises:
-        DoesNotFitError: memory ran out inside, a GPU's or the machine's.
+        DoesNotFitError: the memory of a GPU or of the machine ran out inside.
     """
     try:
         yield
@@ -40,8 +40,7 @@ def explains_out_of_memory(config: RunConfig, *, loading: bool = False) -> Itera
         reason = _reason(error)
         if reason is None:
             raise
-        frames = traceback.extract_tb(error.__traceback__)
-        names = [frame.filename.replace("\\", "/") for frame in frames]
+        names = [frame.filename.replace("\\", "/") for frame in traceback.extract_tb(error.__traceback__)]
         is_evaluating = any(
             "deris_llm/evaluation/" in name or name.endswith("deris_llm/serving/pipeline.py") for name in names
         )
@@ -55,40 +54,35 @@ def explains_out_of_memory(config: RunConfig, *, loading: bool = False) -> Itera
         if doing != "evaluation":
             cures.append("`deris-llm plan` says what each choice needs, before it runs")
         raise DoesNotFitError(
-            f"{doing} ran out of memory: expected {expected} to fit, got: {reason}\nWhat lowers it, the most effective first:\n"
-            + "\n".join(f"  - {cure}" for cure in cures)
+            f"{doing} ran out of memory: expected {expected} to fit, got: {reason}\n{_advice(cures)}"
         ) from error
 
 
 def _reason(error: Exception) -> str | None:
-    """The line of an error that says how memory ran out; None where it did not."""
+    """Returns the line of an error that says how memory ran out; None if it did not."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     for line in lines:
         if line.endswith(_ONEDNN):
-            return f"{line.strip()} (oneDNN, which says no more: memory is the usual reason)"
+            return f"{line.strip()} (oneDNN gives no reason; it is usually memory)"
         if any(sign in line for sign in _SIGNS):
             return line.strip()
-    if isinstance(
-        error, MemoryError
-    ):  # of numpy, Pillow, Python itself; from a loader process its traceback comes along
+    if isinstance(error, MemoryError):  # of numpy, Pillow or Python; from a loader process it includes a traceback
         return lines[-1].strip() if lines else "MemoryError (of this machine, not a GPU)"
     return lines[0].strip() if lines and isinstance(error, torch.OutOfMemoryError) else None
 
 
 def training_cures(config: RunConfig) -> list[str]:
-    """Fields that lower the memory of a training step and have room to, the most effective first."""
-    data, training, cognition = config.data, config.training, config.cognition
+    """Returns the settings that reduce the memory of a training step and are not at their minimum, most effective first."""
+    training, cognition = config.training, config.cognition
     cures = []
     if not cognition.gradient_checkpointing:
         cures.append("cognition.gradient_checkpointing=true (now false): recomputes the image-text model's layers")
     cures += _quantization_cure(config)
-    if training.images_per_device > 1:
-        cures.append(
-            f"training.images_per_device={training.images_per_device // 2} (now {training.images_per_device}), with "
-            f"training.accumulation={2 * training.accumulation} for the same step"
-        )
-    if data.phrases_per_image > 1:
-        cures.append(f"data.phrases_per_image={data.phrases_per_image // 2} (now {data.phrases_per_image})")
+    cures += [
+        f"{cure}, with training.accumulation={2 * training.accumulation} for the same step"
+        for cure in _halved("training.images_per_device", training.images_per_device)
+    ]
+    cures += _halved("data.phrases_per_image", config.data.phrases_per_image)
     cures += _token_cure(config)
     if not config.perception.activation_checkpointing and config.loopback.structure != "cognition_centric":
         cures.append("perception.activation_checkpointing=true (now false): recomputes the pixel decoder")
@@ -97,22 +91,42 @@ def training_cures(config: RunConfig) -> list[str]:
 
 
 def evaluation_cures(config: RunConfig) -> list[str]:
-    """Fields that lower the memory of an evaluation batch and have room to, the most effective first."""
+    """Returns the settings that reduce the memory of an evaluation batch and are not at their minimum."""
     evaluation = config.evaluation
+    return [
+        *_halved("evaluation.images_per_device", evaluation.images_per_device),
+        *_halved("evaluation.max_phrases_per_batch", evaluation.max_phrases_per_batch),
+        *_token_cure(config),
+    ]
+
+
+def loading_cures(config: RunConfig) -> list[str]:
+    """Returns the settings that reduce the memory of the weights alone, most effective first."""
+    cures = _quantization_cure(config)
+    if config.training.precision == "fp32":
+        cures.append("training.precision=bf16 (now fp32): weights of half the size")
+    return [*cures, f"in training, {_ZERO_CURE}"]
+
+
+def host_cures(config: RunConfig, *, ranks: int) -> list[str]:
+    """Returns the settings that reduce the memory of the machine, as opposed to that of its GPUs.
+
+    Args:
+        config: the run.
+        ranks: processes that share the machine.
+    """
     cures = []
-    if evaluation.images_per_device > 1:
-        cures.append(
-            f"evaluation.images_per_device={evaluation.images_per_device // 2} (now {evaluation.images_per_device})"
-        )
-    if evaluation.max_phrases_per_batch > 1:
-        cures.append(
-            f"evaluation.max_phrases_per_batch={evaluation.max_phrases_per_batch // 2} (now {evaluation.max_phrases_per_batch})"
-        )
-    return [*cures, *_token_cure(config)]
+    if ranks > 1:
+        cures.append(f"fewer ranks on this machine (--gpus, now {ranks}): each has its own copy of model and batches")
+    if workers := config.data.num_workers:
+        cures.append(f"data.num_workers={workers // 2} (now {workers}): each loader process of a rank holds batches")
+    if config.evaluation.compare_workers:
+        cures.append(f"evaluation.compare_workers=0 (now {config.evaluation.compare_workers})")
+    return cures
 
 
 def killed_message(config: RunConfig, *, ranks: int) -> str:
-    """What to say of a rank that ended by signal 9: Linux kills where the machine's memory runs out, and nobody raises.
+    """Returns the error for a rank that ended by signal 9: Linux kills processes when the machine's memory runs out.
 
     Args:
         config: the run, in training.
@@ -122,45 +136,20 @@ def killed_message(config: RunConfig, *, ranks: int) -> str:
     if not torch.cuda.is_available():
         cures = training_cures(config) + cures
     return (
-        "training ended: expected the ranks to finish, got one that was killed (signal 9), as the system does where the "
-        "machine's memory runs out. What lowers it, the most effective first:\n"
-        + "\n".join(f"  - {cure}" for cure in cures)
+        "training ended: expected all ranks to finish, got one that was killed (signal 9), which the system does when the "
+        f"machine's memory runs out.\n{_advice(cures)}"
     )
 
 
-def loading_cures(config: RunConfig) -> list[str]:
-    """What lowers the memory that the weights alone take, the most effective first."""
-    cures = _quantization_cure(config)
-    if config.training.precision == "fp32":
-        cures.append("training.precision=bf16 (now fp32): weights of half the size")
-    return [*cures, f"in training, {_ZERO_CURE}"]
+def _advice(cures: Sequence[str]) -> str:
+    return "\n".join(["What reduces it, most effective first:", *(f"  - {cure}" for cure in cures)])
 
 
-def host_cures(config: RunConfig, *, ranks: int) -> list[str]:
-    """What lowers the memory of the machine, which is not that of its GPUs.
-
-    Args:
-        config: the run.
-        ranks: processes that share the machine.
-    """
-    cures = []
-    if ranks > 1:
-        cures.append(
-            f"fewer ranks on this machine (--gpus, now {ranks}): each has the model and its batches for itself"
-        )
-    if config.data.num_workers:
-        now = config.data.num_workers
-        cures.append(
-            f"data.num_workers={now // 2} (now {now}): loader processes of a rank, each with batches of its own"
-        )
-    if config.evaluation.compare_workers:
-        cures.append(f"evaluation.compare_workers=0 (now {config.evaluation.compare_workers})")
-    return cures
+def _halved(field: str, now: int) -> list[str]:
+    return [f"{field}={now // 2} (now {now})"] if now > 1 else []
 
 
-_ZERO_CURE = (
-    "--deepspeed ds_configs/zero3.json, or zero3_offload.json: weights are spread over the GPUs, or kept on the host"
-)
+_ZERO_CURE = "--deepspeed ds_configs/zero3.json, or zero3_offload.json: weights are partitioned over the GPUs, or kept on the host"
 
 
 def _quantization_cure(config: RunConfig) -> list[str]:
@@ -171,7 +160,7 @@ def _quantization_cure(config: RunConfig) -> list[str]:
 
 
 def _token_cure(config: RunConfig) -> list[str]:
-    if config.cognition.backend in ("beit3", "vilt", "bert"):  # no language models: they refuse it
+    if config.cognition.backend in ("beit3", "vilt", "bert"):  # not causal language models: they refuse it
         return []
     now = config.data.max_tokens_per_image or "no limit"
-    return [f"data.max_tokens_per_image (now {now}): tokens behind one copy of an image"]
+    return [f"data.max_tokens_per_image (now {now}): tokens of an image and the phrases that share it"]

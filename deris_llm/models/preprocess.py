@@ -1,4 +1,4 @@
-"""Pictures and masks on their way to the model."""
+"""Warping and normalisation of images and masks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ IMAGENET_MEAN_RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD_RGB = (0.229, 0.224, 0.225)
 
 Resize = Literal["antialias", "opencv"]
-"""How pictures and masks are warped; `PerceptionConfig.resize` says what each means."""
+"""How images and masks are warped: see `warp_picture` and `warp_mask`."""
 
 
 def warp_picture(image: Image.Image, size: int, resize: Resize) -> np.ndarray:
-    """Warps a picture to a square, aspect not kept (as upstream).
+    """Warps an image to a square, without keeping its aspect (as upstream).
 
     Args:
         image: RGB.
         size: side of the square, px.
-        resize: ``antialias``: Pillow's bilinear filter, which widens its support when it shrinks; ``opencv``: OpenCV's
-            bilinear on uint8, which does not, byte-equal to the public code (that works on BGR; channels are
-            interpolated independently, so their order changes nothing).
+        resize: ``antialias``: Pillow's bilinear filter, whose support widens when it shrinks an image; ``opencv``: OpenCV's
+            bilinear on uint8, whose support does not, byte-equal to the public code (which works on BGR; channels are
+            interpolated independently).
 
     Returns:
         uint8 (size, size, 3), RGB.
@@ -38,11 +38,11 @@ def warp_picture(image: Image.Image, size: int, resize: Resize) -> np.ndarray:
     return cv2.resize(np.asarray(image), (size, size), interpolation=cv2.INTER_LINEAR)
 
 
-def normalised(picture: np.ndarray, mean_rgb: Sequence[float], std_rgb: Sequence[float]) -> Tensor:
-    """Subtracts a mean and divides by a deviation, both for values in [0, 1].
+def normalised(image: np.ndarray, mean_rgb: Sequence[float], std_rgb: Sequence[float]) -> Tensor:
+    """Subtracts a mean and divides by a standard deviation, both given for values in [0, 1].
 
     Args:
-        picture: uint8 (h, w, 3), RGB.
+        image: uint8 (h, w, 3), RGB.
         mean_rgb: one number per channel.
         std_rgb: one number per channel.
 
@@ -51,14 +51,14 @@ def normalised(picture: np.ndarray, mean_rgb: Sequence[float], std_rgb: Sequence
     """
     scale = (1 / (255 * np.array(std_rgb))).astype(np.float32)[:, None, None]
     offset = (np.array(mean_rgb) / np.array(std_rgb)).astype(np.float32)[:, None, None]
-    pixels = picture.transpose(2, 0, 1).astype(np.float32, order="C")  # plane by plane: 15 times faster than RGB by RGB
+    pixels = image.transpose(2, 0, 1).astype(np.float32, order="C")  # 15 times faster by planes than by pixels
     pixels *= scale
     pixels -= offset
     return torch.from_numpy(pixels)
 
 
 def perception_pixels(image: Image.Image, size: int, resize: Resize) -> Tensor:
-    """Warps a picture (`warp_picture`) and normalises it with ImageNet's mean and deviation.
+    """Warps an image (`warp_picture`) and normalises it with ImageNet's mean and deviation.
 
     Returns:
         float32 (3, size, size), RGB, about -2.1..2.6.
@@ -72,9 +72,9 @@ def warp_mask(mask: np.ndarray, size: int, resize: Resize) -> np.ndarray:
     Args:
         mask: bool (h, w).
         size: side of the square, px.
-        resize: ``antialias``: the pixel under each new pixel's centre, which keeps the mask where the antialiased
-            picture has its object; ``opencv``: OpenCV's nearest, the pixel under the upper left corner, which shifts
-            the mask by up to half a pixel; the public code trains and scores with it.
+        resize: ``antialias``: the pixel under each new pixel's centre, which aligns the mask with the antialiased image;
+            ``opencv``: OpenCV's nearest, the pixel under the upper left corner, which shifts the mask by up to half a
+            pixel; the public code trains and scores with it.
 
     Returns:
         bool (size, size).
@@ -89,8 +89,8 @@ def warp_mask(mask: np.ndarray, size: int, resize: Resize) -> np.ndarray:
 
 @cache
 def _opencv() -> ModuleType:
-    """OpenCV with its own threads off: a loader's worker is one of several processes, and pools do not survive a fork."""
-    import cv2  # noqa: PLC0415
+    """Returns OpenCV without its threads: loader workers are several processes, and thread pools do not survive a fork."""
+    import cv2
 
     cv2.setNumThreads(0)
     return cv2

@@ -1,8 +1,8 @@
-"""What a phrase costs at test, by part: multiply-accumulates, counted, and milliseconds, measured; what a training run costs.
+"""Efficiency: multiply-accumulates (counted) and milliseconds (measured) of a phrase, and the operations of a training run.
 
-The paper's columns (Table 11: MACs, parameters, inference ms), with one difference that matters: phrases of a picture
-share what depends on the picture alone, so a phrase costs less the more phrases a picture has. Both ends are given. All
-counts are from shapes.
+The columns are those of the paper's Table 11 (MACs, parameters, inference ms). Phrases of an image share what depends on
+the image alone, so a phrase costs less the more phrases an image has; costs of one phrase and of several are both given.
+All counts are from shapes.
 """
 
 from __future__ import annotations
@@ -24,17 +24,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from deris_llm.config import RunConfig
 from deris_llm.models.cpu_inference import for_cpu_inference
 from deris_llm.models.deris import Deris, build_model
-from deris_llm.planning.plan import RunPlan, ShapeSimulation, plan_cognition, shape_batch, within_token_limit
+from deris_llm.planning.plan import (
+    RunPlan,
+    ShapeSimulation,
+    plan_cognition,
+    shape_batch,
+    sum_of_outputs,
+    within_token_limit,
+)
 from deris_llm.structures import ReferringBatch
 
-PHRASES_OF_A_PICTURE = 7  # RefCOCO val has 7.2
+PHRASES_PER_IMAGE = 7  # RefCOCO val has 7.2
 PAPER_TABLE_11 = {1: (37.0, 230.9, 22.5), 3: (37.1, 235.9, 23.4), 5: (37.2, 240.9, 23.9)}
 """DeRIS-B by number of rounds: MACs (G), parameters (M), inference (ms, on the authors' GPU)."""
 PEAKS = {"H100": 989, "H200": 989, "H800": 989, "L40S": 362, "A100": 312, "A800": 312, "RTX 4090": 165, "A10": 125}
-"""Dense bf16 peak of GPUs in TFLOP/s, as the vendor's data sheets have it."""
+"""Dense bf16 peak of GPUs in TFLOP/s, from the vendor's data sheets."""
 UTILISATIONS = (0.2, 0.3, 0.4)
-"""MFU (operations of the model, none that are repeated, over time and peak) for which `plan` says how long a run takes."""
-_ROOM = 1.3  # memory that a model needs to be run, over that of its weights
+"""MFU (operations of the model without recomputation, over time and peak) for which `plan` estimates the hours of a run."""
+_ROOM = 1.3  # memory that running a model needs, relative to its weights
 
 
 @dataclass(frozen=True)
@@ -42,13 +49,13 @@ class PartCost:
     """Multiply-accumulates per phrase in one part of the model."""
 
     name: str
-    alone: int  # a picture with one phrase
-    together: float  # a picture with `Efficiency.phrases` phrases, divided by their number
+    alone: int  # of an image with one phrase
+    together: float  # of an image with `Efficiency.phrases` phrases, divided by their number
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Milliseconds per phrase on this machine, random weights, pictures and phrases as tensors already."""
+    """Milliseconds per phrase on this machine, with random weights, from tensors to tensors."""
 
     machine: str
     alone_ms: float
@@ -62,21 +69,19 @@ class Efficiency:
 
     phrases: int
     parameters: int
-    parts: tuple[
-        PartCost, ...
-    ]  # matrix products and convolutions; a product of attention counts in full, masked or not
+    parts: tuple[PartCost, ...]  # matrix products and convolutions; attention counts in full, masked or not
     measured: Measurement | None = None
-    not_measured: str = ""  # why not, where it was asked for
-    paper: tuple[float, float, float] | None = None  # MACs (G), parameters (M), ms of the paper's model like this one
+    not_measured: str = ""  # the reason, if a measurement was requested but not made
+    paper: tuple[float, float, float] | None = None  # MACs (G), parameters (M), ms of the same model in the paper
 
     @property
     def alone(self) -> int:
-        """MACs of a picture with one phrase."""
+        """MACs of an image with one phrase."""
         return sum(part.alone for part in self.parts)
 
     @property
     def together(self) -> float:
-        """MACs per phrase of a picture with all of them."""
+        """MACs per phrase of an image with `phrases` phrases."""
         return sum(part.together for part in self.parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -85,18 +90,18 @@ class Efficiency:
 
 
 def efficiency_of(
-    config: RunConfig, *, phrases: int = PHRASES_OF_A_PICTURE, measure: bool = False, repeats: int = 5
+    config: RunConfig, *, phrases: int = PHRASES_PER_IMAGE, measure: bool = False, repeats: int = 5
 ) -> Efficiency:
-    """Counts, and where asked for measures, the forward pass of one picture.
+    """Counts, and measures on request, the forward pass of one image.
 
     Args:
         config: the run; no weights are read.
-        phrases: K, of the picture whose phrases share it.
-        measure: also time it on this machine, on the GPU where there is one, if it fits.
-        repeats: timed runs, whose best is taken: other work on the machine only adds.
+        phrases: number of phrases that share an image.
+        measure: also time it on this machine, on its GPU if there is one, unless memory is too small.
+        repeats: timed runs; the fastest counts, because other load only adds time.
     """
     model = build_model(config, weights=False, device="meta").requires_grad_(False).eval()
-    runs = [_one_picture(config, number) for number in (1, phrases)]
+    runs = [_one_image(config, number) for number in (1, phrases)]
     alone, together = (count_macs(model, shape_batch(run, plan_cognition(run))) for run in runs)
     parts = tuple(PartCost(name, macs, together[name] / phrases) for name, macs in alone.items())
     bytes_of_weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -118,22 +123,22 @@ def efficiency_of(
 
 
 def paper_numbers(config: RunConfig) -> tuple[float, float, float] | None:
-    """What the paper's Table 11 has for this run, if it is a DeRIS-B: MACs (G), parameters (M), inference (ms)."""
+    """Returns MACs (G), parameters (M) and inference (ms) of the paper's Table 11 if this run is a DeRIS-B."""
     is_deris_b = config.cognition.backend == "beit3" and Path(config.cognition.weights).name.startswith("beit3-base")
     return PAPER_TABLE_11.get(config.loopback.rounds) if is_deris_b else None
 
 
-def _one_picture(config: RunConfig, phrases: int) -> RunConfig:
+def _one_image(config: RunConfig, phrases: int) -> RunConfig:
     data = dataclasses.replace(config.data, phrases_per_image=phrases, max_tokens_per_image=0)
     return dataclasses.replace(config, data=data, training=dataclasses.replace(config.training, images_per_device=1))
 
 
 def count_macs(model: Deris, batch: ReferringBatch) -> dict[str, int]:
-    """Multiply-accumulates of a forward pass by part.
+    """Counts the multiply-accumulates of a forward pass by part.
 
     Args:
-        model: in evaluation mode, nothing trainable; on the meta device with a batch from `shape_batch`, or a real one.
-        batch: its input.
+        model: in evaluation mode, without trainable parameters; on the meta device or real.
+        batch: from `shape_batch`, or a real one.
     """
     mode = ShapeSimulation() if next(model.parameters()).is_meta else torch.no_grad()
     with torch.no_grad(), mode, FlopCounterMode(display=False) as counter:
@@ -148,13 +153,11 @@ def count_macs(model: Deris, batch: ReferringBatch) -> dict[str, int]:
 
 
 def training_flops(config: RunConfig, *, with_repeats: bool = False) -> int:
-    """Floating-point operations of one micro-batch, forward and backward.
-
-    The loss is stood in for by a sum of all outputs; a multiply-accumulate counts as two.
+    """Counts the floating-point operations of one micro-batch, forward and backward, without the loss.
 
     Args:
         config: the run; no weights are read.
-        with_repeats: also those that checkpointing, where the run has it, repeats in the backward pass.
+        with_repeats: include what activation checkpointing, if the run uses it, recomputes in the backward pass.
     """
     if not with_repeats:
         cognition = dataclasses.replace(config.cognition, gradient_checkpointing=False)
@@ -163,11 +166,7 @@ def training_flops(config: RunConfig, *, with_repeats: bool = False) -> int:
     model = build_model(config, weights=False, device="meta").train()
     batch = shape_batch(config, plan_cognition(config))
     with ShapeSimulation(), FlopCounterMode(display=False) as counter:
-        output = model(batch)
-        loss = output.presence_logit.float().sum()
-        for answer in output.rounds:
-            loss = loss + answer.mask_logits.float().sum() + answer.referring_logits.float().sum()
-        loss.backward()
+        sum_of_outputs(model(batch)).backward()
     return counter.get_total_flops()
 
 
@@ -175,16 +174,16 @@ def training_flops(config: RunConfig, *, with_repeats: bool = False) -> int:
 class Work:
     """Floating-point operations of a whole training run."""
 
-    images: int  # shown, each with some phrases
-    phrases_per_image: float  # mean of the shown images
+    images: int  # shown; an image counts as often as it is shown
+    phrases_per_image: float  # mean
     flops: float  # forward and backward
-    flops_with_repeats: float  # and what checkpointing repeats
-    flops_one_by_one: float  # of the same phrases with `data.phrases_per_image=1`, without repeats
+    flops_with_repeats: float  # including recomputation
+    flops_one_by_one: float  # of the same phrases with `data.phrases_per_image=1`, without recomputation
     gpus: int
 
     @property
     def ratio(self) -> float:
-        """How many times the operations one phrase at a time would take."""
+        """Operations of one phrase at a time, relative to these."""
         return self.flops_one_by_one / self.flops
 
     def to_json(self) -> dict[str, Any]:
@@ -193,10 +192,10 @@ class Work:
 
 
 def work_of_run(config: RunConfig, plan: RunPlan) -> Work:
-    """Counts a whole run: a shown image with the mean number of phrases, times the images of all steps.
+    """Counts a whole run: an image with the mean number of phrases, times the images of all steps.
 
-    Operations grow with the phrases of an image along a straight line (DeRIS-7B, 1 to 4 phrases: to 3e-5), so two counts
-    give those of the mean; what is repeated is the same share of them (to 1e-4).
+    Operations grow linearly with the phrases of an image (DeRIS-7B, 1 to 4 phrases: within 3e-5), so two counts give those
+    of the mean. Recomputation is a constant share of them (within 1e-4).
 
     Args:
         config: the run.
@@ -205,8 +204,8 @@ def work_of_run(config: RunConfig, plan: RunPlan) -> Work:
     most = within_token_limit(config).data.phrases_per_image
     mean = plan.epoch.phrases / plan.epoch.images
     images = plan.epoch.total_steps * plan.images_per_device * config.training.accumulation * plan.gpus
-    full = _one_picture(config, most)
-    alone = together = training_flops(_one_picture(config, 1))
+    full = _one_image(config, most)
+    alone = together = training_flops(_one_image(config, 1))
     flops = float(alone)
     if most > 1:
         together = training_flops(full)
@@ -217,12 +216,12 @@ def work_of_run(config: RunConfig, plan: RunPlan) -> Work:
 
 
 def run_hours(flops: float, peak_tflops: float, utilisation: float, gpus: int) -> float:
-    """Hours that so many operations take at this MFU of this peak: arithmetic."""
+    """Computes hours from operations, peak and MFU."""
     return flops / (peak_tflops * 1e12 * utilisation * gpus) / 3600
 
 
 def _part_names(model: Deris) -> Iterator[str]:
-    """As the counter calls them."""
+    """Yields the parts by the names that the counter uses."""
     inner = getattr(model.cognition, "model", None)
     if inner is None or not any(True for _ in inner.named_children()):
         yield "Deris.cognition"
@@ -235,7 +234,7 @@ def _part_names(model: Deris) -> Iterator[str]:
 
 def _measured(config: RunConfig, phrases: int, repeats: int) -> Measurement:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":  # what `deris-llm eval` does there
+    if device.type == "cpu":  # as `deris-llm eval` does
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, precision="fp32"))
     model = for_cpu_inference(build_model(config, weights=False, device=device).eval())
     seconds = {number: min(_run_seconds(model, config, number, repeats, device)) for number in (1, phrases)}
@@ -246,7 +245,7 @@ def _measured(config: RunConfig, phrases: int, repeats: int) -> Measurement:
 def _run_seconds(
     model: torch.nn.Module, config: RunConfig, phrases: int, repeats: int, device: torch.device
 ) -> Iterator[float]:
-    config = _one_picture(config, phrases)
+    config = _one_image(config, phrases)
     shapes = shape_batch(config, plan_cognition(config))
     dtype = next(model.parameters()).dtype
     cognition = dataclasses.replace(shapes.cognition, pixel_values=torch.randn(shapes.cognition.pixel_values.shape))
@@ -266,7 +265,7 @@ def _free_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     info = Path("/proc/meminfo")
-    if info.is_file():  # what caches hold is free too
+    if info.is_file():  # counts the memory of caches as free
         lines = info.read_text(encoding="utf-8").splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -279,7 +278,7 @@ def _machine() -> str:
 
 
 def cpu_name() -> str:
-    """Name of this machine's processor."""
+    """Returns the name of this machine's processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -312,7 +311,7 @@ def show_efficiency(found: Efficiency, console: Console) -> None:
     if found.paper is not None:
         macs, parameters, milliseconds = found.paper
         said.append(
-            f"the paper (Table 11, DeRIS-B): {macs} GMACs, {parameters} M, {milliseconds} ms on its GPU; how it counts is not said."
+            f"the paper (Table 11, DeRIS-B): {macs} GMACs, {parameters} M, {milliseconds} ms on its GPU; it does not say how it counts."
         )
     console.print("\n".join(said) + "\n", highlight=False)
 
@@ -322,7 +321,7 @@ def _cells(alone: float, together: float) -> tuple[str, str, str]:
 
 
 def show_work(work: Work, console: Console) -> None:
-    """Prints how long the run would take."""
+    """Prints how long the run takes by GPU and MFU."""
     several = f" / {work.gpus} GPUs" if work.gpus > 1 else ""
     columns = ("TFLOP/s", *(f"{share:.0%}" for share in UTILISATIONS))
     table = Table(
@@ -342,13 +341,13 @@ def show_work(work: Work, console: Console) -> None:
             hours = [[run_hours(flops, peak, share, n) for n in sorted({1, work.gpus})] for share in UTILISATIONS]
             table.add_row(", ".join(names), str(peak), *(" / ".join(map(_short, numbers)) for numbers in hours))
     console.print(table)
-    with_repeats = f" ({_flop(work.flops_with_repeats)} with what checkpointing repeats)"
+    with_repeats = f" ({_flop(work.flops_with_repeats)} with recomputation)"
     console.print(
         f"the whole run: {work.images:,} images shown with {work.phrases_per_image:.2f} phrases each, {_flop(work.flops)}"
         f"{with_repeats if work.flops_with_repeats > work.flops else ''}; the same phrases one at a time "
         f"{_flop(work.flops_one_by_one)}: {work.ratio:.2f} times as much.\n"
-        "Hours are arithmetic: operations without repeats / (dense bf16 peak of the data sheets x MFU x GPUs). Nothing of it was "
-        "measured; loading, evaluation and talk between GPUs are not in it. scripts/bench/deris_7b.py measures a GPU's MFU.\n",
+        "Hours are computed, not measured: operations without recomputation / (dense bf16 peak of the data sheets x MFU x GPUs). "
+        "Loading, evaluation and communication between GPUs are not included. scripts/bench/deris_7b.py measures a GPU's MFU.\n",
         highlight=False,
     )
 

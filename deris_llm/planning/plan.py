@@ -1,8 +1,8 @@
-"""What a run needs before it runs: parameters, memory per GPU under each ZeRO stage, steps and tokens per epoch.
+"""Plans a run: parameters, memory per GPU under each ZeRO stage, steps and tokens per epoch.
 
-The model is built on the meta device, where tensors have shapes and no memory, and one micro-batch runs forward and
-backward there. `ShapeSimulation` sees every storage that comes into being and goes, so the activations reported are the
-peak of the real operators in their real order. Nothing of the model's structure is written down here a second time.
+The model is built on the meta device, where tensors have shapes but no memory, and one micro-batch runs forward and
+backward there. `ShapeSimulation` tracks the lifetime of every storage, so the reported activations are the peak of the
+real operators in their real order, and nothing about the model's structure is repeated here.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ GIB = 2**30
 STAGES = ("0", "1", "2", "3", "3 + offload")
 FP32_BYTES = 4  # of a master weight or a moment of a parameter
 BUCKET_ELEMENTS = 13_000_000  # reduce_bucket_size of ds_configs/*.json
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # of a weight: 4 bits, a byte of scale for 64, 4 bytes of theirs for 256
-LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: so many stay gathered at once
-MATCHING_COPIES = 5  # float32 tensors of all queries' points that live at once in the matcher (measured: 5.1)
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, one byte of scale per 64, 4 bytes per 256 scales
+LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: the most that are gathered at once
+MATCHING_COPIES = 5  # float32 tensors of all queries' points that the matcher holds at once (measured: 5.1)
 TYPICAL_PHRASE = "the woman in the red jacket on the left"
 
 
@@ -59,8 +59,8 @@ class Memory:
     weights: int
     gradients: int
     optimizer: int
-    activations: int  # peak of everything a micro-step allocates besides the above
-    buffers: int  # DeepSpeed's communication buckets and, under stage 3, the layer gathered for the moment
+    activations: int  # peak of everything else that a micro-step allocates
+    buffers: int  # DeepSpeed's communication buckets and, under stage 3, the gathered parameters
 
     @property
     def total(self) -> int:
@@ -70,11 +70,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Work of one pass over the training phrases."""
+    """One pass over the training phrases."""
 
-    source: str  # where the counts are from
+    source: str  # of the counts
     phrases: int
-    images: int  # (image, phrases) pairs, an image counts as often as it is shown
+    images: int  # an image counts as often as it is shown
     steps: int  # optimizer steps
     tokens: int  # through the language model, image tokens included
     total_steps: int  # of the whole run
@@ -90,7 +90,7 @@ class RunPlan:
     images_per_device: int
     phrases_per_device: int
     tokens_per_phrase: int  # of a whole prompt, image tokens included
-    shared_tokens: int  # of these, how many run once for all phrases of an image in a step
+    shared_tokens: int  # of these, how many run once per image
     parts: tuple[Part, ...]
     lora_modules: int
     lora_parameters: int
@@ -106,15 +106,14 @@ class RunPlan:
 
 
 class ShapeSimulation(TorchDispatchMode):
-    """Runs a program on shapes and counts the bytes of the storages that are alive.
+    """Runs a program on shapes and counts the bytes of its live storages.
 
-    Floating-point tensors live on the meta device. Integer and boolean ones that do not depend on them (token ids,
-    padding, indices) are computed for real on the CPU, so that what branches on them works: lengths, boolean
-    indexing, attention masks.
+    Floating-point tensors are on the meta device. Integer and boolean tensors that do not depend on them (token ids,
+    padding, indices) are computed on the CPU, so that lengths, boolean indexing and attention masks work.
 
     Attributes:
-        live: bytes of the storages made inside and alive now.
-        peak: the most there were.
+        live: bytes of the storages that were created inside and are still alive.
+        peak: largest value of `live`.
     """
 
     def __init__(self) -> None:
@@ -124,7 +123,7 @@ class ShapeSimulation(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs one operator on meta, or for real where only known integers take part."""
+        """Runs one operator on meta, or on the CPU if it only has known integers."""
         kwargs = dict(kwargs or {})
         tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
         on_meta = any(tensor.is_meta for tensor in tensors)
@@ -141,7 +140,7 @@ class ShapeSimulation(TorchDispatchMode):
                 tree_map_only(Tensor, _to_meta, kwargs),
             )
             if func is torch.ops.aten._local_scalar_dense.default and tensors[0].dtype == torch.bool:
-                return True  # no values here: checks such as `isfinite(x).all()` pass
+                return True  # there are no values: checks such as `isfinite(x).all()` pass
         given = {tensor.untyped_storage()._cdata for tensor in tensors}
         out = func(*args, **kwargs)
         for tensor in tree_iter(out):
@@ -152,7 +151,7 @@ class ShapeSimulation(TorchDispatchMode):
     def _count(self, tensor: Tensor, given: set[int]) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._sizes or key in given:  # known, or a view of something from outside, such as a weight
+        if key in self._sizes or key in given:  # counted before, or a view of an argument such as a weight
             return
         self._sizes[key] = storage.nbytes()
         self.live += storage.nbytes()
@@ -172,7 +171,7 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 
 def _known_indices(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Boolean indices have no known result shape on meta: real ones become positions."""
+    """Replaces boolean indices by positions: on meta, their result has no known shape."""
     if func not in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default):
         return args
     indices: list[Tensor | None] = []
@@ -185,7 +184,7 @@ def _known_indices(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class _EfficientAttention(torch.autograd.Function):
-    """The shapes of memory-efficient attention: query, key, value, output and log-sum-exp are kept, no L x L matrix."""
+    """Saves what memory-efficient attention does: query, key, value, output and log-sum-exp, but no L x L matrix."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -202,9 +201,9 @@ class _EfficientAttention(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _attention_as_on_gpu() -> Iterator[None]:
-    """On meta, SDPA falls back to plain matrices; GPUs run a fused kernel, whose shapes take its place here.
+    """Replaces SDPA, which computes plain matrices on meta, by the shapes of the fused kernel that GPUs run.
 
-    The function is replaced, not intercepted: recomputation in the backward pass runs in a thread without our modes.
+    The function itself is replaced, because recomputation in the backward pass runs in a thread without our mode.
     """
     original = F.scaled_dot_product_attention
 
@@ -219,15 +218,15 @@ def _attention_as_on_gpu() -> Iterator[None]:
 
 
 def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES) -> RunPlan:
-    """Plans a run without reading weights or data that are not on disk.
+    """Plans a run; weights are not read, and data only if they are on disk.
 
     Args:
         config: the run.
         gpus: processes, one per GPU.
-        stages: which of `STAGES` to list.
+        stages: which of `STAGES` to plan.
 
     Raises:
-        ValueError: fewer than one GPU, or a config whose model cannot be built.
+        ValueError: fewer than one GPU, or the model cannot be built.
     """
     if gpus < 1:
         raise ValueError(f"--gpus: expected 1 or more, got {gpus}; give the number of GPUs the run would have")
@@ -237,7 +236,9 @@ def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES
     batch = shape_batch(config, planned)
     activations = simulate_step(model, batch) + matching_bytes(config)
     in_4_bits = linears_in_4_bits(model) if config.cognition.quantization == "nf4" else ()
-    activations += max((weight.numel() * weight.element_size() for weight in in_4_bits), default=0)  # one is unpacked
+    activations += max(
+        (weight.numel() * weight.element_size() for weight in in_4_bits), default=0
+    )  # one is unpacked at a time
     tokens, shared = planned.tokens_per_phrase, planned.shared_tokens
     lora = {name: p.numel() for name, p in model.named_parameters() if ".lora_" in name}
     return RunPlan(
@@ -261,14 +262,14 @@ def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES
                 in_4_bits=in_4_bits,
             )
             for stage in stages
-            if not (in_4_bits and stage.startswith("3"))  # refused: packed weights cannot be partitioned
+            if not (in_4_bits and stage.startswith("3"))  # not supported: packed weights cannot be partitioned
         ),
         epoch=_epoch(config, gpus=gpus, tokens_per_phrase=tokens, shared_tokens=shared),
     )
 
 
 def within_token_limit(config: RunConfig) -> RunConfig:
-    """The run with as many typical phrases of an image as `data.max_tokens_per_image` lets through."""
+    """Lowers `data.phrases_per_image` to the number of typical phrases that `data.max_tokens_per_image` allows."""
     limit = config.data.max_tokens_per_image
     if limit == 0:
         return config
@@ -276,15 +277,15 @@ def within_token_limit(config: RunConfig) -> RunConfig:
     fitting = (limit - planned.shared_tokens) // (planned.tokens_per_phrase - planned.shared_tokens)
     if fitting < 1:
         raise ValueError(
-            f"data.max_tokens_per_image={limit}: expected a typical phrase to fit with its picture, got "
-            f"{planned.tokens_per_phrase} tokens; set the limit at least so high."
+            f"data.max_tokens_per_image={limit}: expected a typical phrase to fit with its image, got "
+            f"{planned.tokens_per_phrase} tokens; set the limit to at least that."
         )
     data = dataclasses.replace(config.data, phrases_per_image=min(fitting, config.data.phrases_per_image))
     return dataclasses.replace(config, data=data)
 
 
 def plan_cognition(config: RunConfig) -> PlannedInputs:
-    """What the cognition backend would read in a full micro-batch of one GPU."""
+    """Returns the cognition inputs of a full micro-batch of one GPU."""
     backend = resolve_backend(config.cognition.backend)
     return backend.plan_inputs(config.cognition, TYPICAL_PHRASE, _planned_image_index(config))
 
@@ -294,7 +295,7 @@ def _planned_image_index(config: RunConfig) -> list[int]:
 
 
 def shape_batch(config: RunConfig, planned: PlannedInputs) -> ReferringBatch:
-    """A full micro-batch of one GPU: token ids for real, pictures as shapes."""
+    """Returns a full micro-batch of one GPU, with real token ids and images on the meta device."""
     num_images, size = config.training.images_per_device, config.perception.image_size
     image_index = _planned_image_index(config)
     pixel_values = planned.inputs.pixel_values.to("meta")
@@ -307,9 +308,9 @@ def shape_batch(config: RunConfig, planned: PlannedInputs) -> ReferringBatch:
 
 
 def simulate_step(model: nn.Module, batch: ReferringBatch) -> int:
-    """Peak bytes that a micro-batch allocates, forward and backward, besides weights and their gradients.
+    """Returns the peak bytes that a micro-batch allocates, forward and backward, besides weights and their gradients.
 
-    The loss is stood in for by a sum of all outputs; `matching_bytes` has what the criterion needs besides.
+    The sum of all outputs replaces the loss; `matching_bytes` counts what the criterion needs in addition.
 
     Args:
         model: on the meta device, in training mode.
@@ -322,20 +323,23 @@ def simulate_step(model: nn.Module, batch: ReferringBatch) -> int:
     ]
     try:
         with ShapeSimulation() as simulation, _attention_as_on_gpu():
-            output: DerisOutput = model(batch)
-            loss = output.presence_logit.float().sum()
-            for answer in output.rounds:
-                loss = loss + answer.mask_logits.float().sum() + answer.referring_logits.float().sum()
-            del output, answer
-            loss.backward()
+            sum_of_outputs(model(batch)).backward()
     finally:
         for hook in hooks:
             hook.remove()
     return simulation.peak
 
 
+def sum_of_outputs(output: DerisOutput) -> Tensor:
+    """Replaces the loss where only the shapes of the backward pass matter."""
+    loss = output.presence_logit.float().sum()
+    for one in output.rounds:
+        loss = loss + one.mask_logits.float().sum() + one.referring_logits.float().sum()
+    return loss
+
+
 def matching_bytes(config: RunConfig) -> int:
-    """Bytes that the matcher works on, on top of the activations: every query of every round at `num_points` points."""
+    """Returns the bytes of the matcher: every query of every round at `num_points` points."""
     num_phrases = config.training.images_per_device * config.data.phrases_per_image
     num_masks = num_phrases * config.loopback.num_queries * (config.loopback.rounds + 1)
     return MATCHING_COPIES * 4 * num_masks * config.criterion.num_points
@@ -346,7 +350,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def linears_in_4_bits(model: nn.Module) -> tuple[Tensor, ...]:
-    """The weights that `cognition.quantization=nf4` packs: the frozen linears of the language model."""
+    """Returns the weights that `cognition.quantization=nf4` packs: the frozen linear layers of the language model."""
     return tuple(
         module.weight
         for name, module in model.named_modules()
@@ -363,15 +367,15 @@ def memory_per_gpu(
     moments: int = 2,
     in_4_bits: Sequence[Tensor] = (),
 ) -> Memory:
-    """Expected peak under a ZeRO stage; stage 0 is plain data parallelism (the table in docs/design.md).
+    """Estimates the peak under a ZeRO stage; stage 0 is plain data parallelism (the table in docs/design.md).
 
     Args:
-        model: with trainable and frozen parameters set.
+        model: with its frozen parameters set.
         stage: one of `STAGES`.
         gpus: processes that share the partitions.
         activations: from `simulate_step` and `matching_bytes`.
-        moments: that the optimizer keeps of a parameter: 2 of Adam and AdamW, 3 with AMSGrad.
-        in_4_bits: weights that are kept in 4 bits.
+        moments: that the optimizer keeps per parameter: 2 in Adam and AdamW, 3 with AMSGrad.
+        in_4_bits: weights that are stored in 4 bits.
     """
     level, offload = int(stage[0]), stage.endswith("offload")
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -405,7 +409,7 @@ def _share(size: int, gpus: int) -> int:
 
 
 def _parts(model: Deris) -> Iterator[Part]:
-    """The branches' own parts, LoRA apart from what it is in."""
+    """Counts the parameters of each branch by part, with LoRA as a part of its own."""
     tallies: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         branch, part, *_ = name.replace("cognition.model.", "cognition.").split(".")
@@ -428,9 +432,9 @@ def _epoch(config: RunConfig, *, gpus: int, tokens_per_phrase: int, shared_token
         phrases = sum(known_num_phrases(split) for split in splits)
         shown = expected_parts(phrases, max(map(known_num_images, splits)), per_image)
         source = (
-            f"the published train splits of {', '.join(config.data.train)} (no data under {config.data.root!r}): a bit more than "
-            "the mix, which leaves out the images of every evaluation split; images shown are estimated, as if the splits had "
-            "all their pictures in common"
+            f"the published train splits of {', '.join(config.data.train)} (no data under {config.data.root!r}): slightly more than "
+            "the mix, which leaves out the images of every evaluation split; images shown are estimated, as if all splits had "
+            "the same images"
         )
     else:
         mix = training_mix(config.data)
@@ -445,15 +449,15 @@ def _epoch(config: RunConfig, *, gpus: int, tokens_per_phrase: int, shared_token
 
 
 def expected_parts(phrases: int, images: int, per_image: int) -> int:
-    """In how many parts of at most so many phrases the phrases of all images are dealt.
+    """Estimates how often images are shown, if an image's phrases are split into parts of at most `per_image`.
 
-    Of an image's last part between none and all but one is missing, all equally likely (synthetic world, 2 to 8 phrases a
-    part: right to 1.3 %).
+    It assumes that the last part of an image has any size from 1 to `per_image` with equal probability (error on the
+    synthetic world with 2 to 8 phrases per part: at most 1.3 %).
 
     Args:
         phrases: of all images.
-        images: their number, 0 where nobody knows: then all parts are full.
-        per_image: phrases of a part at most.
+        images: their number; 0 if not known, then all parts are full.
+        per_image: largest number of phrases in a part.
     """
     return -(-(2 * phrases + images * (per_image - 1)) // (2 * per_image))
 

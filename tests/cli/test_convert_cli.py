@@ -11,7 +11,8 @@ from deris_llm.interop import beit3
 from deris_llm.interop.conversion import new_folder
 from deris_llm.models.cognition.beit3 import TOKENIZER_FILE, Beit3Model
 from deris_llm.models.pretrained import architecture_of
-from deris_llm.testing import tiny_beit3, tiny_config
+from deris_llm.testing import tiny_config
+from tests.models.tiny_backends import tiny_beit3
 
 
 @pytest.mark.parametrize("what", ["mask2former", "beit3", "deris"])

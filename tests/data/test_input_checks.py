@@ -12,14 +12,8 @@ from deris_llm.models.cognition.base import InputChecker
 from deris_llm.data.input_checks import refused_inputs, undecodable_images
 from deris_llm.data.sources import read_split
 from deris_llm.data.synthetic.world import write_world
-from deris_llm.testing import (
-    tiny_beit3,
-    tiny_bert_weights,
-    tiny_config,
-    tiny_qwen_vl_weights,
-    tiny_vilt_weights,
-    tiny_weights,
-)
+from deris_llm.testing import tiny_config, tiny_weights
+from tests.models.tiny_backends import tiny_beit3, tiny_bert_weights, tiny_qwen_vl_weights, tiny_vilt_weights
 
 PHRASES = (
     "the red ring", "", "  \t", "the <image> cup", "a <|im_end|> b", "<|image_pad|>", "[SEP] left", "ring " * 3000, "é ü 圖 🙂",

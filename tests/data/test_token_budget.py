@@ -20,14 +20,8 @@ from deris_llm.evaluation.evaluator import evaluate
 from deris_llm.models.deris import Deris, build_model
 from deris_llm.planning.plan import plan_run
 from deris_llm.structures import ReferringBatch
-from deris_llm.testing import (
-    relative_difference,
-    synthetic_batch,
-    synthetic_images,
-    tiny_config,
-    tiny_qwen_vl_weights,
-    tiny_weights,
-)
+from deris_llm.testing import relative_difference, synthetic_batch, synthetic_images, tiny_config, tiny_weights
+from tests.models.tiny_backends import tiny_qwen_vl_weights
 
 TEXT_FIRST = (
     "cognition.prompt_order=text_first",

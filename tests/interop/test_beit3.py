@@ -12,7 +12,8 @@ from deris_llm.interop import beit3
 from deris_llm.models.cognition import build_processor
 from deris_llm.models.cognition.beit3 import TOKENIZER_FILE, Beit3, Beit3Model, resized_positions
 from deris_llm.models.pretrained import architecture_of
-from deris_llm.testing import synthetic_images, tiny_beit3, tiny_config
+from deris_llm.testing import synthetic_images, tiny_config
+from tests.models.tiny_backends import tiny_beit3
 
 HEADS = {
     "beit3.vision_embed.mask_token": torch.ones(1, 1, 4),

@@ -13,7 +13,8 @@ from deris_llm.common.weight_files import WeightFileError
 from deris_llm.config import RunConfig, load_config
 from deris_llm.interop.deris import convert, rename, targets_of, unused_reason
 from deris_llm.models.deris import Deris, build_model
-from deris_llm.testing import synthetic_batch, tiny_beit3, tiny_config, tiny_weights
+from deris_llm.testing import synthetic_batch, tiny_config, tiny_weights
+from tests.models.tiny_backends import tiny_beit3
 
 KEYS = json.loads((Path(__file__).parents[1] / "golden" / "parity" / "keys_B_refcoco.json").read_text())
 UNUSED = {

@@ -19,7 +19,8 @@ from transformers import AutoConfig, LlavaOnevisionModel, PreTrainedModel, Qwen2
 from deris_llm.models.cognition.bert import BertWithoutPooler
 from deris_llm.models.cognition.vilt import OrderedVilt
 from deris_llm.models.perception.mask2former import _Mask2FormerParts
-from deris_llm.testing import tiny_bert_weights, tiny_qwen_vl_weights, tiny_vilt_weights, tiny_weights
+from deris_llm.testing import tiny_weights
+from tests.models.tiny_backends import tiny_bert_weights, tiny_qwen_vl_weights, tiny_vilt_weights
 
 Shapes = dict[str, tuple[int, ...]]
 

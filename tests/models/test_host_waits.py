@@ -19,15 +19,7 @@ from deris_llm.losses.criterion import build_criterion
 from deris_llm.models.deris import build_model
 from deris_llm.models.perception import deformable_attention
 from deris_llm.models.perception.deformable_attention import sample_by_grid
-from deris_llm.testing import (
-    synthetic_batch,
-    tiny_beit3,
-    tiny_bert_weights,
-    tiny_config,
-    tiny_qwen_vl_weights,
-    tiny_vilt_weights,
-    tiny_weights,
-)
+"""Where the host waits for the device: in the loss, and in the vision tower of Qwen-VL.
 
 READS = ("item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "bincount", "unique", "equal",
          "__bool__", "__int__", "__float__", "__index__")  # fmt: skip

@@ -13,7 +13,8 @@ from deris_llm.models.loopback import Loopback
 from deris_llm.models.perception import build_perception
 from deris_llm.models.variants import LoopbackVariant, SimplePyramid, Variation, build_loopback
 from deris_llm.structures import CognitionFeatures, DerisOutput, PerceptionFeatures
-from deris_llm.testing import relative_difference, synthetic_batch, tiny_bert_weights, tiny_config, tiny_weights
+from deris_llm.testing import relative_difference, synthetic_batch, tiny_config, tiny_weights
+from tests.models.tiny_backends import tiny_bert_weights
 
 DIM, QUERIES, ROUNDS = 24, 5, 3
 INDEX, COUNTS = torch.tensor([0, 0, 1]), (2, 1)

@@ -35,7 +35,8 @@ from deris_llm.planning.efficiency import (
     work_of_run,
 )
 from deris_llm.planning.plan import expected_parts, plan_cognition, plan_run, shape_batch
-from deris_llm.testing import synthetic_batch, tiny_beit3, tiny_config, tiny_weights
+from deris_llm.testing import synthetic_batch, tiny_config, tiny_weights
+from tests.models.tiny_backends import tiny_beit3
 
 
 @pytest.fixture(scope="module")
@@ -173,5 +174,5 @@ def test_hours_fit_the_terminal(gpus: int, width: int) -> None:
         one = [run_hours(flops, PEAKS["H100"], share, 1) for share in UTILISATIONS]
         assert [float(cell.split("/")[0]) for cell in row.split("│")[3:6]] == pytest.approx(one, rel=0.03)
     told = " ".join(said.split())
-    assert "19.90 EFLOP (26.70 EFLOP with what checkpointing repeats)" in told
+    assert "19.90 EFLOP (26.70 EFLOP with recomputation)" in told
     assert "one at a time 68.70 EFLOP: 3.45 times as much" in told

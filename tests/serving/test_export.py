@@ -18,8 +18,9 @@ from deris_llm.evaluation.calibration import Calibration
 from deris_llm.models.deris import build_model
 from deris_llm.serving.export import export_checkpoint
 from deris_llm.serving.pipeline import DerisPipeline
-from deris_llm.testing import synthetic_images, tiny_beit3, tiny_config, tiny_weights
+from deris_llm.testing import synthetic_images, tiny_config, tiny_weights
 from deris_llm.training.data_manifest import data_manifest, write_data_manifest
+from tests.models.tiny_backends import tiny_beit3
 
 METRICS = {
     "step": 4,

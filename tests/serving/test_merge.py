@@ -17,17 +17,8 @@ from deris_llm.models.cognition import build_processor
 from deris_llm.models.deris import build_model
 from deris_llm.serving.merge import merge_checkpoint, merge_lora
 from deris_llm.serving.pipeline import DerisPipeline
-from deris_llm.testing import (
-    relative_difference,
-    synthetic_batch,
-    synthetic_images,
-    tiny_beit3,
-    tiny_bert_weights,
-    tiny_config,
-    tiny_qwen_vl_weights,
-    tiny_vilt_weights,
-    tiny_weights,
-)
+from deris_llm.testing import relative_difference, synthetic_batch, synthetic_images, tiny_config, tiny_weights
+from tests.models.tiny_backends import tiny_beit3, tiny_bert_weights, tiny_qwen_vl_weights, tiny_vilt_weights
 
 
 def trained_model(config):

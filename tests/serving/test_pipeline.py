@@ -19,7 +19,8 @@ from deris_llm.checkpoints.save import save_full_checkpoint, save_weights
 from deris_llm.config import save_config
 from deris_llm.models.deris import build_model
 from deris_llm.serving.pipeline import as_picture
-from deris_llm.testing import synthetic_images, tiny_beit3, tiny_config, tiny_weights
+from deris_llm.testing import synthetic_images, tiny_config, tiny_weights
+from tests.models.tiny_backends import tiny_beit3
 
 PHRASES = ["red circle", "the small blue square on the left", "star", "a green ring behind the large triangle", "ring"]
 

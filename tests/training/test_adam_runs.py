@@ -12,8 +12,9 @@ from deris_llm.checkpoints.load import load_checkpoint
 from deris_llm.checkpoints.save import save_full_checkpoint
 from deris_llm.config import load_config
 from deris_llm.models.deris import build_model
-from deris_llm.testing import tiny_beit3, tiny_config
+from deris_llm.testing import tiny_config
 from deris_llm.training.run import train
+from tests.models.tiny_backends import tiny_beit3
 
 pytestmark = pytest.mark.slow  # one job on two ranks, about a minute on two idle cores
 

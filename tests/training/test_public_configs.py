@@ -14,9 +14,9 @@ from deris_llm.checkpoints.load import load_checkpoint
 from deris_llm.config import ConversionConfig, TrainingConfig, load_config
 from deris_llm.data.phrase_conversion import MAX_TRIES
 from deris_llm.models.deris import build_model
-from deris_llm.testing import tiny_beit3
 from deris_llm.training.optimizer import group_names, rate_rules
 from deris_llm.training.run import train
+from tests.models.tiny_backends import tiny_beit3
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"

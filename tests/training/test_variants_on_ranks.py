@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deris_llm.testing import tiny_qwen_vl_weights, tiny_vilt_weights
+from tests.models.tiny_backends import tiny_qwen_vl_weights, tiny_vilt_weights
 
 pytestmark = pytest.mark.slow
 BACKENDS = ("qwen_vl", "vilt")

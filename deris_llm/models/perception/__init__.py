@@ -1,4 +1,4 @@
-"""The perception branch: where the objects are, pixel-exact; it knows nothing of the phrase and runs once per image."""
+"""The perception branch: represents where objects are, at pixel accuracy, independently of the phrase."""
 
 from deris_llm.models.perception.mask2former import Perception, QueryDecoder, build_perception, check_perception
 from deris_llm.models.perception.timm_backbone import TimmBackbone

@@ -1,13 +1,17 @@
-"""Multi-scale deformable attention of the pixel decoder, in the formulation that is fastest where it runs.
+"""Multi-scale deformable attention of the pixel decoder, in several formulations of the same computation.
 
-I images, S cells of all levels together, A heads, V levels, K points, C channels.
+Letters: I images, S cells of all levels, A heads, V levels, K points, C channels.
 
 Each head of each cell reads K points of every level bilinearly and sums them with its attention weights: a weighted sum
-of 4 K V rows of a table of cells. On the CPU that is `torch.nn.functional.embedding_bag`, whose kernel reads whole rows
-(C / A channels lie side by side); `grid_sample`, as transformers has it, reads channel by channel. Elsewhere the run
-config chooses: `grid_sample`, the same compiled, or the kernel of Deformable DETR from the Hugging Face hub, the last
-two after a comparison with the first. All give the same numbers up to rounding, gradients included, and compute in
-float32 (`scripts/bench/perception.py` has the times).
+of 4 K V rows of a table of cells.
+
+- On a CPU this is `torch.nn.functional.embedding_bag`, whose kernel reads whole rows (the C / A channels of a head are
+  contiguous). `grid_sample`, which transformers uses, reads channel by channel and is several times slower there.
+- Elsewhere `perception.deformable_attention` selects `grid_sample`, the same compiled, or the kernel of Deformable DETR
+  from the Hugging Face hub. The last two are compared with the first before use.
+
+All compute in float32 and give the same numbers up to rounding, gradients included. `scripts/bench/perception.py`
+measures them.
 """
 
 from __future__ import annotations
@@ -33,17 +37,17 @@ logger = logging.getLogger(__name__)
 
 Formulation = Literal["grid_sample", "compiled", "hub_kernel"]
 Sampler = Callable[[Tensor, Sequence[tuple[int, int]], Tensor, Tensor], Tensor]
-"""Takes and gives what `sample_by_rows` does."""
+"""Arguments and result as of `sample_by_rows`."""
 
 HUB_KERNEL, HUB_VERSION = "kernels-community/deformable-detr", 1
-"""Which transformers itself gives Deformable DETR under `use_kernels` (its `integrations/hub_kernels.py`)."""
+"""The kernel that transformers uses for Deformable DETR under `use_kernels` (`integrations/hub_kernels.py`)."""
 EQUAL = 1e-4
-"""How far a formulation may be from `sample_by_grid`, relative to the largest value of the result and of each gradient.
-Measured on a CPU: 1e-6; on a GPU gradients are added up in any order."""
+"""Largest difference from `sample_by_grid`, relative to the largest value of the result and of each gradient. Measured on
+a CPU: 1e-6; on a GPU, gradients are summed in no fixed order."""
 
 
 class DeformableAttention(nn.Module):
-    """Takes the place of transformers' module in an encoder layer, with its weights under the same names."""
+    """Replaces transformers' module in an encoder layer, with its weights under the same names."""
 
     def __init__(
         self,
@@ -51,11 +55,11 @@ class DeformableAttention(nn.Module):
         *,
         formulation: Formulation = "grid_sample",
     ) -> None:
-        """Takes the module's weights.
+        """Takes over the modules of `source`.
 
         Args:
             source: of transformers.
-            formulation: what samples where there is no CPU (`perception.deformable_attention`).
+            formulation: used on devices other than the CPU (`perception.deformable_attention`).
         """
         super().__init__()
         self.formulation: Formulation = formulation
@@ -75,16 +79,16 @@ class DeformableAttention(nn.Module):
         spatial_shapes_list: Sequence[tuple[int, int]],
         **_not_needed: object,
     ) -> tuple[Tensor, None]:
-        """Attends; called by transformers' encoder layer, which also passes masks that hide nothing.
+        """Attends; called by transformers' encoder layer.
 
         Args:
             hidden_states: float (I, S, C), cells of all levels, coarse level first, row by row.
             position_embeddings: float (1 or I, S, C), added to the queries.
-            reference_points: float (1 or I, S, V, 2): each cell's own centre, (x, y) in [0, 1], on every level.
+            reference_points: float (1 or I, S, V, 2): the centre of each cell, (x, y) in [0, 1], on every level.
             spatial_shapes_list: V sizes (h, w); the sum of h * w is S.
 
         Returns:
-            float (I, S, C), and None for the attention weights that nobody asks for.
+            float (I, S, C), and None for the attention weights, which are not used.
         """
         num_images, num_cells, _ = hidden_states.shape
         queries = hidden_states + position_embeddings
@@ -93,7 +97,7 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(queries).view(*by_point, 2)
         weights = self.attention_weights(queries).view(*by_head, -1).softmax(dim=-1).view(by_point)
         sizes = _sizes_on(offsets.device, spatial_shapes_list).flip(1)  # w, h
-        # In cells of each level; the centre of the first cell is 0. In float32: bf16 cannot tell neighbouring cells apart.
+        # In cells of each level; the centre of the first cell is 0. In float32: bf16 does not resolve neighbouring cells.
         points = (reference_points.float() * sizes - 0.5)[:, :, None, :, None, :] + offsets
         values = self.value_proj(hidden_states).view(num_images, num_cells, self.n_heads, -1)
         sample = sampler_on(values.device, self.formulation)
@@ -101,7 +105,7 @@ class DeformableAttention(nn.Module):
 
 
 def sampler_on(device: torch.device, formulation: Formulation) -> Sampler:
-    """What samples on a device: always rows on a CPU; elsewhere the formulation, compared before its first use."""
+    """Returns the sampler of a device: rows on a CPU, elsewhere the formulation, compared before its first use."""
     if device.type == "cpu":
         return sample_by_rows
     if formulation == "grid_sample" or device.type == "meta":
@@ -111,36 +115,37 @@ def sampler_on(device: torch.device, formulation: Formulation) -> Sampler:
 
 @functools.cache
 def _compared_once(formulation: Formulation, device: torch.device) -> Sampler:
-    """Once for all layers of a process."""
+    """Compares once for all layers of a process."""
     make = {"compiled": compiled_sampler, "hub_kernel": hub_sampler}[formulation]
     return compared(make, device, f"perception.deformable_attention={formulation}")
 
 
 def compared(make: Callable[[], Sampler], device: torch.device, name: str) -> Sampler:
-    """A sampler that equals `sample_by_grid` on a drawn example; else that one, with a warning that says why.
+    """Returns a sampler if it equals `sample_by_grid` on a random example, otherwise `sample_by_grid` and warns.
 
     Args:
-        make: builds the sampler; may fail in any way.
-        device: where it is to run.
+        make: builds the sampler; may raise anything.
+        device: on which it will run.
         name: for the warning.
     """
     try:
         sampler = make()
         difference = _difference_from_grid(sampler, device)
-        if difference <= EQUAL:  # not so if it is NaN
+        if difference <= EQUAL:  # False if it is NaN
             return sampler
         reason = f"it differs from grid_sample by {difference:.1e} of the largest value (allowed: {EQUAL:.0e})"
-    except Exception as error:  # of a download, a compiler or a driver: sampling does not depend on them
+    except Exception as error:  # a download, a compiler or a driver failed; grid_sample needs none of them
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     logger.warning("%s cannot be used on %s, which samples through grid_sample instead: %s", name, device, reason)
     return sample_by_grid
 
 
 def _difference_from_grid(sampler: Sampler, device: torch.device) -> float:
-    """The largest difference of the result and the three gradients, relative to the largest value of each.
+    """Returns the largest difference of the result and the three gradients, relative to the largest value of each.
 
-    Two images, three levels; points up to two cells outside, none near a cell's centre, where the slope jumps. Nothing
-    is left behind in the forward pass in which it runs: no random numbers, no tensors kept by activation checkpointing.
+    Two images, three levels; points up to two cells outside, none near a cell's centre, where the slope jumps. It runs
+    within a forward pass and leaves no trace there: it draws from no global generator, and activation checkpointing saves
+    none of its tensors.
     """
     sizes, heads, points, width = ((2, 3), (4, 6), (8, 12)), 2, 4, 32
     num_cells = sum(h * w for h, w in sizes)
@@ -166,25 +171,25 @@ def _difference_from_grid(sampler: Sampler, device: torch.device) -> float:
 
 
 def compiled_sampler() -> Sampler:
-    """`sample_by_grid` through torch.compile: of its forward pass inductor makes a few kernels; the first call takes seconds.
+    """Compiles `sample_by_grid`: inductor fuses its forward pass into a few kernels; the first call takes seconds.
 
-    Compiled for each number of images; beyond eight torch says so and runs the rest as it is.
+    It is compiled for each number of images; beyond eight numbers torch warns and runs the rest uncompiled.
     """
     return torch.compile(sample_by_grid, fullgraph=True, dynamic=False)
 
 
 def hub_sampler() -> Sampler:
-    """The CUDA kernel of Deformable DETR, downloaded from the Hugging Face hub on first use.
+    """Downloads the CUDA kernel of Deformable DETR from the Hugging Face hub on first use.
 
     Raises:
-        ImportError: the package `kernels` is missing or not one that this transformers takes.
-        Exception: no network, or no build for this machine; as `kernels` has them.
+        ImportError: the package `kernels` is missing, or this transformers does not support its version.
+        Exception: no network, or no build for this machine; types as in `kernels`.
     """
     return layer_sampler(get_kernel(HUB_KERNEL, version=HUB_VERSION).layers.MultiScaleDeformableAttention())
 
 
 def layer_sampler(layer: nn.Module) -> Sampler:
-    """Makes a sampler of a layer with the interface that transformers' and the hub's `MultiScaleDeformableAttention` share."""
+    """Makes a sampler of a `MultiScaleDeformableAttention` of transformers or the hub."""
 
     def sample(values: Tensor, sizes_hw: Sequence[tuple[int, int]], points: Tensor, weights: Tensor) -> Tensor:
         sizes = _sizes_on(values.device, sizes_hw)
@@ -193,25 +198,25 @@ def layer_sampler(layer: nn.Module) -> Sampler:
             values.float().contiguous(),
             sizes,
             list(sizes_hw),
-            counts.cumsum(dim=0) - counts,  # where each level starts
-            ((points.float() + 0.5) / sizes.flip(1)[:, None]).contiguous(),  # [0, 1] inside of a level
+            counts.cumsum(dim=0) - counts,  # start of each level
+            ((points.float() + 0.5) / sizes.flip(1)[:, None]).contiguous(),  # in [0, 1] within a level
             weights.float().contiguous(),
-            len(values),  # images a launch of the kernel takes; must divide I
+            len(values),  # images per kernel launch; must divide I
         )
         if summed.requires_grad:
-            summed.register_hook(Tensor.contiguous)  # the kernel takes no other gradient
+            summed.register_hook(Tensor.contiguous)  # the kernel requires contiguous gradients
         return summed.to(values.dtype)
 
     return sample
 
 
 def _sizes_on(device: torch.device, sizes_hw: Sequence[tuple[int, int]]) -> Tensor:
-    """The sizes as int64 (V, 2), without waiting for the device as `torch.tensor(..., device=...)` does."""
+    """Returns the sizes as int64 (V, 2), without waiting for the device as `torch.tensor(..., device=...)` does."""
     return torch.tensor(sizes_hw).to(device, non_blocking=True)
 
 
 def sample_by_rows(values: Tensor, sizes_hw: Sequence[tuple[int, int]], points: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums of bilinearly read points, as bags of table rows; image by image, which stays in the cache.
+    """Computes weighted sums of bilinearly read points as bags of table rows, image by image to stay in the cache.
 
     Args:
         values: float (I, S, A, C / A).
@@ -229,16 +234,16 @@ def sample_by_rows(values: Tensor, sizes_hw: Sequence[tuple[int, int]], points: 
 
 
 def _image_by_rows(values: Tensor, points: Tensor, weights: Tensor, sizes_hw: Sequence[tuple[int, int]]) -> Tensor:
-    """Of one image. Each level gets a border of zero cells, so that no point needs to be told apart from others.
+    """Samples one image. A border of zero cells around each level makes points outside need no special case.
 
-    Index arithmetic is done in float32 on tensors of full size, which is several times faster than integers that are
-    broadcast; it is exact below 2^24 rows.
+    Index arithmetic uses float32 tensors of full size, which is several times faster than broadcast integers and exact
+    below 2^24 rows.
     """
     num_cells, num_heads, _, num_points = weights.shape
     widths, heights = [w for _, w in sizes_hw], [h for h, _ in sizes_hw]
     padded_sizes = [(h + 2) * (w + 2) for h, w in sizes_hw]
     starts = [sum(padded_sizes[:level]) for level in range(len(sizes_hw))]
-    beyond = max(widths) + 4  # read with weight 0 by points on the last border
+    beyond = max(widths) + 4  # rows that points on the last border read with weight 0
     assert (sum(padded_sizes) + beyond) * num_heads < 2**24, "row numbers must be exact in float32"
     levels = values.flatten(1).split([h * w for h, w in sizes_hw])
     bordered = [
@@ -254,7 +259,7 @@ def _image_by_rows(values: Tensor, points: Tensor, weights: Tensor, sizes_hw: Se
     x = x.clamp(min=-1).minimum(of_level(widths)) + 1  # 0 = the border
     y = y.clamp(min=-1).minimum(of_level(heights)) + 1
     with torch.no_grad():
-        # A point that is NaN, in a diverged run, reads the border; its shares stay NaN, and so the result.
+        # In a diverged run, a NaN point reads the border; its shares stay NaN, and so does the result.
         left, top = x.floor().nan_to_num_(), y.floor().nan_to_num_()
         row_length = of_level([(w + 2) * num_heads for w in widths])
         heads = torch.arange(num_heads, dtype=torch.float32, device=values.device).repeat(num_cells)[:, None]
@@ -272,7 +277,7 @@ def _image_by_rows(values: Tensor, points: Tensor, weights: Tensor, sizes_hw: Se
 
 
 def _bags(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """Sums of chosen rows of a table, float (B, c), with gradients for table and weights.
+    """Returns weighted sums of table rows, float (B, c), with gradients for table and weights.
 
     Args:
         table: float32 (R, c), on the CPU.
@@ -283,10 +288,10 @@ def _bags(table: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
 
 
 class _Bags(torch.autograd.Function):
-    """`embedding_bag` with a backward pass of its own: torch's sorts all rows and calls BLAS for each; this one does neither.
+    """`embedding_bag` with a faster backward pass: torch's sorts all rows and calls BLAS for each.
 
-    The bags are the rows of a sparse matrix, W (B, R): the result is W table, the table's gradient is W' gradient, and
-    the weights' is gradient table' where W has its entries.
+    The bags are the rows of a sparse matrix W (B, R). The result is W table, the table's gradient is W' gradient, and the
+    weights' gradient is (gradient table') at the entries of W.
     """
 
     @staticmethod
@@ -313,17 +318,17 @@ class _Bags(torch.autograd.Function):
 
 @functools.cache
 def _accept_sparse_csr() -> None:
-    """Lets torch say once, to nobody, that its sparse CSR tensors are in beta."""
+    """Suppresses torch's warning that sparse CSR tensors are in beta, which it gives once per process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.empty(0, dtype=torch.int64), torch.empty(0), (1, 1))
 
 
 def sample_by_grid(values: Tensor, sizes_hw: Sequence[tuple[int, int]], points: Tensor, weights: Tensor) -> Tensor:
-    """The same through `grid_sample`, level by level: arguments and result as in `sample_by_rows`.
+    """Computes the same through `grid_sample`, level by level: arguments and result as in `sample_by_rows`.
 
-    In float32 too: grid_sample wants places in [-1, 1] and of the table's dtype, and bf16's steps of 2^-8 near 1 are a
-    tenth of a cell of a map 48 cells wide.
+    In float32 too: grid_sample takes points in [-1, 1] in the table's dtype, and bf16's steps of 2^-8 near 1 are a tenth
+    of a cell of a map that is 48 cells wide.
     """
     num_images, num_cells, num_heads, _ = values.shape
     by_level = values.float().split([h * w for h, w in sizes_hw], dim=1)

@@ -15,7 +15,7 @@ STRIDES = (4, 8, 16, 32)
 
 
 class TimmBackbone(nn.Module):
-    """Any timm model with maps at strides 4, 8, 16, 32 (Swin, ConvNeXt, ResNet), called like transformers' backbones.
+    """A timm model with maps at strides 4, 8, 16, 32 (Swin, ConvNeXt, ResNet), with the interface of transformers' backbones.
 
     Attributes:
         channels: channels of the four maps, finest first.
@@ -26,7 +26,7 @@ class TimmBackbone(nn.Module):
 
         Args:
             name: timm's name, with or without a tag, e.g. `swin_small_patch4_window7_224`.
-            image_size: px of the square input; models with a fixed input size (Swin) are built for it.
+            image_size: side of the square input, px; models with a fixed input size (Swin) are built for it.
             pretrained: load timm's weights.
 
         Raises:
@@ -49,14 +49,14 @@ class TimmBackbone(nn.Module):
         if not set(STRIDES) <= set(reductions):
             raise ValueError(
                 f"perception.backbone=timm:{name}: expected maps at strides {STRIDES}, got {tuple(reductions)}; "
-                "take a hierarchical model (Swin, ConvNeXt, ResNet)."
+                "use a hierarchical model (Swin, ConvNeXt, ResNet)."
             )
         self._levels = [reductions.index(stride) for stride in STRIDES]
         self._channels_last = Format(getattr(self.model, "output_fmt", None) or "NCHW") is Format.NHWC
         self.channels: list[int] = [info.channels()[level] for level in self._levels]
 
     def forward(self, image: Tensor) -> BackboneOutput:
-        """Computes the pyramid.
+        """Computes the four maps.
 
         Args:
             image: float (I, 3, H, W), ImageNet-normalised RGB.
@@ -72,6 +72,6 @@ class TimmBackbone(nn.Module):
 
 
 def timm_channels(name: str, *, image_size: int) -> list[int]:
-    """Channels of a timm backbone's four maps, found without building its weights."""
+    """Returns the channels of a timm backbone's four maps without allocating its weights."""
     with torch.device("meta"):
         return TimmBackbone(name, image_size=image_size, pretrained=False).channels

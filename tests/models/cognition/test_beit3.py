@@ -36,10 +36,10 @@ from deris_llm.testing import (
     relative_difference,
     synthetic_batch,
     synthetic_images,
-    tiny_beit3,
     tiny_config,
     tiny_weights,
 )
+from tests.models.tiny_backends import tiny_beit3
 
 PARITY = Path(__file__).parents[4] / "shared" / "parity"
 PHRASES = ["the small blue square on the left", "star", "a green ring behind the large triangle"]

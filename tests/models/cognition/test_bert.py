@@ -23,9 +23,9 @@ from deris_llm.testing import (
     relative_difference,
     synthetic_batch,
     synthetic_images,
-    tiny_bert_weights,
     tiny_config,
 )
+from tests.models.tiny_backends import tiny_bert_weights
 
 PHRASES = ["the small blue square on the left", "star", "a green ring behind the large triangle"]
 INDEX = [0, 0, 1]

@@ -7,13 +7,8 @@ import pytest
 import torch
 
 from deris_llm.models.deris import build_model
-from deris_llm.testing import (
-    synthetic_batch,
-    tiny_bert_weights,
-    tiny_config,
-    tiny_qwen_vl_weights,
-    tiny_vilt_weights,
-)
+from deris_llm.testing import synthetic_batch, tiny_config
+from tests.models.tiny_backends import tiny_bert_weights, tiny_qwen_vl_weights, tiny_vilt_weights
 
 
 def _llava_onevision(folder: Path) -> list[str]:

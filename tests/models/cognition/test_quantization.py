@@ -13,9 +13,10 @@ from deris_llm.config import ConfigError
 from deris_llm.models import pretrained as weights
 from deris_llm.models.deris import Deris, build_model, trainable_names
 from deris_llm.planning.plan import NF4_BYTES, plan_run
-from deris_llm.testing import relative_difference, synthetic_batch, tiny_config, tiny_qwen_vl_weights
+from deris_llm.testing import relative_difference, synthetic_batch, tiny_config
 from deris_llm.training.deepspeed_config import contradictions
 from deris_llm.training.run import train
+from tests.models.tiny_backends import tiny_qwen_vl_weights
 
 NF4 = "cognition.quantization=nf4"
 needs_bitsandbytes = pytest.mark.skipif(

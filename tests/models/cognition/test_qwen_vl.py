@@ -18,13 +18,8 @@ from deris_llm.config import ConfigError, RunConfig, load_config
 from deris_llm.models.cognition import build_processor, resolve_backend
 from deris_llm.models.cognition.qwen_vl import QwenVL, QwenVLProcessor, resized_size
 from deris_llm.planning.plan import plan_run
-from deris_llm.testing import (
-    check_cognition_backend,
-    relative_difference,
-    synthetic_images,
-    tiny_config,
-    tiny_qwen_vl_weights,
-)
+from deris_llm.testing import check_cognition_backend, relative_difference, synthetic_images, tiny_config
+from tests.models.tiny_backends import tiny_qwen_vl_weights
 
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 TEXT_FIRST = (

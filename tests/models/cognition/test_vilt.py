@@ -19,13 +19,8 @@ from deris_llm.models.cognition import build_processor, resolve_backend
 from deris_llm.models.cognition.vilt import Vilt
 from deris_llm.planning.plan import plan_run
 from deris_llm.structures import CognitionInputs
-from deris_llm.testing import (
-    check_cognition_backend,
-    relative_difference,
-    synthetic_images,
-    tiny_config,
-    tiny_vilt_weights,
-)
+from deris_llm.testing import check_cognition_backend, relative_difference, synthetic_images, tiny_config
+from tests.models.tiny_backends import tiny_vilt_weights
 
 PHRASES = ["the small blue square on the left", "star", "a green ring behind the large triangle"]
 INDEX = [0, 0, 1]
