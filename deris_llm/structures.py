@@ -12,25 +12,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal, Self
 
-if TYPE_CHECKING:  # who reads records only, as checks of data do, does not wait for torch
+if TYPE_CHECKING:  # commands that only read records start without torch
     import torch
     from torch import Tensor
 
 MaskUpsampling = Literal["direct", "x4_align_corners"]
-"""How mask logits at 1/4 are read: `direct`, interpolated between their own cells; or, what the released DeRIS weights
-were trained with, after bilinear upsampling x4 with align_corners=True (`postprocess.readable_logits`)."""
-
+"""How mask logits at 1/4 are read: `direct`, interpolated between their own cells; or, as the released DeRIS weights need,
+after bilinear upsampling x4 with align_corners=True (`postprocess.readable_logits`)."""
 
 Exif = Literal["displayed", "stored"]
-"""Which way up a picture was annotated: turned as its EXIF note says, as viewers show it, or as its pixels are stored. The
-annotation's size decides where it can; this says it for pictures that are as large either way."""
+"""The orientation in which an image was annotated: rotated as its EXIF tag says, as viewers show it, or as its pixels are
+stored. The size of the annotation decides; this decides for images whose size is the same either way."""
 
 
 class _TensorFields:
-    """Moves every tensor of a dataclass, nested ones and tuples too, to a device, casting floating-point ones if asked."""
+    """A dataclass whose tensors, also those in nested dataclasses and tuples, move together."""
 
     def to(self, device: torch.device | str | None = None, *, dtype: torch.dtype | None = None) -> Self:
-        from torch import Tensor  # noqa: PLC0415
+        """Moves all tensors to a device and casts the floating-point ones, if given."""
+        from torch import Tensor
 
         def move(value: object) -> object:
             if isinstance(value, Tensor):
@@ -42,8 +42,8 @@ class _TensorFields:
         return type(self)(**{f.name: move(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
 
     def pin_memory(self) -> Self:
-        """Page-locked copies of all tensors; torch's DataLoader calls it where it was told to pin."""
-        from torch import Tensor  # noqa: PLC0415
+        """Copies all tensors to page-locked memory; torch's DataLoader calls it under `pin_memory=True`."""
+        from torch import Tensor
 
         def pin(value: object) -> object:
             if isinstance(value, (Tensor, _TensorFields)):
@@ -104,13 +104,13 @@ class ReferringTargets(_TensorFields):
 class ReferringBatch(_TensorFields):
     """I images and P phrases."""
 
-    perception_image: Tensor  # float (I, 3, H, W), ImageNet-normalised RGB; (I, 3, 0, 0) where nobody reads it
+    perception_image: Tensor  # float (I, 3, H, W), ImageNet-normalised RGB
     cognition: CognitionInputs
     image_index: Tensor  # int64 (P,), in 0..I-1, non-decreasing: the image of each phrase
     phrases_per_image: tuple[int, ...]  # I numbers, at least 1, sum P: the counts in image_index, known to the host
     phrase_ids: tuple[str, ...]  # P names, e.g. "refcoco/val/12345": dataset, split, sentence id
     phrases: tuple[str, ...]  # P texts, for messages and logs
-    targets: ReferringTargets | None = None  # None when the answer is unknown (prediction)
+    targets: ReferringTargets | None = None  # None if the answers are unknown (prediction)
 
     @property
     def num_phrases(self) -> int:
@@ -119,7 +119,7 @@ class ReferringBatch(_TensorFields):
 
 @dataclass(frozen=True, eq=False)
 class CognitionFeatures(_TensorFields):
-    """What the image-text model made of the batch, in its own width D.
+    """Features of the image-text model, in its own width D.
 
     Image features that do not depend on the phrase are given once per image: ``image_feats`` then has I rows and
     ``image_feats_index`` is the batch's ``image_index``; a backend that fuses both ways gives P rows and ``arange(P)``.
@@ -134,7 +134,7 @@ class CognitionFeatures(_TensorFields):
 
 @dataclass(frozen=True, eq=False)
 class PerceptionFeatures(_TensorFields):
-    """What the pixel level made of I images."""
+    """Features of the perception branch for I images."""
 
     mask_feats: Tensor  # float (I, C, H/4, W/4): F_p
     multi_scale_feats: tuple[Tensor, ...]  # three float maps (I, C, h, w) at strides 32, 16, 8, in this order
@@ -142,7 +142,7 @@ class PerceptionFeatures(_TensorFields):
 
 @dataclass(frozen=True, eq=False)
 class RoundOutput(_TensorFields):
-    """What one loopback round says, before its mask is upsampled."""
+    """Predictions of one loopback round, before masks are upsampled."""
 
     mask_logits: Tensor  # float (P, Q, H/4, W/4), > 0 = inside
     referring_logits: Tensor  # float (P, Q), > 0 = this query is (one of) the referent(s)
@@ -150,11 +150,11 @@ class RoundOutput(_TensorFields):
 
 @dataclass(frozen=True, eq=False)
 class DerisOutput(_TensorFields):
-    """All rounds, first to last, and the presence of a target."""
+    """Predictions of all rounds, first to last, and of the presence of a target."""
 
-    rounds: tuple[RoundOutput, ...]  # N + 1 rounds: round 0 is that of the initial queries
+    rounds: tuple[RoundOutput, ...]  # N + 1 rounds; round 0 is of the initial queries
     presence_logit: Tensor  # float (P,), > 0 = a target exists
-    mask_upsampling: MaskUpsampling = "direct"  # how the masks of all rounds are to be read
+    mask_upsampling: MaskUpsampling = "direct"  # how to read the masks of all rounds
 
     @property
     def final(self) -> RoundOutput:
@@ -163,7 +163,7 @@ class DerisOutput(_TensorFields):
 
 @dataclass(frozen=True)
 class InstanceAnnotation:
-    """One annotated object, mask as COCO wrote it."""
+    """One annotated object with its mask in COCO's encoding."""
 
     annotation_id: int
     segmentation: object  # COCO: list of polygons [x0, y0, x1, y1, ...] px | {"size": [h, w], "counts": list | str}
@@ -171,22 +171,22 @@ class InstanceAnnotation:
 
 @dataclass(frozen=True)
 class ReferringRecord:
-    """One phrase of one image with its referents: what every reader yields, whatever the source format."""
+    """One phrase of one image with its referents, as readers of all source formats yield it."""
 
     phrase_id: str  # "{dataset}/{split}/{sentence id}", unique over all datasets
     dataset: str  # "refcoco", "refcoco+", "refcocog_umd", ...
     split: str  # "train", "val", "testA", ...
     image_id: str  # unique over datasets that share images (COCO: the file's stem)
-    image_path: str  # readable path of the picture
-    width: int  # px, of the original picture
+    image_path: str
+    width: int  # px, of the original image
     height: int  # px
-    phrase: str  # the referring expression, as the protocol's text field has it
+    phrase: str  # the referring expression
     instances: tuple[InstanceAnnotation, ...]  # the referents; empty = no target
     crowds: tuple[InstanceAnnotation, ...] = ()  # further referents that gRefCOCO's own API leaves out (iscrowd=1)
-    exif: Exif = "stored"  # of the picture, where its size does not say it; COCO's annotations are for stored pixels
-    # What only breakdowns and files of predictions ask for; None where the source does not say.
-    category: str | None = field(default=None, compare=False)  # the referents' class; None too if they have several
-    num_same_class: int | None = field(default=None, compare=False)  # other objects of their classes in the picture
+    exif: Exif = "stored"  # where the image's size does not tell; COCO annotates stored pixels
+    # For breakdowns and files of predictions only; None if the source does not have it.
+    category: str | None = field(default=None, compare=False)  # the referents' class; None if they have several
+    num_same_class: int | None = field(default=None, compare=False)  # other objects of their classes in the image
     ref_id: int | None = field(default=None, compare=False)  # REFER's ref: phrases of one referent have the same
 
     @property

@@ -1,4 +1,4 @@
-"""From the last round's logits to the answer: which queries, joined to which mask, at which size.
+"""Turns the logits of the last round into answers: selected queries, their masks, and the union of these masks.
 
 Letters: P phrases, Q queries, S selected queries.
 """
@@ -19,38 +19,38 @@ from deris_llm.config import PresenceUse, Selection
 from deris_llm.structures import DerisOutput, MaskUpsampling
 
 GATE = 0.5
-"""`gate` answers only phrases whose presence is at least this."""
+"""Under the presence rule `gate`, a phrase is answered if its presence probability is at least this."""
 
-_MOST_PIXELS = 2**26  # upsampled at a time: 256 MiB of float32, five masks of a picture with 12 megapixels
+_MOST_PIXELS = 2**26  # upsampled at a time: 256 MiB of float32, five masks of an image with 12 megapixels
 
 
 @dataclass(frozen=True, eq=False)
 class PhraseAnswer:
-    """What the model answers to one phrase."""
+    """The model's answer to one phrase."""
 
-    mask: np.ndarray  # bool (h, w) at the asked size: union of the instance masks; all False = names nothing here
+    mask: np.ndarray  # bool (h, w) at the asked size: union of the instance masks; all False = no target
     instance_masks: np.ndarray  # bool (S, h, w), one per selected query
-    query_index: tuple[int, ...]  # S selected queries, best first; none whose mask is empty
+    query_index: tuple[int, ...]  # S selected queries, best first; those with an empty mask are left out
     referring_scores: np.ndarray  # float32 (Q,) in [0, 1]
-    presence: float  # probability that a target exists, in [0, 1]; whether it decides is the caller's choice
-    score_threshold: float = 0.0  # that the scores were held against
-    is_guess: bool = False  # no selected query is above the threshold: it was taken because it was the best
+    presence: float  # probability that a target exists, in [0, 1]
+    score_threshold: float = 0.0  # that the scores were compared with
+    is_guess: bool = False  # no selected query is above the threshold: the best one was selected
 
     @property
     def says_target(self) -> bool:
-        """Some query answers with a mask: the phrase names something in the picture."""
+        """Whether a query answers with a mask, i.e. the phrase names something in the image."""
         return bool(self.query_index)
 
     @property
     def verdict(self) -> Literal["found", "best guess", "nothing"]:
-        """The answer in words: above the threshold, below it, or an empty mask."""
+        """`found` above the threshold, `best guess` below it, `nothing` for an empty mask."""
         if not self.says_target:
             return "nothing"
         return "best guess" if self.is_guess else "found"
 
     @property
     def score(self) -> float:
-        """The highest referring score of all queries, whether or not it answers."""
+        """Highest referring score of all queries, selected or not."""
         return float(self.referring_scores.max())
 
     @property
@@ -67,20 +67,20 @@ def answer_masks(
     selection: Selection,
     presence_use: PresenceUse = "none",
 ) -> list[PhraseAnswer]:
-    """Answers each phrase: the union of the masks of the selected queries; a query with an empty mask answers nothing.
+    """Answers each phrase with the union of the masks of its selected queries.
 
     Args:
         output: P phrases.
         sizes_hw: P sizes (h, w) in px at which the masks are wanted.
-        score_threshold: a query is selected when its referring score is greater than this.
-        selection: `threshold`: these queries, perhaps none (upstream); `threshold_or_best`: these, or the best one if
-            there is none; `best`: the best query alone.
-        presence_use: `none`: the scores alone decide (upstream's default); `multiply`: scores times presence meet the
-            threshold (upstream's `score_weighted`; paper, Table 6); `gate`: presence below 0.5 is the answer that there
-            is no target, whatever the scores and the selection say.
+        score_threshold: a query is above it if its referring score is greater.
+        selection: `threshold`: queries above the threshold, perhaps none (upstream); `threshold_or_best`: these, or the best
+            query if there is none; `best`: only the best query.
+        presence_use: `none`: only scores decide (upstream's default); `multiply`: scores times presence are compared with
+            the threshold (upstream's `score_weighted`; paper, Table 6); `gate`: presence below 0.5 means no target,
+            regardless of scores and selection.
 
     Returns:
-        P answers; their scores are those of the model, whatever the presence did.
+        P answers with the model's own scores, not multiplied by presence.
     """
     scores = output.final.referring_logits.float().sigmoid().cpu().numpy()
     presence = output.presence_logit.float().sigmoid().tolist()
@@ -112,7 +112,7 @@ def answer_masks(
 def answering_queries(
     scores: np.ndarray, presence: float, *, score_threshold: float, selection: Selection, presence_use: PresenceUse
 ) -> tuple[int, ...]:
-    """The queries that answer one phrase, best first, none if the answer is that there is no target.
+    """Selects the queries that answer one phrase, best first; none if there is no target.
 
     Args:
         scores: float (Q,), referring scores.
@@ -128,7 +128,7 @@ def answering_queries(
 
 
 def select_queries(scores: np.ndarray, *, score_threshold: float, selection: Selection) -> tuple[int, ...]:
-    """The queries that answer, best first.
+    """Selects queries by score, best first.
 
     Args:
         scores: float (Q,), referring scores of one phrase.
@@ -146,11 +146,11 @@ def select_queries(scores: np.ndarray, *, score_threshold: float, selection: Sel
 
 
 def readable_logits(mask_logits: Tensor, upsampling: MaskUpsampling) -> Tensor:
-    """Mask logits as whoever compares or draws them is to read them, bilinearly between cells, align_corners=False.
+    """Prepares mask logits for readers, who interpolate bilinearly with align_corners=False.
 
     Args:
         mask_logits: float (N, M, h, w).
-        upsampling: `direct` leaves them as they are; `x4_align_corners` upsamples first, as belongs to released weights.
+        upsampling: `direct` returns them unchanged; `x4_align_corners` upsamples them, as the released weights need.
 
     Returns:
         float (N, M, h, w) or (N, M, 4h, 4w).
@@ -163,9 +163,9 @@ def readable_logits(mask_logits: Tensor, upsampling: MaskUpsampling) -> Tensor:
 def upsampled_masks(
     output: DerisOutput, queries: Sequence[Sequence[int]], sizes_hw: Sequence[tuple[int, int]]
 ) -> list[np.ndarray]:
-    """Binary masks of chosen queries of the last round: sigmoid >= 0.5 after bilinear upsampling of the logits.
+    """Computes masks of some queries of the last round: sigmoid >= 0.5 after bilinear upsampling of the logits.
 
-    Only these masks are upsampled, those of equal size together.
+    Only these masks are upsampled; those of equal size together.
 
     Args:
         output: P phrases.
@@ -186,7 +186,7 @@ def upsampled_masks(
         if len(rows) == 0:
             drawn = np.zeros((0, *size), dtype=bool)
         else:
-            at_once = max(1, _MOST_PIXELS // (size[0] * size[1]))  # masks of a large picture that fit in memory
+            at_once = max(1, _MOST_PIXELS // (size[0] * size[1]))  # masks of a large image that fit in memory
             drawn = np.concatenate(
                 [
                     _drawn(mask_logits[some_rows, some_columns], size, output.mask_upsampling)
@@ -200,7 +200,7 @@ def upsampled_masks(
 
 
 def _drawn(mask_logits: Tensor, size: tuple[int, int], upsampling: MaskUpsampling) -> np.ndarray:
-    """Logits (S, h', w') -> bool (S, h, w) at a size."""
+    """Upsamples logits (S, h', w') to masks, bool (S, h, w)."""
     logits = readable_logits(mask_logits.float().unsqueeze(1), upsampling)
     upsampled = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
     return (upsampled >= 0).squeeze(1).cpu().numpy()
