@@ -208,7 +208,10 @@ def one_picture(repeated: ReferringBatch) -> ReferringBatch:
     """The same phrases about the first picture alone."""
     cognition = replace(repeated.cognition, pixel_values=repeated.cognition.pixel_values[:1])
     index = torch.zeros_like(repeated.image_index)
-    return replace(repeated, perception_image=repeated.perception_image[:1], cognition=cognition, image_index=index)
+    image = repeated.perception_image[:1]
+    return replace(
+        repeated, perception_image=image, cognition=cognition, image_index=index, phrases_per_image=(len(index),)
+    )
 
 
 def main() -> None:

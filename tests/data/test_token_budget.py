@@ -163,6 +163,7 @@ def _rows(config: RunConfig, batch: ReferringBatch, first: int, last: int) -> Re
         batch,
         cognition=build_processor(config)(synthetic_images(1), batch.phrases[rows], [0] * (last - first)),
         image_index=batch.image_index[rows],
+        phrases_per_image=tuple(torch.bincount(batch.image_index[rows], minlength=len(batch.perception_image)).tolist()),
         phrase_ids=batch.phrase_ids[rows],
         phrases=batch.phrases[rows],
     )

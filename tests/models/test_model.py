@@ -64,6 +64,7 @@ def part(config: RunConfig, batch: ReferringBatch, images: list[int], phrases: l
         perception_image=batch.perception_image[images],
         cognition=build_processor(config)([pictures[image] for image in images], texts, index),
         image_index=torch.tensor(index),
+        phrases_per_image=tuple(index.count(image) for image in range(len(images))),
         phrase_ids=tuple(batch.phrase_ids[phrase] for phrase in phrases),
         phrases=tuple(texts),
         targets=None,

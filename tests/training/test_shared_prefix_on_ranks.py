@@ -56,6 +56,7 @@ def _one_phrase(processor: Any, batch: ReferringBatch, phrase: int, images: list
         batch,
         cognition=processor(images, batch.phrases[row], [0]),
         image_index=batch.image_index[row],
+        phrases_per_image=tuple(torch.bincount(batch.image_index[row], minlength=len(batch.perception_image)).tolist()),
         phrase_ids=batch.phrase_ids[row],
         phrases=batch.phrases[row],
     )

@@ -436,6 +436,7 @@ def test_in_the_whole_model(beit3: list[str], tmp_path: Path):
                 perception_image=batch.perception_image[image : image + 1],
                 cognition=processor([synthetic_images(2)[image]], [text], [0]),
                 image_index=torch.tensor([0]),
+                phrases_per_image=(1,),
                 phrase_ids=(batch.phrase_ids[phrase],),
                 phrases=(text,),
                 targets=None,
