@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,8 +123,8 @@ class PixelDecoder(nn.Module):
         self.input_projections = source.input_projections
         self.encoder = source.encoder
         self.mask_projection = source.mask_projection
-        self.adapter_1 = source.adapter_1
-        self.layer_1 = source.layer_1
+        self.adapter_1 = cast(nn.Sequential, source.adapter_1)
+        self.layer_1 = cast(nn.Sequential, source.layer_1)
         for layer in self.encoder.layers:
             assert isinstance(layer, Mask2FormerPixelDecoderEncoderLayer)
             layer.add_module("self_attn", DeformableAttention(layer.self_attn, formulation=formulation))
@@ -370,6 +370,7 @@ def _add_fpn_biases_and_relu(decoder: PixelDecoder) -> None:
     Both convolutions get a bias, 0 until it is trained or loaded, and the lateral branch a ReLU after its norm.
     """
     for convolution in (decoder.adapter_1[0], decoder.layer_1[0]):
+        assert isinstance(convolution, nn.Conv2d)
         convolution.bias = nn.Parameter(convolution.weight.new_zeros(convolution.out_channels))
     decoder.adapter_1.append(nn.ReLU())
 
