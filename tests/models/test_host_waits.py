@@ -19,7 +19,8 @@ from deris_llm.losses.criterion import build_criterion
 from deris_llm.models.deris import build_model
 from deris_llm.models.perception import deformable_attention
 from deris_llm.models.perception.deformable_attention import sample_by_grid
-"""Where the host waits for the device: in the loss, and in the vision tower of Qwen-VL.
+from deris_llm.testing import synthetic_batch, tiny_config, tiny_weights
+from tests.models.tiny_backends import tiny_beit3, tiny_bert_weights, tiny_qwen_vl_weights, tiny_vilt_weights
 
 READS = ("item", "tolist", "cpu", "numpy", "nonzero", "argwhere", "masked_select", "bincount", "unique", "equal",
          "__bool__", "__int__", "__float__", "__index__")  # fmt: skip
