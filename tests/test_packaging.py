@@ -98,3 +98,27 @@ def test_no_path_of_a_machine_in_tracked_files():
         ):
             found = pattern.search(path.read_text(encoding="utf-8", errors="replace"))
             assert found is None, f"{name}: {found}"
+
+
+def _paths_of_the_tree(tree: str) -> set[str]:
+    """The paths in an indented list, two blanks a level; the name of a folder ends in a slash."""
+    paths, parents = set(), []
+    for line in tree.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents[depth:] = [name]
+        paths.add("".join(parents))
+    return paths
+
+
+def test_the_design_page_lists_every_file_and_no_other():
+    section = (ROOT / "docs" / "design.md").read_text().partition("## What is where")[2]
+    listed = _paths_of_the_tree(section.split("```")[1].strip("\n"))
+    wanted = set()
+    for folder in ("deris_llm", "scripts", "eval", "ds_configs"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in {".py", ".sh", ".json", ".sbatch"} and not {"builtin", "architectures"} & set(path.parts):
+                is_package = path.name == "__init__.py"
+                wanted.add(f"{path.parent.relative_to(ROOT)}/" if is_package else str(path.relative_to(ROOT)))
+    assert wanted - listed == set(), "missing in docs/design.md, 'What is where'"
+    assert [path for path in sorted(listed) if not (ROOT / path).exists()] == [], "in docs/design.md, but no file"
