@@ -99,6 +99,16 @@ def test_perception_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert waits.found == []
 
 
+@pytest.mark.parametrize("form", ["loopback", "p2c", "hierarchical"])
+def test_a_whole_forward_pass_waits_for_nothing(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deformable_attention, "sample_by_rows", sample_by_grid)  # as on a GPU
+    config = tiny_config(*tiny_weights(tmp_path), f"loopback.form={form}")
+    model, batch = build_model(config).train(), synthetic_batch(config, num_images=2, phrases_per_image=3)
+    with HostWaits() as waits:
+        model(batch)
+    assert waits.found == []
+
+
 def test_a_loss_waits_once(tmp_path: Path) -> None:
     config = tiny_config(*tiny_weights(tmp_path))
     batch = synthetic_batch(config, num_images=2, phrases_per_image=3, targets_per_phrase=2)
