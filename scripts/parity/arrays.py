@@ -196,8 +196,8 @@ def _recorded(model: Deris) -> Iterator[dict[str, list[Any]]]:
     places = [
         (beit3.model, keep("beit3", lambda output: getattr(output, "last_hidden_state", output))),
         (perception.backbone, keep("backbone", lambda output: output.feature_maps)),
-        (perception.pixel_decoder, keep("mask_feats", lambda output: output.mask_feats)),
-        (perception.pixel_decoder, keep("multi_scale", lambda output: output.multi_scale_feats)),
+        (perception.pixel_decoder, keep("mask_feats", lambda output: output[0])),
+        (perception.pixel_decoder, keep("multi_scale", lambda output: output[1:])),
         (vis_embed, keep("vis_embed")),
         (loopback.text_embed, keep("text_embed")),
         (loopback.initial_embed, keep("initial_embed")),

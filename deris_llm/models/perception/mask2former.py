@@ -99,8 +99,10 @@ class Perception(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
             pyramid = tuple(self.backbone(image).feature_maps)
         if self.checkpointing and self.training:
-            return checkpoint(self.pixel_decoder, pyramid, use_reentrant=False)  # pyright: ignore[reportReturnType]
-        return self.pixel_decoder(pyramid)
+            mask_feats, *maps = checkpoint(self.pixel_decoder, pyramid, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
+        else:
+            mask_feats, *maps = self.pixel_decoder(pyramid)
+        return PerceptionFeatures(mask_feats, tuple(maps))
 
 
 class PixelDecoder(nn.Module):
@@ -129,11 +131,15 @@ class PixelDecoder(nn.Module):
             assert isinstance(layer, Mask2FormerPixelDecoderEncoderLayer)
             layer.add_module("self_attn", DeformableAttention(layer.self_attn, formulation=formulation))
 
-    def forward(self, pyramid: tuple[Tensor, ...]) -> PerceptionFeatures:
+    def forward(self, pyramid: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Lets the cells of strides 32, 16 and 8 attend to each other; an FPN step adds stride 4.
 
         Args:
             pyramid: four maps (I, c, H / stride, W / stride), strides 4, 8, 16, 32.
+
+        Returns:
+            F_p, then the maps of strides 32, 16 and 8. A tuple, not a dataclass: ZeRO-3 hooks a module's outputs to gather
+            the parameters of its own (`level_embed`) in the backward pass, and finds tensors in tuples only.
         """
         coarse_first = pyramid[:0:-1]
         projected, positions = [], []
@@ -159,7 +165,7 @@ class PixelDecoder(nn.Module):
         maps = [each.transpose(1, 2).view(len(hidden), -1, *size) for each, size in zip(tokens, sizes, strict=True)]
         lateral = self.adapter_1(pyramid[0])
         finest = lateral + F.interpolate(maps[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-        return PerceptionFeatures(self.mask_projection(self.layer_1(finest)), tuple(maps))
+        return self.mask_projection(self.layer_1(finest)), *maps
 
 
 def cell_centres(sizes_hw: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
