@@ -17,7 +17,7 @@ from deris_llm.structures import ReferringRecord
 _COLOURS_RGB = ((230, 86, 20), (0, 120, 212), (0, 150, 100), (190, 50, 150), (200, 150, 0), (90, 90, 220))
 """Of the first, second, ... referent; told apart without red and green too."""
 
-_PAGE_PX = 480  # longer side of a picture on the page
+_PAGE_PX = 480  # longer side of an image on the page
 
 def write_page(records: Sequence[ReferringRecord], path: Path, *, split: str, num_phrases: int) -> None:
     """Writes an HTML page that needs no other file and no network.

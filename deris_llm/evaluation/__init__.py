@@ -1,1 +1,1 @@
-"""Protocols, metrics, exact evaluation, report and pictures."""
+"""Protocols, metrics, exact evaluation, report and images."""

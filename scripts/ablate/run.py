@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Tables of the paper as runs: a table becomes run configs, these are trained and evaluated, the numbers stand beside the paper's.
 
-`ablation.yaml` beside this file has the tables. Each run trains in a folder that its complete config names, so that a
+`tables.yaml` beside this file has the tables. Each run trains in a folder that its complete config names, so that a
 second call goes on where the first one stopped, and tables that share a run share its folder. torch is imported when
 something runs, not to list it.
 """

@@ -56,7 +56,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its caption."""
+    """An encoded image with its caption."""
 
     picture: Picture
     title: str = ""  # before the phrase, or instead of one

@@ -1,4 +1,4 @@
-"""One page that shows an evaluation: numbers, curves, pictures. It holds everything itself and needs no script.
+"""One page that shows an evaluation: numbers, curves, images. It holds everything itself and needs no script.
 
 Made of files only (`page_data`), so it can be made again at any time; parts whose files are missing are left out, and
 those that a reader would look for say why.
@@ -50,7 +50,7 @@ NUM_VIEWS = 8
 NO_DATA = (
     "No images: neither the evaluation nor a checkpoint says where the data is; `deris-llm report --data ROOT` does."
 )
-_NUM_MANY = 2  # splits of which one picture with many of its phrases is shown
+_NUM_MANY = 2  # splits of which one image with many of its phrases is shown
 _SAME_SCORE = 0.05  # a GPU's bf16 and a CPU's float32 differ by less
 
 
@@ -76,7 +76,7 @@ def write_page(
     Args:
         evaluation: as `open_evaluation` gives it.
         path: of the page.
-        data_root: folder of the data, for the pictures; None = the one the evaluation or its checkpoint names.
+        data_root: folder of the data, for the images; None = the one the evaluation or its checkpoint names.
         against: another evaluation of the same phrases, that is set beside it.
         seed: of the cases that are shown.
 
@@ -84,7 +84,7 @@ def write_page(
         ``path``.
 
     Raises:
-        ValueError: the data is not where it was said to be, or is of another picture size; the other evaluation has no phrase in common.
+        ValueError: the data is not where it was said to be, or its images have another size; the other evaluation has no phrase in common.
     """
     path = Path(path)
     root, phrase_field = data_of(evaluation, data_root)
