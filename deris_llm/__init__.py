@@ -13,7 +13,7 @@ __all__ = ["DerisPipeline", "__version__"]
 def __getattr__(name: str) -> Any:
     """Imports the pipeline, and with it torch and transformers, when somebody asks for it."""
     if name == "DerisPipeline":
-        from deris_llm.serving.pipeline import DerisPipeline  # noqa: PLC0415
+        from deris_llm.serving.pipeline import DerisPipeline
 
         return DerisPipeline
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

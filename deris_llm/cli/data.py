@@ -120,25 +120,9 @@ def _add_prepare(prepare: argparse.ArgumentParser) -> None:
 @contextmanager
 def _progress(*stages: str) -> Iterator[Callable[[str, int, int], None]]:
     """Shows a bar per stage; yields a function that takes the stage, the number done and the total."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from deris_llm.common.terminal import progress_bar
 
-    from deris_llm.common.terminal import console
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console(stderr=True)) as progress:
+    with progress_bar() as progress:
         tasks = {stage: progress.add_task(stage, total=None) for stage in stages}
         yield lambda stage, done, total: progress.update(tasks[stage], completed=done, total=total)
 

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 _WIDTH = 160  # columns, if the output is not a terminal and COLUMNS is not set
 
@@ -27,6 +28,30 @@ def console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDTH
     return _Console(stderr=stderr, width=width, markup=False, highlight=False, emoji=False)
+
+
+def progress_bar(unit: str = "", *, enabled: bool = True) -> Progress:
+    """Returns a progress bar on stderr with the time left; `unit` names what is counted."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        disable=not enabled,
+        console=console(stderr=True),
+    )
 
 
 def print_anything() -> None:

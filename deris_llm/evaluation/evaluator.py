@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 from torch.utils.data import DataLoader
 
 from deris_llm.common import ranks
-from deris_llm.common.terminal import console
+from deris_llm.common.terminal import progress_bar
 from deris_llm.config import RunConfig
 from deris_llm.config.protocols import protocols_of
 from deris_llm.data.loaders import evaluation_loader
@@ -144,7 +143,12 @@ def answers_of(
         # ZeRO-3 spreads the weights over ranks: every forward is a collective, and no other may come between forwards.
         most_batches = max(ranks.gathered(most_batches))
     try:
-        with _evaluation_mode(model), torch.no_grad(), autocast, _progress(enabled=progress and rank == 0) as bar:
+        with (
+            _evaluation_mode(model),
+            torch.no_grad(),
+            autocast,
+            progress_bar("phrases", enabled=progress and rank == 0) as bar,
+        ):
             size = _shard_size(loader)
             task, lines = bar.add_task(title, total=size), _LogLines(title, size)
             outputs = (
@@ -254,21 +258,6 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _progress(*, enabled: bool) -> Progress:
-    """A bar with the time left; `_LogLines` replaces it where there is no terminal."""
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("phrases"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        disable=not enabled,
-        console=console(stderr=True),
-    )
 
 
 class _LogLines:

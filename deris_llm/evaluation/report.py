@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from deris_llm.common.folders import replace_text
 from deris_llm.config.protocols import Protocol
 from deris_llm.evaluation.calibration import Calibration
 from deris_llm.evaluation.tables import Column, StackedTable
@@ -144,9 +144,7 @@ def update_report(
     if about is not None:
         report["about"] = dict(about)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_text(json.dumps(_rounded(report), indent=1, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
-    os.replace(aside, path)
+    replace_text(path, json.dumps(_rounded(report), indent=1, ensure_ascii=False) + "\n")
     return report
 
 

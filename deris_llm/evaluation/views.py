@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from deris_llm.common.folders import replace_text
 from deris_llm.config import RunConfig
 from deris_llm.config.protocols import protocols_of
 from deris_llm.data.loaders import evaluation_loader
@@ -151,9 +151,7 @@ def compute_views(
 
 def write_views(views: Sequence[PhraseView], path: Path) -> None:
     """Writes views aside before they take the old ones' place."""
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_text(json.dumps([dataclasses.asdict(view) for view in views], ensure_ascii=False), encoding="utf-8")
-    os.replace(aside, path)
+    replace_text(path, json.dumps([dataclasses.asdict(view) for view in views], ensure_ascii=False))
 
 
 def read_views(path: Path) -> tuple[PhraseView, ...]:

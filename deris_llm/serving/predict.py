@@ -27,11 +27,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from deris_llm.common.terminal import console as plain_console
+from deris_llm.common.terminal import progress_bar
 from deris_llm.data.images import images_in
 from deris_llm.data.masks import encode_mask
 from deris_llm.evaluation.boxes import boxes_of_masks
@@ -242,7 +241,7 @@ def predict(
     try:
         # File names that are not UTF-8 contain lone surrogates, which are escaped.
         with (
-            _bar(enabled=progress) as bar,
+            progress_bar("phrases", enabled=progress) as bar,
             (out / PREDICTIONS_FILE).open("a", encoding="utf-8", errors="backslashreplace") as file,
         ):
             task = bar.add_task("predict", total=sum(map(len, groups)))
@@ -488,14 +487,6 @@ def _start_of(phrase: str) -> str:
 
 def _end_of(name: str) -> str:
     return name if len(name) <= _NAME_SHOWN else f"...{name[3 - _NAME_SHOWN :]}"
-
-
-def _bar(*, enabled: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn("phrases"),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), disable=not enabled,
-        console=plain_console(stderr=True),
-    )  # fmt: skip
 
 
 # -- command ---------------------------------------------------------------------------------------------------------

@@ -235,11 +235,11 @@ def bench_kernels(config: RunConfig, number: int, repeats: int, device: torch.de
 
 def bench_split(config: RunConfig, split: str, max_images: int, device: torch.device, console: Console) -> None:
     """One table: a whole evaluation of a split."""
-    from deris_llm.data.dataset import group_by_image  # noqa: PLC0415
-    from deris_llm.data.masks import decode_segmentation  # noqa: PLC0415
-    from deris_llm.data.sources import read_split  # noqa: PLC0415
-    from deris_llm.evaluation.evaluator import evaluate  # noqa: PLC0415
-    from deris_llm.models.deris import build_model  # noqa: PLC0415
+    from deris_llm.data.dataset import group_by_image
+    from deris_llm.data.masks import decode_segmentation
+    from deris_llm.data.sources import read_split
+    from deris_llm.evaluation.evaluator import evaluate
+    from deris_llm.models.deris import build_model
 
     groups = group_by_image(read_split(Path(config.data.root), split, phrase_field=config.data.phrase_field))
     records = [record for group in groups[: max_images or None] for record in group.records]

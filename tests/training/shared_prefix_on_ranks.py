@@ -56,7 +56,7 @@ def main() -> None:
     config = tiny_config(*case["overrides"])
     batch = synthetic_batch(config, num_images=1, phrases_per_image=NUM_PHRASES, seed=rank)
     for name, content in case["deepspeed"].items():
-        keeps_alive = HfDeepSpeedConfig(content)  # noqa: F841 (from here on, models are partitioned while they are built)
+        keeps_alive = HfDeepSpeedConfig(content)  # from here on, models are partitioned while they are built
         torch.manual_seed(0)
         model = with_drawn_lora(build_model(config).train())
         engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config), config=content)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from deris_llm.common.folders import replace_text
 from deris_llm.common.html import environment
 from deris_llm.common.version import __version__
 from deris_llm.config import RunConfig, load_config
@@ -107,9 +107,7 @@ def write_page(
         protocols=evaluation.report["versions"].get("protocols", {}),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_text(page, "utf-8", "backslashreplace")
-    os.replace(aside, path)
+    replace_text(path, page)
     return path
 
 
@@ -127,12 +125,12 @@ def look_inside(
     Raises:
         ValueError: no checkpoint, or another than the evaluated one; no predictions; the data is elsewhere.
     """
-    import torch  # noqa: PLC0415
+    import torch
 
-    from deris_llm.checkpoints.layout import find_checkpoint  # noqa: PLC0415
-    from deris_llm.checkpoints.load import load_checkpoint  # noqa: PLC0415
-    from deris_llm.models.cognition import build_processor  # noqa: PLC0415 - only who looks inside waits for transformers
-    from deris_llm.models.cpu_inference import for_cpu_inference  # noqa: PLC0415
+    from deris_llm.checkpoints.layout import find_checkpoint
+    from deris_llm.checkpoints.load import load_checkpoint
+    from deris_llm.models.cognition import build_processor  # a page without views does not wait for transformers
+    from deris_llm.models.cpu_inference import for_cpu_inference
 
     if not evaluation.answers:
         raise ValueError(
