@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import numpy as np
 import pyarrow.compute as pc
 
 from deris_llm.data.store.records import RecordView, as_records
 from deris_llm.structures import ReferringRecord
-
-if TYPE_CHECKING:
-    from deris_llm.data.phrase_conversion import PhraseConversion
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,25 +112,3 @@ def some_images(records: Sequence[ReferringRecord], max_images: int) -> RecordVi
     if 0 < max_images < len(images):
         images = images[np.arange(max_images) * len(images) // max_images]
     return RecordView([source], np.flatnonzero(np.isin(numbers, images)))
-
-
-class GroupDataset:
-    """Looks up the phrases that a sampler chose; images are decoded in the collator.
-
-    Args:
-        groups: what the sampler numbers.
-        conversion: replaces some phrases (training only); None leaves the records as they are.
-    """
-
-    def __init__(self, groups: ImageGroups, conversion: PhraseConversion | None = None) -> None:
-        self.groups = groups
-        self.conversion = conversion
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-    def __getitem__(self, selection: GroupSelection) -> ImageGroup:
-        records = self.groups.selected(selection)
-        if self.conversion is not None:
-            records = tuple(self.conversion.convert(record, selection.epoch).record for record in records)
-        return ImageGroup(records)

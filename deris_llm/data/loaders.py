@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from deris_llm.config import RunConfig
 from deris_llm.data.collate import ReferringCollator
-from deris_llm.data.dataset import GroupDataset, ImageGroups, group_by_image
+from deris_llm.data.dataset import GroupSelection, ImageGroup, ImageGroups, group_by_image
 from deris_llm.data.phrase_conversion import PhraseConversion
 from deris_llm.data.sampler import EvaluationBatchSampler, TrainingBatchSampler
 from deris_llm.data.token_budget import phrase_limits
@@ -23,6 +23,28 @@ if TYPE_CHECKING:  # loader workers do not import the model libraries
 logger = logging.getLogger(__name__)
 
 _PHRASES_IN_STATISTICS = 20_000  # about a second
+
+
+class GroupDataset:
+    """Looks up the phrases that a sampler chose; images are decoded in the collator.
+
+    Args:
+        groups: what the sampler numbers.
+        conversion: replaces some phrases (training only); None leaves the records as they are.
+    """
+
+    def __init__(self, groups: ImageGroups, conversion: PhraseConversion | None = None) -> None:
+        self.groups = groups
+        self.conversion = conversion
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, selection: GroupSelection) -> ImageGroup:
+        records = self.groups.selected(selection)
+        if self.conversion is not None:
+            records = tuple(self.conversion.convert(record, selection.epoch).record for record in records)
+        return ImageGroup(records)
 
 
 class TrainingLoader(DataLoader[ReferringBatch]):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroup, group_by_image, some_images
+from deris_llm.data.loaders import GroupDataset
+from deris_llm.data.dataset import GroupSelection, ImageGroup, group_by_image, some_images
 from deris_llm.data.errors import DataError
 from deris_llm.data.sources import read_split
 from deris_llm.data.images import load_image

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from deris_llm.config import RunConfig
-from deris_llm.data.dataset import GroupDataset, GroupSelection, ImageGroups, group_by_image
+from deris_llm.data.loaders import GroupDataset
+from deris_llm.data.dataset import GroupSelection, ImageGroups, group_by_image
 from deris_llm.data.loaders import train_loader
 from deris_llm.data.phrase_conversion import CONVERTED_SUFFIX, PhraseConversion, phrase_similarity
 from deris_llm.data.sources import read_split

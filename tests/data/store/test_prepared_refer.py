@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from deris_llm.config import ConversionConfig, RunConfig
+from deris_llm.data.loaders import GroupDataset
 from deris_llm.data.dataset import (
-    GroupDataset,
     GroupSelection,
     group_by_image,
 )
