@@ -1,5 +1,6 @@
 """What an installed package is made of."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -37,7 +38,10 @@ def test_every_import_of_the_package_is_declared():
     brought = {"tokenizers", "huggingface_hub", "annotated_types"}  # parts of transformers, and of pydantic
     declared = {re.split(r"[>\[]", requirement)[0] for requirement in PROJECT["project"]["dependencies"]}
     for path in (ROOT / "deris_llm").rglob("*.py"):
-        for module in re.findall(r"^\s*(?:import|from) ([a-zA-Z_0-9]+)", path.read_text(), flags=re.MULTILINE):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        imported = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        imported += [str(node.module) for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+        for module in (name.partition(".")[0] for name in imported):
             if module in sys.stdlib_module_names or module in brought | {"deris_llm", "__future__"}:
                 continue
             assert names.get(module, module) in declared, f"{path.relative_to(ROOT)} imports {module}"
