@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -235,7 +236,10 @@ def main() -> None:
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this torch cannot pretend"
 )
 def test_training_steps_keep_to_one_device_and_one_precision() -> None:
-    done = subprocess.run([sys.executable, __file__, *CONFIGS], capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, __file__, *CONFIGS], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line.partition(":")[0] for line in done.stdout.splitlines() if ":" in line] == list(CONFIGS)
     assert "deris-7b-refcoco: 7.60 B parameters, gradients for 581 tensors" in done.stdout

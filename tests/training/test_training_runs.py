@@ -173,7 +173,7 @@ def test_a_finished_run_is_not_trained_again(one_process, run_overrides, caplog)
     before = one_process.checkpoint.stat().st_mtime_ns
     with caplog.at_level("INFO"):
         assert train(config, output=one_process.output) == one_process
-    assert "the data is not read again; the numbers are those of then" in caplog.text
+    assert "nothing is left to train. The metrics are the saved ones; the data is not read" in caplog.text
     assert one_process.checkpoint.stat().st_mtime_ns == before
 
 
@@ -192,7 +192,7 @@ def test_resume_never_and_a_wrong_folder_are_refused(one_process, run_overrides,
     config = load_config("tiny-refcoco", [*run_overrides, "training.accumulation=2"])
     with pytest.raises(ValueError, match="--resume never: expected an output folder without checkpoints"):
         train(config, output=one_process.output, resume="never")
-    with pytest.raises(ValueError, match=r"`best` holds no optimizer state"):
+    with pytest.raises(ValueError, match=r"`best` has no optimizer state"):
         train(config, output=tmp_path, resume=str(one_process.output / "best"))
 
 

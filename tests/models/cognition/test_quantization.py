@@ -117,7 +117,7 @@ def test_without_bitsandbytes_it_says_what_to_install(overrides: list[str], monk
 
 def test_training_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="cognition.quantization=nf4: expected a CUDA GPU to train on, found none"):
+    with pytest.raises(ValueError, match="cognition.quantization=nf4: expected a CUDA GPU for training, found none"):
         train(tiny_config(NF4), output=tmp_path)
 
 
