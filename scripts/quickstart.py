@@ -140,7 +140,7 @@ def stages_of(
         ),
         Stage(
             "evaluate",
-            "all splits, and the control: each phrase swapped with one that names another object of its picture",
+            "all splits, and the control: each phrase swapped with one that names another object of its image",
             ("eval", "--checkpoint", str(train / BEST), "--control", "--output", str(output), *ranks),
             made_of,
             f"look at the message above; {train / BEST} is the checkpoint",
@@ -248,8 +248,8 @@ def show_results(output: Path, log: Log, *, with_table: bool) -> None:
         {numbers["original"]["n_phrases"] for numbers in report["step0"].values() if "original" in numbers}
     )
     if sampled:
-        log.say(f"step 0: a sample of {STEP0_IMAGES} pictures of each split ({sampled[0]}-{sampled[-1]} phrases)")
-    log.say("the control swaps each phrase with one that names another object of its picture: low is good")
+        log.say(f"step 0: a sample of {STEP0_IMAGES} images of each split ({sampled[0]}-{sampled[-1]} phrases)")
+    log.say("the control swaps each phrase with one that names another object of its image: low is good")
     minutes = " + ".join(
         f"{name} {timing[name] / 60:.1f}" for name in ("install", "data", "step0", "train", "evaluate")
     )
@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", help=f"override fields of {CONFIG}"
     )
     parser.add_argument(
-        "--world", nargs="+", default=[], metavar="N", help="pictures of train, val and test (default 2400 120 120)"
+        "--world", nargs="+", default=[], metavar="N", help="images of train, val and test (default 2400 120 120)"
     )
     parser.add_argument("--install-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from deris_llm.losses.point_sampling import random_points, sample_points, uncertain_points
+from deris_llm.losses.point_sampling import (
+    IMPORTANCE_RATIO,
+    OVERSAMPLE_RATIO,
+    random_points,
+    sample_points,
+    uncertain_points,
+)
 
 
 def test_pixel_centres_read_the_pixels() -> None:
@@ -46,3 +52,7 @@ def test_generator_decides_the_points() -> None:
 
     assert torch.equal(draw(5), draw(5))
     assert not torch.equal(draw(5), draw(6))
+
+
+def test_ratios_are_mask2formers() -> None:
+    assert (OVERSAMPLE_RATIO, IMPORTANCE_RATIO) == (3, 0.75)
