@@ -149,6 +149,8 @@ def test_an_evaluation_in_training_that_does_not_fit_leaves_a_whole_checkpoint(
     (tmp_path / "large.yaml").write_text(PROTOCOL)
     overrides = [*overrides, f"evaluation.protocols=[{tmp_path / 'large.yaml'}]", ALL_QUERIES]
     assert train(tmp_path / "run", *overrides) == 1
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))  # to read the checkpoint again
     said = capsys.readouterr().err
     assert "rank 0: error: evaluation ran out of memory: expected a batch to fit, got: " in said
     assert "  - evaluation.max_phrases_per_batch=80 (now 160)\n" in said
