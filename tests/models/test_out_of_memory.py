@@ -40,7 +40,9 @@ from deris_llm.testing import synthetic_images, tiny_config, tiny_weights
 from deris_llm.training.__main__ import main as train_on_this_rank
 
 PROTOCOL = "id: large\nsize: fixed\nfixed_px: 4096\ntruth_resampling: nearest\n"
-ALL_QUERIES = "evaluation.score_threshold=0.001"  # each mask is 64 MiB; how many there are depends on the random weights
+ALL_QUERIES = (
+    "evaluation.score_threshold=0.001"  # each mask is 64 MiB; how many there are depends on the random weights
+)
 ROOM = 48 * 2**20  # less than one mask: what was freed before in pieces makes no room for it
 ON_CPU = pytest.mark.skipif(
     torch.cuda.is_available() or sys.platform != "linux",
@@ -194,7 +196,7 @@ def test_a_picture_that_does_not_fit(checkpoint: Path, tmp_path: Path, capsys: p
     """numpy or Pillow says it, not torch."""
     pipeline = DerisPipeline.from_pretrained(checkpoint, overrides=["perception.image_size=12288"])
     picture = synthetic_images(1)[0]
-    told = r"evaluation ran out of memory: .*(Unable to allocate \d+\. MiB|MemoryError \(of this machine)"
+    told = r"evaluation ran out of memory: .*(Unable to allocate [\d.]+ [MG]iB|MemoryError \(of this machine)"
     limit_room(2**25)
     with pytest.raises(DoesNotFitError, match=told) as caught:
         pipeline(picture, ["ring"])
