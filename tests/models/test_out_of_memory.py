@@ -194,7 +194,7 @@ def test_an_evaluation_that_does_not_fit(
 @in_a_child
 def test_a_picture_that_does_not_fit(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """numpy or Pillow says it, not torch."""
-    pipeline = DerisPipeline.from_pretrained(checkpoint, overrides=["perception.image_size=12288"])
+    pipeline = DerisPipeline.from_pretrained(checkpoint, overrides=["perception.image_size=8192"])
     picture = synthetic_images(1)[0]
     told = r"evaluation ran out of memory: .*(Unable to allocate [\d.]+ [MG]iB|MemoryError \(of this machine)"
     limit_room(2**25)
