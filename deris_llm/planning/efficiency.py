@@ -22,7 +22,7 @@ from rich.table import Column, Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from deris_llm.config import RunConfig
-from deris_llm.models.cpu_inference import for_cpu_inference
+from deris_llm.models.cpu_inference import for_cpu_inference, linear_times
 from deris_llm.models.deris import Deris, build_model
 from deris_llm.planning.plan import (
     RunPlan,
@@ -274,7 +274,7 @@ def _free_memory() -> int:
 def _machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU {cpu_name()}, {torch.get_num_threads()} thread(s)"
+    return f"CPU {cpu_name()}, {torch.get_num_threads()} thread(s), linear layers through {linear_times().library}"
 
 
 def cpu_name() -> str:

@@ -40,7 +40,7 @@ from transformers import AutoTokenizer
 
 from deris_llm.config import RunConfig, load_config
 from deris_llm.models.cognition import CognitionBackend, CognitionProcessor, build_processor, resolve_backend
-from deris_llm.models.cpu_inference import for_cpu_inference
+from deris_llm.models.cpu_inference import for_cpu_inference, linear_times
 from deris_llm.models.pretrained import architecture_of, resolve_weights
 from deris_llm.planning.efficiency import cpu_name
 from deris_llm.structures import CognitionFeatures, CognitionInputs
@@ -302,6 +302,8 @@ def main() -> None:
         f"{arguments.layers} layers in each tower",
         highlight=False,
     )
+    if device == CPU:
+        console.print(f"linear layers run through {linear_times()}; in training through MKL", highlight=False)
     if device.type == "cuda":
         console.print(f"{device_name(device)}; wall time until it has finished, float32 without TF32", highlight=False)
     with tempfile.TemporaryDirectory() as folder:
