@@ -306,6 +306,22 @@ class LoopbackConfig:
         "same query of the batch's other phrases (public code: answers then depend on the batch); self = only itself (what the "
         "public code does at batch 1; use it to deploy released weights)",
     )
+    fusion_start: Literal["xavier", "identity", "gate"] = option(
+        "xavier",
+        "how the linear layers that fuse the queries of both branches (C1, paper eq. 2) start, see docs/ablations.md: xavier = random; "
+        "identity = the perception half is the identity, the cognition half a tenth of xavier's; gate = adds tanh(g) times the "
+        "layer to the perception queries, with a learned g per channel that starts at 0",
+    )
+    prior_start: Literal["xavier", "zero"] = option(
+        "xavier",
+        "how the output projection of the attention that exchanges mask priors (paper eq. 5) starts, see docs/ablations.md: xavier = "
+        "random; zero = the exchange starts without effect",
+    )
+    queries_start: Literal["random", "mask2former"] = option(
+        "random",
+        "what the first round starts from, see docs/ablations.md: random = fresh queries in the width of the cognition branch, and a "
+        "linear layer; mask2former = the learned query features of `perception.weights`, without a linear layer",
+    )
     form: Literal["loopback", "p2c", "c2p", "hierarchical"] = option(
         "loopback",
         "how queries pass between the branches (paper, Table 7): loopback = both ways; p2c = only perception's queries inform "

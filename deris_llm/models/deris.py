@@ -126,6 +126,7 @@ def build_model(
             weights=weights,
             dtype=dtype,
             fpn=ways.fpn,
+            keep_query_feats=options.queries_start == "mask2former",
         )
         loopback = build_loopback(config, query_decoder, cognition_dim=cognition.feature_dim).to(dtype)
         if weights and not cognition.shares_images:

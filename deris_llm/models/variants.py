@@ -29,6 +29,7 @@ from deris_llm.models.loopback import (
     text_tokens,
 )
 from deris_llm.models.perception import QueryDecoder
+from deris_llm.models.starts import apply_starts
 from deris_llm.structures import CognitionFeatures, DerisOutput, MaskUpsampling, PerceptionFeatures, RoundOutput
 
 
@@ -71,7 +72,8 @@ def build_loopback(config: RunConfig, query_decoder: QueryDecoder, *, cognition_
 
     Args:
         config: the run.
-        query_decoder: at least `loopback.rounds` masked-attention layers.
+        query_decoder: at least `loopback.rounds` masked-attention layers; with `query_feats` if `loopback.queries_start` needs
+            them.
         cognition_dim: D.
     """
     options, ways = config.loopback, config.ways
@@ -95,6 +97,7 @@ def build_loopback(config: RunConfig, query_decoder: QueryDecoder, *, cognition_
         loopback = LoopbackVariant(
             query_decoder, variation, cognition_dim=cognition_dim, rounds=rounds, dim_feedforward=dim_feedforward
         )
+    apply_starts(loopback, options)
     if not trains_presence:  # predicts 0.5 for every phrase
         nn.init.zeros_(loopback.presence_head.weight)
         loopback.presence_head.requires_grad_(False)

@@ -11,6 +11,7 @@ BACKENDS = ("qwen_vl", "vilt")
 FORMS = {
     "hierarchical": ["loopback.form=hierarchical", "loopback.cognition_weights=shared"],
     "c2p": ["loopback.form=c2p", "criterion.presence_weight=0"],
+    "starts": ["loopback.fusion_start=gate", "loopback.prior_start=zero", "loopback.queries_start=mask2former"],
     "cognition_centric": ["loopback.structure=cognition_centric", "loopback.presence_source=cls"],
 }
 

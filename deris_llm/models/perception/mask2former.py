@@ -3,9 +3,9 @@
 Letters: I images, P phrases, Q queries, R maps of one stride (one per image or one per phrase), S cells of all maps,
 C channels, H W pixels, h w cells of a map.
 
-The modules are transformers', loaded by its own loading (names on disk differ from names in memory). Not loaded: decoder
-layers beyond the rounds of the loopback, the content queries (the loopback learns its own, paper section 3.2) and the
-class head.
+The modules are transformers', loaded by its own loading (names on disk differ from names in memory). Not used: decoder
+layers beyond the rounds of the loopback, the content queries (the loopback learns its own, paper section 3.2, unless
+`loopback.queries_start` says otherwise) and the class head.
 """
 
 from __future__ import annotations
@@ -192,16 +192,20 @@ class ScaleTokens(NamedTuple):
 class QueryDecoder(nn.Module):
     """The masked-attention layers and the mask head of a Mask2Former, one layer per round of the loopback."""
 
-    def __init__(self, transformer: Mask2FormerTransformerModule, *, num_queries: int) -> None:
+    def __init__(
+        self, transformer: Mask2FormerTransformerModule, *, num_queries: int, keep_query_feats: bool = False
+    ) -> None:
         """Takes over the modules of transformers' decoder.
 
         Args:
             transformer: with as many layers as the loopback has rounds.
             num_queries: Q; the first Q rows of the table of query positions are used.
+            keep_query_feats: keep the first Q content queries as `query_feats`, for `models.starts`.
         """
         super().__init__()
         self.num_queries = num_queries
         self.query_positions = _first_rows(transformer.queries_embedder, num_queries)
+        self.query_feats = _first_rows(transformer.queries_features, num_queries) if keep_query_feats else None
         self.level_embed = transformer.level_embed
         self.input_projections = transformer.input_projections
         self.layers = transformer.decoder.layers
@@ -292,6 +296,7 @@ def build_perception(
     weights: bool,
     dtype: torch.dtype,
     fpn: Literal["mask2former", "deris-2025"] = "mask2former",
+    keep_query_feats: bool = False,
 ) -> tuple[Perception, QueryDecoder]:
     """Builds the two parts of the perception branch from a Mask2Former.
 
@@ -302,6 +307,7 @@ def build_perception(
         weights: False builds the architecture alone.
         dtype: of all parameters.
         fpn: the finest step of the pixel decoder; `deris-2025` has biases and one more ReLU, as released DeRIS weights.
+        keep_query_feats: see `QueryDecoder`.
 
     Raises:
         ValueError: the weights are of another model, or too small for Q.
@@ -322,7 +328,8 @@ def build_perception(
         freeze_backbone=config.freeze_backbone,
         checkpointing=config.activation_checkpointing,
     )
-    return perception, QueryDecoder(parts.transformer_module, num_queries=num_queries)
+    decoder = QueryDecoder(parts.transformer_module, num_queries=num_queries, keep_query_feats=keep_query_feats)
+    return perception, decoder
 
 
 def check_perception(config: PerceptionConfig, *, rounds: int, num_queries: int) -> None:
