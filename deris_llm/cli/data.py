@@ -56,6 +56,7 @@ def _add_synth(synth: argparse.ArgumentParser) -> None:
     add("--num-train", type=number, default=2400, metavar="N", help="images of refcoco/train (default 2400)")
     add("--num-val", type=number, default=120, metavar="N", help="images of each val (default 120)")
     add("--num-test", type=number, default=120, metavar="N", help="images of each test split (default 120)")
+    add("--crowd", action="store_true", help="12 to 30 objects in an image, and gRefCOCO's shares of missing targets")
     add("--workers", type=number, default=1, metavar="N", help="processes (default 1); the files do not depend on it")
     synth.set_defaults(run=run_synth)
 
@@ -141,6 +142,7 @@ def run_synth(arguments: argparse.Namespace) -> int:
             num_train=arguments.num_train,
             num_val=arguments.num_val,
             num_test=arguments.num_test,
+            crowd=arguments.crowd,
             workers=arguments.workers,
             on_progress=lambda done, total: on_progress("drawing images", done, total),
         )

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -53,7 +54,6 @@ from scripts.pretrain_tiny.questions import (
     NUM_CELLS,
     PROMPT_TEMPLATE,
     STYLES,
-    TASK_SHARES,
     TASKS,
     PackedBatch,
     QuestionBank,
@@ -120,7 +120,7 @@ class CognitionRecipe:
 
     seed: int = 7
     vision_steps: int = 600
-    language_steps: int = 1150
+    language_steps: int = 1500
     vision_batch: int = 64
     language_batch: int = 16
     row_length: int = 300
@@ -226,21 +226,19 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> LlavaOnevisionForConditio
         vision_aspect_ratio="anyres_max_1",
         tie_word_embeddings=True,
     )
-    model = LlavaOnevisionForConditionalGeneration(config)
-    model.set_attn_implementation("eager")  # 0.9 s a step against 1.2 s with SDPA (CPU, bf16, 16 rows of 304)
-    return model
+    return LlavaOnevisionForConditionalGeneration(config)
 
 
 class TrainingHeads(nn.Module):
     """Linear heads of the pre-training, thrown away after it.
 
     `patch` reads kind, colour, pattern, size (each with a background class 0), the offset to the object's centre, the
-    object's share of the patch and its depth; `referent` reads the same four attributes off the last prompt token;
-    `query` and `key` let that token point at a cell.
+    object's share of the patch, its depth and its rank among the objects of its kind from each side; `referent` reads
+    the same four attributes off the last prompt token; `query` and `key` let that token point at a cell.
     """
 
     SIZES = (len(KINDS) + 1, len(COLOURS) + 1, len(PATTERNS) + 1, len(SIZES) + 1)
-    NUM_REGRESSIONS = 4
+    NUM_REGRESSIONS = 8
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -265,8 +263,9 @@ class SceneLabels:
         attributes: int64 (N, objects, 4), kind, colour, pattern, size of each object, from 1.
         classes: int64 (N, G, 4), kind, colour, pattern, size of the object that covers most of a cell, from 1;
             0 = none.
-        regressions: float32 (N, G, 4), centre's offset (x, y) from the cell's centre in quarters of the picture's
-            sides, share of the cell, depth in [0, 1]; 0 where there is no object.
+        regressions: float32 (N, G, 8), centre's offset (x, y) from the cell's centre in quarters of the picture's
+            sides, share of the cell, depth in [0, 1], and how many objects of the same kind lie further to the left,
+            right, top and bottom (in thirds, at most 3): what "second from the left" asks for; 0 where there is no object.
         centre_cells: int64 (N, G), grid cell of that object's visible centre; arbitrary where there is no object.
     """
 
@@ -330,6 +329,7 @@ def scene_labels(pool: ScenePool, geometry: SceneGeometry) -> SceneLabels:
     num_scenes, num_ids, _ = geometry.coverage.shape
     attributes = np.zeros((num_scenes, num_ids, 4), np.int64)
     depths = np.zeros((num_scenes, num_ids), np.float32)
+    ranks = np.zeros((num_scenes, num_ids, 4), np.float32)
     for scene, record in enumerate(pool.records):
         for index, one in enumerate(record["objects"], 1):
             attributes[scene, index] = (
@@ -339,6 +339,7 @@ def scene_labels(pool: ScenePool, geometry: SceneGeometry) -> SceneLabels:
                 1 + SIZES.index(one["size"]),
             )
             depths[scene, index] = one["depth"] / max(1, len(record["objects"]) - 1)
+        ranks[scene, 1 : len(record["objects"]) + 1] = ranks_of_kind(record["objects"])
     share = geometry.coverage / np.maximum(geometry.coverage.sum(1, keepdims=True, dtype=np.int64), 1)
     owner = share[:, 1:].argmax(1) + 1
     owner_share = np.take_along_axis(share, owner[:, None], axis=1)[:, 0]
@@ -347,13 +348,26 @@ def scene_labels(pool: ScenePool, geometry: SceneGeometry) -> SceneLabels:
     along = (np.arange(GRID) + 0.5) / GRID
     cell_centres = np.stack(np.meshgrid(along, along), axis=-1).reshape(NUM_CELLS, 2)
     offsets = (geometry.centres[scenes, np.maximum(owner - 1, 0)] - cell_centres) * 4
-    regressions = np.concatenate([offsets, owner_share[..., None], depths[scenes, owner][..., None]], axis=-1)
+    regressions = np.concatenate(
+        [offsets, owner_share[..., None], depths[scenes, owner][..., None], ranks[scenes, owner]], axis=-1
+    )
     return SceneLabels(
         attributes=attributes[:, 1:],
         classes=attributes[scenes, owner],
         regressions=(regressions * (owner > 0)[..., None]).astype(np.float32),
         centre_cells=geometry.centre_cells[scenes, np.maximum(owner - 1, 0)],
     )
+
+
+def ranks_of_kind(objects: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Returns (objects, 4): in thirds, how many objects of the same kind lie further left, right, up and down; at most 3."""
+    kinds = np.array([KINDS.index(one["kind"]) for one in objects])
+    centres = np.array([one["centre_xy_norm"] for one in objects])
+    same = kinds[:, None] == kinds
+    before = [
+        same & (sign * centres[None, :, axis] < sign * centres[:, None, axis]) for axis in (0, 1) for sign in (1, -1)
+    ]
+    return np.minimum(np.stack(before, axis=-1).sum(1), 3) / 3
 
 
 def prepare_data(
@@ -402,10 +416,8 @@ def packed_hidden_states(
     """
     text = model.model.language_model.embed_tokens(batch.input_ids)
     inputs = torch.cat([text[:, :image_start], image_BGD.to(text.dtype), text[:, image_start + NUM_CELLS :]], dim=1)
-    # Additive: eager attention adds its mask, so a boolean one would mask nothing (SDPA takes either).
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.dtype
-    blocked = ~batch.attention_mask
-    mask = torch.zeros(blocked.shape, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
+    blocked = ~batch.attention_mask  # additive: eager attention adds its mask, so a boolean one would mask nothing
+    mask = torch.zeros(blocked.shape, dtype=inputs.dtype).masked_fill(blocked, torch.finfo(inputs.dtype).min)
     output = model.model.language_model(
         inputs_embeds=inputs,
         attention_mask=mask,
@@ -742,9 +754,7 @@ def pretrain_cognition(
         run.begin("language")
     _train_stage(run, train, held_out, evaluate_seconds=evaluate_seconds, command=command)
 
-    stored = LlavaOnevisionForConditionalGeneration.from_pretrained(
-        out, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    stored = LlavaOnevisionForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
     final = evaluate_answers(stored, tokenizer, held_out, row_length=recipe.row_length)
     logger.info("cognition: finished after %.0f s, stored model: %s", run.seconds, line_of(final))
     metrics = _save_model(run, final=final, command=command)
@@ -776,8 +786,7 @@ def _train_stage(
         for optimizer in run.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = step_loss(run, train)
+        losses = step_loss(run, train)
         loss = sum(losses.values(), torch.zeros(()))
         if not torch.isfinite(loss):
             found = {name: value.item() for name, value in losses.items()}
@@ -801,10 +810,9 @@ def _train_stage(
             parts = ", ".join(f"{name} {value:.3f}" for name, value in running.items())
             logger.info("cognition %s step %d/%d, %.0f s, %s", run.stage, run.step, steps, run.seconds, parts)
         if now - measured > evaluate_seconds or run.step == steps:
-            with torch.autocast("cpu", torch.bfloat16):
-                metrics: dict[str, Any] = evaluate_vision(run.model, run.heads, held_out)
-                if is_language:
-                    metrics |= evaluate_answers(run.model, run.tokenizer, held_out, row_length=recipe.row_length)
+            metrics: dict[str, Any] = evaluate_vision(run.model, run.heads, held_out)
+            if is_language:
+                metrics |= evaluate_answers(run.model, run.tokenizer, held_out, row_length=recipe.row_length)
             losses_now = {name: round(value, 4) for name, value in running.items()}
             run.history.append(
                 {"stage": run.stage, "step": run.step, "seconds": round(run.seconds), "losses": losses_now, **metrics}
@@ -833,7 +841,7 @@ def language_losses(run: _Run, data: TrainingData) -> dict[str, Tensor]:
     scenes, pixels = _draw_images(run, data, batch_size=recipe.language_batch)
     rng = np.random.default_rng([recipe.seed, QUESTION_STREAM, run.step])
     room = recipe.row_length - bank.prefix_length
-    chosen = [draw_questions(bank, int(scene), room=room, rng=rng, shares=TASK_SHARES) for scene in scenes]
+    chosen = [draw_questions(bank, int(scene), room=room, rng=rng, weighted=True) for scene in scenes]
     batch = pack(bank, chosen, length=recipe.row_length)
     image_start = len(bank.prefix_before)
     patches = vision_features(run.model, pixels)

@@ -38,7 +38,7 @@ STATE_FILE = "training_state.safetensors"
 
 
 def build_model() -> Mask2FormerForUniversalSegmentation:
-    """The tiny Mask2Former with random weights: 2.5 M parameters, 3 masked-attention layers, 20 queries."""
+    """The tiny Mask2Former with random weights: 2.5 M parameters, 3 masked-attention layers, 40 queries."""
     backbone = SwinConfig(
         image_size=PERCEPTION_SIZE,
         patch_size=4,
@@ -59,7 +59,7 @@ def build_model() -> Mask2FormerForUniversalSegmentation:
         dim_feedforward=256,
         num_attention_heads=8,
         decoder_layers=4,  # the library builds one layer less: the first prediction comes from the queries alone
-        num_queries=20,
+        num_queries=40,
         train_num_points=1024,
         common_stride=4,
         feature_strides=[4, 8, 16, 32],
@@ -169,7 +169,6 @@ def pretrain_perception(
     batch_size: int = 8,
     learning_rate: float = 4e-4,
     warmup_steps: int = 200,
-    bf16: bool = True,
     evaluate_every: int = 500,
     checkpoint_seconds: float = 300.0,
 ) -> dict[str, Any]:
@@ -184,7 +183,6 @@ def pretrain_perception(
         batch_size: images a step.
         learning_rate: peak rate of AdamW.
         warmup_steps: steps of linear warm-up.
-        bf16: run the forward pass under CPU autocast.
         evaluate_every: steps between measurements on `held_out`.
         checkpoint_seconds: seconds between checkpoints.
 
@@ -199,7 +197,7 @@ def pretrain_perception(
     torch.manual_seed(seed)
     model = build_model().train()
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=learning_rate, fused=True)
-    run = {"seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "bf16": bf16}
+    run = {"seed": seed, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate}
     state_folder = out.with_name(out.name + ".state")
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss": float("nan"), "history": [], "run": run}
     finish_replacement(state_folder)
@@ -213,7 +211,7 @@ def pretrain_perception(
             group["lr"] = learning_rate_at(step, steps=steps, peak=learning_rate, warmup_steps=warmup_steps)
         torch.manual_seed(seed * 1_000_003 + step)  # points sampled by the loss: a function of the step, as the data
         batch = training_batch(train_pool, step, seed=seed, batch_size=batch_size)
-        loss = training_loss(model, batch, bf16=bf16)
+        loss = training_loss(model, batch)
         if not torch.isfinite(loss):
             raise ValueError(
                 f"pretrain_perception, step {step}: expected a finite loss, got {loss.item()}; the last checkpoint in "
@@ -251,22 +249,9 @@ def parameter_groups(model: Mask2FormerForUniversalSegmentation) -> list[dict[st
     return [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
 
 
-def training_loss(model: Mask2FormerForUniversalSegmentation, batch: dict[str, Any], *, bf16: bool) -> Tensor:
-    """The library's own loss (classes, points' cross-entropy, dice, all rounds) in fp32, of a forward pass in bf16."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        output = model(pixel_values=batch["pixel_values"], output_auxiliary_logits=True)
-    predictions = [
-        {key: auxiliary[key].float() for key in ("masks_queries_logits", "class_queries_logits")}
-        for auxiliary in output.auxiliary_logits
-    ]
-    losses = model.get_loss_dict(
-        output.masks_queries_logits.float(),
-        output.class_queries_logits.float(),
-        batch["mask_labels"],
-        batch["class_labels"],
-        predictions,  # pyright: ignore[reportArgumentType] (it is a list)
-    )
-    return model.get_loss(losses)
+def training_loss(model: Mask2FormerForUniversalSegmentation, batch: dict[str, Any]) -> Tensor:
+    """The library's own loss: classes, points' cross-entropy, dice, all rounds."""
+    return model(**batch, output_auxiliary_logits=True).loss
 
 
 def _line(metrics: dict[str, float]) -> str:

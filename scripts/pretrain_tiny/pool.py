@@ -2,6 +2,7 @@
 
 Rendering a scene costs more than a training step's share of it, so both pre-trainings read the same stored pictures.
 The scenes come from a seed stream of their own, `SeedSequence([seed, 0x9001, index])`, which no split of a world uses.
+Scenes with an odd index are crowds (12 to 30 objects).
 """
 
 import json
@@ -18,7 +19,7 @@ from numpy.lib.format import open_memmap
 from PIL import Image
 
 from deris_llm.data.synthetic.phrases import expressions_for, no_target_expressions
-from deris_llm.data.synthetic.scene import Scene, sample_scene
+from deris_llm.data.synthetic.scene import CROWD, SPARSE, Layout, Scene, sample_scene
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,9 @@ HELD_OUT_FIRST_INDEX = 1_000_000  # held-out scenes count from here, so that a t
 PERCEPTION_SIZE = 128  # px, side of the perception input and of the instance-id maps
 COGNITION_SIZE = 120  # px, side of the cognition input
 STYLES = ("refcoco", "refcoco+", "refcocog")
-PHRASES_PER_STYLE = 6
+PHRASES_PER_STYLE = 6  # of each object; half as many in a crowd, since phrases take most of the time
 NO_TARGET_PHRASES = 3
+DESCRIBED_OBJECTS = 6  # of a crowd have phrases
 CHUNK_SCENES = 50
 
 ARRAY_SHAPES = {
@@ -109,15 +111,21 @@ def _draw_chunk(chunk: range, *, aside: Path, seed: int, first_index: int) -> li
     arrays = {name: np.load(aside / f"{name}.npy", mmap_mode="r+") for name in ARRAY_SHAPES}
     records = []
     for position in chunk:
-        drawn = _draw(np.random.default_rng(np.random.SeedSequence([seed, POOL_STREAM, first_index + position])))
+        index = first_index + position
+        drawn = _draw(
+            np.random.default_rng(np.random.SeedSequence([seed, POOL_STREAM, index])), CROWD if index % 2 else SPARSE
+        )
         for name, array in drawn.arrays.items():
             arrays[name][position] = array
         records.append(drawn.record)
     return records
 
 
-def _draw(rng: np.random.Generator) -> _Drawn:
-    scene = sample_scene(rng)
+def _draw(rng: np.random.Generator, layout: Layout) -> _Drawn:
+    scene = sample_scene(rng, layout=layout)
+    phrases_per_style, described = PHRASES_PER_STYLE, len(scene.objects)
+    if layout is CROWD:
+        phrases_per_style, described = PHRASES_PER_STYLE // 2, DESCRIBED_OBJECTS
     height, width = scene.image.shape[:2]
     instance_ids = np.zeros((height, width), np.uint8)
     for index, scene_object in enumerate(scene.objects):
@@ -136,20 +144,23 @@ def _draw(rng: np.random.Generator) -> _Drawn:
     record = {
         "height": height,
         "width": width,
-        "objects": [_object_record(scene, index, rng) for index in range(len(scene.objects))],
+        "objects": [
+            _object_record(scene, index, rng, phrases_per_style=phrases_per_style if index < described else 0)
+            for index in range(len(scene.objects))
+        ],
         "no_target": no_target,
     }
     return _Drawn(arrays=arrays, record=record)
 
 
-def _object_record(scene: Scene, index: int, rng: np.random.Generator) -> dict[str, Any]:
+def _object_record(scene: Scene, index: int, rng: np.random.Generator, *, phrases_per_style: int) -> dict[str, Any]:
     scene_object = scene.objects[index]
     height, width = scene.image.shape[:2]
     scale = np.array([width, height, width, height], float)
     phrases = {
         style: [
             {"text": expression.text, "family": expression.family, "uses_location": bool(expression.uses_location)}
-            for expression in expressions_for(scene, index, rng, style=style, count=PHRASES_PER_STYLE)
+            for expression in expressions_for(scene, index, rng, style=style, count=phrases_per_style)
         ]
         for style in STYLES
     }

@@ -29,6 +29,7 @@ GROUNDING_QUESTION = "Where is {phrase}?"
 PREFIX_TEMPLATE, QUESTION_TEMPLATE = PROMPT_TEMPLATE.split("{question}")
 TASKS = ("ground", "none", "attribute", "describe", "count", "exists")
 TASK_SHARES = (0.66, 0.06, 0.10, 0.08, 0.05, 0.05)
+FAMILY_WEIGHTS = {"ordinal": 4.0, "behind": 2.5}  # in training; they are rare in the pool and the hardest
 STYLES = ("refcoco", "refcoco+", "refcocog")
 MIN_REFERENT_PIXELS = 20  # of the 128 x 128 ids; smaller remnants of hidden objects are not asked for
 IGNORED = -100  # label of positions without a loss
@@ -190,6 +191,7 @@ class QuestionBank:
         answer_lengths: int8 (Q,), tokens of the answer with its `<|im_end|>`.
         tasks, families, styles, targets: int8 (Q,); indices into TASKS, `family_names`, STYLES (-1 = none) and the
             scene's objects (-1 = none).
+        weights: float64 (Q + 1,), 0 and the cumulated weights of the questions by family.
         task_offsets: int64 (N, len(TASKS) + 1), where the questions of each task of a scene begin.
         family_names: names of the families.
         prefix_before, prefix_after: token ids before and after the image tokens.
@@ -202,6 +204,7 @@ class QuestionBank:
     families: np.ndarray
     styles: np.ndarray
     targets: np.ndarray
+    weights: np.ndarray
     task_offsets: np.ndarray
     family_names: tuple[str, ...]
     prefix_before: tuple[int, ...]
@@ -245,6 +248,7 @@ def build_question_bank(
     between = np.array(tokenizer(QUESTION_TEMPLATE, add_special_tokens=False)["input_ids"], np.int16)
     end = np.array(tokenizer.convert_tokens_to_ids(["<|im_end|>"]), np.int16)
     columns = np.array(rows, np.int64).reshape(-1, 6)
+    weight_of_family = np.array([FAMILY_WEIGHTS.get(name, 1.0) for name in families])
     lengths = np.array([len(ids) for ids in encoded])
     answer_lengths = lengths[columns[:, 1]] + 1
     offsets = np.concatenate([[0], np.cumsum(lengths[columns[:, 0]] + len(between) + answer_lengths)])
@@ -262,6 +266,7 @@ def build_question_bank(
         families=columns[:, 3].astype(np.int8),
         styles=columns[:, 4].astype(np.int8),
         targets=columns[:, 5].astype(np.int8),
+        weights=np.concatenate([[0.0], np.cumsum(weight_of_family[columns[:, 3]])]),
         task_offsets=task_offsets,
         family_names=tuple(families),
         prefix_before=tuple(tokenizer(before, add_special_tokens=False)["input_ids"]),
@@ -299,17 +304,23 @@ def draw_questions(
     *,
     room: int,
     rng: np.random.Generator,
-    shares: Sequence[float] = TASK_SHARES,
+    weighted: bool = False,
 ) -> list[int]:
-    """Distinct questions of a scene, tasks drawn by their shares, as many as fit into `room` tokens."""
+    """Distinct questions of a scene, tasks drawn by their shares, as many as fit into `room` tokens.
+
+    Questions of a task are equally likely, or `weighted` by their families.
+    """
     chosen: list[int] = []
     starts = bank.task_offsets[scene]
     misses = 0
-    for task in rng.choice(len(TASKS), size=64, p=shares):
+    for task in rng.choice(len(TASKS), size=64, p=TASK_SHARES):
         first, last = starts[task], starts[task + 1]
         if first == last:
             continue
         question = int(rng.integers(first, last))
+        if weighted:
+            drawn = rng.uniform(bank.weights[first], bank.weights[last])
+            question = min(int(np.searchsorted(bank.weights, drawn, side="right")) - 1, last - 1)
         length = int(bank.offsets[question + 1] - bank.offsets[question]) - 1
         if question in chosen:
             continue

@@ -3,16 +3,18 @@
 
     python scripts/pretrain_tiny/run.py all --out tiny --seed 7
 
-draws the pool of scenes (about 10 minutes on two cores), pre-trains the tiny Mask2Former-Swin, the tiny LLaVA-OneVision
-(each about 70-90 minutes on one core) and the tiny BEiT-3 (about 40), and leaves `tiny/tiny-mask2former`,
+draws the pool of scenes, half of them crowds, and pre-trains the tiny Mask2Former-Swin, the tiny LLaVA-OneVision and the tiny
+BEiT-3, two at a time; it leaves `tiny/tiny-mask2former`,
 `tiny/tiny-llava-onevision` and `tiny/tiny-beit3`. A run that was stopped continues where it was when the same command is given again.
 """
 
 import argparse
 import logging
+import multiprocessing
 import os
 import shlex
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -81,11 +83,17 @@ def run_beit3(arguments: argparse.Namespace) -> None:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
-    """Draw the pool, then pre-train all three, one after the other."""
+    """Draw the pool, then pre-train all three, as many at a time as there are workers."""
     run_pool(arguments)
-    run_perception(arguments)
-    run_cognition(arguments)
-    run_beit3(arguments)
+    with ProcessPoolExecutor(
+        arguments.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_log_progress
+    ) as processes:
+        for done in [processes.submit(stage, arguments) for stage in (run_perception, run_cognition, run_beit3)]:
+            done.result()
+
+
+def _log_progress() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -109,9 +117,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--out", type=Path, required=True, help="folder of the results")
         command.add_argument("--seed", type=int, default=7, help="of the scenes, the weights and the order of training")
         if name in ("pool", "all"):
-            command.add_argument("--scenes", type=int, default=16000, help="scenes to train on")
+            command.add_argument("--scenes", type=int, default=12000, help="scenes to train on")
             command.add_argument("--held-out-scenes", type=int, default=500, help="scenes to measure on")
-            command.add_argument("--workers", type=int, default=2, help="processes that draw scenes")
+            command.add_argument("--workers", type=int, default=2, help="processes")
         if name != "pool":
             command.add_argument("--pool", type=Path, help="folder with train/ and held_out/; default: pool/ in --out")
         if name in ("perception", "all"):
@@ -136,7 +144,7 @@ def _add_cognition_arguments(command: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Parse the command line and run it."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    _log_progress()
     arguments = build_parser().parse_args()
     arguments.run(arguments)
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from deris_llm.data.synthetic.scene import (
-    DIAMETER_RANGE,
+    CROWD,
     MIN_VISIBLE_FRACTION,
     MIN_VISIBLE_PX,
+    SPARSE,
+    Layout,
     Scene,
     sample_scene,
 )
@@ -30,13 +32,21 @@ def test_same_generator_state_gives_the_same_scene() -> None:
     assert first.image.shape != other.image.shape or not np.array_equal(first.image, other.image)
 
 
-def test_objects_are_visible_disjoint_and_consistent_with_depth(scenes: list[Scene]) -> None:
-    for scene in scenes:
+@pytest.fixture(scope="module")
+def crowds() -> list[Scene]:
+    return [sample_scene(np.random.default_rng([5, k]), layout=CROWD) for k in range(20)]
+
+
+@pytest.mark.parametrize(("name", "layout"), [("scenes", SPARSE), ("crowds", CROWD)])
+def test_objects_are_visible_disjoint_and_consistent_with_depth(
+    name: str, layout: Layout, request: pytest.FixtureRequest
+) -> None:
+    for scene in request.getfixturevalue(name):
         shape = scene.image.shape[:2]
         assert scene.image.dtype == np.uint8
-        assert min(shape) >= 112
-        assert max(shape) <= 208
-        assert 4 <= len(scene.objects) <= 10
+        assert min(shape) >= layout.height_px[0]
+        assert max(shape) <= layout.width_px[1]
+        assert layout.num_objects[0] <= len(scene.objects) <= layout.num_objects[1]
         assert sorted(item.depth for item in scene.objects) == list(range(len(scene.objects)))
         assert np.sum([item.mask for item in scene.objects], axis=0).max() == 1
         for item in scene.objects:
@@ -66,7 +76,19 @@ def test_sizes_are_apart(scenes: list[Scene]) -> None:
         for item in scene.objects:
             if item.kind == "star":
                 diameters[item.size].append(np.sqrt(item.full_mask.sum()) / min(scene.image.shape[:2]))
-    assert min(diameters["large"]) / max(diameters["small"]) > 0.9 * DIAMETER_RANGE["large"][0] / 0.24
+    assert min(diameters["large"]) / max(diameters["small"]) > 0.9 * SPARSE.large[0] / SPARSE.small[1]
+
+
+def test_crowds_are_crowded(crowds: list[Scene]) -> None:
+    numbers = [len(scene.objects) for scene in crowds]
+    assert np.mean(numbers) >= 18
+    assert max(numbers) >= 26
+    overlapping = [
+        any((a.full_mask & b.full_mask).any() for b in scene.objects if b is not a)
+        for scene in crowds
+        for a in scene.objects
+    ]
+    assert 0.2 <= np.mean(overlapping) <= 0.6
 
 
 def test_pictures_hold_distractors_that_differ_in_exactly_one_attribute(scenes: list[Scene]) -> None:

@@ -81,6 +81,31 @@ def test_pictures_do_not_depend_on_their_number_but_on_the_seed(world: Path, tmp
     assert not other.items() & few.items()
 
 
+def test_crowd_world(tmp_path: Path) -> None:
+    """gRefCOCO's shares of phrases without a target: 9 % in train, 63, 23 and 29 % in val, testA and testB."""
+    write = functools.partial(write_world, seed=SEED, num_train=12, num_val=6, num_test=6)
+    write(tmp_path / "sparse")
+    write(tmp_path / "crowd", crowd=True)
+    refs = json.loads((tmp_path / "crowd" / "grefcoco" / REFS_FILES["grefcoco"]).read_text())
+    families = json.loads((tmp_path / "crowd" / "families.json").read_text())
+    shares: dict[str, list[bool]] = defaultdict(list)
+    for ref in refs:
+        for sent_id in ref["sent_ids"]:
+            shares[ref["split"]].append(ref["no_target"])
+            assert (families["grefcoco"][str(sent_id)] == "no_target") == ref["no_target"]
+    for split, share in {"train": 0.09, "val": 0.63, "testA": 0.23, "testB": 0.29}.items():
+        assert abs(np.mean(shares[split]) - share) <= 0.07
+    for folder, low, high in (("sparse", 4, 10), ("crowd", 12, 30)):
+        instances = json.loads((tmp_path / folder / "refcoco" / "instances.json").read_text())
+        by_image: dict[int, int] = defaultdict(int)
+        for annotation in instances["annotations"]:
+            by_image[annotation["image_id"]] += 1
+        assert low <= min(by_image.values()) <= max(by_image.values()) <= high
+    write(tmp_path / "crowd", crowd=True)  # the same world: nothing to do
+    with pytest.raises(FileExistsError, match="'crowd': False.*'crowd': True"):
+        write(tmp_path / "crowd")
+
+
 def test_masks_come_back(instances: dict[str, dict[str, Any]]) -> None:
     """Measured over 950 annotations: mean IoU 0.9997, worst 0.978 (a dropped sliver). `bbox` and `area` are the drawn mask's."""
     sizes = {image["id"]: (image["height"], image["width"]) for image in instances["refcoco"]["images"]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -489,12 +489,27 @@ _STYLES: dict[str, tuple[tuple[str, float, _Proposer], ...]] = {
         ("description", 0.28, _propose_description),
     ),
 }
+CROWD_WEIGHTS = {
+    "attribute": 0.25,
+    "location": 0.20,
+    "ordinal": 0.35,
+    "relation": 0.30,
+    "behind": 0.20,
+    "comparative": 0.25,
+}
+"""Weights of the families in a crowd world; where a family is impossible for an object, the others take its part."""
 _WORDS_RANGE = {"refcoco": (1, 12), "refcoco+": (1, 12), "refcocog": (8, 17)}
 _TRIES_PER_FAMILY = 24
 
 
 def expressions_for(
-    scene: Scene, index: int, rng: np.random.Generator, *, style: Style, count: int
+    scene: Scene,
+    index: int,
+    rng: np.random.Generator,
+    *,
+    style: Style,
+    count: int,
+    weights: Mapping[str, float] | None = None,
 ) -> list[Expression]:
     """Returns up to `count` different phrases, each of which names exactly the object `index`.
 
@@ -504,16 +519,17 @@ def expressions_for(
         rng: the only source of randomness.
         style: "refcoco" (short), "refcoco+" (short, no location words) or "refcocog" (8-17 words).
         count: of phrases; fewer come back where the object is hard to name.
+        weights: of the families by name instead of the style's own; families without one keep theirs.
     """
     if style not in _STYLES:
         raise ValueError(f"expressions_for: style must be one of {sorted(_STYLES)}, got {style!r}; use one of these")
     families = _STYLES[style]
-    weights = np.array([weight for _, weight, _ in families])
+    weight_of_slot = np.array([(weights or {}).get(family, weight) for family, weight, _ in families])
     facts = _facts(scene)
     found: dict[str, Expression] = {}
     failed: set[int] = set()
     while len(found) < count and len(failed) < len(families):
-        left = np.where([slot in failed for slot in range(len(families))], 0.0, weights)
+        left = np.where([slot in failed for slot in range(len(families))], 0.0, weight_of_slot)
         slot = int(rng.choice(len(families), p=left / left.sum()))
         family, _, propose = families[slot]
         for _ in range(_TRIES_PER_FAMILY):

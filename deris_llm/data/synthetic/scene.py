@@ -15,14 +15,9 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from .vocabulary import COLOURS, KINDS, PATTERNS, SIZES, pick
 
-WIDTH_RANGE_PX = (144, 208)
-HEIGHT_RANGE_PX = (112, 176)
-NUM_OBJECTS_RANGE = (4, 10)
-DIAMETER_RANGE = {"small": (0.20, 0.24), "large": (0.34, 0.42)}  # sqrt(w * h) as a part of the short side
 MIN_VISIBLE_FRACTION = 0.55
 MIN_VISIBLE_PX = 60
 HIDDEN_FRACTION_RANGE = (0.10, 0.45)  # of the back object of an overlapping pair
-PAIR_PROBABILITY = 0.36
 POLE_PROBABILITY = 0.12
 GAP_PX = 3
 _UNIT_PX = 160  # height of the cached silhouettes before rotation
@@ -38,6 +33,33 @@ _RGB: dict[str, tuple[int, int, int]] = {
     "black": (26, 26, 30),
 }
 _DARK_MARKS = frozenset({"yellow", "white"})  # their stripes and dots are darker, those of the others lighter
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many objects an image has, how large they are and how many of them overlap.
+
+    Attributes:
+        width_px: range of the image's width.
+        height_px: range of its height.
+        num_objects: range of the number of objects.
+        small: range of the diameter sqrt(w * h) of small objects, as a part of the image's short side.
+        large: the same of large objects.
+        full_share: share of the image's area from which on all further objects are small.
+        pairs: probabilities of one more overlapping pair.
+    """
+
+    width_px: tuple[int, int]
+    height_px: tuple[int, int]
+    num_objects: tuple[int, int]
+    small: tuple[float, float]
+    large: tuple[float, float]
+    full_share: float
+    pairs: tuple[float, ...]
+
+
+SPARSE = Layout((144, 208), (112, 176), (4, 10), (0.20, 0.24), (0.34, 0.42), 0.34, (0.36, 0.08))
+CROWD = Layout((208, 288), (160, 224), (12, 30), (0.12, 0.145), (0.20, 0.25), 0.30, (0.9, 0.8, 0.7, 0.6, 0.5, 0.4))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +123,16 @@ def mask_box_xyxy(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def sample_scene(rng: np.random.Generator, *, target_kinds: Sequence[str] | None = None) -> Scene:
+def sample_scene(
+    rng: np.random.Generator, *, target_kinds: Sequence[str] | None = None, layout: Layout = SPARSE
+) -> Scene:
     """Samples an image built around distractors: objects that share all but one attribute with another one.
 
     Args:
         rng: the only source of randomness.
         target_kinds: kinds of the objects that the image is built around; at least 3 objects are of these kinds.
             None = all.
+        layout: number and size of the objects.
     """
     kinds = tuple(target_kinds) if target_kinds is not None else KINDS
     unknown = sorted(set(kinds) - set(KINDS))
@@ -117,13 +142,13 @@ def sample_scene(rng: np.random.Generator, *, target_kinds: Sequence[str] | None
             f"leave out {unknown} or give None for all kinds"
         )
     while True:  # a draw fails only when too few objects found room, which is rare
-        width = int(rng.integers(WIDTH_RANGE_PX[0], WIDTH_RANGE_PX[1] + 1))
-        height = int(rng.integers(HEIGHT_RANGE_PX[0], HEIGHT_RANGE_PX[1] + 1))
-        if rng.random() < 0.3:  # portrait: 112-176 wide, 144-176 high
-            width, height = min(width, height), min(width, HEIGHT_RANGE_PX[1])
-        profiles = _sample_profiles(rng, kinds)
-        placed = _place(rng, profiles, width, height)
-        if len(placed) < NUM_OBJECTS_RANGE[0] or sum(item.profile[0] in kinds for item in placed) < 3:
+        width = int(rng.integers(layout.width_px[0], layout.width_px[1] + 1))
+        height = int(rng.integers(layout.height_px[0], layout.height_px[1] + 1))
+        if rng.random() < 0.3:  # portrait
+            width, height = min(width, height), min(width, layout.height_px[1])
+        profiles = _sample_profiles(rng, kinds, layout)
+        placed = _place(rng, profiles, width, height, layout)
+        if len(placed) < layout.num_objects[0] or sum(item.profile[0] in kinds for item in placed) < 3:
             continue
         scene = _draw(rng, placed, width, height)
         if scene is not None:
@@ -135,9 +160,9 @@ def _random_profile(rng: np.random.Generator, kinds: Sequence[str]) -> tuple[str
     return pick(rng, kinds), pick(rng, COLOURS), pick(rng, PATTERNS), size
 
 
-def _sample_profiles(rng: np.random.Generator, kinds: Sequence[str]) -> list[tuple[str, str, str, str]]:
-    """Samples the profiles of 4-10 objects, the most important first."""
-    num_objects = int(rng.integers(NUM_OBJECTS_RANGE[0], NUM_OBJECTS_RANGE[1] + 1))
+def _sample_profiles(rng: np.random.Generator, kinds: Sequence[str], layout: Layout) -> list[tuple[str, str, str, str]]:
+    """Samples the profiles of the objects, the most important first."""
+    num_objects = int(rng.integers(layout.num_objects[0], layout.num_objects[1] + 1))
     values = (KINDS, COLOURS, PATTERNS, SIZES)
     profiles: list[tuple[str, str, str, str]] = []
     while len(profiles) < num_objects:
@@ -322,18 +347,19 @@ def _unit_silhouette(kind: str, angle_deg: int, is_flipped: bool) -> tuple[Image
 
 
 def _place(
-    rng: np.random.Generator, profiles: Sequence[tuple[str, str, str, str]], width: int, height: int
+    rng: np.random.Generator, profiles: Sequence[tuple[str, str, str, str]], width: int, height: int, layout: Layout
 ) -> list[_Placed]:
     """Finds room for as many objects as possible; some of them overlap one other object."""
     placed: list[_Placed] = []
     partner_of: dict[int, int] = {}
     taken = np.zeros((height, width), dtype=np.int16)  # number of object areas, grown by GAP_PX, that cover a pixel
     used_px = 0.0
-    num_pairs = int(rng.random() < PAIR_PROBABILITY) + int(rng.random() < 0.08)
+    num_pairs = sum(int(rng.random() < probability) for probability in layout.pairs)
     for profile in profiles:
-        if used_px > 0.34 * width * height:
+        if used_px > layout.full_share * width * height:
             profile = (*profile[:3], "small")
-        item = _make_object(rng, profile, min(width, height))
+        low, high = layout.small if profile[3] == "small" else layout.large
+        item = _make_object(rng, profile, float(rng.uniform(low, high)) * min(width, height))
         mask = item.coverage >= 0.5
         # Overlapping objects differ in colour, so that a human sees the border between them.
         free = [i for i, other in enumerate(placed) if i not in partner_of and other.profile[1] != profile[1]]
@@ -350,9 +376,7 @@ def _place(
     return placed
 
 
-def _make_object(rng: np.random.Generator, profile: tuple[str, str, str, str], short_side: int) -> _Placed:
-    low, high = DIAMETER_RANGE[profile[3]]
-    diameter_px = float(rng.uniform(low, high)) * short_side
+def _make_object(rng: np.random.Generator, profile: tuple[str, str, str, str], diameter_px: float) -> _Placed:
     angle_deg = _ANGLES_DEG[int(rng.integers(len(_ANGLES_DEG)))]
     mask, detail, unit_px = _unit_silhouette(profile[0], angle_deg, bool(rng.random() < 0.5))
     scale = diameter_px / unit_px

@@ -6,6 +6,10 @@ names. So REFER's own API, LAVT, LISA and ReLA, which open no crowd, read every 
 
 An image depends on (seed, image id) only, and the image id tells which split it was made for. So neither the order of
 work, nor the number of workers, nor the number of images changes an image or its phrases.
+
+A crowd world has 12 to 30 smaller objects in an image, most of them near another one that differs in one attribute, and
+as many phrases without a target as gRefCOCO: 9 % in train, 63, 23 and 29 % in val, testA and testB. `families.json`
+beside the data sets tells the family of every phrase (`Expression.family`) by data set and sent_id.
 """
 
 from __future__ import annotations
@@ -28,13 +32,17 @@ from PIL import Image
 
 from deris_llm.data.masks import decode_segmentation
 
-from .phrases import Expression, Style, expressions_for, multi_target_expressions, no_target_expressions
-from .scene import Scene, mask_box_xyxy, sample_scene
+from .phrases import CROWD_WEIGHTS, Expression, Style, expressions_for, multi_target_expressions, no_target_expressions
+from .scene import CROWD, SPARSE, Scene, mask_box_xyxy, sample_scene
 from .vocabulary import KINDS, KINDS_A, KINDS_B
 
-GENERATOR_VERSION = 2  # 1: referents could be crowds; `bbox` and `area` were those of the scene, not of the written mask
+GENERATOR_VERSION = (
+    2  # 1: referents could be crowds; `bbox` and `area` were those of the scene, not of the written mask
+)
 WORLD_STREAM = 0xDE215  # seeds of other uses of the generator (pre-training) have another constant here
+CROWD_STREAM = 0xC20D
 MANIFEST = "world.json"
+FAMILIES = "families.json"
 DATASETS = ("refcoco", "refcoco+", "refcocog", "grefcoco")
 REFS_FILES = {
     "refcoco": "refs(unc).p",
@@ -47,6 +55,8 @@ _ROLE_OFFSETS = {"train": 0, "val": 100_000, "testA": 200_000, "testB": 300_000,
 _ROLE_KINDS = {"testA": KINDS_A, "testB": KINDS_B}
 _PARTIAL_MARK = "unfinished.json"
 _PHRASES_RANGE = (5, 9)
+_CROWD_PHRASES = 8  # of gRefCOCO, an image
+_NO_TARGET_SHARES = {"train": 0.09, "val": 0.63, "testA": 0.23, "testB": 0.29}  # of gRefCOCO's phrases; crowd worlds
 _CROWD_PROBABILITY = 0.03
 _OVERLAPPING_PARTS_PROBABILITY = 0.05
 _MIN_PART_PX = 6  # smaller parts and holes are left out of polygons
@@ -64,6 +74,7 @@ def write_world(
     num_train: int = 2400,
     num_val: int = 120,
     num_test: int = 120,
+    crowd: bool = False,
     workers: int = 1,
     on_progress: Progress | None = None,
 ) -> None:
@@ -77,6 +88,7 @@ def write_world(
         num_train: images of refcoco/train (refcocog/train has nearly the same ones).
         num_val: images of refcoco/val and of refcocog/val.
         num_test: images of testA, testB and of refcocog/test.
+        crowd: 12 to 30 objects in an image instead of 4 to 10, and gRefCOCO's shares of phrases without a target.
         workers: processes; the files do not depend on it.
         on_progress: called with (images done, images in all).
 
@@ -87,7 +99,7 @@ def write_world(
     out = Path(out)
     counts = {"num_train": num_train, "num_val": num_val, "num_test": num_test}
     _check_arguments(seed, counts, workers)
-    request = {"generator": GENERATOR_VERSION, "seed": seed, **counts}
+    request = {"generator": GENERATOR_VERSION, "seed": seed, **counts, "crowd": crowd}
     if out.exists() and any(out.iterdir()):
         _check_same_world(out, request)
         return
@@ -104,22 +116,24 @@ def write_world(
 
     splits = assign_splits(num_train=num_train, num_val=num_val, num_test=num_test)
     image_ids = sorted({image_id for by_split in splits.values() for ids in by_split.values() for image_id in ids})
-    make = functools.partial(make_image, seed=seed, image_folder=partial / _IMAGE_FOLDER)
+    make = functools.partial(make_image, seed=seed, crowd=crowd, image_folder=partial / _IMAGE_FOLDER)
     records: dict[int, dict[str, Any]] = {}
     for record in _map(make, image_ids, workers):
         records[record["image"]["id"]] = record
         if on_progress is not None:
             on_progress(len(records), len(image_ids))
     _link_images(partial)
-    for dataset in DATASETS:
-        _write_dataset(partial / dataset, dataset, splits[dataset], records)
+    families = {dataset: _write_dataset(partial / dataset, dataset, splits[dataset], records) for dataset in DATASETS}
+    (partial / FAMILIES).write_text(json.dumps(families, separators=(",", ":")))
     files = [f"{dataset}/{name}" for dataset in DATASETS for name in ("instances.json", REFS_FILES[dataset])]
     manifest = {**request, "num_images": len(image_ids), "sha256": {name: _sha256(partial / name) for name in files}}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     if out.exists():
         out.rmdir()
     partial.rename(out)
-    (out / _PARTIAL_MARK).unlink()  # after the renaming: an interruption leaves an unfinished folder that is known as one
+    (
+        out / _PARTIAL_MARK
+    ).unlink()  # after the renaming: an interruption leaves an unfinished folder that is known as one
 
 
 def _link_images(world: Path) -> None:
@@ -165,7 +179,7 @@ def _check_arguments(seed: int, counts: dict[str, int], workers: int) -> None:
         raise ValueError(f"write_world: {'; '.join(problems)}; change these arguments")
 
 
-def _check_same_world(out: Path, request: dict[str, int]) -> None:
+def _check_same_world(out: Path, request: dict[str, int | bool]) -> None:
     """Raises FileExistsError unless `out` is a finished, unchanged world made with the same request."""
     start = f"write_world: {out} already holds files; expected the world {request}"
     end = "delete the folder or give another one"
@@ -173,7 +187,7 @@ def _check_same_world(out: Path, request: dict[str, int]) -> None:
     if not manifest_path.is_file():
         raise FileExistsError(f"{start}, found a folder without {MANIFEST}; {end}")
     try:
-        manifest = json.loads(manifest_path.read_text())
+        manifest = {"crowd": False, **json.loads(manifest_path.read_text())}  # worlds of before have no such entry
         found = {name: manifest[name] for name in request}
         hashes, num_images = dict(manifest["sha256"]), int(manifest["num_images"])
     except (ValueError, KeyError, TypeError) as error:
@@ -210,71 +224,113 @@ def image_file_name(image_id: int) -> str:
     return f"COCO_train2014_{image_id:012d}.jpg"
 
 
-def image_scene(image_id: int, seed: int) -> tuple[Scene, dict[str, list[dict[str, Any]]], np.random.Generator]:
+def image_scene(
+    image_id: int, seed: int, *, crowd: bool = False
+) -> tuple[Scene, dict[str, list[dict[str, Any]]], np.random.Generator]:
     """Returns an image of the world, its refs by dataset (see `_sample_refs`) and the generator in its later state."""
-    rng = np.random.default_rng(np.random.SeedSequence([seed, WORLD_STREAM, image_id]))
+    rng = np.random.default_rng(np.random.SeedSequence([seed, CROWD_STREAM if crowd else WORLD_STREAM, image_id]))
     role = max((name for name, offset in _ROLE_OFFSETS.items() if image_id > offset), key=_ROLE_OFFSETS.__getitem__)
     kinds = _ROLE_KINDS.get(role)
     while True:  # again when too few phrases are possible in some dataset
-        scene = sample_scene(rng, target_kinds=kinds)
-        refs = _sample_refs(scene, rng, kinds if kinds is not None else KINDS)
+        scene = sample_scene(rng, target_kinds=kinds, layout=CROWD if crowd else SPARSE)
+        no_target_share = _NO_TARGET_SHARES.get(role) if crowd else None
+        refs = _sample_refs(scene, rng, kinds if kinds is not None else KINDS, no_target_share, crowd=crowd)
         if refs is not None:
             return scene, refs, rng
 
 
-def make_image(image_id: int, *, seed: int, image_folder: Path) -> dict[str, Any]:
+def make_image(image_id: int, *, seed: int, image_folder: Path, crowd: bool = False) -> dict[str, Any]:
     """Draws an image, writes its JPEG and returns its COCO image, annotations and refs (without ref and sent ids)."""
-    scene, refs, rng = image_scene(image_id, seed)
+    scene, refs, rng = image_scene(image_id, seed, crowd=crowd)
     height, width = scene.image.shape[:2]
     file_name = image_file_name(image_id)
     Image.fromarray(scene.image).save(image_folder / file_name, quality=_JPEG_QUALITY, subsampling=0)
     named = {index for of_dataset in refs.values() for ref in of_dataset for index in ref["indices"]}
     annotations = [
-        _annotation(rng, item.mask, image_id, k, item.kind, is_named=k in named)
-        for k, item in enumerate(scene.objects)
+        _annotation(rng, item.mask, image_id, k, item.kind, is_named=k in named) for k, item in enumerate(scene.objects)
     ]
     image = {"license": 1, "file_name": file_name, "height": height, "width": width, "id": image_id}
     return {"image": image, "annotations": annotations, "refs": refs}
 
 
 def _sample_refs(
-    scene: Scene, rng: np.random.Generator, kinds: Iterable[str]
+    scene: Scene, rng: np.random.Generator, kinds: Iterable[str], no_target_share: float | None, *, crowd: bool
 ) -> dict[str, list[dict[str, Any]]] | None:
-    """Returns dataset -> refs, each {"indices": object indices, "sentences": [{raw, sent, tokens}]}, or None.
+    """Returns dataset -> refs, each {"indices": object indices, "sentences": [{raw, sent, tokens, family}]}, or None.
 
     None = some dataset would have fewer than 5 phrases.
     """
     refs: dict[str, list[dict[str, Any]]] = {}
     styles: tuple[Style, ...] = ("refcoco", "refcoco+", "refcocog")
     for style in styles:
-        refs[style] = _sample_single_refs(scene, rng, kinds, style, int(rng.integers(_PHRASES_RANGE[0], 8)))
-    singles = _sample_single_refs(scene, rng, kinds, "refcoco", 2 * int(rng.integers(1, 3)), per_ref=2)
-    groups: dict[tuple[int, ...], list[Expression]] = defaultdict(list)
-    for expression, indices in multi_target_expressions(scene, rng, int(rng.integers(2, 4))):
-        groups[indices].append(expression)
-    multi = [_ref(rng, indices, group) for indices, group in groups.items()]
+        refs[style] = _sample_single_refs(
+            scene, rng, kinds, style, int(rng.integers(_PHRASES_RANGE[0], 8)), crowd=crowd
+        )
+    if no_target_share is not None:
+        refs["grefcoco"] = _sample_crowd_refs(scene, rng, kinds, no_target_share)
+        return refs if all(_is_enough(group) for group in refs.values()) else None
+    singles = _sample_single_refs(scene, rng, kinds, "refcoco", 2 * int(rng.integers(1, 3)), per_ref=2, crowd=crowd)
+    multi = _sample_multi_refs(scene, rng, int(rng.integers(2, 4)))
     no_target = [_ref(rng, (), no_target_expressions(scene, rng, int(rng.integers(1, 3))))]
     refs["grefcoco"] = [*singles, *multi, *(ref for ref in no_target if ref["sentences"])]
+    is_enough = all(_is_enough(group) for group in refs.values())
+    return refs if is_enough and no_target[0]["sentences"] and multi else None
+
+
+def _is_enough(refs: list[dict[str, Any]]) -> bool:
     low, high = _PHRASES_RANGE
-    nums = [sum(len(ref["sentences"]) for ref in group) for group in refs.values()]
-    return refs if all(low <= num <= high for num in nums) and no_target[0]["sentences"] and multi else None
+    return low <= sum(len(ref["sentences"]) for ref in refs) <= high
+
+
+def _sample_crowd_refs(
+    scene: Scene, rng: np.random.Generator, kinds: Iterable[str], no_target_share: float
+) -> list[dict[str, Any]]:
+    """Returns about 8 phrases of gRefCOCO; the others than those without a target name one object, or several, by halves."""
+    num_no_target = int(no_target_share * _CROWD_PHRASES + rng.random())
+    num_single = 2 * ((_CROWD_PHRASES - num_no_target + 1) // 4)
+    num_multi = _CROWD_PHRASES - num_no_target - num_single
+    singles = _sample_single_refs(
+        scene, rng, kinds, "refcoco", num_single, per_ref=2, crowd=True
+    )
+    no_target = no_target_expressions(scene, rng, num_no_target)
+    return [
+        *singles,
+        *_sample_multi_refs(scene, rng, num_multi),
+        *([_ref(rng, (), no_target)] if no_target else []),
+    ]
+
+
+def _sample_multi_refs(scene: Scene, rng: np.random.Generator, count: int) -> list[dict[str, Any]]:
+    """Returns refs of two or more objects with about `count` phrases in all."""
+    groups: dict[tuple[int, ...], list[Expression]] = defaultdict(list)
+    for expression, indices in multi_target_expressions(scene, rng, count):
+        groups[indices].append(expression)
+    return [_ref(rng, indices, group) for indices, group in groups.items()]
 
 
 def _sample_single_refs(
-    scene: Scene, rng: np.random.Generator, kinds: Iterable[str], style: Style, count: int, per_ref: int | None = None
+    scene: Scene,
+    rng: np.random.Generator,
+    kinds: Iterable[str],
+    style: Style,
+    count: int,
+    *,
+    per_ref: int | None = None,
+    crowd: bool,
 ) -> list[dict[str, Any]]:
     """Returns refs of one object each with about `count` phrases in all, 2 or 3 (or `per_ref`) a ref."""
     kinds = tuple(kinds)
     order = [i for i in rng.permutation(len(scene.objects)).tolist() if scene.objects[i].kind in kinds]
     if rng.random() < 0.5:  # occluded and occluding objects first: "behind" is possible for few objects
         order.sort(key=lambda i: not _overlaps_another(scene, i))
+    weights = CROWD_WEIGHTS if crowd else None
     refs: list[dict[str, Any]] = []
     num = 0
     for index in order:
         if num >= count:
             break
         wanted = per_ref if per_ref is not None else int(rng.integers(2, 4))
-        expressions = expressions_for(scene, index, rng, style=style, count=wanted)
+        expressions = expressions_for(scene, index, rng, style=style, count=wanted, weights=weights)
         if len(expressions) >= 2:
             refs.append(_ref(rng, (index,), expressions))
             num += len(expressions)
@@ -292,7 +348,7 @@ def _ref(rng: np.random.Generator, indices: tuple[int, ...], expressions: list[E
         sent = expression.text
         kind = float(rng.random())  # annotators' own spelling, as in the published files
         raw = sent.capitalize() + "." if kind < 0.2 else (sent.upper() if kind < 0.25 else sent)
-        sentences.append({"tokens": sent.split(), "raw": raw, "sent": sent})
+        sentences.append({"tokens": sent.split(), "raw": raw, "sent": sent, "family": expression.family})
     return {"indices": list(indices), "sentences": sentences}
 
 
@@ -412,9 +468,10 @@ def _without_collinear(corners: np.ndarray) -> np.ndarray:
 
 def _write_dataset(
     folder: Path, dataset: str, splits: dict[str, list[int]], records: dict[int, dict[str, Any]]
-) -> None:
-    """Writes instances.json and the refs file of one dataset."""
+) -> dict[int, str]:
+    """Writes instances.json and the refs file of one dataset; returns sent_id -> family of its phrases."""
     folder.mkdir()
+    families: dict[int, str] = {}
     is_generalized = dataset == "grefcoco"
     refs: list[dict[str, Any]] = []
     sent_id = 0
@@ -424,6 +481,7 @@ def _write_dataset(
         for ref in record["refs"][dataset]:
             sentences = [{**sentence, "sent_id": sent_id + k} for k, sentence in enumerate(ref["sentences"])]
             sent_id += len(sentences)
+            families |= {sentence["sent_id"]: sentence.pop("family") for sentence in sentences}
             annotations = [record["annotations"][index] for index in ref["indices"]]
             entry = {
                 "sent_ids": [sentence["sent_id"] for sentence in sentences],
@@ -462,3 +520,4 @@ def _write_dataset(
         # the values only, not on which process made them.
         plain = json.loads(json.dumps(refs))
         (folder / REFS_FILES[dataset]).write_bytes(pickle.dumps(plain, protocol=2))
+    return families
