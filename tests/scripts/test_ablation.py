@@ -1,24 +1,39 @@
+import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from deris_llm.config import ConfigError, load_config
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.testing import tiny_weights
-from scripts.ablate.run import (
-    NOTE,
-    AblationError,
+from scripts.ablate.comparisons import (
     Comparison,
     Row,
-    collect,
     comparison,
     comparison_names,
+    comparison_of_file,
+    crossed,
+    reference_of,
+    rows_of,
+)
+from scripts.ablate.results import NOTE, collect, paired_difference, results_table, sign_flip_p
+from scripts.ablate.run import main
+from scripts.ablate.runs import (
+    AblationError,
+    Interrupted,
+    Processes,
+    Run,
     expand,
-    main,
-    results_table,
+    run_all,
     seconds_per_step,
     train_and_evaluate,
 )
@@ -28,7 +43,8 @@ FULL = "deris-b-grefcoco"
 
 
 def test_every_table_of_the_brief_is_there():
-    assert set(comparison_names()) == {*(f"table {n}" for n in (3, 5, 6, 7, 8, 9, 10, 11)), "figure 8"}
+    of_the_paper = {*(f"table {n}" for n in (3, 5, 6, 7, 8, 9, 10, 11)), "figure 8"}
+    assert set(comparison_names()) == {*of_the_paper, "table init"}
 
 
 @pytest.mark.parametrize("name", comparison_names())
@@ -44,7 +60,7 @@ def test_rows_are_configs_or_say_why_not(name: str, config: str, tmp_path: Path)
     if config == FULL:
         assert not_run == {}
     unmeasured = {"Table 3": {"as-configured"}}.get(name.capitalize(), set())
-    if name != "figure 8":  # its values are not in the text of the paper
+    if name not in ("figure 8", "table init"):  # its values are not in the text of the paper; ours
         assert {row.name for row in table.rows if not row.paper} == unmeasured
 
 
@@ -198,8 +214,10 @@ def test_two_steps_evaluation_collection_and_again(tmp_path: Path, capfd: pytest
         "",
         "gIoU",
         "N-acc",
-        "seeds",
+        "oracle_gIoU",
+        "runs",
         "phrases/s",
+        "CPU min",
         "paper: gIoU",
     ]
 
@@ -243,5 +261,239 @@ def test_mean_and_deviation_over_seeds(tmp_path: Path):
         ["-"],
         ["3"],
         ["4.0"],
+        ["-"],
         ["66.4"],
     ]
+
+
+# -- units, crossing, rows of one's own ------------------------------------------------------------------------------
+
+
+def test_every_row_with_every_world_backbone_and_seed(tmp_path: Path):
+    for name in ("tiny-mask2former", "tiny-llava-onevision"):
+        (tmp_path / "strong" / name).mkdir(parents=True)
+        (tmp_path / "strong" / name / "config.json").touch()
+    table = Comparison(
+        "mine", "two rows", ("gIoU",), (Row("one", "", {}, ()), Row("two", "", {}, ("loopback.rounds=1",)))
+    )
+    runs, _ = expand(
+        table, "tiny-grefcoco", output=tmp_path, seeds=[7, 9], worlds=["data/a", "data/b"], backbones=[str(tmp_path / "strong")]
+    )  # fmt: skip
+    assert len(runs) == len({run.folder for run in runs}) == 8
+    assert [run.row.name for run in runs[:4]] == ["one", "two", "one", "two"]  # a unit's rows together
+    assert {(run.config.training.seed, run.config.data.root) for run in runs} == {
+        (seed, world) for seed in (7, 9) for world in ("data/a", "data/b")
+    }
+    assert {run.config.perception.weights for run in runs} == {str(tmp_path / "strong" / "tiny-mask2former")}
+    assert {run.config.cognition.weights for run in runs} == {str(tmp_path / "strong" / "tiny-llava-onevision")}
+    assert runs[1].folder.name.startswith("rounds=1-a-strong-seed7-")
+    with pytest.raises(ValueError, match="--backbones: expected the folder .*nothing/tiny-mask2former"):
+        expand(table, "tiny-grefcoco", output=tmp_path, backbones=[str(tmp_path / "nothing")])
+    with pytest.raises(ValueError, match="--backbones: expected a config with the shipped weights"):
+        expand(table, FULL, output=tmp_path, backbones=[str(tmp_path / "strong")])
+
+
+def test_crossed_rows_set_both(tmp_path: Path):
+    table = crossed(comparison("table 7"), ["loopback.num_queries=4,10", "criterion.aux_weight=0,0.2"])
+    assert len(table.rows) == 4 * 4
+    assert table.rows[4].name == "p2c@num_queries=4,aux_weight=0.2"
+    made = {run.row.name: run.config for run in expand(table, FULL, output=tmp_path)[0]}
+    last = made["loopback@num_queries=10,aux_weight=0.2"]
+    assert (last.loopback.form, last.loopback.num_queries, last.criterion.aux_weight) == ("loopback", 10, 0.2)
+    names = [row.name for row in table.rows]
+    assert reference_of("p2c@num_queries=4,aux_weight=0", "loopback", names) == "loopback@num_queries=4,aux_weight=0"
+    assert reference_of("loopback@num_queries=4,aux_weight=0", "loopback", names) is None
+    fixed = "loopback@num_queries=10,aux_weight=0"
+    assert reference_of("loopback@num_queries=4,aux_weight=0", fixed, names) == fixed
+
+
+def test_rows_of_ones_own(tmp_path: Path):
+    path = tmp_path / "widths.yaml"
+    path.write_text("rows:\n- {name: narrow, set: [loopback.dim_feedforward=64]}\n- {name: wide, set: []}\n")
+    table = comparison_of_file(path)
+    assert (table.name, [row.label for row in table.rows]) == ("widths", ["narrow", "wide"])
+    runs, _ = expand(table, "tiny-refcoco", output=tmp_path)
+    assert [run.config.loopback.dim_feedforward for run in runs] == [64, 256]
+    for text, said in (
+        ("rows:\n- {set: []}", "KeyError: 'name'"),
+        ("- 3", "TypeError"),
+        ("rows: []", "different names"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"--rows-file .*widths.yaml: expected .*{said}"):
+            comparison_of_file(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--cross", "loopback.num_queries"], "--cross: expected A.B=V1,V2,..., got loopback.num_queries"),
+        (["--cross", "loopback.form=p2c,c2p"], "--cross: expected fields that no row sets, got loopback.form"),
+        (["--reference", "both"], "--reference: expected one of p2c, c2p, hierarchical, loopback (table 7), got both"),
+        (["--jobs", "2", "--gpus", "2"], "--jobs 2 runs each on one rank, got --gpus 2"),
+        (["--seeds", "3", "3"], "--seeds: expected each once, got 3 3"),
+    ],
+)
+def test_wrong_units_and_crossings(arguments: list[str], said: str, capsys: pytest.CaptureFixture):
+    assert main(["--table", "7", "--config", "tiny-grefcoco", "--dry-run", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+# -- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def test_paired_difference_against_scipy():
+    changes = (3.0, 1.0, 2.5, -0.5, 2.0)
+    first = dict(enumerate((50.0, 52.0, 51.0, 55.0, 49.0)))
+    second = {seed: value + change for (seed, value), change in zip(first.items(), changes, strict=True)}
+    found = paired_difference(first, second | {99: 7.0})
+    test = stats.ttest_rel(list(second.values()), list(first.values()))
+    assert (found["n"], found["mean"]) == (5, pytest.approx(1.6))
+    assert found["interval"] == pytest.approx(tuple(test.confidence_interval()))
+    flips = [abs(np.dot(signs, changes)) for signs in itertools.product((1, -1), repeat=5)]
+    assert found["p_sign_flip"] == sum(flip >= 8 - 1e-9 for flip in flips) / 32 == 4 / 32
+    assert paired_difference(first, {0: 51.0}) == {
+        "n": 1,
+        "mean": 1.0,
+        "std": None,
+        "interval": None,
+        "p_sign_flip": None,
+    }
+    assert paired_difference(first, {})["mean"] is None
+
+
+def test_the_smallest_p_of_n_pairs():
+    assert sign_flip_p([1.0] * 5) == 2 / 32
+    assert sign_flip_p([1.0, 2.0] * 10) == 2 / 2**20
+    assert sign_flip_p([1.0] * 21) is None
+
+
+def finish(run: Run, value: float) -> None:
+    """Writes what training and evaluation of a run write."""
+    checkpoint = run.folder / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    state = {"global_step": 2, "max_steps": 2, "log_history": []}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    (run.folder / "cost.json").write_text(json.dumps({"cpu_seconds": 50.0}))
+    numbers = {"mIoU": value, "oIoU": value, "Pr@0.9": value, "oracle_mIoU": value + 10, "n_phrases": 4}
+    run.report.parent.mkdir(parents=True)
+    run.report.write_text(json.dumps({"splits": {"refcoco/val": {"original": numbers}}}))
+    run.report.with_name("asked.json").write_text('{"max_images": 0, "cpu_seconds": 10.0}')
+
+
+def test_differences_to_a_reference_by_seed(tmp_path: Path, capsys: pytest.CaptureFixture):
+    arguments = [
+        "--table",
+        "7",
+        "--rows",
+        "p2c",
+        "loopback",
+        "--config",
+        "tiny-refcoco",
+        "--seeds",
+        "3",
+        "--steps",
+        "2",
+    ]
+    arguments += [
+        "--cross",
+        "loopback.num_queries=4,10",
+        "--output",
+        str(tmp_path),
+        "--reference",
+        "loopback",
+        "--collect",
+    ]
+    table = crossed(rows_of(comparison("table 7"), ["p2c", "loopback"]), ["loopback.num_queries=4,10"])
+    runs, _ = expand(table, "tiny-refcoco", output=tmp_path, seeds=3, steps=2)
+    for run in runs[:-1]:  # the last loopback with 10 queries is not finished
+        gap = 0 if run.config.loopback.form == "loopback" else 10 if run.config.loopback.num_queries == 4 else 5
+        finish(run, 60 - gap + run.seed % 3 * (1 if gap else 2))
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    results = json.loads((tmp_path / "table-7-loopback.num_queries-4-10.json").read_text())
+    assert results["metrics"] == ["mIoU", "oIoU", "Pr@0.9", "oracle_mIoU"]
+    four, ten = (row["paired"] for row in results["rows"] if row["name"].startswith("p2c"))
+    assert four["reference"] == "loopback@num_queries=4"
+    assert (four["mIoU"]["n"], four["mIoU"]["mean"], four["mIoU"]["std"]) == (3, -11.0, 1.0)
+    assert four["mIoU"]["p_sign_flip"] == 0.25
+    assert (ten["mIoU"]["n"], ten["oracle_mIoU"]["mean"]) == (2, -5.5)
+    assert ["paired" in row for row in results["rows"]] == [True, False, True, False]
+    assert results["rows"][0]["runs"][0]["cpu_seconds"] == 60.0
+    assert "-11.00 ± 1.00" in said
+    assert "p 0.250" in said
+
+
+# -- side by side ----------------------------------------------------------------------------------------------------
+
+
+def test_processes_count_cpu_time_and_end_together(tmp_path: Path):
+    burn = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'sum(range(3 * 10**7))'])"
+    status, seconds = Processes().run([sys.executable, "-c", burn], tmp_path / "log")
+    assert status == 0
+    assert seconds > 0.3  # the grandchild's
+    processes, caught = Processes(), []
+
+    def sleep() -> None:
+        try:
+            processes.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
+        except Interrupted as error:
+            caught.append(error)
+
+    threads = [threading.Thread(target=sleep) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while len(processes._running) < 2:
+        time.sleep(0.01)
+    processes.end()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert len(caught) == 2
+    with pytest.raises(Interrupted):
+        processes.run([sys.executable, "-c", ""], tmp_path / "log")
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runs, _ = expand(comparison("table 7"), "tiny-refcoco", output=tmp_path, steps=2)
+    finish(runs[0], 50.0)
+
+    def trained(run: Run, **_: object) -> None:
+        if run.row.name == "c2p":
+            raise AblationError("it broke")
+        finish(run, 60.0)
+
+    monkeypatch.setattr("scripts.ablate.runs.train_and_evaluate", trained)
+    lines: list[str] = []
+    failed = run_all(runs, jobs=2, gpus=1, max_images=0, say=lines.append)
+    assert list(failed.values()) == ["it broke"]
+    assert lines[0] == "1 of 4 trainings and their evaluations were finished before"
+    assert sum("mIoU 60.00, oracle_mIoU 70.00" in line for line in lines) == 2
+    assert sum("failed: it broke" in line for line in lines) == 1
+    assert "[3 of 3]" in lines[-1]
+    assert "about 0.0 min left" in lines[-1]
+
+
+def test_ctrl_c_ends_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runs, _ = expand(comparison("table 7"), "tiny-refcoco", output=tmp_path, steps=2)
+    started: list[str] = []
+
+    def trained(run: Run, *, processes: Processes, **_: object) -> None:
+        started.append(run.row.name)
+        if len(started) == 2:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        processes.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
+
+    monkeypatch.setattr("scripts.ablate.runs.train_and_evaluate", trained)
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(runs, jobs=2, gpus=1, max_images=0, say=lambda _: None)
+    assert time.monotonic() - begun < 30
+    assert len(started) == 2
+
+
+def test_a_failed_training_shows_the_end_of_its_log(tmp_path: Path):
+    table = Comparison("mine", "", ("gIoU",), (Row("one", "", {}, ()),))
+    (run,), _ = expand(table, "tiny-refcoco", ["data.root=/nowhere"], output=tmp_path, steps=2)
+    with pytest.raises(AblationError, match=r"got exit status 2; see run\.log there(.|\n)*/nowhere"):
+        train_and_evaluate(run, gpus=1)
+    assert json.loads((run.folder / "cost.json").read_text())["attempts"] == 1
