@@ -48,6 +48,7 @@ from scripts.pretrain_tiny.cognition import (
     scene_labels,
     share_of,
 )
+from scripts.pretrain_tiny.muon import Muon
 from scripts.pretrain_tiny.pool import COGNITION_SIZE, STYLES, ScenePool
 from scripts.pretrain_tiny.questions import MIN_REFERENT_PIXELS, NUM_CELLS, SceneGeometry, scene_geometry
 
@@ -420,9 +421,7 @@ def build_optimizers(model: Beit3Model, heads: Beit3Heads, recipe: Beit3Recipe) 
     inside = {id(parameter) for parameter in matrices}
     rest = [p for p in (*model.parameters(), *heads.parameters()) if id(p) not in inside]
     return [
-        torch.optim.Muon(
-            matrices, lr=recipe.phrase_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
+        Muon(matrices, lr=recipe.phrase_rate, weight_decay=recipe.weight_decay),
         torch.optim.AdamW(rest, lr=recipe.phrase_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 

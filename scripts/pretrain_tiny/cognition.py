@@ -45,6 +45,7 @@ from deris_llm.data.synthetic.vocabulary import (
     SIZE_WORDS,
     SIZES,
 )
+from scripts.pretrain_tiny.muon import Muon
 from scripts.pretrain_tiny.pool import COGNITION_SIZE, ScenePool
 from scripts.pretrain_tiny.questions import (
     GRID,
@@ -651,7 +652,7 @@ def build_optimizers(
             muon_groups.append({"params": matrices, "peak": peak, "weight_decay": recipe.weight_decay})
         adam_groups.append({"params": rest, "peak": peak * recipe.adam_factor, "weight_decay": 0.0})
     return [
-        torch.optim.Muon(muon_groups, lr=recipe.language_rate, adjust_lr_fn="match_rms_adamw"),
+        Muon(muon_groups, lr=recipe.language_rate),
         torch.optim.AdamW(adam_groups, lr=recipe.language_rate, betas=(0.9, 0.98)),
     ]
 

@@ -12,6 +12,7 @@ from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration, 
 from deris_llm.data.synthetic.world import WORLD_STREAM
 from scripts.pretrain_tiny import perception
 from scripts.pretrain_tiny.cognition import CognitionRecipe, pretrain_cognition
+from scripts.pretrain_tiny.muon import Muon
 from scripts.pretrain_tiny.pool import HELD_OUT_FIRST_INDEX, POOL_STREAM, ScenePool, write_pool
 
 
@@ -75,3 +76,21 @@ def test_cognition_folder_loads_and_answers(pool: Path, tmp_path: Path) -> None:
     picture = ScenePool(pool / "train").images_120[0]
     inputs = processor(images=picture, text="<|im_start|>user\n<image>\nWhere is red mug?", return_tensors="pt")
     assert model(**inputs).logits.shape[-1] == len(processor.tokenizer)
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48)])
+def test_muon_is_torchs_but_for_bfloat16(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizers = (
+        Muon([ours], lr=0.01, weight_decay=0.02),
+        torch.optim.Muon([theirs], lr=0.01, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(5):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - start).abs().max() > 0.01
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
