@@ -43,7 +43,9 @@ TIMED_STEPS = 12
 WARM_UP_STEPS = 4  # of the timed ones, not counted
 CONFIG_FILE = "run.yaml"  # in a run's folder: what is trained
 LOG_FILE = "run.log"  # what training and evaluation print
-COST_FILE = "cost.json"  # what the training took, over all attempts
+COST_FILE = (
+    "cost.json"  # what the training took, over all attempts (of an interrupted one what its launcher could count)
+)
 ASKED_FILE = "asked.json"  # beside a report: what was evaluated
 _BUILTIN = "builtin:"
 _WEIGHTS = ("perception.weights", "cognition.weights")
@@ -206,11 +208,10 @@ class Processes:
             exit status, and CPU seconds (user and system) of the process and all that it started and waited for.
 
         Raises:
-            Interrupted: `end` was called.
+            Interrupted: `end` was called before.
         """
         with log.open("ab") as file, self._lock:
-            if self._is_ended:
-                raise Interrupted
+            self.raise_if_ended()
             # A session of its own: Ctrl-C in a terminal reaches this process alone, which then ends the others.
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
@@ -226,9 +227,12 @@ class Processes:
         process.returncode = os.waitstatus_to_exitcode(status)  # subprocess need not wait again
         with self._lock:
             self._running.discard(process.pid)
-            if self._is_ended:
-                raise Interrupted
         return process.returncode, usage.ru_utime + usage.ru_stime
+
+    def raise_if_ended(self) -> None:
+        """Raises Interrupted if `end` was called."""
+        if self._is_ended:
+            raise Interrupted
 
     def end(self) -> None:
         """Ends everything that runs (`deris-llm train` then ends its ranks) and starts nothing more."""
@@ -266,6 +270,7 @@ def train_and_evaluate(
     run.report.unlink(missing_ok=True)  # of another number of images
     status, seconds = processes.run(_command(arguments, gpus), run.folder / LOG_FILE)
     if status != 0 or not run.report.is_file():
+        processes.raise_if_ended()
         raise _failed(run.folder, "the evaluation to end with a report", status)
     write_json(run.report.with_name(ASKED_FILE), {"max_images": max_images, "cpu_seconds": round(seconds, 1)})
 
@@ -335,27 +340,31 @@ def run_all(
     if len(left) < len(groups):
         say(f"{len(groups) - len(left)} of {len(groups)} trainings and their evaluations were finished before")
     processes, failed, started = Processes(), {}, time.monotonic()
+    seconds: list[float] = []  # of the finished ones
 
-    def finish(members: Sequence[Run]) -> float:
+    def finish(members: Sequence[Run]) -> None:
         begun = time.monotonic()
-        for run in members:
-            train_and_evaluate(run, gpus=gpus, max_images=max_images, processes=processes)
-        return time.monotonic() - begun
+        try:
+            for run in members:
+                train_and_evaluate(run, gpus=gpus, max_images=max_images, processes=processes)
+        finally:
+            seconds.append(time.monotonic() - begun)
 
     with _terminable(), ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(finish, members): members for members in left}
         try:
             for number, future in enumerate(as_completed(futures), start=1):
                 members = futures[future]
-                elapsed = time.monotonic() - started
-                ahead = f"{_minutes(elapsed)} so far, about {_minutes(elapsed / number * (len(left) - number))} left"
+                elapsed, ahead = time.monotonic() - started, statistics.fmean(seconds) * (len(left) - number) / jobs
+                times = f"{_minutes(elapsed)} so far, about {_minutes(ahead)} left"
                 try:
-                    said = f"{_result(members, max_images)} ({_minutes(future.result())})"
+                    future.result()
+                    said = _result(members, max_images)
                 except AblationError as error:
                     failed[members[0].folder.name] = str(error)
                     said = f"failed: {error}"
                 names = ", ".join(run.row.name for run in members)
-                say(f"[{number} of {len(left)}] {names}, {members[0].unit}: {said}; {ahead}")
+                say(f"[{number} of {len(left)}] {names}, {members[0].unit}: {said}; {times}")
         except BaseException:  # Ctrl-C, or a defect
             pool.shutdown(wait=False, cancel_futures=True)
             processes.end()
@@ -419,6 +428,7 @@ def _trained(config: RunConfig, folder: Path, *, gpus: int | None, processes: Pr
     write_json(folder / COST_FILE, cost)
     state = final_state(folder)
     if status != 0 or state is None:
+        processes.raise_if_ended()
         raise _failed(folder, "the training to reach its last step", status)
     return state
 

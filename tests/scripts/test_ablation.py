@@ -432,13 +432,10 @@ def test_processes_count_cpu_time_and_end_together(tmp_path: Path):
     status, seconds = Processes().run([sys.executable, "-c", burn], tmp_path / "log")
     assert status == 0
     assert seconds > 0.3  # the grandchild's
-    processes, caught = Processes(), []
+    processes, found = Processes(), []
 
     def sleep() -> None:
-        try:
-            processes.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
-        except Interrupted as error:
-            caught.append(error)
+        found.append(processes.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")[0])
 
     threads = [threading.Thread(target=sleep) for _ in range(2)]
     for thread in threads:
@@ -448,7 +445,7 @@ def test_processes_count_cpu_time_and_end_together(tmp_path: Path):
     processes.end()
     for thread in threads:
         thread.join(timeout=20)
-    assert len(caught) == 2
+    assert found == [-signal.SIGTERM] * 2
     with pytest.raises(Interrupted):
         processes.run([sys.executable, "-c", ""], tmp_path / "log")
 
@@ -482,6 +479,7 @@ def test_ctrl_c_ends_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         if len(started) == 2:
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         processes.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log")
+        processes.raise_if_ended()
 
     monkeypatch.setattr("scripts.ablate.runs.train_and_evaluate", trained)
     begun = time.monotonic()
