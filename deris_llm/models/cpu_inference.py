@@ -1,4 +1,4 @@
-"""Faster inference on AMD CPUs: linear layers through oneDNN instead of MKL.
+"""Faster inference on CPUs: Swin without padded windows; on AMD CPUs, linear layers through oneDNN instead of MKL.
 
 PyTorch multiplies float32 matrices with MKL, which leaves the AVX-512 units of AMD processors idle. oneDNN is more than
 twice as fast there (236 against 104 GFLOP/s on one core of an EPYC). On Intel processors both are about equal, and on an
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from deris_llm.models.perception.swin_windows import use_indexed_swin_layers
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,7 @@ class OneDnnLinear(nn.Module):
 
 
 def for_cpu_inference(model: nn.Module) -> nn.Module:
-    """Replaces the linear layers of a model on the CPU if oneDNN is faster on this machine; logs the choice.
+    """Replaces Swin's layers of a model on the CPU, and its linear layers if oneDNN is faster here; logs the choice.
 
     Args:
         model: in evaluation mode; it cannot be trained or saved afterwards.
@@ -79,6 +81,7 @@ def for_cpu_inference(model: nn.Module) -> nn.Module:
     """
     if next(model.parameters()).device.type != "cpu":
         return model
+    use_indexed_swin_layers(model)
     times = linear_times()
     if times.is_onednn_faster:
         use_onednn_linears(model)

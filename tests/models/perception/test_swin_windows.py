@@ -1,13 +1,18 @@
 """transformers' Swin shifts its windows where one window covers the map, as detection code (and so released DeRIS) does.
 
 Swin-B at 384 px has that in its last stage: 12 x 12 cells, windows of 12. A classifier's Swin would not shift there.
+Our layers for inference compute the same as transformers'.
 """
 
+import copy
+
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import SwinBackbone, SwinConfig
 
+from deris_llm.models.perception.swin_windows import IndexedSwinLayer, use_indexed_swin_layers, window_cells
 from deris_llm.testing import relative_difference
 
 WINDOW, HEADS = 4, 2
@@ -46,16 +51,22 @@ def region(place: int, side: int, shift: int) -> int:
     return 0 if not shift or place < side - WINDOW else 1 if place < side - shift else 2
 
 
-@torch.no_grad()
-def test_windows_are_shifted_where_one_window_covers_the_map():
+def small_swin() -> SwinBackbone:
+    """Three stages of two layers, with random weights that make every detail count."""
     torch.manual_seed(0)
     config = SwinConfig(
         image_size=32, patch_size=4, embed_dim=8, depths=[2, 2, 2], num_heads=[HEADS] * 3, window_size=WINDOW,
-        drop_path_rate=0.0, out_features=["stage1", "stage2", "stage3"],
+        drop_path_rate=0.1, out_features=["stage1", "stage2", "stage3"],
     )  # fmt: skip
-    backbone = SwinBackbone(config).eval()
+    backbone = SwinBackbone(config).eval().requires_grad_(False)
     for parameter in backbone.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return backbone
+
+
+@torch.no_grad()
+def test_windows_are_shifted_where_one_window_covers_the_map():
+    backbone = small_swin()
     image = torch.randn(1, 3, 32, 32)
     maps = backbone(image).feature_maps  # 8 x 8: four windows; 4 x 4: exactly one; 2 x 2: one, padded
     embeddings = backbone.swin.embeddings
@@ -72,3 +83,40 @@ def test_windows_are_shifted_where_one_window_covers_the_map():
             four = [cells[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
             joined = torch.cat(four, dim=-1).view(1, side * side // 4, -1)
             tokens = layer.downsample.reduction(layer.downsample.norm(joined))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "size_hw",
+    [
+        (32, 32),
+        (96, 96),
+        (56, 72),
+    ],  # maps of 8, 4, 2 cells; 24, 12, 6; 14 x 18, 7 x 9, 4 x 5: padded on one or both sides
+)
+@torch.no_grad()
+def test_indexed_layers_equal_those_of_transformers(dtype: torch.dtype, size_hw: tuple[int, int]):
+    theirs = small_swin().to(dtype)
+    ours = copy.deepcopy(theirs)
+    assert use_indexed_swin_layers(ours) == 6
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    images = torch.randn(2, 3, *size_hw).to(dtype)
+    for mine, reference in zip(ours(images).feature_maps, theirs(images).feature_maps, strict=True):
+        assert mine.dtype == dtype
+        # Bit-equal on the machines tried; a product over other numbers of rows may be rounded otherwise.
+        assert relative_difference(mine, reference) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_indexed_layers_are_for_evaluation():
+    with pytest.raises(AssertionError, match="stochastic depth"):
+        IndexedSwinLayer(small_swin().train().swin.encoder.layers[0].blocks[0])
+
+
+def test_every_cell_is_in_one_window():
+    cells, places, apart = window_cells(5, 6, 4, 2)
+    assert cells.shape == (4 * 16,)  # 8 x 8 places
+    assert torch.equal(cells[places], torch.arange(30))
+    assert (cells == 30).sum() == 64 - 30  # padding
+    assert apart is not None
+    assert apart.shape == (4, 1, 16, 16)
+    assert window_cells(5, 6, 4, 0).apart is None
