@@ -162,8 +162,8 @@ class MaskFeats(NamedTuple):
 
     def logits(self, mask_embeddings: Tensor) -> Tensor:
         """Computes mask logits (P, Q, H/4, W/4) from vectors (P, Q, C), without a copy of F_mask per phrase."""
-        per_row = mask_embeddings.split(self.phrases_per_row)
-        return torch.cat([torch.einsum("pqc,chw->pqhw", row, self.feats[r]) for r, row in enumerate(per_row)])
+        per_row = zip(mask_embeddings.split(self.phrases_per_row), self.feats, strict=True)
+        return torch.cat([torch.einsum("pqc,chw->pqhw", embeddings, feats) for embeddings, feats in per_row])
 
     def prior(self, mask_logits: Tensor) -> Tensor:
         """Pools F_mask under each mask (eq. 4): (P, Q, H/4, W/4) -> (P, Q, C).

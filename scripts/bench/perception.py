@@ -48,7 +48,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 from deris_llm.config import PerceptionConfig
 from deris_llm.losses.matcher import MatchingWeights, match
 from deris_llm.losses.point_sampling import sample_points
-from deris_llm.models.loopback import MaskFeatsFusion
+from deris_llm.models.loopback import MaskFeats, MaskFeatsFusion
 from deris_llm.models.perception import Perception, QueryDecoder, build_perception
 from deris_llm.models.perception.deformable_attention import (
     DeformableAttention,
@@ -112,6 +112,39 @@ def fusion(channels: int, size: int, num_phrases: int, repeats: int, device: tor
     name = f"F_mask, {num_phrases} phrases, training"
     rows.append(on_device(name, lambda: trained(plain), lambda: trained(once)))
     return rows
+
+
+def mask_logits(channels: int, size: int, num_images: int, repeats: int, device: torch.device) -> list[Comparison]:
+    """Mask logits of all rounds in training, two phrases of each of several pictures.
+
+    A slice of F_mask for each picture has, in the backward pass, a gradient of the size of all pictures.
+    """
+    num_phrases, side = 2 * num_images, size // 4
+    with device:
+        feats = torch.randn(num_images, channels, side, side, requires_grad=True)
+        rounds = [torch.randn(num_phrases, NUM_QUERIES, channels, requires_grad=True) for _ in range(ROUNDS + 1)]
+        index = torch.arange(num_images).repeat_interleave(2)
+    ours = MaskFeats.of(feats, index, (2,) * num_images)
+
+    def plain(embeddings: Tensor) -> Tensor:
+        per_row = embeddings.split(ours.phrases_per_row)
+        return torch.cat([torch.einsum("pqc,chw->pqhw", each, feats[row]) for row, each in enumerate(per_row)])
+
+    def trained(way: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        return gradients([way(embeddings) for embeddings in rounds], [feats, *rounds])
+
+    name = f"mask logits, {num_images} images, training"
+    tolerance = tolerance_on(device)
+    return [
+        compare(
+            name,
+            lambda: trained(plain),
+            lambda: trained(ours.logits),
+            repeats=repeats,
+            tolerance=tolerance,
+            device=device,
+        )
+    ]
 
 
 @torch.no_grad()
@@ -435,6 +468,7 @@ def main() -> None:
     on_device = {"repeats": repeats, "device": device}
     rows = [
         *fusion(decoder.channels, size, num_phrases, **on_device),
+        *mask_logits(decoder.channels, size, 4, **on_device),
         *upsampling(size, num_phrases, **on_device),
         *deformable_attention(perception, size, **on_device),
         *masked_attention(decoder, size, num_phrases, **on_device),

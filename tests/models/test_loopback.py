@@ -116,6 +116,20 @@ def test_logits_and_prior_against_loops():
             assert np.abs(prior[p, q].numpy() - (probability * pooled).sum(axis=(1, 2)) / 16).max() < 1e-5
 
 
+def test_the_gradient_of_f_mask_is_not_built_once_per_image():
+    """A slice of F_mask per image would have a gradient of the size of all images: time grows with their square."""
+    feats = randn(NUM_IMAGES, 32, 16, 16).requires_grad_()
+    logits = MaskFeats.of(feats, INDEX, (2, 1)).logits(randn(NUM_PHRASES, 5, 32))
+    nodes, names = [logits.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            names.add(node.name())
+            nodes += [parent for parent, _ in node.next_functions]
+    assert "UnbindBackward0" in names
+    assert not {"SelectBackward0", "SliceBackward0", "IndexBackward0"} & names
+
+
 def test_sine_positions_have_all_frequencies():
     positions = sine_positions(50, 8)
     for p in (0, 1, 7, 49):

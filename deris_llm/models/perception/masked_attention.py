@@ -58,15 +58,14 @@ class MaskedAttention(nn.Module):
         )  # (P, A, Q, d), (R, A, S, d) twice
         counts = attn_mask.phrases_per_map
         attended = []
-        for row, (of_map, is_visible) in enumerate(
-            zip(queries.split(counts), attn_mask.is_visible.split(counts), strict=True)
-        ):
+        rows = (queries.split(counts), keys.split(1), values.split(1), attn_mask.is_visible.split(counts))
+        for of_map, key_of_map, value_of_map, is_visible in zip(*rows, strict=True):
             if not len(of_map):
                 continue
             read = F.scaled_dot_product_attention(
                 of_map.transpose(0, 1).flatten(1, 2)[None],  # (1, A, P' Q, d): one map, the queries of all its phrases
-                keys[row : row + 1],
-                values[row : row + 1],
+                key_of_map,
+                value_of_map,
                 attn_mask=is_visible.flatten(0, 1)[None, None],
                 dropout_p=self.dropout if self.training else 0.0,
             )
