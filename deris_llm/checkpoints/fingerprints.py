@@ -22,9 +22,7 @@ from deris_llm.checkpoints.layout import (
     is_full,
     read_json,
 )
-from deris_llm.common.hub import commit_of
 from deris_llm.config import RunConfig
-from deris_llm.models.pretrained import weights_folder
 
 _CHUNK = 1 << 16
 _NUM_CHUNKS = 64
@@ -170,6 +168,9 @@ def _parts_fingerprints(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def _fingerprint(name: str) -> dict[str, Any]:
+    from deris_llm.common.hub import commit_of  # these import transformers, which a full checkpoint need not wait for
+    from deris_llm.models.pretrained import weights_folder
+
     folder = weights_folder(name)
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     entry = {"weights": name, "files": {path.name: file_digest(path) for path in files}}

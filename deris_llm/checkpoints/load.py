@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,14 +73,56 @@ def load_checkpoint(
     if base is not None and base != folder:
         check_base_weights(folder, config)
     with explains_out_of_memory(config, loading=True):
-        model = build_model(config, weights=base is None, allow_module=allow_module)
+        # A full checkpoint has every parameter, so none is drawn first: for a DeRIS-B that took as long as a forward pass.
+        with contextlib.nullcontext() if base is None else parameters_on_meta():
+            model = build_model(config, weights=base is None, allow_module=allow_module)
         if base is None:
             check_base_weights(folder, config)  # only now: building has downloaded them
         else:
             restore_full_weights(model, base)
         if base != folder:
             restore_weights(model, folder)
+        _draw_lora(model)
         return config, model.to(device or "cpu").eval()
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules that are built inside have their parameters on the meta device, without memory or values.
+
+    Buffers are real: those that no file holds (Swin's `relative_position_index`) are computed when a module is built, which
+    `torch.device("meta")` would prevent. Not for several threads at once.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # one that is tied to another stays the same object
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+            param._is_hf_initialized = True  # transformers then skips its initialization, which is slow on meta
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def _draw_lora(model: nn.Module) -> None:
+    """Initialises LoRA that no file had, as peft does: it has no effect until it is trained.
+
+    No other parameter can be left on the meta device: `restore_full_weights` has compared the names.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            assert _LORA in name, f"{name} was not loaded"
+            _give_values(parameter, torch.empty_like(parameter, device="cpu"))
+            nn.init.zeros_(parameter) if ".lora_B." in name else nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+
+
+def _give_values(parameter: Tensor, values: Tensor) -> None:
+    """Moves a parameter from the meta device to the CPU in place, also for the modules that share it."""
+    torch.utils.swap_tensors(parameter, nn.Parameter(values, requires_grad=parameter.requires_grad))
 
 
 def checkpoint_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -222,6 +265,9 @@ def _load_strictly(tensors: Mapping[str, Tensor], path: Path, what: str, *, othe
             )
         with torch.no_grad():
             for name, tensor in tensors.items():
+                if tensor.is_meta:  # a private mapping of the file, which is not copied: a page is read when it is used
+                    _give_values(tensor, file.get_tensor(name).to(tensor.dtype))
+                    continue
                 with _writable(tensor):
                     if tensor.numel():
                         tensor.copy_(file.get_tensor(name))

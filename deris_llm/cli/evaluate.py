@@ -112,7 +112,10 @@ def _check_before_torch(arguments: argparse.Namespace, config: RunConfig) -> Non
 
 
 def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
-    import torch
+    from deris_llm.common.startup import without_garbage_collection
+
+    with without_garbage_collection():
+        import torch
     from torch import distributed
 
     from deris_llm.common.ranks import OtherRankError
@@ -123,7 +126,8 @@ def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     logging.getLogger().setLevel(logging.INFO if rank == 0 else logging.WARNING)
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
-    config, model = _model_to_evaluate(arguments, device)
+    with without_garbage_collection():
+        config, model = _model_to_evaluate(arguments, device)
     for_cpu_inference(model)
     if world_size > 1:
         distributed.init_process_group("gloo")  # only Python objects are exchanged

@@ -29,12 +29,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the plan of a run."""
     from rich.console import Console
 
+    from deris_llm.common.startup import without_garbage_collection
     from deris_llm.config import load_config
 
     config = load_config(arguments.config, arguments.set)
     with contextlib.redirect_stdout(sys.stderr):  # some libraries print to stdout when they are imported
-        from deris_llm.planning.efficiency import efficiency_of, show_efficiency, show_work, work_of_run
-        from deris_llm.planning.plan import STAGES, plan_run, show_plan
+        with without_garbage_collection():
+            from deris_llm.planning.efficiency import efficiency_of, show_efficiency, show_work, work_of_run
+            from deris_llm.planning.plan import STAGES, plan_run, show_plan
 
         stages = STAGES if arguments.zero is None else [s for s in STAGES if s.startswith(str(arguments.zero))]
         plan = plan_run(config, gpus=arguments.gpus, stages=stages)

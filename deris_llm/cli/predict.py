@@ -64,11 +64,13 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Answers phrases about images."""
     from deris_llm.checkpoints.layout import find_checkpoint
+    from deris_llm.common.startup import without_garbage_collection
 
     checkpoint, _ = find_checkpoint(arguments.checkpoint)  # before torch is imported
-    from deris_llm.common.terminal import console
-    from deris_llm.serving.predict import run as predict
-    from deris_llm.serving.predict import show_predictions
+    with without_garbage_collection():
+        from deris_llm.common.terminal import console
+        from deris_llm.serving.predict import run as predict
+        from deris_llm.serving.predict import show_predictions
 
     result = predict(
         checkpoint,

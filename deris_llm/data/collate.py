@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from deris_llm.config import RunConfig
-from deris_llm.data.dataset import ImageGroup
 from deris_llm.data.errors import DataError
 from deris_llm.data.images import load_image
 from deris_llm.data.masks import decode_segmentation
@@ -22,6 +21,7 @@ from deris_llm.models.preprocess import Resize, perception_pixels, warp_mask
 from deris_llm.structures import CognitionInputs, ReferringBatch, ReferringRecord, ReferringTargets
 
 if TYPE_CHECKING:  # loader workers do not import the model libraries
+    from deris_llm.data.dataset import ImageGroup
     from deris_llm.models.cognition import CognitionProcessor
 
 

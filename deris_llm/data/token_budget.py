@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deris_llm.config import RunConfig
-from deris_llm.data.dataset import ImageGroups
 
 if TYPE_CHECKING:  # loader workers do not import the model libraries
+    from deris_llm.data.dataset import ImageGroups
     from deris_llm.models.cognition import CognitionProcessor
     from deris_llm.models.cognition.base import TokenCounter
 

@@ -11,7 +11,7 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -140,34 +140,53 @@ def count_macs(model: Deris, batch: ReferringBatch) -> dict[str, int]:
         model: in evaluation mode, without trainable parameters; on the meta device or real.
         batch: from `shape_batch`, or a real one.
     """
-    mode = ShapeSimulation() if next(model.parameters()).is_meta else torch.no_grad()
-    with torch.no_grad(), mode, FlopCounterMode(display=False) as counter:
-        model(batch)
-    flops = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
-    found = {
-        name.removeprefix("Deris.").replace(".model.", "."): flops.get(name, 0) // 2 for name in _part_names(model)
-    }
-    found = {name: macs for name, macs in found.items() if macs}
-    rest = flops["Global"] // 2 - sum(found.values())
+    simulation, counter = ShapeSimulation(), FlopCounterMode(display=False)  # the second one for a real model
+    on_meta = next(model.parameters()).is_meta
+    flops: dict[str, int] = {}
+
+    def count(name: str, sign: int) -> Callable[..., None]:
+        def add(*_: Any) -> None:
+            total = simulation.flops if on_meta else counter.get_total_flops()
+            flops[name] = flops.get(name, 0) + sign * total
+
+        return add
+
+    parts = {name: model.get_submodule(name) for name in _part_names(model)} | {"": model}
+    hooks = [part.register_forward_pre_hook(count(name, -1)) for name, part in parts.items()]
+    hooks += [part.register_forward_hook(count(name, 1)) for name, part in parts.items()]
+    try:
+        with torch.no_grad(), simulation if on_meta else counter:
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rest = flops.pop("") // 2
+    found = {name.replace(".model.", "."): number // 2 for name, number in flops.items() if number}
+    rest -= sum(found.values())
     return found | ({"rest": rest} if rest else {})
 
 
-def training_flops(config: RunConfig, *, with_repeats: bool = False) -> int:
+def training_flops(config: RunConfig, *, with_repeats: bool = False, model: Deris | None = None) -> int:
     """Counts the floating-point operations of one micro-batch, forward and backward, without the loss.
 
     Args:
         config: the run; no weights are read.
         with_repeats: include what activation checkpointing, if the run uses it, recomputes in the backward pass.
+        model: built before for this call, on the meta device; None builds it.
     """
+    model = model or _training_model(config, with_repeats=with_repeats)
+    batch = shape_batch(config, plan_cognition(config))
+    with ShapeSimulation() as simulation:
+        sum_of_outputs(model(batch)).backward()
+    return simulation.flops
+
+
+def _training_model(config: RunConfig, *, with_repeats: bool = False) -> Deris:
     if not with_repeats:
         cognition = dataclasses.replace(config.cognition, gradient_checkpointing=False)
         perception = dataclasses.replace(config.perception, activation_checkpointing=False)
         config = dataclasses.replace(config, cognition=cognition, perception=perception)
-    model = build_model(config, weights=False, device="meta").train()
-    batch = shape_batch(config, plan_cognition(config))
-    with ShapeSimulation(), FlopCounterMode(display=False) as counter:
-        sum_of_outputs(model(batch)).backward()
-    return counter.get_total_flops()
+    return build_model(config, weights=False, device="meta").train()
 
 
 @dataclass(frozen=True)
@@ -205,10 +224,11 @@ def work_of_run(config: RunConfig, plan: RunPlan) -> Work:
     mean = plan.epoch.phrases / plan.epoch.images
     images = plan.epoch.total_steps * plan.images_per_device * config.training.accumulation * plan.gpus
     full = _one_image(config, most)
-    alone = together = training_flops(_one_image(config, 1))
+    model = _training_model(config)
+    alone = together = training_flops(_one_image(config, 1), model=model)
     flops = float(alone)
     if most > 1:
-        together = training_flops(full)
+        together = training_flops(full, model=model)
         flops = alone + (together - alone) * (mean - 1) / (most - 1)
     repeats = config.cognition.gradient_checkpointing or config.perception.activation_checkpointing
     share = training_flops(full, with_repeats=True) / together if repeats else 1.0
@@ -221,15 +241,15 @@ def run_hours(flops: float, peak_tflops: float, utilisation: float, gpus: int) -
 
 
 def _part_names(model: Deris) -> Iterator[str]:
-    """Yields the parts by the names that the counter uses."""
+    """Yields the names of the modules that the table lists."""
     inner = getattr(model.cognition, "model", None)
     if inner is None or not any(True for _ in inner.named_children()):
-        yield "Deris.cognition"
+        yield "cognition"
     else:
-        yield from (f"Deris.cognition.model.{name}" for name, _ in inner.named_children())
+        yield from (f"cognition.model.{name}" for name, _ in inner.named_children())
     if model.perception is not None:
-        yield from (f"Deris.perception.{name}" for name, _ in model.perception.named_children())
-    yield "Deris.loopback"
+        yield from (f"perception.{name}" for name, _ in model.perception.named_children())
+    yield "loopback"
 
 
 def _measured(config: RunConfig, phrases: int, repeats: int) -> Measurement:

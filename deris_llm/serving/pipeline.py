@@ -25,6 +25,7 @@ from torch import nn
 from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
 from deris_llm.checkpoints.layout import find_checkpoint
 from deris_llm.checkpoints.load import checkpoint_config, load_checkpoint, with_files_of
+from deris_llm.common.startup import without_garbage_collection
 from deris_llm.config import RunConfig
 from deris_llm.data.collate import ReferringCollator
 from deris_llm.data.images import load_image, rgb_image
@@ -86,6 +87,7 @@ class DerisPipeline:
         self._token_counter = token_counter(config, processor)
 
     @classmethod
+    @without_garbage_collection()
     def from_pretrained(
         cls,
         folder: str | Path,

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -145,6 +144,8 @@ class TransformersBackend(CognitionBackend):
 
     def _add_lora(self, config: CognitionConfig) -> None:
         """Puts trainable low-rank updates beside the linear layers that `cognition.lora.targets` names."""
+        from peft import LoraConfig, inject_adapter_in_model  # takes a second; models without LoRA need not wait for it
+
         part = self.trained_module
         if any(type(module).__name__ == "Linear4bit" for module in part.modules()):
             part.is_loaded_in_4bit = True  # peft asks the part; transformers sets it on the whole model only

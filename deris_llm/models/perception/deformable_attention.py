@@ -23,12 +23,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
-from transformers.integrations.hub_kernels import get_kernel
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
 )
@@ -185,6 +183,8 @@ def hub_sampler() -> Sampler:
         ImportError: the package `kernels` is missing, or this transformers does not support its version.
         Exception: no network, or no build for this machine; types as in `kernels`.
     """
+    from transformers.integrations.hub_kernels import get_kernel
+
     return layer_sampler(get_kernel(HUB_KERNEL, version=HUB_VERSION).layers.MultiScaleDeformableAttention())
 
 
@@ -307,6 +307,8 @@ class _Bags(torch.autograd.Function):
         gradient, entries = gradient.contiguous(), rows.flatten()
         table_gradient = weights_gradient = None
         if ctx.needs_input_grad[0]:
+            from scipy.sparse import csr_array  # inference does not wait for scipy
+
             matrix = csr_array((weights.numpy().ravel(), entries.numpy(), starts.numpy()), shape=shape)
             table_gradient = torch.from_numpy(matrix.T @ gradient.numpy())
         if ctx.needs_input_grad[2]:

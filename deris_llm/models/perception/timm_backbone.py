@@ -5,9 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-import timm
 import torch
-from timm.layers.format import Format
 from torch import Tensor, nn
 from transformers.modeling_outputs import BackboneOutput
 
@@ -33,6 +31,9 @@ class TimmBackbone(nn.Module):
             ValueError: timm does not know the name, or the model lacks one of the four strides.
         """
         super().__init__()
+        import timm  # slow, and most models have no timm backbone
+        from timm.layers.format import Format
+
         if not timm.is_model(name):
             near = difflib.get_close_matches(name, timm.list_models(), n=5)
             raise ValueError(
