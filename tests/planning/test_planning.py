@@ -1,6 +1,7 @@
 """`deris-llm plan` against real tensors on the CPU."""
 
 import dataclasses
+import gc
 import io
 import json
 from pathlib import Path
@@ -8,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 from deris_llm.checkpoints.state import moment_names
+from deris_llm.common.startup import without_garbage_collection
 from deris_llm.config import load_config
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.losses.criterion import build_criterion
 from deris_llm.models.deris import build_model
 from deris_llm.models.perception import deformable_attention
+from deris_llm.planning import plan as planning
 from deris_llm.planning.plan import (
     BUCKET_ELEMENTS,
     STAGES,
@@ -116,6 +120,33 @@ def test_activations_are_those_of_the_same_step_on_real_tensors(overrides, check
     assert planned == pytest.approx(real.peak, rel=0.05)
     assert planned + matching_bytes(config) == pytest.approx(with_criterion.peak, rel=0.05)
     assert 0.7 * planned < sum(saved.values()) <= planned
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_equal_layers_are_computed_once_and_counted_in_full(overrides, checkpointing, monkeypatch):
+    """Bytes and operations of every layer by itself, as torch's counter finds them, against shapes that are kept."""
+    config = tiny_config(*overrides, f"cognition.gradient_checkpointing={checkpointing}")
+    model = build_model(config, weights=False, device="meta").train()
+    shapes = shape_batch(config, plan_cognition(config))
+
+    def run():
+        model.zero_grad()
+        gc.collect()
+        counter = FlopCounterMode(display=False)
+        # With the collector, the peak depends on when reference cycles are found.
+        with without_garbage_collection(), ShapeSimulation() as simulation, counter:
+            _loss(model(shapes)).backward()
+        return simulation.peak, simulation.flops, counter.get_total_flops()
+
+    monkeypatch.setattr(planning, "_KEPT", {})
+    first, second = run(), run()
+    num_kept, ran = len(planning._KEPT), []
+    monkeypatch.setattr(planning, "_returns_new_tensors", lambda func: ran.append(func))  # None: keeps nothing
+    each_by_itself = run()
+    assert first == second == each_by_itself
+    assert first[1] == first[2] > 0
+    assert num_kept < len(ran) / 4
+    assert len(planning._KEPT) == num_kept
 
 
 def _same_length(batch, shapes):

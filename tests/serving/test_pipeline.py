@@ -328,3 +328,33 @@ def test_importing_the_package_stays_cheap():
     assert out == "[]\n"
     with pytest.raises(AttributeError, match="has no attribute 'Pipeline'"):
         deris_llm.Pipeline  # noqa: B018
+
+
+UNUSED = ("peft", "timm", "datasets", "deepspeed", "qwen_vl_utils", "tensorboard")
+"""Libraries that an answer of a BEiT-3 needs nothing of."""
+
+
+def test_importing_the_pipeline_imports_torch_alone():
+    script = (
+        "import sys, deris_llm.serving.pipeline\n"
+        f"print([name for name in ('transformers', 'scipy', 'torchvision', 'accelerate', *{UNUSED!r}) if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_an_answer_imports_no_library_that_it_does_not_use(config, tmp_path):
+    tiny = tiny_config(
+        "cognition.tuning=full", f"perception.weights={config.perception.weights}", *tiny_beit3(tmp_path / "weights")
+    )
+    save_full_checkpoint(tmp_path / "full", build_model(tiny), tiny)
+    synthetic_images(1)[0].save(tmp_path / "image.png")
+    script = (
+        "import sys\n"
+        "from deris_llm.cli.main import main\n"
+        "assert main(sys.argv[1:]) == 0\n"
+        f"print([name for name in {UNUSED!r} if name in sys.modules])"
+    )
+    command = ["predict", "--checkpoint", "full", "--image", "image.png", "--phrase", "star", "--out", "out"]
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
