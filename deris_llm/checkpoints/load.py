@@ -95,11 +95,12 @@ def parameters_on_meta() -> Iterator[None]:
     """
     register = nn.Module.register_parameter
 
-    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and not param.is_meta:  # one that is tied to another stays the same object
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-            param._is_hf_initialized = True  # transformers then skips its initialization, which is slow on meta
-        register(module, name, param)
+            # transformers then skips its initialization, which is slow on meta.
+            param._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
+        register(self, name, param)
 
     nn.Module.register_parameter = register_on_meta
     try:
