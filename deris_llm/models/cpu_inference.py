@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deris_llm.models.perception.swin_windows import use_indexed_swin_layers
-
 logger = logging.getLogger(__name__)
 
 MIN_WEIGHTS = 2**14
@@ -81,6 +79,8 @@ def for_cpu_inference(model: nn.Module) -> nn.Module:
     """
     if next(model.parameters()).device.type != "cpu":
         return model
+    from deris_llm.models.perception.swin_windows import use_indexed_swin_layers  # imports transformers
+
     use_indexed_swin_layers(model)
     times = linear_times()
     if times.is_onednn_faster:
