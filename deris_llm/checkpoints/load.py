@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_BUILDS_ON_META = threading.RLock()
 _LORA, _UNDER_LORA = ".lora_", ".base_layer."  # peft's names: of the updates, of a linear that has one
 
 
@@ -88,25 +90,29 @@ def load_checkpoint(
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules that are built inside have their parameters on the meta device, without memory or values.
+    """Modules that this thread builds inside have their parameters on the meta device, without memory or values.
 
     Buffers are real: those that no file holds (Swin's `relative_position_index`) are computed when a module is built, which
-    `torch.device("meta")` would prevent. Not for several threads at once.
+    `torch.device("meta")` would prevent. accelerate's `init_empty_weights` does the same, but unties tied parameters, and
+    transformers still initialises them. Other threads that load at the same time wait.
     """
-    register = nn.Module.register_parameter
+    this_thread = threading.get_ident()
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:  # one that is tied to another stays the same object
+        is_real = param is not None and not param.is_meta  # one that is tied to another stays the same object
+        if is_real and threading.get_ident() == this_thread:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
             # transformers then skips its initialization, which is slow on meta.
             param._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         register(self, name, param)
 
-    nn.Module.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
+    with _BUILDS_ON_META:
+        register = nn.Module.register_parameter
+        nn.Module.register_parameter = register_on_meta
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register
 
 
 def _draw_lora(model: nn.Module) -> None:
@@ -266,8 +272,9 @@ def _load_strictly(tensors: Mapping[str, Tensor], path: Path, what: str, *, othe
             )
         with torch.no_grad():
             for name, tensor in tensors.items():
-                if tensor.is_meta:  # a private mapping of the file, which is not copied: a page is read when it is used
-                    _give_values(tensor, file.get_tensor(name).to(tensor.dtype))
+                if tensor.is_meta:
+                    # Copied out of the mapped file: its tensors are not aligned as torch's own, which changes rounding.
+                    _give_values(tensor, file.get_tensor(name).to(tensor.dtype, copy=True))
                     continue
                 with _writable(tensor):
                     if tensor.numel():

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of ``scripts/ablate/run.py``."""
     numbers = {kind: [n.split()[1] for n in comparison_names() if n.startswith(kind)] for kind in ("table", "figure")}
     parser = argparse.ArgumentParser(
-        prog="ablate.py",
+        prog="scripts/ablate/run.py",
         description="Trains and evaluates the rows of a table of the paper. Call it again to go on: finished runs are reused.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

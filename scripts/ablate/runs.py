@@ -43,9 +43,7 @@ TIMED_STEPS = 12
 WARM_UP_STEPS = 4  # of the timed ones, not counted
 CONFIG_FILE = "run.yaml"  # in a run's folder: what is trained
 LOG_FILE = "run.log"  # what training and evaluation print
-COST_FILE = (
-    "cost.json"  # what the training took, over all attempts (of an interrupted one what its launcher could count)
-)
+COST_FILE = "cost.json"  # what the training took over all attempts; of an interrupted one, what its launcher counted
 ASKED_FILE = "asked.json"  # beside a report: what was evaluated
 _BUILTIN = "builtin:"
 _WEIGHTS = ("perception.weights", "cognition.weights")
@@ -82,11 +80,6 @@ class Run:
     unit: Unit
     config: RunConfig
     folder: Path  # of the training; rows that differ at test alone share it
-
-    @property
-    def seed(self) -> int:
-        """Of the run."""
-        return self.unit.seed
 
     @property
     def report(self) -> Path:
@@ -413,11 +406,7 @@ def _trained(config: RunConfig, folder: Path, *, gpus: int | None, processes: Pr
         return state
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / CONFIG_FILE)
-    arguments, status, begun = (
-        ["train", "--config", str(folder / CONFIG_FILE), "--output", str(folder)],
-        0,
-        time.monotonic(),
-    )
+    arguments, begun = ["train", "--config", str(folder / CONFIG_FILE), "--output", str(folder)], time.monotonic()
     status, seconds = processes.run(_command(arguments, gpus), folder / LOG_FILE)
     before = _read(folder / COST_FILE)
     cost = {

@@ -1,5 +1,7 @@
 """How full checkpoints become models: nothing is drawn, and everything has its value."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -112,3 +114,13 @@ def test_tied_parameters_stay_one_object():
     assert first.weight is second.weight
     assert first.weight.is_meta
     assert not torch.nn.Linear(2, 3).weight.is_meta
+
+
+def test_a_thread_that_builds_at_the_same_time_gets_real_parameters() -> None:
+    with parameters_on_meta():
+        with ThreadPoolExecutor(1) as pool:
+            elsewhere = pool.submit(torch.nn.Linear, 2, 2).result()
+        here = torch.nn.Linear(2, 2)
+    assert here.weight.is_meta
+    assert not elsewhere.weight.is_meta
+    assert not torch.nn.Linear(2, 2).weight.is_meta

@@ -55,7 +55,7 @@ def test_rows_are_configs_or_say_why_not(name: str, config: str, tmp_path: Path)
     assert {run.row.name for run in runs} | set(not_run) == {row.name for row in table.rows}
     assert len(runs) == 2 * (len(table.rows) - len(not_run))
     assert {run.config.training.max_steps for run in runs} == {5}
-    folders = {(run.folder, run.seed): run for run in runs}
+    folders = {(run.folder, run.unit.seed): run for run in runs}
     assert {seed for _, seed in folders} == {load_config(config).training.seed + i for i in (0, 1)}
     if config == FULL:
         assert not_run == {}
@@ -408,7 +408,7 @@ def test_differences_to_a_reference_by_seed(tmp_path: Path, capsys: pytest.Captu
     runs, _ = expand(table, "tiny-refcoco", output=tmp_path, seeds=3, steps=2)
     for run in runs[:-1]:  # the last loopback with 10 queries is not finished
         gap = 0 if run.config.loopback.form == "loopback" else 10 if run.config.loopback.num_queries == 4 else 5
-        finish(run, 60 - gap + run.seed % 3 * (1 if gap else 2))
+        finish(run, 60 - gap + run.unit.seed % 3 * (1 if gap else 2))
     assert main(arguments) == 0
     said = capsys.readouterr().out
     results = json.loads((tmp_path / "table-7-loopback.num_queries-4-10.json").read_text())

@@ -88,9 +88,7 @@ class Windows(NamedTuple):
 
     cells: Tensor  # int64 (W N,): the cell of each place in a window, row by row; S = padding
     places: Tensor  # int64 (S,): where each cell is in `cells`
-    apart: (
-        Tensor | None
-    )  # float32 (W, 1, N, N): `APART` between cells that are no neighbours, else 0; None = not shifted
+    apart: Tensor | None  # float32 (W, 1, N, N): `APART` between cells that are no neighbours, else 0; None = no shift
 
 
 @functools.cache
