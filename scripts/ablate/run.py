@@ -36,8 +36,8 @@ from scripts.ablate.runs import AblationError, Run, expand, run_all, seconds_per
 EXAMPLES = """\
 examples:
   scripts/ablate/run.py --table 7 --config tiny-grefcoco --dry-run                 what would run
-  scripts/ablate/run.py --table 7 --config tiny-grefcoco --seeds 3 --budget 10     ten minutes of training for each run
-  scripts/ablate/run.py --table 7 --config tiny-refcoco --cross loopback.num_queries=4,10,20 --seeds 5 --steps 341 \\
+  scripts/ablate/run.py --table 7 --config tiny-grefcoco --num-seeds 3 --budget 10     ten minutes of training for each run
+  scripts/ablate/run.py --table 7 --config tiny-refcoco --cross loopback.num_queries=4,10,20 --num-seeds 5 --steps 341 \\
       --jobs 2 --reference loopback                                                two at a time, differences in pairs
   scripts/ablate/run.py --table 8 --config deris-b-grefcoco --set data.root=/data/refer    the recipe's own length
 """
@@ -103,15 +103,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_units(parser: argparse.ArgumentParser) -> None:
-    units = parser.add_argument_group("what each row is run with", "every combination of world, backbone and seed")
-    units.add_argument(
-        "--seeds", type=int, nargs="+", default=[1], metavar="N",
-        help="one number: how many, from the config's own on; several: the seeds (default: the config's own)",
-    )  # fmt: skip
+    units = parser.add_argument_group("what each row is run with", "every combination of seed, world and backbone")
+    seeds = units.add_mutually_exclusive_group()
+    seeds.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="of the runs (default: the config's own)")
+    seeds.add_argument("--num-seeds", type=int, metavar="N", help="N seeds, from the config's own on")
     units.add_argument("--worlds", nargs="+", default=[], metavar="ROOT", help="data roots (default: the config's)")
     units.add_argument(
         "--backbones", nargs="+", default=[], metavar="FOLDER",
         help="folders of scripts/pretrain_tiny/run.py, whose weights replace the shipped ones of the same name",
+    )  # fmt: skip
+    units.add_argument(
+        "--in-step", action="store_true",
+        help="the first seed with the first world and backbone, the second with the second, ...; instead of every combination",
     )  # fmt: skip
 
 
@@ -153,8 +156,8 @@ def _ablate(arguments: argparse.Namespace) -> int:
         console.print(f"{seconds:.3f} s a step: {steps} steps in {arguments.budget:g} minutes")
     runs, not_run = expand(
         table, arguments.config, arguments.set, output=output, steps=steps,
-        seeds=arguments.seeds[0] if len(arguments.seeds) == 1 else arguments.seeds,
-        worlds=arguments.worlds, backbones=arguments.backbones,
+        seeds=arguments.seeds or arguments.num_seeds or 1,
+        worlds=arguments.worlds, backbones=arguments.backbones, in_step=arguments.in_step,
     )  # fmt: skip
     if not arguments.collect:
         console.print(_plan(table, runs, not_run, is_timed=bool(arguments.budget and arguments.dry_run)))
@@ -184,14 +187,12 @@ def _ablate(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    counts = {name: getattr(arguments, name) for name in ("steps", "budget", "jobs")}
-    if len(arguments.seeds) == 1:
-        counts["seeds"] = arguments.seeds[0]
+    counts = {name: getattr(arguments, name) for name in ("steps", "budget", "jobs", "num_seeds")}
     for name, value in counts.items():
         if value is not None and value <= 0:
-            raise ValueError(f"--{name}: expected more than 0, got {value}; give another number")
+            raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, got {value}; give another number")
     for name in ("seeds", "worlds", "backbones"):
-        values = getattr(arguments, name)
+        values = getattr(arguments, name) or []
         if len(set(values)) < len(values):
             raise ValueError(
                 f"--{name}: expected each once, got {' '.join(map(str, values))}; leave out what is repeated"

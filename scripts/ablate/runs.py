@@ -96,9 +96,10 @@ def expand(
     seeds: int | Sequence[int] = 1,
     worlds: Sequence[str] = (),
     backbones: Sequence[str] = (),
+    in_step: bool = False,
     steps: int | None = None,
 ) -> tuple[list[Run], dict[str, str]]:
-    """Makes the runs of a table: every row with every combination of world, backbone and seed.
+    """Makes the runs of a table: every row with every unit.
 
     Args:
         table: from `comparison`.
@@ -108,6 +109,7 @@ def expand(
         seeds: the seeds, or how many: the config's own, then the next integers.
         worlds: data roots; none = the config's.
         backbones: folders as `scripts/pretrain_tiny/run.py` writes them: folder/NAME replaces the weights builtin:NAME.
+        in_step: a unit is the k-th seed, world and backbone (one world or backbone serves all), not every combination.
         steps: optimizer steps of each; None = as the config says.
 
     Returns:
@@ -115,14 +117,14 @@ def expand(
 
     Raises:
         ConfigError: the config is wrong without a row's overrides.
-        ValueError: a backbone is not there.
+        ValueError: a backbone is not there, or `in_step` has lists of different lengths.
         AblationError: no row can be run.
     """
     length = () if steps is None else (f"training.max_steps={steps}",)
     base = load_config(config, [*overrides, *_OF_EVERY_RUN, *length])
     first = base.training.seed
     listed = range(first, first + seeds) if isinstance(seeds, int) else seeds
-    units = [Unit(*unit) for unit in itertools.product(listed, worlds or ("",), backbones or ("",))]
+    units = _units(listed, worlds or ("",), backbones or ("",), in_step=in_step)
     runs, not_run = [], {row.name: row.not_run for row in table.rows if row.not_run}
     for unit, row in itertools.product(units, table.rows):
         if row.name in not_run:
@@ -145,6 +147,18 @@ def expand(
             f"{table.name}: expected a row that {config} can run, got none; take another config\n{reasons}"
         )
     return runs, not_run
+
+
+def _units(seeds: Sequence[int], worlds: Sequence[str], backbones: Sequence[str], *, in_step: bool) -> list[Unit]:
+    if not in_step:
+        return [Unit(*unit) for unit in itertools.product(seeds, worlds, backbones)]
+    if {len(worlds), len(backbones)} - {1, len(seeds)}:
+        raise ValueError(
+            f"in step: expected one world and backbone, or as many as seeds, got {len(seeds)} seeds, {len(worlds)} worlds "
+            f"and {len(backbones)} backbones; give lists of the same length"
+        )
+    worlds, backbones = (list(one) * len(seeds) if len(one) == 1 else one for one in (worlds, backbones))
+    return [Unit(*unit) for unit in zip(seeds, worlds, backbones, strict=True)]
 
 
 def seconds_per_step(config: str, overrides: Sequence[str], *, output: Path, gpus: int | None = None) -> float:

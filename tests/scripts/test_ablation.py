@@ -145,7 +145,7 @@ def test_a_dry_run_starts_nothing_and_imports_no_torch(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--seeds", "0"], "--seeds: expected more than 0, got 0"),
+        (["--num-seeds", "0"], "--num-seeds: expected more than 0, got 0"),
         (["--budget", "-1"], "--budget: expected more than 0, got -1.0"),
         (["--set", "loopback.form=both"], "loopback.form: expected one of"),
         (["--rows", "p2c", "both"], "--rows: expected some of p2c, c2p, hierarchical, loopback (table 7), got both"),
@@ -293,6 +293,16 @@ def test_every_row_with_every_world_backbone_and_seed(tmp_path: Path):
         expand(table, FULL, output=tmp_path, backbones=[str(tmp_path / "strong")])
 
 
+def test_seeds_and_worlds_in_step(tmp_path: Path):
+    table = Comparison("mine", "two rows", ("gIoU",), (Row("one", "", {}, ()), Row("two", "", {}, ())))
+    runs, _ = expand(table, "tiny-grefcoco", output=tmp_path, seeds=[7, 9], worlds=["data/a", "data/b"], in_step=True)
+    assert [(run.unit.seed, run.unit.world) for run in runs[::2]] == [(7, "data/a"), (9, "data/b")]
+    runs, _ = expand(table, "tiny-grefcoco", output=tmp_path, seeds=[7, 9], worlds=["data/a"], in_step=True)
+    assert [(run.unit.seed, run.unit.world) for run in runs[::2]] == [(7, "data/a"), (9, "data/a")]
+    with pytest.raises(ValueError, match="in step: .*got 3 seeds, 2 worlds and 1 backbones"):
+        expand(table, "tiny-grefcoco", output=tmp_path, seeds=3, worlds=["data/a", "data/b"], in_step=True)
+
+
 def test_crossed_rows_set_both(tmp_path: Path):
     table = crossed(comparison("table 7"), ["loopback.num_queries=4,10", "criterion.aux_weight=0,0.2"])
     assert len(table.rows) == 4 * 4
@@ -390,7 +400,7 @@ def test_differences_to_a_reference_by_seed(tmp_path: Path, capsys: pytest.Captu
         "loopback",
         "--config",
         "tiny-refcoco",
-        "--seeds",
+        "--num-seeds",
         "3",
         "--steps",
         "2",
