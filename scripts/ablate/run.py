@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="runs side by side, each on one rank (default 1: as --gpus says)",
+        help="runs side by side, each on one rank, with as many images a step as on all (default 1: as --gpus says)",
     )
     parser.add_argument("--dry-run", action="store_true", help="list the runs, start nothing")
     parser.add_argument("--collect", action="store_true", help="start nothing, print the table of what is finished")
@@ -148,14 +148,16 @@ def _ablate(arguments: argparse.Namespace) -> int:
     output = arguments.output or Path("runs") / "ablate" / config.name
     table = _table(arguments, config)
     console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
-    gpus = 1 if arguments.jobs > 1 else arguments.gpus
+    gpus, overrides = arguments.gpus, list(arguments.set)
+    if arguments.jobs > 1:
+        gpus, overrides = 1, [*overrides, *_as_on_all_ranks(config)]
     steps = arguments.steps
     if arguments.budget and not arguments.dry_run:
-        seconds = seconds_per_step(arguments.config, arguments.set, output=output, gpus=gpus)
+        seconds = seconds_per_step(arguments.config, overrides, output=output, gpus=gpus)
         steps = max(1, int(60 * arguments.budget / seconds))
         console.print(f"{seconds:.3f} s a step: {steps} steps in {arguments.budget:g} minutes")
     runs, not_run = expand(
-        table, arguments.config, arguments.set, output=output, steps=steps,
+        table, arguments.config, overrides, output=output, steps=steps,
         seeds=arguments.seeds or arguments.num_seeds or 1,
         worlds=arguments.worlds, backbones=arguments.backbones, in_step=arguments.in_step,
     )  # fmt: skip
@@ -170,7 +172,7 @@ def _ablate(arguments: argparse.Namespace) -> int:
             say=lambda line: console.print(line, markup=False, soft_wrap=True),
         )  # fmt: skip
     results = collect(table, runs, not_run, max_images=arguments.max_images, reference=arguments.reference)
-    results |= {"config": arguments.config, "overrides": list(arguments.set)}
+    results |= {"config": arguments.config, "overrides": overrides}
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join([table.name, *arguments.cross]))
     path = output / f"{name}.json"
     write_json(path, results)
@@ -184,6 +186,18 @@ def _ablate(arguments: argparse.Namespace) -> int:
         listed = "\n".join(f"  - {message}" for message in failed.values())
         raise AblationError(f"{len(failed)} of {len({run.folder for run in runs})} trainings failed:\n{listed}")
     return 0
+
+
+def _as_on_all_ranks(config: RunConfig) -> list[str]:
+    """Overrides by which a step on one rank has as many images as one on all ranks (which are two without a GPU)."""
+    import torch
+
+    from deris_llm.training.launch import num_ranks
+
+    training, ranks = config.training, num_ranks()
+    if torch.cuda.is_available():  # a larger micro-batch may not fit
+        return [f"training.accumulation={training.accumulation * ranks}"]
+    return [f"training.images_per_device={training.images_per_device * ranks}"]
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from scipy import stats
 from deris_llm.config import ConfigError, load_config
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.testing import tiny_weights
+from deris_llm.training.launch import num_ranks
 from scripts.ablate.comparisons import (
     Comparison,
     Row,
@@ -301,6 +302,17 @@ def test_seeds_and_worlds_in_step(tmp_path: Path):
     assert [(run.unit.seed, run.unit.world) for run in runs[::2]] == [(7, "data/a"), (9, "data/a")]
     with pytest.raises(ValueError, match="in step: .*got 3 seeds, 2 worlds and 1 backbones"):
         expand(table, "tiny-grefcoco", output=tmp_path, seeds=3, worlds=["data/a", "data/b"], in_step=True)
+
+
+def test_runs_side_by_side_have_as_many_images_a_step(tmp_path: Path, capsys: pytest.CaptureFixture):
+    arguments = ["--table", "10", "--config", "tiny-refcoco", "--steps", "2", "--output", str(tmp_path), "--collect"]
+    images = []
+    for jobs in ("1", "2"):
+        assert main([*arguments, "--jobs", jobs]) == 0
+        overrides = json.loads((tmp_path / "table-10.json").read_text())["overrides"]
+        training = load_config("tiny-refcoco", overrides).training
+        images.append(training.images_per_device * training.accumulation * (num_ranks() if jobs == "1" else 1))
+    assert images[0] == images[1]
 
 
 def test_crossed_rows_set_both(tmp_path: Path):
