@@ -186,9 +186,9 @@ def _views_of(
     by_round = [
         (
             round_output.referring_logits.float().sigmoid().cpu().numpy(),
-            upsampled_masks(dataclasses.replace(output, rounds=(round_output,)), winners, sizes),
+            upsampled_masks(output, winners, sizes, round_index=round_index),
         )
-        for round_output in output.rounds
+        for round_index, round_output in enumerate(output.rounds)
     ]
     views = []
     for i, (record, answer) in enumerate(zip(records, answers, strict=True)):

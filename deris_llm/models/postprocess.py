@@ -161,9 +161,13 @@ def readable_logits(mask_logits: Tensor, upsampling: MaskUpsampling) -> Tensor:
 
 
 def upsampled_masks(
-    output: DerisOutput, queries: Sequence[Sequence[int]], sizes_hw: Sequence[tuple[int, int]]
+    output: DerisOutput,
+    queries: Sequence[Sequence[int]],
+    sizes_hw: Sequence[tuple[int, int]],
+    *,
+    round_index: int = -1,
 ) -> list[np.ndarray]:
-    """Computes masks of some queries of the last round: sigmoid >= 0.5 after bilinear upsampling of the logits.
+    """Computes masks of some queries of a round: sigmoid >= 0.5 after bilinear upsampling of the logits.
 
     Only these masks are upsampled; those of equal size together.
 
@@ -171,11 +175,12 @@ def upsampled_masks(
         output: P phrases.
         queries: P lists of queries.
         sizes_hw: P sizes (h, w) in px.
+        round_index: of the round; -1 is the last one.
 
     Returns:
         P arrays, bool (S, h, w).
     """
-    mask_logits = output.final.mask_logits
+    mask_logits = output.rounds[round_index].mask_logits
     wanted: dict[tuple[int, int], list[int]] = defaultdict(list)
     for phrase, size in enumerate(sizes_hw):
         wanted[size].append(phrase)
@@ -189,7 +194,9 @@ def upsampled_masks(
             at_once = max(1, _MOST_PIXELS // (size[0] * size[1]))  # masks of a large image that fit in memory
             drawn = np.concatenate(
                 [
-                    _drawn(mask_logits[some_rows, some_columns], size, output.mask_upsampling)
+                    (upsampled_logits(mask_logits[some_rows, some_columns], size, output.mask_upsampling) >= 0)
+                    .cpu()
+                    .numpy()
                     for some_rows, some_columns in zip(rows.split(at_once), columns.split(at_once), strict=True)
                 ]
             )
@@ -199,8 +206,16 @@ def upsampled_masks(
     return masks
 
 
-def _drawn(mask_logits: Tensor, size: tuple[int, int], upsampling: MaskUpsampling) -> np.ndarray:
-    """Upsamples logits (S, h', w') to masks, bool (S, h, w)."""
+def upsampled_logits(mask_logits: Tensor, size_hw: tuple[int, int], upsampling: MaskUpsampling) -> Tensor:
+    """Upsamples mask logits to a size.
+
+    Args:
+        mask_logits: float (S, h', w').
+        size_hw: (h, w) in px.
+        upsampling: how to read the logits, see `readable_logits`.
+
+    Returns:
+        float32 (S, h, w), >= 0 = inside the mask.
+    """
     logits = readable_logits(mask_logits.float().unsqueeze(1), upsampling)
-    upsampled = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    return (upsampled >= 0).squeeze(1).cpu().numpy()
+    return functional.interpolate(logits, size=size_hw, mode="bilinear", align_corners=False).squeeze(1)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from deris_llm.models.cognition import CognitionProcessor, build_processor
 from deris_llm.models.cpu_inference import for_cpu_inference
 from deris_llm.models.out_of_memory import explains_out_of_memory
 from deris_llm.models.postprocess import PhraseAnswer, PresenceUse, Selection, answer_masks
+from deris_llm.serving.inspection import Inspection, joined_outputs, outputs_by_phrase
 from deris_llm.structures import DerisOutput, Exif
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 Picture = str | Path | Image.Image | np.ndarray
 """A file, a PIL image of any mode, or uint8 (h, w, 3) in RGB."""
 
+_Result = TypeVar("_Result")
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
@@ -186,68 +188,112 @@ class DerisPipeline:
         Raises:
             ValueError: see `__call__`; earlier answers have been yielded.
         """
+        for asked in self._ask(pairs, self._answers):
+            yield asked.results
+
+    def inspect(self, image: Picture, phrases: str | Sequence[str]) -> Inspection:
+        """Runs the network once about an image and keeps what it computed, to look into it and to try other rules.
+
+        Args:
+            image: a file or pixels.
+            phrases: one or several.
+
+        Raises:
+            ValueError: see `__call__`.
+        """
+        (inspection,) = self.inspect_all([(image, [phrases] if isinstance(phrases, str) else phrases)])
+        return inspection
+
+    def inspect_all(self, pairs: Iterable[tuple[Picture, Sequence[str]]]) -> Iterator[Inspection]:
+        """Inspects many images in the batches of `answer_all`.
+
+        Args:
+            pairs: images, each with its phrases.
+
+        Yields:
+            the inspection of each pair, in order.
+
+        Raises:
+            ValueError: see `__call__`; earlier inspections have been yielded.
+        """
+        for asked in self._ask(pairs, lambda _, output: outputs_by_phrase(output.to("cpu"))):
+            yield Inspection(asked.image, asked.phrases, joined_outputs(asked.results), self.config.evaluation)
+
+    def _ask(
+        self,
+        pairs: Iterable[tuple[Picture, Sequence[str]]],
+        results_of: Callable[[Sequence[_Part], DerisOutput], Sequence[_Result]],
+    ) -> Iterator[_Asked[_Result]]:
+        """Runs the model on batches of images and yields each image when all its phrases have a result.
+
+        Args:
+            pairs: images, each with its phrases.
+            results_of: makes one result per phrase of a batch and of the model's output for it.
+        """
+        waiting: deque[_Asked[_Result]] = deque()
+        for batch in self._batches(pairs, waiting):
+            with torch.inference_mode(), explains_out_of_memory(self.config):
+                results = results_of(batch, self._output(batch))
+            owners = [part.asked for part in batch for _ in part.phrases]
+            for asked, result in zip(owners, results, strict=True):
+                asked.results.append(result)
+            while waiting and len(waiting[0].results) == len(waiting[0].phrases):
+                yield waiting.popleft()
+
+    def _batches(
+        self, pairs: Iterable[tuple[Picture, Sequence[str]]], waiting: deque[_Asked[_Result]]
+    ) -> Iterator[list[_Part]]:
+        """Yields batches within the limits of the run config, and appends each image to `waiting` when it is read."""
         limits = self.config.evaluation
-        waiting: deque[_Asked] = deque()
         batch: list[_Part] = []
         for image, phrases in pairs:
-            texts, found = checked_phrases(phrases), as_picture(image)
-            asked = _Asked(len(texts), [])
+            texts = checked_phrases(phrases)
+            asked: _Asked[_Result] = _Asked(as_picture(image), texts, [])
             waiting.append(asked)
-            for run in split_phrases(self.config, texts, (found.height, found.width), self._token_counter):
-                part = _Part(found, run, asked)
+            size = (asked.image.height, asked.image.width)
+            for run in split_phrases(self.config, asked.phrases, size, self._token_counter):
+                part = _Part(run, asked)
                 num_phrases = sum(len(other.phrases) for other in (*batch, part))
                 if len(batch) == limits.images_per_device or num_phrases > limits.max_phrases_per_batch:
-                    self._answer(batch)
+                    yield batch
                     batch = []
-                    while waiting[0].is_done:
-                        yield waiting.popleft().answers
                 batch.append(part)
         if batch:
-            self._answer(batch)
-        for asked in waiting:
-            yield asked.answers
+            yield batch
 
-    def _answer(self, batch: Sequence[_Part]) -> None:
-        """Runs the model once and appends each answer to its image's list."""
-        with torch.inference_mode(), explains_out_of_memory(self.config):
-            self._run(batch)
-
-    def _run(self, batch: Sequence[_Part]) -> None:
-        options = self.config.evaluation
+    def _output(self, batch: Sequence[_Part]) -> DerisOutput:
+        """Runs the model once."""
         dtype = torch.bfloat16 if self.config.training.precision == "bf16" else None
-        images = [part.image for part in batch]
+        images = [part.asked.image for part in batch]
         owners = [number for number, part in enumerate(batch) for _ in part.phrases]
         inputs = self._collator.batch(images, [phrase for part in batch for phrase in part.phrases], owners)
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            output: DerisOutput = self.model(inputs.to(self.device, dtype=dtype))
-        answers = answer_masks(
+            return self.model(inputs.to(self.device, dtype=dtype))
+
+    def _answers(self, batch: Sequence[_Part], output: DerisOutput) -> list[PhraseAnswer]:
+        options = self.config.evaluation
+        return answer_masks(
             output,
-            [(images[owner].height, images[owner].width) for owner in owners],
+            [(part.asked.image.height, part.asked.image.width) for part in batch for _ in part.phrases],
             score_threshold=options.score_threshold,
             selection=options.selection,
             presence_use=options.presence,
         )
-        for owner, answer in zip(owners, answers, strict=True):
-            batch[owner].asked.answers.append(answer)
 
 
-class _Asked(NamedTuple):
-    """The number of an image's phrases and the answers so far."""
+class _Asked(NamedTuple, Generic[_Result]):
+    """An image with its phrases and a result for each of the first of them."""
 
-    number: int
-    answers: list[PhraseAnswer]
-
-    @property
-    def is_done(self) -> bool:
-        return len(self.answers) == self.number
+    image: Image.Image
+    phrases: tuple[str, ...]
+    results: list[_Result]
 
 
 class _Part(NamedTuple):
-    """An image in a batch with some of its phrases."""
+    """Some phrases of an image, in a batch."""
 
-    image: Image.Image
     phrases: Sequence[str]
-    asked: _Asked
+    asked: _Asked[Any]
 
 
 def as_picture(image: Picture, *, exif: Exif = "displayed") -> Image.Image:
