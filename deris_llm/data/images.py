@@ -38,6 +38,10 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 _HEIF_NAMES = (".heic", ".heif", ".hif")
 
 
+Picture = str | Path | Image.Image | np.ndarray
+"""A file, a PIL image of any mode, or uint8 (h, w, 3) in RGB."""
+
+
 class ImageError(ValueError):
     """A file that is not a complete image; the message says what it is instead."""
 
@@ -223,6 +227,32 @@ def load_image(
             f"{image.width} x {image.height} px. Use the original file, not a resized one"
         )
     return image
+
+
+def as_picture(image: Picture, *, exif: Exif = "displayed") -> Image.Image:
+    """Returns an image in RGB.
+
+    Args:
+        image: a path, a PIL image or an array.
+        exif: whether a file is turned as its EXIF orientation says.
+
+    Raises:
+        ValueError: it cannot be read, or an array is not uint8 (h, w, 3).
+    """
+    if isinstance(image, (str, Path)):
+        return load_image(image, exif=exif)
+    if isinstance(image, Image.Image):
+        return rgb_image(image)
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"image: expected a path, a PIL image or a numpy array, got {type(image).__name__}; convert it to one of these."
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(
+            f"image: expected an array uint8 (h, w, 3) in RGB with values 0..255, got {image.dtype} {image.shape}; convert "
+            "it (a grey or transparent image through PIL: Image.fromarray(array).convert('RGB'))."
+        )
+    return Image.fromarray(image)
 
 
 def _orientation(file: Image.Image) -> int:

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from deris_llm.config import EvaluationConfig, PresenceUse, Selection
-from deris_llm.models.postprocess import PhraseAnswer, answer_masks, upsampled_logits, upsampled_masks
+from deris_llm.models.postprocess import answer_masks, upsampled_logits, upsampled_masks
+from deris_llm.serving.answers import ImageAnswer, about_image
 from deris_llm.structures import DerisOutput, RoundOutput
 
 
@@ -60,7 +61,7 @@ class Inspection:
         selection: Selection | None = None,
         presence: PresenceUse | None = None,
         max_side: int | None = None,
-    ) -> list[PhraseAnswer]:
+    ) -> list[ImageAnswer]:
         """Answers the phrases by a rule.
 
         Without arguments these are the answers of the pipeline; if its model is on a GPU, a pixel on the border of a mask may
@@ -85,13 +86,14 @@ class Inspection:
         selection, presence = selection or rule.selection, presence or rule.presence
         _check_is_one_of("selection", selection, get_args(Selection))
         _check_is_one_of("presence", presence, get_args(PresenceUse))
-        return answer_masks(
+        answers = answer_masks(
             self.output,
             [self._size_hw(max_side)] * len(self.phrases),
             score_threshold=score_threshold,
             selection=selection,
             presence_use=presence,
         )
+        return about_image(answers, self.phrases, self.image)
 
     def referring_scores(self, round_index: int = -1) -> np.ndarray:
         """Returns the referring score of every query in a round, float32 (P, Q) in [0, 1]."""

@@ -3,8 +3,9 @@
     from deris_llm import DerisPipeline
 
     pipeline = DerisPipeline.from_pretrained("runs/deris-7b-refcoco")
-    for answer in pipeline("street.jpg", ["the red car", "the man who crosses"]):
-        answer.mask, answer.score, answer.presence, answer.says_target
+    answer = pipeline("street.jpg", "the red car")
+    answer.mask, answer.score, answer.presence, answer.says_target
+    answers = pipeline("street.jpg", ["the red car", "the man who crosses"])
 
 What depends on the image alone is computed once for all its phrases.
 """
@@ -15,9 +16,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -28,7 +28,7 @@ from deris_llm.checkpoints.load import checkpoint_config, load_checkpoint, with_
 from deris_llm.common.startup import without_garbage_collection
 from deris_llm.config import RunConfig
 from deris_llm.data.collate import ReferringCollator
-from deris_llm.data.images import load_image, rgb_image
+from deris_llm.data.images import Picture, as_picture
 from deris_llm.data.token_budget import split_phrases, token_counter
 from deris_llm.data.validation import is_text
 from deris_llm.evaluation.calibration import calibrated
@@ -36,13 +36,11 @@ from deris_llm.models.cognition import CognitionProcessor, build_processor
 from deris_llm.models.cpu_inference import for_cpu_inference
 from deris_llm.models.out_of_memory import explains_out_of_memory
 from deris_llm.models.postprocess import PhraseAnswer, PresenceUse, Selection, answer_masks
+from deris_llm.serving.answers import ImageAnswer, about_image
 from deris_llm.serving.inspection import Inspection, joined_outputs, outputs_by_phrase
-from deris_llm.structures import DerisOutput, Exif
+from deris_llm.structures import DerisOutput
 
 logger = logging.getLogger(__name__)
-
-Picture = str | Path | Image.Image | np.ndarray
-"""A file, a PIL image of any mode, or uint8 (h, w, 3) in RGB."""
 
 _Result = TypeVar("_Result")
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -156,24 +154,31 @@ class DerisPipeline:
             threshold_source=source,
         )
 
-    def __call__(self, image: Picture, phrases: Sequence[str]) -> list[PhraseAnswer]:
+    @overload
+    def __call__(self, image: Picture, phrases: str) -> ImageAnswer: ...
+
+    @overload
+    def __call__(self, image: Picture, phrases: Sequence[str]) -> list[ImageAnswer]: ...
+
+    def __call__(self, image: Picture, phrases: str | Sequence[str]) -> ImageAnswer | list[ImageAnswer]:
         """Answers phrases about one image.
 
         Args:
             image: a file or pixels.
-            phrases: at least one.
+            phrases: one, or a list of at least one.
 
         Returns:
-            One answer per phrase; masks have the image's size.
+            The answer to one phrase, or a list with one per phrase; masks have the image's size.
 
         Raises:
             ValueError: the image cannot be read, there is no phrase, or a phrase cannot be used or alone exceeds
                 `data.max_tokens_per_image`.
         """
-        (answers,) = self.answer_all([(image, phrases)])
-        return answers
+        is_one = isinstance(phrases, str)
+        (answers,) = self.answer_all([(image, [phrases] if is_one else phrases)])
+        return answers[0] if is_one else answers
 
-    def answer_all(self, pairs: Iterable[tuple[Picture, Sequence[str]]]) -> Iterator[list[PhraseAnswer]]:
+    def answer_all(self, pairs: Iterable[tuple[Picture, Sequence[str]]]) -> Iterator[list[ImageAnswer]]:
         """Answers phrases about many images, several per batch (`evaluation.images_per_device`, `evaluation.max_phrases_per_batch`).
 
         Phrases that together exceed `data.max_tokens_per_image` are asked with several copies of their image.
@@ -189,7 +194,7 @@ class DerisPipeline:
             ValueError: see `__call__`; earlier answers have been yielded.
         """
         for asked in self._ask(pairs, self._answers):
-            yield asked.results
+            yield about_image(asked.results, asked.phrases, asked.source)
 
     def inspect(self, image: Picture, phrases: str | Sequence[str]) -> Inspection:
         """Runs the network once about an image and keeps what it computed, to look into it and to try other rules.
@@ -248,7 +253,7 @@ class DerisPipeline:
         batch: list[_Part] = []
         for image, phrases in pairs:
             texts = checked_phrases(phrases)
-            asked: _Asked[_Result] = _Asked(as_picture(image), texts, [])
+            asked: _Asked[_Result] = _Asked(image, as_picture(image), texts, [])
             waiting.append(asked)
             size = (asked.image.height, asked.image.width)
             for run in split_phrases(self.config, asked.phrases, size, self._token_counter):
@@ -284,7 +289,8 @@ class DerisPipeline:
 class _Asked(NamedTuple, Generic[_Result]):
     """An image with its phrases and a result for each of the first of them."""
 
-    image: Image.Image
+    source: Picture  # as it was given
+    image: Image.Image  # RGB
     phrases: tuple[str, ...]
     results: list[_Result]
 
@@ -296,37 +302,12 @@ class _Part(NamedTuple):
     asked: _Asked[Any]
 
 
-def as_picture(image: Picture, *, exif: Exif = "displayed") -> Image.Image:
-    """Returns an image in RGB.
-
-    Args:
-        image: a path, a PIL image or an array.
-        exif: whether a file is turned as its EXIF orientation says.
-
-    Raises:
-        ValueError: it cannot be read, or an array is not uint8 (h, w, 3).
-    """
-    if isinstance(image, (str, Path)):
-        return load_image(image, exif=exif)
-    if isinstance(image, Image.Image):
-        return rgb_image(image)
-    if not isinstance(image, np.ndarray):
-        raise ValueError(
-            f"image: expected a path, a PIL image or a numpy array, got {type(image).__name__}; convert it to one of these."
-        )
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(
-            f"image: expected an array uint8 (h, w, 3) in RGB with values 0..255, got {image.dtype} {image.shape}; convert "
-            "it (a grey or transparent image through PIL: Image.fromarray(array).convert('RGB'))."
-        )
-    return Image.fromarray(image)
-
-
 def checked_phrases(phrases: Sequence[str]) -> tuple[str, ...]:
     """Returns the phrases of an image as a tuple.
 
     Raises:
-        ValueError: a single text instead of a list, no phrase, an empty phrase, or something that is not text.
+        ValueError: a single text instead of a list (`answer_all` and `inspect_all` take lists), no phrase, an empty phrase, or
+            something that is not text.
     """
     if isinstance(phrases, str):
         raise ValueError(f"phrases: expected a list of texts, got one text; give [{phrases!r}].")
@@ -335,8 +316,9 @@ def checked_phrases(phrases: Sequence[str]) -> tuple[str, ...]:
         raise ValueError("phrases: expected at least one for an image, got none; give a list such as ['the red car'].")
     for number, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
+            others = f" beside {len(texts) - 1} others" if len(texts) > 1 else ""
             raise ValueError(
-                f"phrases[{number}]: expected some words, got {text!r} beside {len(texts) - 1} others; correct or drop this phrase."
+                f"phrases[{number}]: expected some words, got {text!r}{others}; correct or drop this phrase."
             )
         if not is_text(text):
             raise ValueError(

@@ -24,8 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -35,27 +33,19 @@ from deris_llm.data.images import images_in
 from deris_llm.data.masks import encode_mask
 from deris_llm.evaluation.boxes import boxes_of_masks
 from deris_llm.evaluation.output import check_writable, default_folder, write_names
-from deris_llm.evaluation.overlays import draw_overlay, fitted
 from deris_llm.evaluation.submissions import PREDICTIONS_FILE
 from deris_llm.models.out_of_memory import DoesNotFitError
-from deris_llm.models.postprocess import PhraseAnswer
+from deris_llm.serving.answers import ImageAnswer, save_mask
 from deris_llm.serving.pipeline import DerisPipeline, as_picture
 from deris_llm.structures import Exif
 
 logger = logging.getLogger(__name__)
 
 LEFT_OUT_FILE = "left_out.txt"
-_OVERLAY_WIDTHS_PX = (480, 1280)  # smaller images are enlarged, larger ones reduced
-_CAPTION_PX = 62
 _ROWS_SHOWN = 40
 _BAD_SHOWN = 10
 _NAME_SHOWN = 40  # characters of an image name or a phrase in the table
-_COLOURS = {
-    "found": ((20, 110, 60), "green"),
-    "best guess": ((176, 116, 0), "yellow"),
-    "nothing": ((170, 40, 40), "red"),
-}
-"""Colour of each verdict on the overlay and in the terminal."""
+_COLOURS = {"found": "green", "best guess": "yellow", "nothing": "red"}
 
 
 @dataclass(frozen=True)
@@ -246,8 +236,8 @@ def predict(
         ):
             task = bar.add_task("predict", total=sum(map(len, groups)))
             for batch in batches:
-                for question, picture, answer in _answered(pipeline, batch, result.bad, exif, skip_bad=skip_bad):
-                    _write_files(question, picture, answer, out, overlays=overlays, instances=instances)
+                for question, answer in _answered(pipeline, batch, result.bad, exif, skip_bad=skip_bad):
+                    _write_files(question, answer, out, overlays=overlays, instances=instances)
                     line = _line(question, answer, instances=instances) | _settings(pipeline)
                     line |= {"exif": exif} if exif == "stored" else {}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -266,7 +256,7 @@ def predict(
 
 def _answered(
     pipeline: DerisPipeline, batch: Sequence[Sequence[Question]], bad: list[str], exif: Exif, *, skip_bad: bool
-) -> Iterable[tuple[Question, Image.Image, PhraseAnswer]]:
+) -> Iterable[tuple[Question, ImageAnswer]]:
     """Answers a batch; if something in it is bad, asks one question at a time, so that the bad one is named."""
     try:
         pictures = [as_picture(asked[0].path, exif=exif) for asked in batch]
@@ -277,19 +267,18 @@ def _answered(
     except ValueError:
         yield from _one_by_one(pipeline, batch, bad, exif, skip_bad=skip_bad)
         return
-    for asked, picture, found in zip(batch, pictures, answers, strict=True):
-        for question, answer in zip(asked, found, strict=True):
-            yield question, picture, answer
+    for asked, found in zip(batch, answers, strict=True):
+        yield from zip(asked, found, strict=True)
 
 
 def _one_by_one(
     pipeline: DerisPipeline, batch: Sequence[Sequence[Question]], bad: list[str], exif: Exif, *, skip_bad: bool
-) -> Iterable[tuple[Question, Image.Image, PhraseAnswer]]:
+) -> Iterable[tuple[Question, ImageAnswer]]:
     for asked in batch:
         for question in asked:
             try:
                 picture = as_picture(question.path, exif=exif)
-                (answer,) = pipeline(picture, [question.phrase])
+                answer = pipeline(picture, question.phrase)
             except DoesNotFitError:
                 raise
             except ValueError as error:
@@ -301,7 +290,7 @@ def _one_by_one(
                     ) from error
                 bad.append(problem)
             else:
-                yield question, picture, answer
+                yield question, answer
 
 
 def _settings(pipeline: DerisPipeline, *, instances: bool | None = None) -> dict[str, Any]:
@@ -316,7 +305,7 @@ def _settings(pipeline: DerisPipeline, *, instances: bool | None = None) -> dict
     return settings if instances is None else settings | {"instances": instances}
 
 
-def _line(question: Question, answer: PhraseAnswer, *, instances: bool) -> dict[str, Any]:
+def _line(question: Question, answer: ImageAnswer, *, instances: bool) -> dict[str, Any]:
     line: dict[str, Any] = {"phrase_id": question.phrase_id} if question.phrase_id else {}
     line |= {
         "image": question.image,
@@ -387,48 +376,16 @@ def _prepared(out: Path, settings: dict[str, Any]) -> set[tuple[str, str, str]]:
 # -- files and terminal ----------------------------------------------------------------------------------------------
 
 
-def _write_files(
-    question: Question, picture: Image.Image, answer: PhraseAnswer, out: Path, *, overlays: bool, instances: bool
-) -> None:
+def _write_files(question: Question, answer: ImageAnswer, out: Path, *, overlays: bool, instances: bool) -> None:
     stem = question.file_stem
-    _write_mask(answer.mask, out / "masks" / f"{stem}.png")
+    answer.save(out / "masks" / f"{stem}.png")
     if instances:
         for number, mask in enumerate(answer.instance_masks, start=1):
-            _write_mask(mask, out / "masks" / f"{stem}.instance-{number}.png")
+            save_mask(mask, out / "masks" / f"{stem}.instance-{number}.png")
     if overlays:
         path = out / "overlays" / f"{stem}.jpg"
         path.parent.mkdir(exist_ok=True)
-        captioned_overlay(picture, question.phrase, answer).save(path, quality=92)
-
-
-def _write_mask(mask: np.ndarray, path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(mask.astype(np.uint8) * 255).save(path)
-
-
-def captioned_overlay(picture: Image.Image, phrase: str, answer: PhraseAnswer) -> Image.Image:
-    """Draws the mask over the image, and below it the phrase with the verdict and scores.
-
-    Args:
-        picture: RGB.
-        phrase: what was asked.
-        answer: with a mask of the image's size.
-    """
-    smallest, largest = _OVERLAY_WIDTHS_PX
-    width = min(max(picture.width, smallest), largest)
-    drawn = draw_overlay(picture, answer.mask, None, width_px=width)
-    page = Image.new("RGB", (max(drawn.width, smallest), drawn.height + _CAPTION_PX), "white")
-    page.paste(drawn, ((page.width - drawn.width) // 2, 0))
-    pen, large, small = ImageDraw.Draw(page), ImageFont.load_default(20), ImageFont.load_default(15)
-    pen.text((12, drawn.height + 7), fitted(phrase, large, page.width - 24, pen), fill=(20, 20, 30), font=large)
-    said = {
-        "found": f"found, {100 * answer.mask.mean():.1f} % of the image",
-        "best guess": f"best guess, below the threshold {answer.score_threshold:g}",
-        "nothing": "nothing",
-    }[answer.verdict]
-    line = f"{said}   |   score {answer.score:.2f}   |   presence {answer.presence:.2f}"
-    pen.text((12, drawn.height + 35), line, fill=_COLOURS[answer.verdict][0], font=small)
-    return page
+        answer.overlay().save(path, quality=92)
 
 
 def show_predictions(result: Predictions, console: Console) -> None:
@@ -445,7 +402,7 @@ def show_predictions(result: Predictions, console: Console) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for line in shown:
         verdict = line["verdict"] + f" {line['number']}" * (line["number"] > 1)
-        answer = Text(verdict, style=_COLOURS[line["verdict"]][1])
+        answer = Text(verdict, style=_COLOURS[line["verdict"]])
         numbers = (f"{100 * line['area']:.1f}", f"{line['score']:.2f}", f"{line['presence']:.2f}")
         picture = () if one_picture else (_end_of(line["image"].removeprefix(f"{folder}/")),)
         table.add_row(*picture, _start_of(line["phrase"]), answer, *numbers)

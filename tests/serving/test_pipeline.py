@@ -225,7 +225,7 @@ def test_attention_over_the_batch_is_read_as_over_itself(tmp_path, picture, kind
     ("phrases", "said"),
     [
         ([], "expected at least one for an image, got none"),
-        ("a circle", r"expected a list of texts, got one text; give \['a circle'\]"),
+        (" ", r"phrases\[0\]: expected some words, got ' '; correct or drop"),
         (["ring", " "], r"phrases\[1\]: expected some words, got ' ' beside 1 others"),
         (["ring", None], r"phrases\[1\]: expected some words, got None"),
         (["ring <image>"], "got the model's special token '<image>' in it"),
@@ -234,6 +234,14 @@ def test_attention_over_the_batch_is_read_as_over_itself(tmp_path, picture, kind
 def test_phrases_that_cannot_be_asked(pipeline, picture, phrases, said):
     with pytest.raises(ValueError, match=said):
         pipeline(picture, phrases)
+
+
+def test_one_phrase_has_one_answer(pipeline, picture):
+    answer = pipeline(picture, "star")
+    assert answer.phrase == "star"
+    same(answer, pipeline(picture, ["star"])[0])
+    with pytest.raises(ValueError, match=r"expected a list of texts, got one text; give \['star'\]"):
+        list(pipeline.answer_all([(picture, "star")]))  # many images are asked by lists
 
 
 def test_a_phrase_that_is_too_long_is_cut(pipeline, picture, caplog):

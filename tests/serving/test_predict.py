@@ -21,7 +21,7 @@ from deris_llm.evaluation.overlays import fitted
 from deris_llm.evaluation.submissions import read_submission
 from deris_llm.models.deris import build_model
 from deris_llm.serving.pipeline import DerisPipeline
-from deris_llm.serving.predict import Question, captioned_overlay, predict, questions_about, read_pairs
+from deris_llm.serving.predict import Question, predict, questions_about, read_pairs
 from deris_llm.structures import ReferringRecord
 from deris_llm.testing import synthetic_images, tiny_config, tiny_weights
 
@@ -301,11 +301,10 @@ def test_no_checkpoint(pictures, capsys):
 
 def test_an_overlay_says_what_was_found(pipeline):
     narrow = synthetic_images(1, size=(90, 30))[0]
-    (answer,) = pipeline(narrow, ["ring " * 60])
-    page = captioned_overlay(narrow, "ring " * 60, answer)
+    page = pipeline(narrow, "ring " * 60).overlay()
     assert page.size == (480, 270 + 62)
     wide = synthetic_images(1, size=(100, 2000))[0]
-    assert captioned_overlay(wide, "ring", pipeline(wide, ["ring"])[0]).size == (1280, 64 + 62)
+    assert pipeline(wide, "ring").overlay().size == (1280, 64 + 62)
 
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
@@ -396,7 +395,7 @@ def test_a_full_disk_keeps_what_was_answered(pictures, pipeline, tmp_path, monke
         if len(written) > 1:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("deris_llm.serving.predict._write_mask", fails)
+    monkeypatch.setattr("deris_llm.serving.answers.save_mask", fails)
     with pytest.raises(ValueError, match=r"No space left on device\. Earlier answers are kept"):
         predict(pipeline, asked_of(pictures, "ring"), tmp_path / "out", overlays=False, progress=False)
     assert len(lines_of(tmp_path / "out")) == 1
@@ -431,10 +430,10 @@ def test_a_best_guess_is_said_to_be_one(checkpoint, pictures, tmp_path, capsys):
         assert (f"1 best guess below the threshold {threshold}" in said) == (verdict == "best guess")
         page = Image.open(next((out / "overlays").iterdir()))
         assert page.height > 62
-    (answer,) = DerisPipeline.from_pretrained(checkpoint, score_threshold=0.999)(synthetic_images(1)[0], ["ring"])
+    answer = DerisPipeline.from_pretrained(checkpoint, score_threshold=0.999)(synthetic_images(1)[0], "ring")
     found = dataclasses.replace(answer, is_guess=False)
-    assert amber_px(captioned_overlay(synthetic_images(1)[0], "ring", answer)) > 20
-    assert amber_px(captioned_overlay(synthetic_images(1)[0], "ring", found)) == 0
+    assert amber_px(answer.overlay()) > 20
+    assert amber_px(found.overlay()) == 0
 
 
 def test_an_empty_mask_is_nothing_everywhere(checkpoint, pictures, tmp_path, monkeypatch, capsys):
