@@ -118,6 +118,20 @@ def add_override_option(
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="A.B=VALUE", help=about)
 
 
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--data` and `--data-format`; `deris_llm.cli.data.own_data_overrides` takes them."""
+    parser.add_argument(
+        "--data",
+        type=path,
+        metavar="PATH",
+        help="own data instead of the config's: a file or folder (jsonl, coco, labelme, cvat) or a prepared set; prepared once; "
+        "without a val split, a tenth of the images becomes val",
+    )
+    parser.add_argument(
+        "--data-format", choices=("jsonl", "coco", "labelme", "cvat"), help="of --data, if its content does not show it"
+    )
+
+
 def add_gpus_option(parser: argparse.ArgumentParser) -> None:
     """Adds `--gpus` of commands that start processes."""
     parser.add_argument(

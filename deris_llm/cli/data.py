@@ -1,10 +1,10 @@
-"""``deris-llm data synth | prepare | check | show``."""
+"""``deris-llm data template | synth | prepare | check | show``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,9 @@ def add(commands: Any) -> None:
 
 def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Adds the commands; each parser's ``run`` default takes the parsed arguments and returns an exit status."""
+    template = subparsers.add_parser("template", help="write a folder of example data with five lines to start from")
+    template.add_argument("--out", type=path, required=True, metavar="DIR", help="a new or empty folder")
+    template.set_defaults(run=run_template)
     _add_synth(subparsers.add_parser("synth", help="write a synthetic world in REFER's own format"))
     _add_prepare(
         subparsers.add_parser("prepare", help="check a source of any format and convert it to a memory-mapped set")
@@ -128,6 +131,15 @@ def _progress(*stages: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda stage, done, total: progress.update(tasks[stage], completed=done, total=total)
 
 
+def run_template(arguments: argparse.Namespace) -> int:
+    """Writes the example folder and prints the next commands."""
+    from deris_llm.data.template import next_commands, write_template
+
+    write_template(arguments.out)
+    sys.stdout.write(f"{arguments.out}/README.md explains the files. Next:\n{next_commands(arguments.out)}")
+    return 0
+
+
 def run_synth(arguments: argparse.Namespace) -> int:
     """Writes the synthetic world and prints its counts."""
     from deris_llm.common.folders import check_writable
@@ -153,7 +165,6 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     """Prepares a set and prints its counts."""
     from deris_llm.data.errors import DataError
     from deris_llm.data.store.prepare import PrepareOptions, prepare
-    from deris_llm.data.store.prepared import LEFT_OUT_FILE
 
     pairs = [pair.partition("=") for pair in arguments.mapping]
     if wrong := [key for key, separator, value in pairs if not (key and separator and value)]:
@@ -177,23 +188,51 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     )
     with _progress("images", "phrases") as on_progress:
         made = prepare(options, on_progress=on_progress)
-    name, lines = arguments.out.name, []
-    for split, found in made.manifest["splits"].items():
+    lines = _counts(arguments.out, made.manifest)
+    if made.was_there:
+        lines.append(f"{arguments.out} was made of this source before; nothing was written")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def _counts(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What a prepared set holds and what was left out, line by line."""
+    from deris_llm.data.store.prepared import LEFT_OUT_FILE
+
+    name, lines = folder.name, []
+    for split, found in manifest["splits"].items():
         lines.append(
             f"{name}/{split}: {found['num_phrases']:,} phrases ({found['num_no_target']:,} without a target) of "
             f"{found['num_refs']:,} entries, {found['num_images']:,} images"
         )
         lines += [f"{name}/{split}: {note}" for note in found.get("notes", ())]
-    for split, counts in made.manifest["skipped"].items():
+    for split, counts in manifest["skipped"].items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
         lines.append(f"{name}/{split}: {sum(counts.values()):,} phrases left out ({reasons})")
-    if (arguments.out / LEFT_OUT_FILE).is_file():
-        lines.append(f"{arguments.out / LEFT_OUT_FILE} names all that was left out")
-    lines += [f"note: {note}" for note in made.manifest.get("notes", ())]
-    if made.was_there:
-        lines.append(f"{arguments.out} was made of this source before; nothing was written")
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0
+    if (folder / LEFT_OUT_FILE).is_file():
+        lines.append(f"{folder / LEFT_OUT_FILE} names all that was left out")
+    return lines + [f"note: {note}" for note in manifest.get("notes", ())]
+
+
+def own_data_overrides(arguments: argparse.Namespace) -> list[str]:
+    """Prepares ``--data``, prints its counts, and returns the overrides of the run config that name it; [] without it.
+
+    Raises:
+        DataError: unusable data, or ``--data-format`` without ``--data``.
+    """
+    from deris_llm.data.errors import DataError
+
+    if arguments.data is None:
+        if arguments.data_format is not None:
+            raise DataError(
+                "--data-format: expected --data with it, got none. Name the data with --data, or leave it out"
+            )
+        return []
+    from deris_llm.data.own import own_data
+
+    found = own_data(arguments.data, arguments.data_format)
+    sys.stderr.write("\n".join(_counts(found.manifest.folder, found.manifest.content)) + "\n")
+    return found.overrides
 
 
 def run_check(arguments: argparse.Namespace) -> int:

@@ -8,13 +8,15 @@ import json
 import sys
 from typing import Any
 
-from deris_llm.cli.arguments import add_command, add_config_options, at_least
+from deris_llm.cli.arguments import add_command, add_config_options, add_data_options, at_least
+from deris_llm.cli.data import own_data_overrides
 
 
 def add(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(commands, "plan", "parameters, memory per GPU, steps and tokens of a run, before it runs", run)
     add_config_options(parser)
+    add_data_options(parser)
     parser.add_argument("--gpus", type=at_least(1), default=1, help="number of GPUs of the run (default 1)")
     parser.add_argument(
         "--zero", type=int, choices=(0, 1, 2, 3), help="only this ZeRO stage (default: all of them, and offload)"
@@ -33,6 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     from deris_llm.config import load_config
 
     config = load_config(arguments.config, arguments.set)
+    if overrides := own_data_overrides(arguments):
+        config = load_config(arguments.config, [*overrides, *arguments.set])
     with contextlib.redirect_stdout(sys.stderr):  # some libraries print to stdout when they are imported
         with without_garbage_collection():
             from deris_llm.planning.efficiency import efficiency_of, show_efficiency, show_work, work_of_run

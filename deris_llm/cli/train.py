@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deris_llm.cli.arguments import add_command, add_config_options, add_gpus_option, path
+from deris_llm.cli.arguments import add_command, add_config_options, add_data_options, add_gpus_option, at_least, path
+from deris_llm.cli.data import own_data_overrides
 
 
 def add(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(commands, "train", "fine-tune a run config under DeepSpeed, then evaluate it", run)
     add_config_options(parser)
+    add_data_options(parser)
     parser.add_argument("--output", type=path, help="folder of the run (default: runs/NAME of the config)")
     add_gpus_option(parser)
     parser.add_argument("--deepspeed", metavar="FILE", help="a DeepSpeed JSON (default: ds_configs/zero2.json)")
@@ -21,8 +23,16 @@ def add(commands: Any) -> None:
         metavar="auto|never|DIR",
         help="auto (default) = from the newest checkpoint of the run, never, or from the checkpoint DIR",
     )
-    parser.add_argument(
+    trial = parser.add_mutually_exclusive_group()
+    trial.add_argument(
         "--fast-dev-run", action="store_true", help="load, 2 steps, save, reload and evaluate, in a minute"
+    )
+    trial.add_argument(
+        "--overfit",
+        type=at_least(1),
+        default=0,
+        metavar="N",
+        help="the first thing to try on new data: train on N images (8) for 200 steps and evaluate on the same ones",
     )
     parser.add_argument(
         "--allow-other-data",
@@ -35,7 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Checks config, data names and the start in this process, so that errors are printed once, then starts the ranks."""
     from deris_llm.config import load_config
 
-    config = load_config(arguments.config, arguments.set)
+    if arguments.overfit and arguments.resume is not None:
+        raise ValueError(
+            "--resume: expected a run that can be resumed, got --overfit, which starts anew. Leave --resume out"
+        )
+    load_config(arguments.config, arguments.set)  # a misspelt field is an error before the data is prepared
+    overrides = [*own_data_overrides(arguments), *arguments.set]
+    config = load_config(arguments.config, overrides)
     from deris_llm.config.protocols import protocols_of
     from deris_llm.data.sources import check_data_names
 
@@ -54,11 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
         deepspeed=deepspeed,
         resume=resume,
         fast_dev_run=arguments.fast_dev_run,
+        overfit=arguments.overfit,
         num_ranks=ranks,
     )
     options = ["--resume", resume]
+    options += ["--overfit", str(arguments.overfit)] if arguments.overfit else []
     options += ["--fast-dev-run"] * arguments.fast_dev_run + ["--allow-other-data"] * arguments.allow_other_data
     command = training_command(
-        arguments.config, output=output, ranks=ranks, overrides=arguments.set, deepspeed=deepspeed, options=options
+        arguments.config, output=output, ranks=ranks, overrides=overrides, deepspeed=deepspeed, options=options
     )
     return launch(command, config, output=output, ranks=ranks)

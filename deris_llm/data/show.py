@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,36 +38,71 @@ def _card(record: ReferringRecord) -> tuple[ReferringRecord, str, str | None, st
     """Returns what the template shows of a record: image and masks as data URIs, and the image's file name."""
     image = load_image(record.image_path, size_hw=(record.height, record.width), exif=record.exif)
     image.thumbnail((_PAGE_PX, _PAGE_PX))
-    mask = data_uri(_overlay(record, image.size), "PNG", optimize=True) if record.instances else None
+    mask = data_uri(_overlay(_masks(record), image.size), "PNG", optimize=True) if record.instances else None
     return record, data_uri(image, "JPEG", quality=85), mask, Path(record.image_path).name
 
 
-def _overlay(record: ReferringRecord, size: tuple[int, int]) -> Image.Image:
+def _overlay(masks: Sequence[np.ndarray], size: tuple[int, int]) -> Image.Image:
     """What lies over the picture: everything but the referents darkened, the referents tinted and outlined."""
     pixels = np.zeros((size[1], size[0], 4), np.uint8)
     pixels[..., 3] = 120
-    for colour, mask in zip(_colours(len(record.instances)), _masks(record), strict=True):
+    for colour, mask in zip(_colours(len(masks)), masks, strict=True):
         shrunk = np.asarray(Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BOX)) >= 128
         pixels[shrunk] = (*colour, 50)
         pixels[_border(shrunk)] = (*colour, 255)
     return Image.fromarray(pixels)
 
 
-def contact_sheet(records: Sequence[ReferringRecord], *, columns: int = 4, tile_px: int = 300) -> Image.Image:
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """An image of a contact sheet."""
+
+    image: Image.Image  # RGB
+    phrase: str
+    masks: Sequence[np.ndarray]  # bool (h, w) of the referents, at the image's size; none: no target
+
+
+def contact_sheet(records: Sequence[ReferringRecord]) -> Image.Image:
     """Pictures with their phrase above and everything but the referents darkened."""
-    caption_px = 44
-    rows = -(-len(records) // columns)
-    sheet = Image.new("RGB", (columns * tile_px, rows * (tile_px + caption_px)), "white")
+    tiles = (
+        Tile(
+            load_image(record.image_path, size_hw=(record.height, record.width), exif=record.exif),
+            record.phrase,
+            _masks(record),
+        )
+        for record in records
+    )
+    return sheet_of(tiles, len(records))
+
+
+def sheet_of(
+    tiles: Iterable[Tile], count: int, *, title: str = "", columns: int = 4, tile_px: int = 300
+) -> Image.Image:
+    """Arranges tiles in rows.
+
+    Args:
+        tiles: taken one at a time.
+        count: their number.
+        title: a line above them; "" = none.
+        columns: tiles in a row.
+        tile_px: side of the square that an image is scaled to.
+
+    Returns:
+        RGB image.
+    """
+    caption_px, title_px = 44, 30 if title else 0
+    sheet = Image.new("RGB", (columns * tile_px, title_px + -(-count // columns) * (tile_px + caption_px)), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
-    for i, record in enumerate(records):
-        left, top = (i % columns) * tile_px, (i // columns) * (tile_px + caption_px)
-        picture = load_image(record.image_path, size_hw=(record.height, record.width), exif=record.exif)
-        scale = (tile_px - 8) / max(picture.size)
-        picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-        overlay = _overlay(record, picture.size)
-        shown = Image.alpha_composite(picture.convert("RGBA"), overlay).convert("RGB")
-        caption = textwrap.wrap(record.phrase if record.instances else f"{record.phrase} (no target)", 46)[:3]
+    if title:
+        draw.text((4, 6), title, fill="black", font=ImageFont.load_default(16))
+    for i, tile in enumerate(tiles):
+        left, top = (i % columns) * tile_px, title_px + (i // columns) * (tile_px + caption_px)
+        scale = (tile_px - 8) / max(tile.image.size)
+        size = (max(1, round(tile.image.width * scale)), max(1, round(tile.image.height * scale)))
+        picture = tile.image.resize(size).convert("RGBA")
+        shown = Image.alpha_composite(picture, _overlay(tile.masks, size)).convert("RGB")
+        caption = textwrap.wrap(tile.phrase if len(tile.masks) else f"{tile.phrase} (no target)", 46)[:3]
         draw.multiline_text((left + 4, top + 2), "\n".join(caption), fill="black", font=font, spacing=1)
         sheet.paste(shown, (left + 4, top + caption_px))
     return sheet

@@ -66,6 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--fast-dev-run", action="store_true", help="load, 2 steps, save, reload, evaluate a few images: about a minute"
     )
     add(
+        "--overfit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="train on N images and evaluate on the same ones, in a subfolder",
+    )
+    add(
         "--allow-other-data",
         action="store_true",
         help="resume although the training data has changed since the checkpoint (data.json); recorded there",
@@ -97,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             deepspeed=arguments.deepspeed,
             resume=arguments.resume,
             fast_dev_run=arguments.fast_dev_run,
+            overfit=arguments.overfit,
             allow_other_data=arguments.allow_other_data,
         )
     except (ValueError, OSError) as error:

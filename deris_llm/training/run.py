@@ -39,7 +39,7 @@ from deris_llm.data.dataset import group_by_image, some_images
 from deris_llm.data.errors import plain_message
 from deris_llm.data.loaders import train_loader
 from deris_llm.data.lost_referents import warn_of_lost_referents
-from deris_llm.data.mix import training_mix
+from deris_llm.data.mix import TrainingMix, training_mix
 from deris_llm.data.sources import check_data_names, read_split
 from deris_llm.evaluation.evaluator import evaluate
 from deris_llm.losses.criterion import build_criterion
@@ -51,15 +51,16 @@ from deris_llm.training.callbacks import ProgressLines
 from deris_llm.training.data_manifest import data_manifest, same_data, write_data_manifest
 from deris_llm.training.deepspeed_config import read_deepspeed_config
 from deris_llm.training.inputs import check_images, check_phrases
+from deris_llm.training.inputs_sheet import INPUTS_FILE, write_inputs_sheet
 from deris_llm.training.start import (
-    FAST_DEV_RUN,
     announced_ranks,
     check_environment,
     check_launcher,
     checkpoint_to_resume,
     join_ranks,
+    trial_folder,
 )
-from deris_llm.training.trainer import DerisTrainer, training_arguments
+from deris_llm.training.trainer import DerisTrainer, selecting_number, training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def train(
     deepspeed: Path | None = None,
     resume: str = "auto",
     fast_dev_run: bool = False,
+    overfit: int = 0,
     allow_other_data: bool = False,
 ) -> TrainingResult:
     """Fine-tunes a run config. Every rank of the run calls it; `launch.launch` starts the ranks.
@@ -93,18 +95,22 @@ def train(
         resume: ``auto`` resumes from the newest checkpoint in ``output`` if there is one, ``never`` refuses a folder with
             checkpoints, anything else is a checkpoint folder to resume from.
         fast_dev_run: load, 2 steps, save, reload, evaluate, in a subfolder.
+        overfit: train on this many images, evenly spaced over the mix, and evaluate on the same ones, in a subfolder; 0 = train
+            on all.
         allow_other_data: resume although the training data has changed; `data.json` then records it.
 
     Raises:
         ValueError: unusable or contradicting config, DeepSpeed JSON, data or checkpoint; NaN loss; out of memory.
     """
-    if fast_dev_run:
-        config, output, resume = _dev_config(config), output / FAST_DEV_RUN, "never"
+    trial = trial_folder(output, fast_dev_run=fast_dev_run, overfit=overfit)
+    if trial is not None:
+        config = _dev_config(config) if fast_dev_run else _overfit_config(config)
+        output, resume = trial, "never"
     zero = None if deepspeed is None else read_deepspeed_config(deepspeed, config, num_ranks=announced_ranks())
     check_environment(config)
     check_launcher(config, deepspeed)
     join_ranks(uses_deepspeed=zero is not None)
-    if fast_dev_run:
+    if trial is not None:
         on_first_rank(lambda: shutil.rmtree(output, ignore_errors=True))
     checkpoint = on_first_rank(lambda: checkpoint_to_resume(config, output, resume))
     if checkpoint is not None and (finished := _finished(checkpoint)) is not None:
@@ -116,11 +122,14 @@ def train(
     on_first_rank(lambda: check_data_names(config))  # prepares REFER's files once, before every rank opens them
     mix = training_mix(config.data)
     logger.info("%s", mix.report)
+    if overfit:
+        mix = dataclasses.replace(mix, records=some_images(mix.records, overfit))
+        logger.info("%s", _said_of_overfitting(mix))
     on_first_rank(lambda: warn_of_lost_referents(mix.records, config))
     data = on_first_rank(
         lambda: same_data(checkpoint, data_manifest(config.data, mix), allow_other_data=allow_other_data)
     )
-    records = _evaluation_records(config)
+    records = mix.records if overfit else _evaluation_records(config)
     set_seed(config.training.seed)
     base = base_checkpoint(config) if checkpoint is None else recorded_base_checkpoint(checkpoint)
     processor = build_processor(config if base is None else with_files_of(base, config))
@@ -136,6 +145,8 @@ def train(
     loader = train_loader(config, group_by_image(mix.records), processor, rank=rank(), world_size=world_size())
     on_first_rank(lambda: save_config(config, output / CONFIG_FILE))
     on_first_rank(lambda: write_data_manifest(output, data))
+    if checkpoint is None:
+        on_first_rank(lambda: write_inputs_sheet(loader, output / INPUTS_FILE))
 
     progress = ProgressLines(enabled=rank() == 0)
 
@@ -172,6 +183,8 @@ def train(
         del trainer, model
         metrics = _reloaded(newest, evaluate_model, saved)
         result = dataclasses.replace(result, metrics=metrics)
+    if overfit:
+        logger.info("%s", _verdict(result, mix))
     barrier()
     return result
 
@@ -276,6 +289,46 @@ def _names_saved_checkpoint(config: RunConfig, output: Path) -> Iterator[None]:
             f"cause, then run the same command again: it evaluates and resumes. Or use the checkpoint as it is "
             f"(deris-llm eval --checkpoint {newest})"
         ) from error
+
+
+# -- overfitting some images -----------------------------------------------------------------------------------------
+
+_OVERFIT_STEPS = 200
+_LEARNED_PERCENT = 80.0
+
+
+def _overfit_config(config: RunConfig) -> RunConfig:
+    steps = config.training.max_steps if config.training.max_steps > 0 else _OVERFIT_STEPS
+    quarter = max(1, steps // 4)
+    short = dataclasses.replace(
+        config.training,
+        max_steps=steps,
+        eval_every=quarter,
+        save_every=quarter,
+        log_every=min(config.training.log_every, max(1, quarter // 5)),
+        eval_max_images=0,
+        eval_split=f"{config.data.train[0]}/train",
+    )
+    return dataclasses.replace(config, training=short)
+
+
+def _said_of_overfitting(mix: TrainingMix) -> str:
+    return (
+        f"overfit: trains on {len(group_by_image(mix.records)):,} of {mix.report.num_images:,} images ({len(mix.records):,} phrases) "
+        "and evaluates on the same ones. The result shows whether this data can be learned, not how good a model is"
+    )
+
+
+def _verdict(result: TrainingResult, mix: TrainingMix) -> str:
+    number = selecting_number(result.metrics) or 0.0
+    said = f"overfit: {number:.1f} % on the {len(group_by_image(mix.records)):,} images that it was trained on"
+    if number >= _LEARNED_PERCENT:
+        return f"{said}: data, masks and settings fit together. Train on all images next"
+    return (
+        f"{said}, expected {_LEARNED_PERCENT:.0f} or more. Look at {result.output / INPUTS_FILE}; if images, masks and phrases "
+        "belong together there, train longer (--set training.max_steps=600) or start from a trained checkpoint "
+        "(training.start_from)"
+    )
 
 
 # -- fast dev run ----------------------------------------------------------------------------------------------------

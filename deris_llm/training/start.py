@@ -18,7 +18,13 @@ from deris_llm.training.deepspeed_config import read_deepspeed_config
 
 logger = logging.getLogger(__name__)
 
-FAST_DEV_RUN = "fast-dev-run"  # folder of such a run within the output folder
+FAST_DEV_RUN = "fast-dev-run"
+
+
+def trial_folder(output: Path, *, fast_dev_run: bool = False, overfit: int = 0) -> Path | None:
+    """Returns the folder of a trial run within the output folder, which replaces an earlier one; None of other runs."""
+    name = FAST_DEV_RUN if fast_dev_run else f"overfit-{overfit}" if overfit else None
+    return None if name is None else output / name
 
 
 def check_start(
@@ -28,6 +34,7 @@ def check_start(
     deepspeed: Path,
     resume: str = "auto",
     fast_dev_run: bool = False,
+    overfit: int = 0,
     num_ranks: int = 1,
 ) -> None:
     """Makes the checks of `run.train` that need no ranks, so that an error is printed once. Arguments are those of `train`.
@@ -37,8 +44,8 @@ def check_start(
     """
     read_deepspeed_config(deepspeed, config, num_ranks=num_ranks)
     check_environment(config)
-    if fast_dev_run:
-        check_writable(output / FAST_DEV_RUN, "--output")
+    if (trial := trial_folder(output, fast_dev_run=fast_dev_run, overfit=overfit)) is not None:
+        check_writable(trial, "--output")
     elif checkpoint_to_resume(config, output, resume) is not None:
         return
     if base_checkpoint(config) is None:

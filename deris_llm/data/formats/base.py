@@ -102,6 +102,7 @@ class PrepareOptions:
     mapping: Mapping[str, str] = field(default_factory=dict)  # which field of the source means what
     workers: int = 1
     val_share: float | None = None  # fraction of the images of a source with one split that become val; the others train
+    keeps_val: bool = False  # val_share only applies if the source has no split val; it then divides train
     follow_links: bool = False  # links in the image folder may lead outside it
     exif: Exif | None = None  # orientation that was annotated if sizes do not tell; None: the format's convention
     takes_crowds: bool = False  # annotations with iscrowd=1 are objects like others (coco)
@@ -206,15 +207,36 @@ _SIGNS = (
 )
 
 
-def other_format(source: Path, *, than: str) -> str:
-    """A sentence that names the format that a source looks like; "" if none is recognised."""
+RECOGNISED = tuple(dict.fromkeys(name for name, *_ in _SIGNS))
+"""Formats that `recognised_formats` knows."""
+_NUM_FILES_READ = 50
+
+
+def recognised_formats(source: Path) -> dict[str, Path]:
+    """Returns the formats that a source looks like, each with a file that does.
+
+    The beginnings of the first 50 files of each kind in the folder and its subfolders are read.
+    """
+    found: dict[str, Path] = {}
     for name, pattern, sign in _SIGNS:
-        files = files_in(source, pattern, f"*/{pattern}") if source.is_dir() else (source,)
-        for file in files[:1] if name != than else ():
+        for file in _candidates(source, pattern):
             with file.open("rb") as stream:
                 if sign in stream.read(1 << 16):
-                    return f" {file.name} looks like --format {name}."
-    return ""
+                    found.setdefault(name, file)
+                    break
+    return found
+
+
+def _candidates(source: Path, pattern: str) -> tuple[Path, ...]:
+    if not source.is_dir():
+        return (source,) if source.match(pattern) else ()
+    return files_in(source, pattern, f"*/{pattern}")[:_NUM_FILES_READ]
+
+
+def other_format(source: Path, *, than: str) -> str:
+    """A sentence that names the format that a source looks like; "" if none is recognised."""
+    found = recognised_formats(source) if source.exists() else {}
+    return next((f" {file.name} looks like --format {name}." for name, file in found.items() if name != than), "")
 
 
 def check_is_unpacked(path: Path, head: bytes) -> None:

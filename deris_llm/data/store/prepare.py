@@ -37,6 +37,8 @@ from deris_llm.structures import Exif
 
 logger = logging.getLogger(__name__)
 
+_LATER_OPTIONS = ("val_share", "keeps_val", "follow_links", "exif", "takes_crowds", "normalised")
+
 _ANNOTATED_AS_STORED = frozenset({"refer", "seqtr"})
 """Formats of datasets over COCO, whose masks were drawn on stored pixels; other tools draw on what viewers display."""
 
@@ -124,9 +126,18 @@ def _described_source(options: PrepareOptions, reader: SourceReader) -> dict[str
         "skip_bad": options.skip_bad,
     }
     # Options that came later are described only if they are used, so that older sets remain valid.
-    later = {name: getattr(options, name) for name in ("val_share", "follow_links", "exif", "takes_crowds", "normalised")}
+    later = {name: getattr(options, name) for name in _LATER_OPTIONS}
     described |= {name: value for name, value in later.items() if value}
     return described if options.decode_images else {**described, "decode_images": False}
+
+
+def source_key(options: PrepareOptions) -> str:
+    """Returns a hash of the source's content and of the options that change the set, wherever both are stored.
+
+    Raises:
+        DataError: the source is not of the format.
+    """
+    return _fingerprint(_described_source(options, open_source(options)))[:16]
 
 
 def _fingerprint(source: dict[str, Any], *more: str) -> str:
@@ -241,7 +252,7 @@ class _Preparation:
                 continue
             if isinstance(entry, SourceEntry) and isinstance(entry.image, str) and "\\" in entry.image:
                 entry = replace(entry, image=portable_name(entry.image))
-            if self.divided_split is not None:
+            if self.divided_split is not None and str(entry.split) == self.divided_split:
                 is_val = isinstance(entry, SourceEntry) and entry.image in self.val_images
                 entry = replace(entry, split="val" if is_val else "train")
             yield entry
@@ -250,19 +261,16 @@ class _Preparation:
         """The first pass: looks at every image, counts phrases and classes, and divides the split if asked."""
         options = self.options
         table = ImageTable(self.image_folder, exif=options.exif, decode=options.decode_images)
-        splits: dict[str, None] = {}
+        splits: dict[str, set[str]] = {}  # image names by split
         for entry in self._entries():
-            splits[str(entry.split)] = None
+            names = splits.setdefault(str(entry.split), set())
             self.num_phrases += entry.num_phrases if isinstance(entry, SourceFault) else max(1, len(entry.phrases))
             if isinstance(entry, SourceEntry) and is_text(entry.image):
                 table.add(entry)
+                names.add(entry.image)
                 if entry.asks_class:
                     self.classes[asked_class(entry, str(entry.split))] += 1
-        if options.val_share is not None and len(splits) != 1:
-            raise DataError(
-                f"--val-share {options.val_share}: expected a source with one split, got {', '.join(splits) or 'none'}. "
-                "Leave it out, or name one of them with --splits"
-            )
+        divided = self._split_to_divide(list(splits))
         table.look(self.pool, lambda done, total: self.on_progress("images", done, total))
         if table.undecided:
             self.notes.append(undecided_note(table.undecided, exif=self.exif, is_given=options.exif is not None))
@@ -270,11 +278,26 @@ class _Preparation:
                 logger.warning(
                     "EXIF: images whose size does not say which orientation was annotated: %d", len(table.undecided)
                 )
-        if options.val_share is not None:
-            self._divide(options.val_share, table.rows, *splits)
+        if options.val_share is not None and divided is not None:
+            which = f"the only split, {divided}," if len(splits) == 1 else f"the split {divided}"
+            self._divide(options.val_share, [row for row in table.rows if row["file"] in splits[divided]], divided, which)
         return table
 
-    def _divide(self, share: float, rows: Sequence[dict[str, Any]], split: str) -> None:
+    def _split_to_divide(self, splits: Sequence[str]) -> str | None:
+        """Returns the split that gives some of its images to val: the only one, or train; None if nothing is divided."""
+        share = self.options.val_share
+        if share is None or (self.options.keeps_val and "val" in splits):
+            return None
+        if len(splits) == 1:
+            return splits[0]
+        if self.options.keeps_val and "train" in splits:
+            return "train"
+        raise DataError(
+            f"--val-share {share}: expected a source with one split, got {', '.join(splits) or 'none'}. "
+            "Leave it out, or name one of them with --splits"
+        )
+
+    def _divide(self, share: float, rows: Sequence[dict[str, Any]], split: str, which: str) -> None:
         """Chooses the images of val: those with the lowest content hashes, whatever the order and the machine."""
         contents = sorted({row["sha256"] for row in rows})
         if len(contents) < 2:
@@ -283,7 +306,7 @@ class _Preparation:
         self.divided_split = split
         self.val_images = frozenset(row["file"] for row in rows if row["sha256"] in chosen)
         self.notes.append(
-            f"the only split, {split}, was divided by image: {len(self.val_images):,} of {len(rows):,} images are val "
+            f"{which} was divided by image: {len(self.val_images):,} of {len(rows):,} images are val "
             f"(--val-share {share}), the others train"
         )
 
@@ -303,12 +326,15 @@ class _Preparation:
             )
 
     def _final_image_folder(self) -> str:
-        """The image folder after the work folder is renamed, relative to the data root if it lies below."""
+        """The image folder after the work folder is renamed; relative to the data root if they are moved together."""
         folder, work = self.reader.image_folder.absolute(), self.work.absolute()
         if folder.is_relative_to(work):  # written by the reader
             folder = self.options.out.absolute() / folder.relative_to(work)
         root = self.options.out.parent.absolute()
-        return os.path.relpath(folder, root) if folder.is_relative_to(root) else str(folder)
+        source = Path(self.options.source).absolute()
+        source = source if source.is_dir() else source.parent
+        are_together = folder.is_relative_to(root) or (folder.is_relative_to(source) and root.is_relative_to(source))
+        return os.path.relpath(folder, root) if are_together else str(folder)
 
     def _bad_records(self, writer: ShardWriter) -> DataError:
         listed = [str(fault) for fault in sorted(writer.faults, key=lambda fault: fault.order)]

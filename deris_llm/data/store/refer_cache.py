@@ -1,37 +1,29 @@
 """Prepares REFER's files on first use, so that they are read as any prepared set.
 
-    CACHE/KEY/refcoco/    a prepared set, see `deris_llm.data.store.prepared`
-
-CACHE is ROOT/.deris_llm or, if the data root is read-only, a folder in the user's cache. KEY is a hash of the content of
-the refs file and instances.json: changed files are prepared again, moved ones are not. Images are neither part of the key
-nor looked at during the preparation; `check_usable` checks that they exist whenever a split is read.
+`deris_llm.data.store.first_use` says where the set is kept; its key is a hash of the content of the refs file and
+instances.json. Images are neither part of the key nor looked at during the preparation; `check_usable` checks that they exist
+whenever a split is read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deris_llm.common.folders import FolderError, written_aside
-from deris_llm.common.terminal import console
 from deris_llm.data.errors import DataError, bad_records_error
 from deris_llm.data.formats import refer
+from deris_llm.data.store.first_use import CACHE_FOLDER, prepared_once
 from deris_llm.data.store.prepared import (
     LAYOUT,
     LEFT_OUT_FILE,
-    MANIFEST_FILE,
     Manifest,
     PreparedSplit,
     file_sha256,
@@ -39,9 +31,8 @@ from deris_llm.data.store.prepared import (
     read_manifest,
 )
 
-logger = logging.getLogger(__name__)
-
-CACHE_FOLDER = ".deris_llm"
+if TYPE_CHECKING:
+    from deris_llm.data.formats.base import PrepareOptions
 
 
 def refer_manifest(root: str | Path, dataset: str) -> Manifest:
@@ -112,70 +103,16 @@ def _set_folder(root: Path, dataset: str, stamps: tuple[tuple[str, int, int], ..
     """Finds or makes the prepared set of files; hashes them once per process."""
     content = [LAYOUT, dataset, *(file_sha256(Path(path)) for path, _, _ in stamps)]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    for cache in _caches(root):
-        if (cache / key / dataset / MANIFEST_FILE).is_file():
-            return cache / key / dataset
-    cache = _writable_cache(root)
-    with _locked(cache / "lock"):
-        if not (cache / key / dataset / MANIFEST_FILE).is_file():  # another rank may have prepared it meanwhile
-            _prepare(root, dataset, cache / key)
-            if cache.parent == root:
-                _remove_other_versions(cache, dataset, key)
-    return cache / key / dataset
+    folder, is_new = prepared_once(root, dataset, key, partial(_options, root))
+    if is_new and folder.parents[1] == root / CACHE_FOLDER:
+        _remove_other_versions(folder.parents[1], dataset, key)
+    return folder
 
 
-def _caches(root: Path) -> tuple[Path, Path]:
-    of_user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / CACHE_FOLDER, of_user / "deris_llm" / "data"
+def _options(root: Path, out: Path) -> PrepareOptions:
+    from deris_llm.data.formats.base import PrepareOptions  # needed here only
 
-
-def _writable_cache(root: Path) -> Path:
-    in_root, of_user = _caches(root)
-    problems = []
-    for cache in (in_root, of_user):
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=cache):
-                pass
-        except OSError as error:
-            problems.append(str(error))
-            continue
-        if cache == of_user:
-            logger.warning("%s is not writable (%s); prepared data go to %s", in_root, problems[0], of_user)
-        return cache
-    raise FolderError(
-        f"{in_root} and {of_user}: expected one of them to be writable, for data prepared of REFER's files, got "
-        f"{'; '.join(problems)}. Make room or change the permissions, or set XDG_CACHE_HOME"
-    )
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Lets one process of a machine prepare while the others wait."""
-    with path.open("w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks; `train` lets rank 0 go first anyway
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _prepare(root: Path, dataset: str, folder: Path) -> None:
-    # The readers of all formats are needed here only; commands start faster without them.
-    from deris_llm.data.store.prepare import PrepareOptions, prepare
-
-    logger.info("preparing %s of %s, once; the result is kept in %s", dataset, root, folder.parent)
-    with written_aside(folder) as partial, _progress(f"preparing {dataset} (once)") as on_progress:
-        options = PrepareOptions("refer", str(root), partial / dataset, images=root, skip_bad=True, decode_images=False)
-        prepare(options, on_progress=on_progress)
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Shows a bar on a terminal; a log has the line of `_prepare`."""
-    from rich.progress import Progress  # slow to import, and needed here only
-
-    with Progress(console=console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda _, done, total: progress.update(task, completed=done, total=total)
+    return PrepareOptions("refer", str(root), out, images=root, skip_bad=True, decode_images=False)
 
 
 def _remove_other_versions(cache: Path, dataset: str, key: str) -> None:
