@@ -46,7 +46,7 @@ from deris_llm.models.postprocess import readable_logits, upsampled_masks
 from deris_llm.models.starts import GatedFusion
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringRecord
 from scripts.ablate.runs import write_json
-from scripts.ablate.wording import FAMILIES, ROLES, family_of, token_roles
+from scripts.ablate.wording import FAMILIES, ROLES, families_of, token_roles
 
 COVERS_FROM = 0.1  # IoU from which a query covers an object; below it covers none
 GRADIENT_BATCHES = 4
@@ -93,9 +93,11 @@ def diagnose(
     """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))
     records = list(some_images(read_split(config.data.root, split, phrase_field=config.data.phrase_field), max_images))
-    traces = trace(config, model, records)
+    families, source = families_of(records, Path(config.data.root))
+    traces = trace(config, model, records, families)
     return {
         "split": split,
+        "families_from": source,
         "n_phrases": len(traces),
         "rounds": _by_round(traces),
         "families": {
@@ -113,8 +115,10 @@ def diagnose(
 
 
 @torch.no_grad()
-def trace(config: RunConfig, model: nn.Module, records: Sequence[ReferringRecord]) -> list[Trace]:
-    """Follows the queries of each phrase through the rounds."""
+def trace(
+    config: RunConfig, model: nn.Module, records: Sequence[ReferringRecord], families: Mapping[str, str]
+) -> list[Trace]:
+    """Follows the queries of each phrase through the rounds; `families` by phrase id."""
     device = next(model.parameters()).device
     processor, objects = build_processor(config), objects_by_image(config, records[0].dataset)
     by_id = {record.phrase_id: record for record in records}
@@ -136,7 +140,7 @@ def trace(config: RunConfig, model: nn.Module, records: Sequence[ReferringRecord
             roles = token_roles(record.phrase, tokens[p])
             found.append(
                 Trace(
-                    family_of(record.phrase, len(record.instances)),
+                    families[phrase_id],
                     tuple(_rounds(iou_RQK, is_referent_K, chosen, matched_TR[of_phrase == p])),
                     tuple(_shares(row[: len(roles)], roles) for row in rows),
                     _shares(np.full(len(roles), 1 / max(1, len(roles))), roles),
@@ -358,7 +362,9 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
         for family, one in found["families"].items()
     ]
     heads = [f"{MEASURES[name]}, round {r}" for name, r in columns]
-    shown.append(_table("Families of phrases, percent", ["family", "phrases", *heads], rows))
+    shown.append(
+        _table(f"Families of phrases (by {found['families_from']}), percent", ["family", "phrases", *heads], rows)
+    )
     percent = [{name: 100 * value for name, value in row.items()} for row in found["attention"]]
     uniform = {name: 100 * value for name, value in found["uniform_attention"].items()}
     rows = [[str(i), *_cells(row, ATTENTION)] for i, row in enumerate(percent)]

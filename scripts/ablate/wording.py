@@ -1,9 +1,14 @@
-"""What kind of phrase a text is, and what each of its words does, by keywords of the synthetic world and of RefCOCO."""
+"""What kind of phrase a text is, and what each of its words does.
+
+A synthetic world has the family of each of its phrases in a file; other phrases, and all words, are told by keywords.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from deris_llm.data.synthetic.vocabulary import (
     COLOURS,
@@ -14,15 +19,18 @@ from deris_llm.data.synthetic.vocabulary import (
     SIZE_WORDS,
     plural,
 )
+from deris_llm.data.synthetic.world import FAMILIES_FILE
+from deris_llm.structures import ReferringRecord
 
 FAMILIES = (
-    "no target",
-    "several referents",
+    "no_target",
+    "multi",
     "ordinal",
     "behind",
     "relation",
     "comparative",
     "location",
+    "description",
     "attribute",
 )
 ROLES = ("head", "attribute", "relation", "anchor", "other")
@@ -45,10 +53,25 @@ _RULES = (
 _MARKS = re.compile(r"^##|[\u0120\u2581\u010a]")  # of WordPiece, of byte-level BPE and of SentencePiece
 
 
+def families_of(records: Sequence[ReferringRecord], root: Path) -> tuple[dict[str, str], str]:
+    """Returns the family of each phrase, one of `FAMILIES`, by its id, and where the families come from, in words.
+
+    Args:
+        records: phrases.
+        root: data root; that of a synthetic world has a file with the families.
+    """
+    path = root / FAMILIES_FILE
+    if not path.is_file():
+        return {one.phrase_id: family_of(one.phrase, len(one.instances)) for one in records}, "keywords"
+    known = json.loads(path.read_text(encoding="utf-8"))
+    found = {one.phrase_id: known[one.dataset.split("_")[0]][one.phrase_id.rsplit("/", 1)[1]] for one in records}
+    return found, FAMILIES_FILE
+
+
 def family_of(phrase: str, num_referents: int) -> str:
-    """Returns one of `FAMILIES`: the first that fits, in this order."""
+    """Returns one of `FAMILIES` by keywords: the first that fits, in this order; "description" has none."""
     if num_referents != 1:
-        return "several referents" if num_referents else "no target"
+        return "multi" if num_referents else "no_target"
     return next((name for name, pattern in _RULES if re.search(pattern, phrase.lower())), "attribute")
 
 

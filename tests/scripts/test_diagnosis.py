@@ -1,6 +1,7 @@
 """What is measured inside the rounds, on a tiny random model and against slow counts by hand."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from deris_llm.models.deris import Deris, build_model
 from deris_llm.models.loopback import Attention
 from deris_llm.testing import tiny_config, tiny_weights
 from scripts.ablate.diagnose import _rounds, attention_weights, diagnose, fusion_gradients, main, tables, trace
-from scripts.ablate.wording import family_of, token_roles, word_roles
+from scripts.ablate.wording import families_of, family_of, token_roles, word_roles
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,8 @@ def model(config: RunConfig) -> Deris:
 @pytest.mark.parametrize(
     ("phrase", "num_referents", "family"),
     [
-        ("red cat", 0, "no target"),
-        ("red cat and blue mug", 2, "several referents"),
+        ("red cat", 0, "no_target"),
+        ("red cat and blue mug", 2, "multi"),
         ("second star from the left", 1, "ordinal"),
         ("Fish in front of the mug", 1, "behind"),
         ("fish left of the mug", 1, "relation"),
@@ -52,6 +53,19 @@ def model(config: RunConfig) -> Deris:
 )
 def test_families(phrase: str, num_referents: int, family: str):
     assert family_of(phrase, num_referents) == family
+
+
+def test_families_of_a_world_come_from_its_file(config: RunConfig, tmp_path: Path):
+    root = Path(config.data.root)
+    records = list(read_split(config.data.root, "refcocog_umd/val"))
+    known = json.loads((root / "families.json").read_text())["refcocog"]
+    found, source = families_of(records, root)
+    assert source == "families.json"
+    assert found == {one.phrase_id: known[one.phrase_id.rsplit("/", 1)[1]] for one in records}
+    assert "description" in found.values()
+    found, source = families_of(records, tmp_path)
+    assert source == "keywords"
+    assert found.keys() == {one.phrase_id for one in records}
 
 
 def test_roles_of_words():
@@ -102,7 +116,9 @@ def test_traces_agree_with_the_views(config: RunConfig, model: Deris):
     records = list(read_split(config.data.root, "refcoco/val"))[:6]
     processor = build_processor(config)
     views = compute_views(model, config, {"refcoco/val": records}, processor, num_queries=5)
-    by_id = dict(zip([record.phrase_id for record in records], trace(config, model, records), strict=True))
+    by_id = dict(
+        zip([record.phrase_id for record in records], trace(config, model, records, defaultdict(str)), strict=True)
+    )
     for view in views:
         found = by_id[view.phrase_id]
         assert len(found.rounds) == len(found.attention) == 4
@@ -161,8 +177,8 @@ def test_a_checkpoint_to_tables_and_json(
     assert "Rounds: grefcoco/val" in said
     found = json.loads((tmp_path / "run" / "diagnosis.json").read_text())
     assert len(found["rounds"]) == len(found["attention"]) == 4
-    assert set(found["families"]) >= {"no target", "several referents"}
-    assert found["families"]["no target"]["rounds"] == [{}] * 4
+    assert set(found["families"]) >= {"no_target", "multi"}
+    assert found["families"]["no_target"]["rounds"] == [{}] * 4
     assert sum(one["n_phrases"] for one in found["families"].values()) == found["n_phrases"]
     assert 0 < found["uniform_attention"]["phrase"] < 1
     assert all(0 < row["phrase"] < 1 for row in found["attention"])

@@ -42,7 +42,7 @@ GENERATOR_VERSION = (
 WORLD_STREAM = 0xDE215  # seeds of other uses of the generator (pre-training) have another constant here
 CROWD_STREAM = 0xC20D
 MANIFEST = "world.json"
-FAMILIES = "families.json"
+FAMILIES_FILE = "families.json"
 DATASETS = ("refcoco", "refcoco+", "refcocog", "grefcoco")
 REFS_FILES = {
     "refcoco": "refs(unc).p",
@@ -124,7 +124,7 @@ def write_world(
             on_progress(len(records), len(image_ids))
     _link_images(partial)
     families = {dataset: _write_dataset(partial / dataset, dataset, splits[dataset], records) for dataset in DATASETS}
-    (partial / FAMILIES).write_text(json.dumps(families, separators=(",", ":")))
+    (partial / FAMILIES_FILE).write_text(json.dumps(families, separators=(",", ":")))
     files = [f"{dataset}/{name}" for dataset in DATASETS for name in ("instances.json", REFS_FILES[dataset])]
     manifest = {**request, "num_images": len(image_ids), "sha256": {name: _sha256(partial / name) for name in files}}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
