@@ -1,16 +1,18 @@
-"""Weights on the Hugging Face hub, kept in its cache: first small files, then headers of tensors, last the tensors."""
+"""Weights on the Hugging Face hub, kept in its cache: first small files, then headers of tensors, last the tensors. Uploads."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     SafetensorsParsingError,
@@ -102,3 +104,50 @@ def download(hub: HubName, folder: Path, files: Sequence[str]) -> None:
     lacking = [file for file in files if not (folder / file).exists()]
     if lacking:
         snapshot_download(hub.repo, revision=commit_of(folder), allow_patterns=lacking, cache_dir=folder.parents[2])
+
+
+def check_login(token: str | None = None) -> None:
+    """Asks the hub whose token this is.
+
+    Args:
+        token: None = that of `hf auth login` or of HF_TOKEN.
+
+    Raises:
+        OSError: no token, one that the hub does not know, or no network.
+    """
+    with _network_errors_as_oserror():
+        HfApi(token=token).whoami()
+
+
+def upload(repo: str, folder: Path, *, private: bool | None, message: str, token: str | None = None) -> str:
+    """Uploads a folder to the default branch; the repository is created if it does not exist.
+
+    Args:
+        repo: `owner/name`.
+        folder: what it will hold; other files that are there stay.
+        private: whether a new repository is; None = as the owner's settings say.
+        message: of the commits.
+        token: None = that of `hf auth login` or of HF_TOKEN.
+
+    Returns:
+        URL of the commit (the last one: huggingface_hub divides large folders).
+
+    Raises:
+        OSError: the token may not write there, or no network.
+    """
+    api = HfApi(token=token)
+    with _network_errors_as_oserror():
+        api.create_repo(repo, private=private, exist_ok=True)
+        return api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message).commit_url
+
+
+@contextlib.contextmanager
+def _network_errors_as_oserror() -> Iterator[None]:
+    """Turns errors of connections, which are no OSError in every version of huggingface_hub, into one."""
+    http_error = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version uses
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not isinstance(error, http_error):
+            raise
+        raise OSError(f"{type(error).__name__}: {error}") from error

@@ -1,14 +1,16 @@
-"""Writes a checkpoint as a folder to publish: weights, config, processor, and a model card.
+"""Writes a checkpoint as a folder to publish (weights, config, processor, model card), and uploads it to the Hugging Face hub.
 
 Nothing in it names a folder of this machine: base weights in a local folder are named by its last part.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,7 @@ from deris_llm.checkpoints.layout import (
 )
 from deris_llm.checkpoints.load import checkpoint_config
 from deris_llm.checkpoints.save import files_beside_weights
+from deris_llm.common import hub
 from deris_llm.common.folders import check_new_folder, written_aside
 from deris_llm.common.html import environment
 from deris_llm.common.version import __version__
@@ -102,7 +105,7 @@ def export_checkpoint(
             for name, source in files_beside_weights(folder, checkpoint_config(folder, overrides)).items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, partial / name)
-        _finish(folder, partial, content, repo_name=repo_name, merge=done)
+        _finish(folder, partial, content, repo_name=repo_name, merge=done, overrides=overrides)
         write_checksums(partial)
     saved = load_config(folder / CONFIG_FILE, overrides)
     names = (saved.cognition.weights, saved.perception.weights)
@@ -110,8 +113,77 @@ def export_checkpoint(
     return Export(folder, checkpoint_fingerprint(out), done, local)
 
 
+def push_checkpoint(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    merge: bool = False,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    report: Path | None = None,
+    overrides: Sequence[str] = (),
+    private: bool | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Exports a checkpoint to a temporary folder and uploads that to the Hugging Face hub.
+
+    Args:
+        folder: any checkpoint, or the folder of a run.
+        repo_id: `owner/name`; it is created if it does not exist.
+        merge: see `export_checkpoint`.
+        dtype: see `export_checkpoint`.
+        report: see `export_checkpoint`.
+        overrides: see `export_checkpoint`.
+        private: whether a new repository is; None = as the owner's settings say.
+        commit_message: None = one that names the fingerprint.
+        token: None = that of `hf auth login` or of HF_TOKEN.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        ValueError: a bad `repo_id`, no network, no token that may write, or see `export_checkpoint`.
+    """
+    name = hub.HubName.parsed(repo_id)
+    if name is None or name.revision is not None:
+        raise ValueError(f"repo_id: expected owner/name, got {repo_id!r}; give a name such as 'me/deris-7b'.")
+    with _explains_hub_errors(repo_id):
+        hub.check_login(token)  # before minutes of merging
+    with tempfile.TemporaryDirectory() as parent:
+        out = Path(parent) / name.repo.partition("/")[2]
+        done = export_checkpoint(
+            folder, out, merge=merge, dtype=dtype, repo_name=repo_id, report=report, overrides=overrides
+        )
+        if done.local_weights:
+            raise ValueError(
+                f"push_to_hub({repo_id!r}): expected base weights that others can get by name, got "
+                f"{' and '.join(done.local_weights)} in a folder of this machine; give merge=True, which needs none."
+            )
+        message = commit_message or f"deris_llm checkpoint {done.fingerprint}"
+        with _explains_hub_errors(repo_id):
+            return hub.upload(repo_id, out, private=private, message=message, token=token)
+
+
+@contextlib.contextmanager
+def _explains_hub_errors(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"push_to_hub({repo_id!r}): expected to upload to the Hugging Face hub, got {type(error).__name__}: {error}. Log in with "
+            "`hf auth login` or give a token that may write; without network, write the folder by save_pretrained(folder) and "
+            f"upload it elsewhere with `hf upload {repo_id} folder`."
+        ) from error
+
+
 def _finish(
-    source: Path, out: Path, report: Mapping[str, Any] | None, *, repo_name: str | None, merge: Merge | None
+    source: Path,
+    out: Path,
+    report: Mapping[str, Any] | None,
+    *,
+    repo_name: str | None,
+    merge: Merge | None,
+    overrides: Sequence[str],
 ) -> None:
     """Removes the names of local folders from config and fingerprints, and writes the card."""
     config = _public_config(load_config(out / CONFIG_FILE))
@@ -122,7 +194,10 @@ def _finish(
         for entry in recorded.values():
             entry["weights"] = _public_name(entry["weights"])
         path.write_text(json.dumps(recorded, indent=2), encoding="utf-8")
-    card = model_card(source, out, config, report, repo_name=repo_name, merge=merge)
+    used = calibrated(source, load_config(source / CONFIG_FILE, overrides), overrides)
+    if calibrated(out, config).config.evaluation != used.config.evaluation:  # the user set another threshold or rule
+        (out / CALIBRATION_FILE).unlink()
+    card = model_card(source, out, config, report, threshold=used.source, repo_name=repo_name, merge=merge)
     (out / CARD_FILE).write_text(card, encoding="utf-8")
 
 
@@ -175,6 +250,7 @@ def model_card(
     config: RunConfig,
     report: Mapping[str, Any] | None,
     *,
+    threshold: str,
     repo_name: str | None,
     merge: Merge | None,
 ) -> str:
@@ -185,6 +261,7 @@ def model_card(
         folder: what was written so far.
         config: of it.
         report: of `deris-llm eval`.
+        threshold: where the score threshold comes from, in words.
         repo_name: `owner/name`, or None.
         merge: the account of the merge, or None.
     """
@@ -210,7 +287,7 @@ def model_card(
         data=data,
         data_file=DATA_FILE,
         data_rows=_data_rows(data),
-        threshold=calibrated(source, load_config(source / CONFIG_FILE)).source,
+        threshold=threshold,
         has_sweep=(folder / CALIBRATION_FILE).is_file(),
         calibration_file=CALIBRATION_FILE,
         always_answers=evaluation.selection != "threshold" and evaluation.presence != "gate",

@@ -16,7 +16,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, overload
 
 import torch
 from PIL import Image
@@ -40,10 +40,13 @@ from deris_llm.serving.answers import ImageAnswer, about_image
 from deris_llm.serving.inspection import Inspection, joined_outputs, outputs_by_phrase
 from deris_llm.structures import DerisOutput
 
+if TYPE_CHECKING:
+    from deris_llm.serving.export import Export
+
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
-_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+_PRECISIONS: dict[torch.dtype | None, str] = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 class DerisPipeline:
@@ -54,6 +57,7 @@ class DerisPipeline:
         fingerprint: twelve hex digits that identify the checkpoint.
         threshold_source: where the score threshold comes from, in words.
         device: of the model.
+        folder: the checkpoint that was loaded; None if the parts were joined by hand.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class DerisPipeline:
         *,
         fingerprint: str = "",
         threshold_source: str = "",
+        folder: Path | None = None,
+        overrides: Sequence[str] = (),
     ) -> None:
         """Joins the parts; use `from_pretrained` to load them.
 
@@ -73,6 +79,8 @@ class DerisPipeline:
             processor: the cognition backend's.
             fingerprint: of the checkpoint.
             threshold_source: where the score threshold comes from, in words.
+            folder: the checkpoint that the model was loaded from, for `save_pretrained`.
+            overrides: the user's, over its run config.
 
         Raises:
             ValueError: `data.max_tokens_per_image` with a processor that does not count tokens.
@@ -82,6 +90,8 @@ class DerisPipeline:
         self.processor = processor
         self.fingerprint = fingerprint
         self.threshold_source = threshold_source
+        self.folder = folder
+        self._overrides = tuple(overrides)
         self.device = next(model.parameters()).device
         self._collator = ReferringCollator(config, processor, with_targets=False)
         self._token_counter = token_counter(config, processor)
@@ -94,6 +104,7 @@ class DerisPipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        device_map: str | None = None,
         score_threshold: float | None = None,
         selection: Selection | None = None,
         presence: PresenceUse | None = None,
@@ -106,10 +117,12 @@ class DerisPipeline:
         public code computes for a single phrase, so an answer never depends on what shares its batch.
 
         Args:
-            folder: a run (its `best`, else its newest checkpoint), `best` or `checkpoint-STEP` of one, or a folder that
-                `deris-llm convert` wrote.
+            folder: a run (its `best`, else its newest checkpoint), `best` or `checkpoint-STEP` of one, a folder that
+                `deris-llm convert` wrote, or the Hugging Face id of one, `owner/name` or `owner/name@revision`, which is
+                downloaded.
             device: None = the GPU if there is one, else the CPU.
             dtype: float32 or bfloat16; None = the run's.
+            device_map: `auto` is the same as `device=None`, for those used to transformers; a model is not split over devices.
             score_threshold: queries with a higher referring score join the answer; None = the checkpoint's: the one
                 that a sweep chose (`deris_llm.evaluation.calibration`), else that of its run config.
             selection: see `answer_masks`; None = the checkpoint's.
@@ -120,28 +133,21 @@ class DerisPipeline:
                 `overrides` name is always imported.
 
         Raises:
-            ValueError: no checkpoint, a broken one, other base weights, an unknown backend, or an unknown field.
+            ValueError: no checkpoint, a broken one, other base weights, an unknown backend, an unknown field or another
+                `device_map`.
         """
+        device = _chosen_device(device, device_map)
         folder, names_module = find_checkpoint(folder, overrides)
         allow_module = allow_module or names_module
-        if dtype is not None and dtype not in _PRECISIONS:
-            raise ValueError(
-                f"dtype: expected torch.float32, torch.bfloat16 or None, got {dtype}; choose one of these."
-            )
-        chosen = {
-            "training.precision": None if dtype is None else _PRECISIONS[dtype],
-            "evaluation.score_threshold": score_threshold,
-            "evaluation.selection": selection,
-            "evaluation.presence": presence,
-        }
-        settings = [*overrides, *(f"{name}={value}" for name, value in chosen.items() if value is not None)]
+        _check_dtype(dtype)
+        rule = {"score_threshold": score_threshold, "selection": selection, "presence": presence}
+        of_user = [*overrides, *(f"evaluation.{name}={value}" for name, value in rule.items() if value is not None)]
+        settings = [*of_user, *([] if dtype is None else [f"training.precision={_PRECISIONS[dtype]}"])]
         if checkpoint_config(folder, settings).loopback.prior_attention == "batch":
             logger.info(
                 "loopback.prior_attention=self instead of batch: answers do not depend on what shares their batch"
             )
             settings.append("loopback.prior_attention=self")
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         used = with_files_of(folder, checkpoint_config(folder, settings))
         processor = build_processor(used, allow_module=allow_module)  # small files, before gigabytes of weights
         config, model = load_checkpoint(folder, device, overrides=settings, allow_module=allow_module)
@@ -152,7 +158,96 @@ class DerisPipeline:
             processor,
             fingerprint=checkpoint_fingerprint(folder),
             threshold_source=source,
+            folder=folder,
+            overrides=of_user,
         )
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        merge: bool = False,
+        dtype: torch.dtype | None = None,
+        report: str | Path | None = None,
+    ) -> Export:
+        """Writes the checkpoint that was loaded, with the overrides of `from_pretrained`, as a folder to publish.
+
+        Args:
+            folder: new.
+            merge: folds LoRA into full weights, so that no base weights are needed; takes time and memory.
+            dtype: of merged weights: float32 (None) or bfloat16, which halves the file.
+            report: folder of `deris-llm eval`, whose numbers go into the model card.
+
+        Returns:
+            the account of the export.
+
+        Raises:
+            ValueError: the pipeline was not loaded from a folder, `folder` is not new, or see `export_checkpoint`.
+        """
+        from deris_llm.serving.export import export_checkpoint  # peft takes a second to import
+
+        done = export_checkpoint(
+            self._source("save_pretrained"),
+            Path(folder),
+            overrides=self._overrides,
+            **_export_options(report, merge=merge, dtype=dtype),
+        )
+        if done.local_weights:
+            logger.warning(
+                "%s needs %s, which has no name on the hub: readers must give its folder by overrides=['cognition.weights=...', "
+                "'perception.weights=...']; with merge=True they do not",
+                folder,
+                " and ".join(done.local_weights),
+            )
+        return done
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        merge: bool = False,
+        dtype: torch.dtype | None = None,
+        report: str | Path | None = None,
+        private: bool | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Uploads what `save_pretrained` writes to the Hugging Face hub; `from_pretrained(repo_id)` reads it.
+
+        Args:
+            repo_id: `owner/name`; it is created if it does not exist.
+            merge: see `save_pretrained`.
+            dtype: see `save_pretrained`.
+            report: see `save_pretrained`.
+            private: whether a new repository is; None = as the owner's settings say.
+            commit_message: None = one that names the fingerprint.
+            token: None = that of `hf auth login` or of HF_TOKEN.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            ValueError: see `save_pretrained`; no network, or no token that may write.
+        """
+        from deris_llm.serving.export import push_checkpoint  # peft takes a second to import
+
+        return push_checkpoint(
+            self._source("push_to_hub"),
+            repo_id,
+            overrides=self._overrides,
+            **_export_options(report, merge=merge, dtype=dtype),
+            private=private,
+            commit_message=commit_message,
+            token=token,
+        )
+
+    def _source(self, method: str) -> Path:
+        if self.folder is None:
+            raise ValueError(
+                f"{method}: expected a pipeline that `from_pretrained` loaded, got one whose parts were joined by hand; write the "
+                "model with deris_llm.checkpoints.save.save_full_checkpoint."
+            )
+        return self.folder
 
     @overload
     def __call__(self, image: Picture, phrases: str) -> ImageAnswer: ...
@@ -300,6 +395,29 @@ class _Part(NamedTuple):
 
     phrases: Sequence[str]
     asked: _Asked[Any]
+
+
+def _chosen_device(device: torch.device | str | None, device_map: str | None) -> torch.device | str:
+    if device_map not in (None, "auto") or (device_map is not None and device is not None):
+        raise ValueError(
+            f"device_map: expected 'auto' without a device, got {device_map!r}{'' if device is None else f' and device={device}'}; a model "
+            "is not split over devices: give one, such as device='cuda:1'. If its memory is short, give dtype=torch.bfloat16 or "
+            "overrides=['cognition.quantization=nf4']."
+        )
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in _PRECISIONS:
+        raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or None, got {dtype}; choose one of these.")
+
+
+def _export_options(report: str | Path | None, *, merge: bool, dtype: torch.dtype | None) -> dict[str, Any]:
+    _check_dtype(dtype)
+    if dtype is not None and not merge:
+        raise ValueError(f"dtype: expected None without merge=True, got {dtype}: only merged weights are written anew.")
+    report = None if report is None else Path(report)
+    return {"merge": merge, "dtype": _PRECISIONS.get(dtype, "fp32"), "report": report}
 
 
 def checked_phrases(phrases: Sequence[str]) -> tuple[str, ...]:

@@ -87,7 +87,7 @@ def test_a_small_folder(run, tmp_path, capsys):
     assert "license" not in front
     assert "base_model" not in front  # they have no name on the hub
     assert body.startswith("\n# me/mine\n")
-    assert 'snapshot_download("me/mine")' in body
+    assert 'DerisPipeline.from_pretrained("me/mine")' in body
     assert f"fingerprint `{checkpoint_fingerprint(run / 'best')}`" in body
     data = json.loads((run / "data.json").read_text())["datasets"]["refcoco"]
     assert f"| refcoco | {data['num_phrases']} | {data['num_images']} | {data['num_images_left_out']} |" in body
