@@ -140,7 +140,7 @@ def draw_overlay(
 
 def write_contact_sheet(cases: Sequence[Case], path: str | Path, *, title: str, protocol: str) -> None:
     """One PNG with all cases, their phrases and IoU."""
-    tiles = [_tile(case, protocol) for case in cases]
+    tiles = [tile_of(case, protocol) for case in cases]
     columns = min(_COLUMNS, max(len(tiles), 1))
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     heights = [max(tile.height for tile in row) for row in rows]
@@ -193,7 +193,8 @@ def write_page(cases_by_split: Mapping[str, Sequence[Case]], path: str | Path, *
     Path(path).write_text(page, "utf-8", "backslashreplace")
 
 
-def _tile(case: Case, protocol: str) -> Image.Image:
+def tile_of(case: Case, protocol: str) -> Image.Image:
+    """Returns the drawn image with its IoU, phrase, kind and phrase id, RGB."""
     overlay = case.overlay
     tile = Image.new("RGB", (TILE_WIDTH_PX, overlay.height + _CAPTION_PX), (244, 244, 247))
     tile.paste(overlay, ((TILE_WIDTH_PX - overlay.width) // 2, 0))

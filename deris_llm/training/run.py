@@ -41,15 +41,18 @@ from deris_llm.data.loaders import train_loader
 from deris_llm.data.lost_referents import warn_of_lost_referents
 from deris_llm.data.mix import TrainingMix, training_mix
 from deris_llm.data.sources import check_data_names, read_split
+from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.evaluator import evaluate
 from deris_llm.losses.criterion import build_criterion
 from deris_llm.models.cognition import CognitionProcessor, build_processor
 from deris_llm.models.deris import Deris, build_model
 from deris_llm.models.out_of_memory import explains_out_of_memory
 from deris_llm.structures import ReferringRecord
+from deris_llm.training.answer_images import add_answer_images
 from deris_llm.training.callbacks import ProgressLines
 from deris_llm.training.data_manifest import data_manifest, same_data, write_data_manifest
 from deris_llm.training.deepspeed_config import read_deepspeed_config
+from deris_llm.training.early_warnings import EarlyWarnings
 from deris_llm.training.inputs import check_images, check_phrases
 from deris_llm.training.inputs_sheet import INPUTS_FILE, write_inputs_sheet
 from deris_llm.training.start import (
@@ -154,11 +157,14 @@ def train(
 
     def evaluation(model: nn.Module) -> dict[str, float]:
         with progress.set_aside(), _names_saved_checkpoint(config, output):
-            return evaluate_model(model)
+            numbers, answers = evaluate_model(model)
+        if tensorboard.tb_writer is not None:  # of the first rank
+            add_answer_images(tensorboard.tb_writer, answers, records, step=trainer.state.global_step)
+        return numbers
 
     tensorboard = TensorBoardCallback()
     tensorboard.logging_dir = str(output / "tensorboard")
-    criterion, callbacks = build_criterion(config), [tensorboard, progress]
+    criterion, callbacks = build_criterion(config), [tensorboard, progress, EarlyWarnings(config)]
     with explains_out_of_memory(config, loading=True):  # without DeepSpeed, the Trainer moves the model to the GPU here
         trainer = DerisTrainer(config, model, arguments, criterion, loader, evaluation, callbacks)
     trainer.remove_callback(PrinterCallback)
@@ -257,18 +263,21 @@ def _evaluation_records(config: RunConfig) -> Sequence[ReferringRecord]:
 
 
 class _Evaluation(NamedTuple):
-    """Evaluates a model on `eval_split`, on every rank; metrics of the first protocol by name."""
+    """Evaluates a model on `eval_split`, on every rank: metrics of the first protocol by name, and the answers."""
 
     config: RunConfig
     records: Sequence[ReferringRecord]
     processor: CognitionProcessor
     device: torch.device
 
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: nn.Module) -> tuple[dict[str, float], list[Answer]]:
         title = self.config.training.eval_split
         result = evaluate(model, *self[:3], device=self.device, title=title)
         numbers = next(iter(result.numbers.values()))
-        return {name: value for name, value in numbers.items() if value is not None}  # None: undefined for this split
+        defined = {
+            name: value for name, value in numbers.items() if value is not None
+        }  # None: undefined for this split
+        return defined, result.answers
 
 
 @contextlib.contextmanager
@@ -352,7 +361,7 @@ def _reloaded(folder: Path, evaluation: _Evaluation, saved: dict[str, torch.Tens
             name for name, tensor in saved.items() if not torch.equal(tensor.to(loaded[name].dtype), loaded[name])
         ]
         assert not differ, f"{folder}: tensors differ after reloading: {differ[:10]}"
-    metrics = evaluation(model)
+    metrics, _ = evaluation(model)
     logger.info(
         "fast dev run: load, 2 steps, save, reload and evaluate work; %d phrases evaluated", metrics["n_phrases"]
     )

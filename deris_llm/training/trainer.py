@@ -32,7 +32,7 @@ from deris_llm.common.ranks import any_rank, gathered, on_first_rank, rank, redu
 from deris_llm.config import RunConfig
 from deris_llm.data.loaders import TrainingLoader
 from deris_llm.losses.criterion import Criterion, NonFiniteOutputError
-from deris_llm.structures import ReferringBatch
+from deris_llm.structures import DerisOutput, ReferringBatch
 from deris_llm.training.optimizer import build_optimizer, by_epochs
 
 logger = logging.getLogger(__name__)
@@ -221,7 +221,8 @@ class DerisTrainer(Trainer):
             rows = rows if is_bad else []
             self._stop_not_finite("loss", gathered([f"{inputs.phrase_ids[i]} {inputs.phrases[i]!r}" for i in rows]))
         assert losses is not None, "a rank without losses has stopped above"
-        self._meter.add(losses.parts, num_images=inputs.perception_image.shape[0], num_phrases=inputs.num_phrases)
+        numbers = {f"loss/{name}": value for name, value in losses.parts.items()} | _shares(output, inputs)
+        self._meter.add(numbers, num_images=inputs.perception_image.shape[0], num_phrases=inputs.num_phrases)
         return (losses.total, output) if return_outputs else losses.total
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
@@ -342,8 +343,23 @@ def selecting_number(numbers: Mapping[str, float]) -> float | None:
     return next((numbers[name] for name in SELECTED_BY if name in numbers), None)
 
 
+def _shares(output: DerisOutput, inputs: ReferringBatch) -> dict[str, Tensor]:
+    """Returns what `early_warnings` looks at: what the model says of the phrases of a micro-batch, as shares."""
+    assert inputs.targets is not None, "the training loader's collator adds targets"
+    has_target = torch.zeros_like(output.presence_logit, dtype=torch.float32)
+    has_target[inputs.targets.phrase_index] = 1.0
+    best = output.final.referring_logits.detach().argmax(1)
+    masks = output.final.mask_logits.detach()[torch.arange(len(best), device=best.device), best] > 0
+    areas = masks.float().mean((1, 2))
+    return {
+        "predicted/says_target": (output.presence_logit.detach() > 0).float().mean(),
+        "predicted/no_target": 1 - has_target.mean(),
+        "predicted/mask_area": (areas * has_target).sum() / has_target.sum().clamp(min=1),
+    }
+
+
 class _Meter:
-    """Sums losses and counts between two log lines. The sums stay on the device until they are read."""
+    """Sums losses, shares and counts between two log lines. The sums stay on the device until they are read."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -351,9 +367,9 @@ class _Meter:
         self._started = time.monotonic()
         self._paused = 0.0
 
-    def add(self, parts: dict[str, Tensor], *, num_images: int, num_phrases: int) -> None:
+    def add(self, numbers: dict[str, Tensor], *, num_images: int, num_phrases: int) -> None:
         """Adds one micro-batch of this rank."""
-        for name, value in parts.items():
+        for name, value in numbers.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
         self._counts["micro_batches"] += 1
         self._counts["images"] += num_images
@@ -380,7 +396,7 @@ class _Meter:
         peaks = reduced(torch.tensor(_peak_memory_gib(), device=device), "max").tolist()
         self.__init__()
         return (
-            {f"loss/{name}": value / micro_batches for name, value in zip(names, sums, strict=True)}
+            {name: value / micro_batches for name, value in zip(names, sums, strict=True)}
             | {"phrases_per_second": phrases / seconds, "images_per_second": images / seconds}
             | dict(zip(("peak_gpu_memory_gib", "peak_process_memory_gib"), peaks, strict=True))
         )

@@ -128,6 +128,26 @@ def test_every_annotation_format_is_recognised(world: Any, tmp_path: Path) -> No
         assert {split: found["num_phrases"] for split, found in splits.items()} == {"train": 1, "val": 1}, name
 
 
+def test_roboflows_folders_and_cocos_tree(world: Any, tmp_path: Path) -> None:
+    def coco(name: str) -> str:
+        image = {"id": 1, "file_name": name, "width": 40, "height": 30}
+        annotation = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[2, 2, 12, 2, 12, 12]]}
+        return json.dumps(
+            {"images": [image], "annotations": [annotation], "categories": [{"id": 1, "name": "dog"}]}
+        )
+
+    export, tree = tmp_path / "roboflow", tmp_path / "tree"
+    (tree / "annotations").mkdir(parents=True)
+    for folder, split in (("train", "train"), ("valid", "val"), ("test", "test")):
+        world.images(f"{split}.png", folder=export / folder)
+        (export / folder / "_annotations.coco.json").write_text(coco(f"{split}.png"))
+        world.images(f"{split}.png", folder=tree / "images")
+        (tree / "annotations" / f"instances_{split}.json").write_text(coco(f"{split}.png"))
+    for source in (export, tree):
+        splits = own_data(source).manifest.splits
+        assert {name: split["num_phrases"] for name, split in splits.items()} == {"train": 1, "val": 1, "test": 1}
+
+
 def test_what_is_not_clear_is_an_error(mine: Path, refer_root: Path, tmp_path: Path) -> None:
     (mine / "a.json").write_text('{"shapes": [], "imagePath": "a.png"}')
     with pytest.raises(DataError, match=r"got a\.json \(labelme\), train\.jsonl \(jsonl\)\. .*--data-format labelme\|jsonl"):

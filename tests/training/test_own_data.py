@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deris_llm.config import load_config
 from deris_llm.data.own import own_data
@@ -24,6 +25,7 @@ def overrides(tmp_path_factory):
         "training.max_steps=4",
         "training.save_every=2",
         "training.images_per_device=1",
+        "training.log_every=2",
     ]
 
 
@@ -32,6 +34,11 @@ def test_the_template_is_trained_on(overrides, tmp_path):
     assert result.metrics["n_phrases"] + json.loads((tmp_path / "data.json").read_text())["num_phrases"] == 5
     sheet = np.asarray(Image.open(tmp_path / "inputs.png"))
     assert sheet.shape[1] == 4 * 300
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = events.Tags()["images"]
+    assert len(shown) == result.metrics["n_phrases"]
+    assert [event.step for event in events.Images(shown[0])] == [4]
+    assert 0 <= events.Scalars("train/predicted/mask_area")[-1].value <= 1
 
 
 def test_overfitting_evaluates_on_what_it_trains_on(overrides, tmp_path, caplog):
