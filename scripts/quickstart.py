@@ -26,17 +26,20 @@ from typing import IO, Any, NoReturn
 from rich.console import Console
 
 from deris_llm.checkpoints.fingerprints import base_fingerprints
-from deris_llm.checkpoints.layout import BEST, CheckpointError, newest_checkpoint
+from deris_llm.checkpoints.layout import BEST, CheckpointError, newest_checkpoint, read_json
 from deris_llm.checkpoints.same_run import check_same_run
 from deris_llm.common.version import __version__
 from deris_llm.config import RunConfig, config_to_dict, load_config
-from deris_llm.evaluation.report import report_table, update_report
+from deris_llm.data.synthetic import WORLD_FILE
+from deris_llm.evaluation.report import read_report, report_table, update_report
 from deris_llm.training.launch import CPU_RANKS, num_ranks
 
 CONFIG = "tiny-refcoco"
 DATA_SEED = 0
 STEP0_IMAGES = 24  # of each split: before fine-tuning the numbers are near zero and a sample says it
+TIMED_STEPS = 10
 QUIET_SECONDS = 20  # a stage that says nothing for so long gets a line from us
+_STEP_LINE = re.compile(r"step (?P<step>\d+) of \d+: .* (?P<hours>\d+):(?P<minutes>\d\d):(?P<seconds>\d\d) left")
 _LIBRARY_NOISE = re.compile(
     r"^Loading weights: |^\[\d{4}-\d\d-\d\d .*\] \[(INFO|WARNING)\]|^W\d{4} |UserWarning|FutureWarning|warnings\.warn"
 )
@@ -52,6 +55,47 @@ class Stage:
     depends_on: object  # plain values; other ones repeat this stage and those after it
     advice: str  # what to do when it fails
     prepare: Callable[[], None] = lambda: None
+    remark: Callable[[str], str | None] = lambda line: None  # on a line that it prints
+
+
+class Expectation:
+    """Says once how long training and evaluation take on this machine, after ten timed steps.
+
+    Args:
+        evaluation: returns the expected seconds of the evaluation after training.
+    """
+
+    def __init__(self, evaluation: Callable[[], float]) -> None:
+        self._evaluation = evaluation
+        self._is_said = False
+
+    def __call__(self, line: str) -> str | None:
+        """Returns the sentence if a line of training is the first one after ten steps."""
+        found = _STEP_LINE.search(line)
+        if self._is_said or found is None or int(found["step"]) < TIMED_STEPS:
+            return None
+        self._is_said = True
+        training = int(found["hours"]) * 3600 + int(found["minutes"]) * 60 + int(found["seconds"])
+        evaluation = self._evaluation()
+        return (
+            f"about {_minutes(training + evaluation)} left on this machine: training {_minutes(training)}, "
+            f"evaluation {_minutes(evaluation)}"
+        )
+
+
+def _minutes(seconds: float) -> str:
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes} minute{'' if minutes == 1 else 's'}"
+
+
+def seconds_of_evaluation(output: Path, data_root: Path) -> float:
+    """Returns how long the last stage takes, going by the same splits in stage `step0`, of which it evaluated a sample."""
+    timing, world = read_report(output / "report.json")["timing"], read_json(data_root / WORLD_FILE)
+    sampled = {name.rpartition(" ")[2]: taken for name, taken in timing.items() if name.startswith("evaluate step0 ")}
+    started = _read_stamp(output / "stages" / "step0.json")["seconds"] - sum(sampled.values())
+    images = {split: world["num_val" if split.endswith("/val") else "num_test"] for split in sampled}
+    whole = sum(taken * max(images[split] / STEP0_IMAGES, 1) for split, taken in sampled.items())
+    return started + 2 * whole  # every phrase, then the control
 
 
 class StageError(Exception):
@@ -137,6 +181,7 @@ def stages_of(
             made_of,
             "look at the message above; free some memory (each of two ranks takes about 2 GB) and disk space (1 GB)",
             lambda: _set_aside_other_run(train, config),
+            Expectation(lambda: seconds_of_evaluation(output, Path(config.data.root))),
         ),
         Stage(
             "evaluate",
@@ -210,6 +255,8 @@ def _run_teed(stage: Stage, log: Log) -> int:
             if line is None:
                 return process.wait()
             log.repeat(line)
+            if remark := stage.remark(line):
+                log.say(f"  {remark}", style="bold")
     finally:
         if process.poll() is None:  # we are being interrupted: the ranks get the chance to end
             process.terminate()
@@ -244,12 +291,6 @@ def show_results(output: Path, log: Log, *, with_table: bool) -> None:
         table = report_table(report)
         log.console.print(table)
         Console(file=log.file, width=200).print(table)
-    sampled = sorted(
-        {numbers["original"]["n_phrases"] for numbers in report["step0"].values() if "original" in numbers}
-    )
-    if sampled:
-        log.say(f"step 0: a sample of {STEP0_IMAGES} images of each split ({sampled[0]}-{sampled[-1]} phrases)")
-    log.say("the control swaps each phrase with one that names another object of its image: low is good")
     minutes = " + ".join(
         f"{name} {timing[name] / 60:.1f}" for name in ("install", "data", "step0", "train", "evaluate")
     )

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The main job at tiny size, from a bare machine to a table of numbers: install, make data, fine-tune under DeepSpeed,
-# evaluate. Uses the GPUs when there are some, else two CPU ranks (about 25 minutes on two cores). Call it again after an
-# interruption: what is finished is reused. Arguments go to `scripts/quickstart.py` (see --help).
+# evaluate. Uses the GPUs when there are some, else two CPU ranks; after ten steps of training it says how long the rest
+# takes on this machine. Call it again after an interruption: what is finished is reused. Arguments go to
+# `scripts/quickstart.py` (see --help).
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 # shellcheck source=scripts/_env.sh

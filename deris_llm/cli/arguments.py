@@ -137,3 +137,10 @@ def add_gpus_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus", type=int, help="number of processes, one per GPU (default: every GPU; without a GPU, 2 CPU ranks)"
     )
+
+
+def add_quiet_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--quiet` of commands that take long."""
+    parser.add_argument(
+        "--quiet", action="store_true", help="print errors and, last, a line with the result; no progress"
+    )

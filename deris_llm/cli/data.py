@@ -239,6 +239,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     """Prints a table of counts; returns 1 if a split or an image cannot be used."""
     from deris_llm.common.terminal import console
     from deris_llm.data.check import check_data, differences
+    from deris_llm.data.sources import is_synthetic
     from deris_llm.evaluation.tables import Column, StackedTable
 
     counts = check_data(arguments.root, arguments.datasets)
@@ -266,8 +267,7 @@ def run_check(arguments: argparse.Namespace) -> int:
         for said in (split.problem, *(f"{split.name}: {note}" for note in split.notes)):
             if said:
                 shown.print(said, soft_wrap=True)
-    is_synthetic = (arguments.root / "world.json").is_file()  # of `data synth`: not meant to have the published counts
-    for difference in () if is_synthetic else differences(counts):
+    for difference in () if is_synthetic(arguments.root) else differences(counts):
         shown.print(difference, soft_wrap=True)
     are_whole = not arguments.images or _images_are_whole(
         arguments.root, [split.name for split in counts if not split.problem], workers=arguments.workers

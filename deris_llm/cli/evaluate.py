@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
-import logging
 import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from deris_llm.cli.arguments import add_command, add_gpus_option, add_override_option, at_least, path
+from deris_llm.cli.arguments import add_command, add_gpus_option, add_override_option, add_quiet_option, at_least, path
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import RenderableType
     from torch import nn
 
     from deris_llm.config import RunConfig
@@ -57,6 +61,8 @@ def add(commands: Any) -> None:
         "--control", action="store_true", help="also ask every image for another object than the one that is scored"
     )
     add_gpus_option(parser)
+    add_quiet_option(parser)
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON instead of the table")
     add_override_option(parser)
 
 
@@ -114,37 +120,61 @@ def _check_before_torch(arguments: argparse.Namespace, config: RunConfig) -> Non
 def _evaluate_on_this_rank(arguments: argparse.Namespace) -> int:
     from deris_llm.common.startup import without_garbage_collection
 
-    with without_garbage_collection():
-        import torch
-    from torch import distributed
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries print to stdout, where a script reads the result
+        with without_garbage_collection():
+            import torch
+        from torch import distributed
 
-    from deris_llm.common.ranks import OtherRankError
-    from deris_llm.models.cpu_inference import for_cpu_inference
-    from deris_llm.models.out_of_memory import explains_out_of_memory
+        from deris_llm.common.ranks import OtherRankError
+        from deris_llm.models.cpu_inference import for_cpu_inference
+        from deris_llm.models.out_of_memory import explains_out_of_memory
 
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    logging.getLogger().setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
-    with without_garbage_collection():
-        config, model = _model_to_evaluate(arguments, device)
-    for_cpu_inference(model)
-    if world_size > 1:
-        distributed.init_process_group("gloo")  # only Python objects are exchanged
-    try:
-        with explains_out_of_memory(config):
-            (_sweep if arguments.sweep else _report)(arguments, config, model)
-    except OtherRankError as error:  # that rank printed the reason, and so does this one
-        raise ValueError(str(error)) from error
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        has_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else torch.device("cpu")
+        with without_garbage_collection():
+            config, model = _model_to_evaluate(arguments, device)
+        for_cpu_inference(model)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            distributed.init_process_group("gloo")  # only Python objects are exchanged
+        try:
+            with explains_out_of_memory(config):
+                result = (_sweep if arguments.sweep else _report)(arguments, config, model)
+        except OtherRankError as error:  # that rank printed the reason, and so does this one
+            raise ValueError(str(error)) from error
+        finally:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+    if result is not None:
+        _print(result, out, as_json=arguments.json, quiet=arguments.quiet)
     return 0
 
 
-def _sweep(arguments: argparse.Namespace, config: RunConfig, model: nn.Module) -> None:
-    from deris_llm.common.ranks import rank
+class _Result(NamedTuple):
+    """What an evaluation or a sweep prints, on rank 0."""
+
+    tree: Mapping[str, Any]  # JSON
+    table: RenderableType | None
+    line: str  # the result in one line
+    written: Path
+
+
+def _print(result: _Result, out: TextIO, *, as_json: bool, quiet: bool) -> None:
     from deris_llm.common.terminal import console
+
+    if as_json:
+        out.write(json.dumps({"written": str(result.written), **result.tree}, indent=1, ensure_ascii=False) + "\n")
+    elif quiet:
+        out.write(f"{result.line}: written to {result.written}\n")
+    else:
+        shown = console()
+        if result.table is not None:
+            shown.print(result.table)
+        shown.print(f"written to {result.written}", soft_wrap=True)
+
+
+def _sweep(arguments: argparse.Namespace, config: RunConfig, model: nn.Module) -> _Result | None:
+    from deris_llm.common.ranks import rank
     from deris_llm.evaluation.calibration import calibrated
     from deris_llm.evaluation.report import sweep_table
     from deris_llm.evaluation.sweep import sweep
@@ -152,21 +182,26 @@ def _sweep(arguments: argparse.Namespace, config: RunConfig, model: nn.Module) -
 
     checkpoint: Path = arguments.checkpoint
     present = calibrated(checkpoint, config, arguments.set).config.evaluation.score_threshold
-    processor = build_processor(config, allow_module=arguments.allow_module)
-    chosen = sweep(model, config, processor, arguments.sweep, present=present, max_images=arguments.max_images)
-    if rank() == 0:
-        shown, written = console(), chosen.write(checkpoint)
-        shown.print(sweep_table(chosen))
-        shown.print(f"written to {written}", soft_wrap=True)
+    chosen = sweep(
+        model,
+        config,
+        build_processor(config, allow_module=arguments.allow_module),
+        arguments.sweep,
+        present=present,
+        max_images=arguments.max_images,
+        progress=not arguments.quiet,
+    )
+    if rank() != 0:
+        return None
+    return _Result(dataclasses.asdict(chosen), sweep_table(chosen), str(chosen), chosen.write(checkpoint))
 
 
-def _report(arguments: argparse.Namespace, config: RunConfig, model: nn.Module) -> None:
+def _report(arguments: argparse.Namespace, config: RunConfig, model: nn.Module) -> _Result | None:
     from deris_llm.checkpoints.fingerprints import checkpoint_fingerprint
     from deris_llm.common.ranks import rank
-    from deris_llm.common.terminal import console
     from deris_llm.evaluation.calibration import calibrated
     from deris_llm.evaluation.output import default_folder
-    from deris_llm.evaluation.report import report_table
+    from deris_llm.evaluation.report import report_line, report_table
     from deris_llm.evaluation.run import run_evaluation
     from deris_llm.models.cognition import build_processor
 
@@ -191,12 +226,12 @@ def _report(arguments: argparse.Namespace, config: RunConfig, model: nn.Module) 
         about=about,
         notes=notes,
         max_images=arguments.max_images,
+        progress=not arguments.quiet,
     )
-    if rank() == 0:
-        shown = console()
-        if checkpoint is not None:
-            shown.print(report_table(report))
-        shown.print(f"written to {output}", soft_wrap=True)
+    if rank() != 0:
+        return None
+    section = "splits" if checkpoint is not None else "step0"
+    return _Result(report, report_table(report) if checkpoint else None, report_line(report[section]), output)
 
 
 def _model_to_evaluate(arguments: argparse.Namespace, device: torch.device) -> tuple[RunConfig, nn.Module]:

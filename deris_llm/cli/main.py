@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 from deris_llm.cli import config, convert, data, evaluate, plan, predict, report, score, train
 from deris_llm.cli.arguments import Parser
 from deris_llm.common.error_file import QUIET, write_error_file
+from deris_llm.common.messages import log_to_stderr, quiet_libraries
 from deris_llm.common.terminal import flush_output, is_reader_gone, print_anything
 from deris_llm.common.version import __version__
 
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_anything()
     arguments = build_parser().parse_args(argv)
     arguments.argv = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    quiet_libraries()
+    log_to_stderr(rank=int(os.environ.get("RANK", "0")), quiet=getattr(arguments, "quiet", False))
     try:
         status = arguments.run(arguments) or 0
         flush_output()

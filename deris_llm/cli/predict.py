@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
+import sys
+import time
 from typing import Any
 
-from deris_llm.cli.arguments import add_command, add_override_option, path
+from deris_llm.cli.arguments import add_command, add_override_option, add_quiet_option, path
 
 
 def add(commands: Any) -> None:
@@ -58,6 +62,8 @@ def add(commands: Any) -> None:
         "are stored",
     )
     parser.add_argument("--skip-bad", action="store_true", help="skip and count images and lines that cannot be used")
+    add_quiet_option(parser)
+    parser.add_argument("--json", action="store_true", help="print answers and paths as JSON instead of a table")
     add_override_option(parser)
 
 
@@ -67,22 +73,30 @@ def run(arguments: argparse.Namespace) -> int:
     from deris_llm.common.startup import without_garbage_collection
 
     checkpoint, _ = find_checkpoint(arguments.checkpoint)  # before torch is imported
-    with without_garbage_collection():
-        from deris_llm.common.terminal import console
-        from deris_llm.serving.predict import run as predict
-        from deris_llm.serving.predict import show_predictions
+    out, started = sys.stdout, time.monotonic()
+    with contextlib.redirect_stdout(sys.stderr):  # some libraries print to stdout, where a script reads the result
+        with without_garbage_collection():
+            from deris_llm.common.terminal import console
+            from deris_llm.serving.predict import run as predict
+            from deris_llm.serving.predict import show_predictions, show_result_line
 
-    result = predict(
-        checkpoint,
-        arguments.image,
-        arguments.phrase,
-        jsonl=arguments.jsonl,
-        out=arguments.out,
-        overrides=arguments.set,
-        overlays=arguments.overlay,
-        instances=arguments.instances,
-        skip_bad=arguments.skip_bad,
-        exif=arguments.exif,
-    )
-    show_predictions(result, console())
+        imported = time.monotonic() - started
+        result = predict(
+            checkpoint,
+            arguments.image,
+            arguments.phrase,
+            jsonl=arguments.jsonl,
+            out=arguments.out,
+            overrides=arguments.set,
+            overlays=arguments.overlay,
+            instances=arguments.instances,
+            skip_bad=arguments.skip_bad,
+            exif=arguments.exif,
+            progress=not arguments.quiet,
+        )
+    result.seconds = {"importing libraries": imported, **result.seconds}
+    if arguments.json:
+        out.write(json.dumps(result.to_json(), indent=1, ensure_ascii=False) + "\n")
+    else:
+        (show_result_line if arguments.quiet else show_predictions)(result, console())
     return 0

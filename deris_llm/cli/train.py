@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from deris_llm.cli.arguments import add_command, add_config_options, add_data_options, add_gpus_option, at_least, path
+from deris_llm.cli.arguments import (
+    add_command,
+    add_config_options,
+    add_data_options,
+    add_gpus_option,
+    add_quiet_option,
+    at_least,
+    path,
+)
 from deris_llm.cli.data import own_data_overrides
 
 
@@ -39,6 +47,7 @@ def add(commands: Any) -> None:
         action="store_true",
         help="resume although the training data are not those of the checkpoint (data.json); recorded in data.json",
     )
+    add_quiet_option(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = ["--resume", resume]
     options += ["--overfit", str(arguments.overfit)] if arguments.overfit else []
     options += ["--fast-dev-run"] * arguments.fast_dev_run + ["--allow-other-data"] * arguments.allow_other_data
+    options += ["--quiet"] * arguments.quiet
     command = training_command(
         arguments.config, output=output, ranks=ranks, overrides=overrides, deepspeed=deepspeed, options=options
     )

@@ -31,7 +31,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def progress_bar(unit: str = "", *, enabled: bool = True) -> Progress:
-    """Returns a progress bar on stderr with the time left; `unit` names what is counted."""
+    """Returns a progress bar on stderr with the time left, shown on a terminal only; `unit` names what is counted."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -41,6 +41,7 @@ def progress_bar(unit: str = "", *, enabled: bool = True) -> Progress:
         TimeRemainingColumn,
     )
 
+    shown = console(stderr=True)
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -49,8 +50,8 @@ def progress_bar(unit: str = "", *, enabled: bool = True) -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        disable=not enabled,
-        console=console(stderr=True),
+        disable=not (enabled and shown.is_terminal),
+        console=shown,
     )
 
 

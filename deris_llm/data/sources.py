@@ -20,6 +20,7 @@ from deris_llm.data.errors import DataError, check_is_split
 from deris_llm.data.formats import refer
 from deris_llm.data.store import refer_cache
 from deris_llm.data.store.prepared import Manifest, PreparedSplit, find_manifest, prepared_sets, read_images
+from deris_llm.data.synthetic import WORLD_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,11 @@ def manifest_of(root: str | Path, dataset: str) -> Manifest:
             f"{', '.join(sets)}; got another." + (f" Did you mean {near[0]}?" if near else " Correct the name")
         )
     return refer_cache.refer_manifest(root, dataset)
+
+
+def is_synthetic(root: str | Path) -> bool:
+    """Returns whether `deris-llm data synth` wrote the data, whose splits have the names of published ones."""
+    return Path(root, WORLD_FILE).is_file()
 
 
 def is_refer(root: str | Path, dataset: str) -> bool:

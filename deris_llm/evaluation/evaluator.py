@@ -150,16 +150,17 @@ def answers_of(
             progress_bar("phrases", enabled=progress and rank == 0) as bar,
         ):
             size = _shard_size(loader)
-            task, lines = bar.add_task(title, total=size), _LogLines(title, size)
+            task, lines = bar.add_task(title, total=len(records)), _LogLines(title, len(records))
             outputs = (
                 (model(batch.to(device, dtype=dtype)), [records_by_id[phrase_id] for phrase_id in batch.phrase_ids])
                 for batch in loader
             )
             for found in in_order(compare, outputs, num_workers=config.evaluation.compare_workers):
                 answers += found
-                bar.update(task, completed=len(answers))
+                done = len(answers) * len(records) // size  # of all ranks, whose shards take about the same time
+                bar.update(task, completed=done)
                 if progress and rank == 0 and not bar.console.is_terminal:
-                    lines.update(len(answers))
+                    lines.update(done)
             if len(loader) < most_batches:  # under ZeRO-3, joins the other ranks' forwards; nobody reads the output
                 spare = next(iter(evaluation_loader(config, records, processor, with_targets=False)))
                 for _ in range(most_batches - len(loader)):

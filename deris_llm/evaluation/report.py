@@ -38,7 +38,17 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
 }
 """Table 1 of the DeRIS paper, percent."""
 
-NOTE = "95 %: bootstrap over images. Oracle: each referent's best query."
+NOTE = "95 %: bootstrap over images. Best query: the number if each referent were answered by the query whose mask fits it best."
+
+CONTROL_NOTE = (
+    "Control: each phrase is swapped for one that names another object of its image, and the answer is compared with the "
+    "original object: low is good."
+)
+
+SYNTHETIC_NOTE = (
+    "These images are synthetic (deris-llm data synth), the published numbers are of photographs: they show what is possible "
+    "there and are no comparison."
+)
 
 PUBLISHED_NOTE = (
     "Other data: published numbers on the real COCO images, DeRIS paper, Table 1. \N{DAGGER}: its group of MLLM-based methods, "
@@ -63,8 +73,8 @@ PUBLISHED_GRES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
 
 GRES_NOTE = (
     "Always empty, never empty: what answers without looking get (no target for every phrase; the whole image for "
-    "every phrase). F1: share of phrases whose boxes are all right. Oracle: each referent's best query. 95 %: bootstrap over "
-    "images."
+    "every phrase). F1: share of phrases whose boxes are all right. Best query: the number if each referent were answered by the "
+    "query whose mask fits it best. 95 %: bootstrap over images."
 )
 
 PUBLISHED_GRES_NOTE = "Other data: published gIoU / cIoU / N-acc on the real COCO images, DeRIS paper, Table 2."
@@ -75,7 +85,7 @@ _TABLE_METRICS = ("mIoU", _INTERVAL, "oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9", "orac
 
 _GRES_TABLE_METRICS = ("gIoU", _INTERVAL, "cIoU", "N-acc", "T-acc", "Pr@0.7", "F1", "oracle_gIoU")
 
-_SHORT = {"original": "orig.", "oracle_gIoU": "oracle", "oracle_mIoU": "oracle"}
+_SHORT = {"original": "orig.", "oracle_gIoU": "best\nquery", "oracle_mIoU": "best\nquery"}
 
 _EMPTY: dict[str, Any] = {"splits": {}, "control": {}, "step0": {}, "timing": {}, "versions": {}}
 
@@ -174,6 +184,16 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     return Group(*tables, *(Text(line) for line in provenance(report)))
 
 
+def report_line(found: SplitNumbers) -> str:
+    """Returns mIoU or gIoU of every split in a line, by the first protocol."""
+    said = []
+    for split, by_protocol in found.items():
+        numbers = next(iter(by_protocol.values()))
+        metric = "gIoU" if "gIoU" in numbers else "mIoU"
+        said.append(f"{split} {metric} {_cell(numbers, metric)}")
+    return ", ".join(said)
+
+
 def provenance(report: Mapping[str, Any]) -> list[str]:
     """One line each: leakage, protocols with their fingerprints, the threshold's source, notes of the splits."""
     about, lines = report.get("about") or {}, []
@@ -217,6 +237,23 @@ def _columns(report: Mapping[str, Any], splits: Sequence[str], metrics: Sequence
     return [(protocols[0], metric) for metric in metrics] + [(name, m) for name in protocols[1:] for m in means]
 
 
+def table_notes(report: Mapping[str, Any], splits: Sequence[str]) -> list[str]:
+    """Returns what must be read with the table of splits that are all generalised or all not."""
+    is_gres = "gIoU" in next(iter(report["splits"][splits[0]].values()))
+    notes = [GRES_NOTE if is_gres else NOTE]
+    if any(report["control"].get(split) for split in splits):
+        notes.append(CONTROL_NOTE)
+    if found := [numbers for split in splits if (numbers := report["step0"].get(split))]:
+        images = {next(iter(numbers.values())).get("n_images") for numbers in found}
+        sample = f", on {images.pop():,} images of each split" if len(images) == 1 and None not in images else ""
+        notes.append(f"Step 0: the model before fine-tuning{sample}.")
+    if published_on(splits, PUBLISHED_GRES if is_gres else PUBLISHED):
+        is_synthetic = (report.get("about") or {}).get("synthetic")
+        notes += [SYNTHETIC_NOTE] if is_synthetic else []
+        notes.append(PUBLISHED_GRES_NOTE if is_gres else PUBLISHED_NOTE)
+    return notes
+
+
 def published_on(
     splits: Sequence[str], published: Mapping[str, Mapping[str, Numbers]]
 ) -> Mapping[str, Mapping[str, Numbers]]:
@@ -235,8 +272,7 @@ def _ris_table(report: Mapping[str, Any], splits: Sequence[str]) -> StackedTable
         Column(f"other\ndata\n{method}\N{DAGGER}", [f"{n[s]:.2f}" if s in n else "-" for s in splits], "dim")
         for method, n in published.items()
     ]
-    caption = f"{NOTE} {PUBLISHED_NOTE}" if published else NOTE
-    title = "Referring image segmentation, percent"
+    title, caption = "Referring image segmentation, percent", " ".join(table_notes(report, splits))
     return StackedTable(title, Column("\n\nsplit", splits), shown, caption=caption)
 
 
@@ -268,8 +304,7 @@ def _gres_table(report: Mapping[str, Any], splits: Sequence[str]) -> StackedTabl
             for method, n in published.items()
         ]
     )
-    caption = f"{GRES_NOTE} {PUBLISHED_GRES_NOTE}" if published else GRES_NOTE
-    title = "Generalised referring segmentation, percent"
+    title, caption = "Generalised referring segmentation, percent", " ".join(table_notes(report, splits))
     return StackedTable(title, Column("\n\nsplit", names), shown, styles, caption)
 
 
@@ -278,7 +313,8 @@ def _metric_columns(
 ) -> list[Column]:
     return [
         Column(
-            f"\n{_SHORT.get(protocol, protocol)}\n{_SHORT.get(metric, metric)}",
+            "\n" * ("\n" not in _SHORT.get(metric, ""))
+            + f"{_SHORT.get(protocol, protocol)}\n{_SHORT.get(metric, metric)}",
             [_cell(row.get(protocol), metric) for row in rows],
             "" if number else "bold",
         )

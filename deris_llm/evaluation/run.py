@@ -17,7 +17,7 @@ from deris_llm.config import RunConfig
 from deris_llm.config.protocols import protocols_of
 from deris_llm.data.dataset import some_images
 from deris_llm.data.mix import leakage_notice
-from deris_llm.data.sources import read_split, split_notes
+from deris_llm.data.sources import is_synthetic, read_split, split_notes
 from deris_llm.evaluation.evaluator import control_phrases, evaluate
 from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder
 from deris_llm.evaluation.page.page import look_inside_model
@@ -75,6 +75,7 @@ def run_evaluation(
         "presence": config.evaluation.presence,
         "max_images": max_images,
     }
+    origin |= {"synthetic": True} if is_synthetic(config.data.root) else {}
     origin |= ({"leakage": leakage} if leakage else {}) | dict(about or {})
     folder = EvaluationFolder(out, protocols_of(config), title=config.name, about=origin)
     report: dict[str, Any] = {"splits": {}, "control": {}, "step0": {}}

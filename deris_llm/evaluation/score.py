@@ -26,7 +26,7 @@ import numpy as np
 from deris_llm.config.protocols import Protocol, protocols_of_file
 from deris_llm.data.dataset import group_by_image
 from deris_llm.data.masks import coco_mask, segmentation_rle
-from deris_llm.data.sources import is_generalised, read_split, split_notes
+from deris_llm.data.sources import is_generalised, is_synthetic, read_split, split_notes
 from deris_llm.evaluation.answers import Answer, Rle, outcome_fields
 from deris_llm.evaluation.boxes import boxes_f1, boxes_of_masks
 from deris_llm.evaluation.comparison import compare, write_comparison
@@ -178,6 +178,7 @@ def run_score(
             "data_root": str(data_root),
             "phrase_field": phrase_field,
         }
+        about |= {"synthetic": True} if is_synthetic(data_root) else {}
         written = EvaluationFolder(folder, scored.protocols, title=_name_of(Path(path)), about=about)
         written.add(
             split,

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,19 @@ class Predictions:
     num_there: int = 0  # questions answered by an earlier call
     bad: list[str] = field(default_factory=list)  # what was left out as bad, with the reason
     others: list[str] = field(default_factory=list)  # files in image folders that are not images
+    seconds: dict[str, float] = field(default_factory=dict)  # of each stage of a command
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns where the answers are, and those of this call without their masks."""
+        return {
+            "out": str(self.out),
+            "predictions": str(self.out / PREDICTIONS_FILE),
+            "threshold_source": self.threshold_source,
+            "answers": [line | {"file": str(self.out / line["file"])} for line in self.lines],
+            "num_answered_before": self.num_there,
+            "left_out": [*self.bad, *self.others],
+            "seconds": {stage: round(seconds, 2) for stage, seconds in self.seconds.items()},
+        }
 
 
 # -- questions -------------------------------------------------------------------------------------------------------
@@ -421,7 +435,14 @@ def show_predictions(result: Predictions, console: Console) -> None:
             f"  ... and {len(left_out) - _BAD_SHOWN:,} more, all in {result.out / LEFT_OUT_FILE}", soft_wrap=True
         )
     console.print(result.threshold_source)
+    if result.seconds:
+        console.print(f"seconds: {', '.join(f'{stage} {seconds:.1f}' for stage, seconds in result.seconds.items())}")
     console.print(f"written to {result.out}", soft_wrap=True)
+
+
+def show_result_line(result: Predictions, console: Console) -> None:
+    """Prints the counts and the folder in one line."""
+    console.print(f"{_counts(result)}: written to {result.out}", soft_wrap=True)
 
 
 def _counts(result: Predictions) -> str:
@@ -504,20 +525,26 @@ def run(
     instances: bool,
     skip_bad: bool,
     exif: Exif,
+    progress: bool = True,
 ) -> Predictions:
     """Runs `deris-llm predict` without printing the result."""
+    started = time.monotonic()
     questions, bad, others = questions_of_command(images, phrases, jsonl, skip_bad=skip_bad)
     check_writable(out or Path("runs", "predict"))
     pipeline = DerisPipeline.from_pretrained(checkpoint, overrides=overrides)
     named = default_folder("predict", pipeline.config.name, pipeline.fingerprint, pipeline.config.evaluation)
-    return predict(
+    loaded = time.monotonic()
+    result = predict(
         pipeline,
         questions,
         out or named,
         overlays=overlays,
         instances=instances,
         skip_bad=skip_bad,
+        progress=progress,
         exif=exif,
         bad=bad,
         others=others,
     )
+    result.seconds = {"loading the checkpoint": loaded - started, "answering": time.monotonic() - loaded}
+    return result

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deris_llm.common.error_file import ERROR_FILE, INTERRUPTED, write_error_file
+from deris_llm.common.messages import log_to_stderr, quiet_libraries
 from deris_llm.common.ranks import OtherRankError
 from deris_llm.config import load_config
 from deris_llm.data.errors import plain_message
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="resume although the training data has changed since the checkpoint (data.json); recorded there",
     )
+    add("--quiet", action="store_true", help="print errors and, last, a line with the result; no progress")
     add("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)  # from DeepSpeed's launcher
     return parser
 
@@ -92,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     this_rank = os.environ.get("RANK", "0")
-    _log(this_rank)
+    quiet_libraries()
+    log_to_stderr(rank=int(this_rank), quiet=arguments.quiet)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         config = load_config(arguments.config, arguments.set)
@@ -106,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             fast_dev_run=arguments.fast_dev_run,
             overfit=arguments.overfit,
             allow_other_data=arguments.allow_other_data,
+            progress=not arguments.quiet,
         )
     except (ValueError, OSError) as error:
         message = f"rank {this_rank}: error: {plain_message(error)}"
@@ -127,22 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         leave_ranks()
     if this_rank == "0":
-        metrics = ", ".join(f"{name} {value:.2f}" for name, value in result.metrics.items())
+        from deris_llm.training.callbacks import as_words
+
+        metrics = as_words(result.metrics)
         sys.stderr.write(f"done after {result.steps} steps: {result.checkpoint}, best {result.best}; {metrics}\n")
     return 0
-
-
-def _log(this_rank: str) -> None:
-    is_first = this_rank == "0"
-    logging.basicConfig(
-        level=logging.INFO if is_first else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        if is_first
-        else f"rank {this_rank}: %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def _interrupt(*_: object) -> None:

@@ -4,15 +4,63 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
+
+_RECENT_STEPS = 50  # the time left follows them: the first steps of a run are several times slower than the others
+
+
+def as_words(metrics: Mapping[str, float]) -> str:
+    """Returns metrics in percent, and counts, which are named `n_*`, as a text."""
+    return ", ".join(
+        f"{name[2:]} {value:,.0f}" if name.startswith("n_") else f"{name.replace('oracle_', 'best query ')} {value:.2f}"
+        for name, value in metrics.items()
+    )
+
+
+class TimeLeft:
+    """Estimates the time left from recent steps and the last evaluation.
+
+    Args:
+        clock: returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)  # seconds of each
+        self._evaluation = 0.0  # seconds of the last one
+        self._since: float | None = None  # end of the step before, None where something else came between
+
+    def step(self) -> None:
+        """Notes the end of a step."""
+        now = self._clock()
+        if self._since is not None:
+            self._steps.append(now - self._since)
+        self._since = now
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Times an evaluation, which belongs to no step."""
+        started = self._clock()
+        yield
+        self._evaluation, self._since = self._clock() - started, None
+
+    def words(self, *, num_steps: int, num_evaluations: int) -> str:
+        """Returns the time for so many steps and evaluations as h:mm:ss, or `?` before the second step."""
+        if not self._steps and num_steps:
+            return "?"
+        a_step = sum(self._steps) / max(len(self._steps), 1)
+        seconds = int(a_step * num_steps + self._evaluation * num_evaluations)
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
 class ProgressLines(TrainerCallback):
@@ -23,25 +71,26 @@ class ProgressLines(TrainerCallback):
         self.bar: Progress | None = None
         self._task: Any = None
         self._enabled = enabled
-        self._started, self._first_step = 0.0, 0
+        self._time = TimeLeft()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Starts the clock and, on a terminal, the bar."""
-        self._started, self._first_step = time.monotonic(), state.global_step
+        """Starts the bar on a terminal."""
         if self._enabled and self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("training"),
-                BarColumn(),
+                BarColumn(bar_width=None),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[text]}"),
-                TimeElapsedColumn(),
                 console=self.console,
+                expand=True,
+                refresh_per_second=2,  # drawing takes time of the rank that trains
             )
             self._task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, text="")
             self.bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Advances the bar."""
+        """Advances clock and bar."""
+        self._time.step()
         if self.bar is not None:
             self.bar.update(self._task, completed=state.global_step)
 
@@ -57,20 +106,15 @@ class ProgressLines(TrainerCallback):
         if not self._enabled or not logs:
             return
         if "loss" in logs:
-            text = (
-                f"loss {logs['loss']:.4f}, gradient norm {logs.get('grad_norm', float('nan')):.3f}, "
-                f"{logs['phrases_per_second']:.1f} phrases/s, {self._time_left(state)} left"
-            )
+            speed = f"{logs['phrases_per_second']:.1f} phrases/s, {self._time_left(args, state)} left"
             if self.bar is not None:
-                self.bar.update(self._task, text=text)
+                self.bar.update(self._task, text=f"loss {logs['loss']:.3f}, {speed}")
             else:
+                text = f"loss {logs['loss']:.4f}, gradient norm {logs.get('grad_norm', float('nan')):.3f}, {speed}"
                 logger.info("step %d of %d: %s", state.global_step, state.max_steps, text)
         elif "eval_n_phrases" in logs:
-            logger.info(
-                "step %d: %s",
-                state.global_step,
-                ", ".join(f"{k.removeprefix('eval_')} {v:.2f}" for k, v in logs.items() if k.startswith("eval_")),
-            )
+            found = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
+            logger.info("step %d: %s", state.global_step, as_words(found))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ends the bar."""
@@ -84,17 +128,18 @@ class ProgressLines(TrainerCallback):
 
     @contextlib.contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Hides the bar while an evaluation shows its own."""
-        if self.bar is None:
-            yield
-            return
-        self.bar.stop()
+        """Hides the bar while an evaluation shows its own, and times the evaluation."""
+        bar = self.bar
+        if bar is not None:
+            bar.stop()
         try:
-            yield
+            with self._time.evaluation():
+                yield
         finally:
-            self.bar.start()
+            if bar is not None:
+                bar.start()
 
-    def _time_left(self, state: TrainerState) -> str:
-        done = state.global_step - self._first_step
-        seconds = int((time.monotonic() - self._started) / max(done, 1) * (state.max_steps - state.global_step))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    def _time_left(self, args: TrainingArguments, state: TrainerState) -> str:
+        every, step, last = int(args.eval_steps or state.max_steps), state.global_step, state.max_steps
+        num_evaluations = math.ceil(last / every) - step // every  # one is at the end
+        return self._time.words(num_steps=last - step, num_evaluations=num_evaluations)

@@ -44,6 +44,8 @@ def launch(command: Sequence[str], config: RunConfig, *, output: Path, ranks: in
     """
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", "1")
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns in every process if it has to find out
     logger.info(
         "running:\n  OMP_NUM_THREADS=%s %s", environment["OMP_NUM_THREADS"], shlex.join(["deepspeed", *command])
     )
@@ -111,7 +113,9 @@ def training_command(
         options: further options of a rank, such as ``--resume never``.
     """
     # A module, not scripts/train.py: an installed package has no scripts/.
-    command = ["--num_gpus", str(ranks), "--master_port", str(free_port()), "--module", "deris_llm.training"]
+    # The launcher's own lines below errors are about a missing hostfile and about what it starts.
+    command = ["--num_gpus", str(ranks), "--master_port", str(free_port()), "--log_level", "error"]
+    command += ["--module", "deris_llm.training"]
     command += ["--config", config, "--deepspeed", str(deepspeed), "--output", str(output), *options]
     return [*command, *(("--set", *overrides) if overrides else ())]
 

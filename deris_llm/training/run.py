@@ -88,6 +88,7 @@ def train(
     fast_dev_run: bool = False,
     overfit: int = 0,
     allow_other_data: bool = False,
+    progress: bool = True,
 ) -> TrainingResult:
     """Fine-tunes a run config. Every rank of the run calls it; `launch.launch` starts the ranks.
 
@@ -101,6 +102,7 @@ def train(
         overfit: train on this many images, evenly spaced over the mix, and evaluate on the same ones, in a subfolder; 0 = train
             on all.
         allow_other_data: resume although the training data has changed; `data.json` then records it.
+        progress: shows bars or log lines of training and evaluation on rank 0.
 
     Raises:
         ValueError: unusable or contradicting config, DeepSpeed JSON, data or checkpoint; NaN loss; out of memory.
@@ -151,12 +153,11 @@ def train(
     if checkpoint is None:
         on_first_rank(lambda: write_inputs_sheet(loader, output / INPUTS_FILE))
 
-    progress = ProgressLines(enabled=rank() == 0)
-
-    evaluate_model = _Evaluation(config, records, processor, arguments.device)
+    lines = ProgressLines(enabled=progress and rank() == 0)
+    evaluate_model = _Evaluation(config, records, processor, arguments.device, progress)
 
     def evaluation(model: nn.Module) -> dict[str, float]:
-        with progress.set_aside(), _names_saved_checkpoint(config, output):
+        with lines.set_aside(), _names_saved_checkpoint(config, output):
             numbers, answers = evaluate_model(model)
         if tensorboard.tb_writer is not None:  # of the first rank
             add_answer_images(tensorboard.tb_writer, answers, records, step=trainer.state.global_step)
@@ -164,7 +165,7 @@ def train(
 
     tensorboard = TensorBoardCallback()
     tensorboard.logging_dir = str(output / "tensorboard")
-    criterion, callbacks = build_criterion(config), [tensorboard, progress, EarlyWarnings(config)]
+    criterion, callbacks = build_criterion(config), [tensorboard, lines, EarlyWarnings(config)]
     with explains_out_of_memory(config, loading=True):  # without DeepSpeed, the Trainer moves the model to the GPU here
         trainer = DerisTrainer(config, model, arguments, criterion, loader, evaluation, callbacks)
     trainer.remove_callback(PrinterCallback)
@@ -180,7 +181,7 @@ def train(
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(interrupted_message(output, trainer.state.global_step)) from error
     finally:
-        progress.stop()
+        lines.stop()
     newest = newest_checkpoint(output) or checkpoint
     assert newest is not None, "the Trainer saves at its last step"
     result = _result(newest)
@@ -269,10 +270,11 @@ class _Evaluation(NamedTuple):
     records: Sequence[ReferringRecord]
     processor: CognitionProcessor
     device: torch.device
+    progress: bool
 
     def __call__(self, model: nn.Module) -> tuple[dict[str, float], list[Answer]]:
         title = self.config.training.eval_split
-        result = evaluate(model, *self[:3], device=self.device, title=title)
+        result = evaluate(model, *self[:3], device=self.device, progress=self.progress, title=title)
         numbers = next(iter(result.numbers.values()))
         defined = {
             name: value for name, value in numbers.items() if value is not None

@@ -129,6 +129,8 @@ def join_ranks(*, uses_deepspeed: bool) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if uses_deepspeed:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns if it has to find out
         import deepspeed  # takes seconds, and runs without it are common in tests
         from deepspeed.ops import __compatible_ops__
 

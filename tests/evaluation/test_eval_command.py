@@ -178,3 +178,29 @@ def test_wrong_options_are_refused_before_the_model_is_read(
     monkeypatch.setattr(launch, "run_on_ranks", lambda *_: pytest.fail("started"))
     assert main(["eval", "--checkpoint", str(checkpoint), *options]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_quiet_and_json(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = [
+        "eval",
+        "--checkpoint",
+        str(checkpoint),
+        "--splits",
+        "refcoco/val",
+        "--max-images",
+        "2",
+        "--output",
+        str(out),
+    ]
+    assert main([*command, "--quiet"]) == 0
+    report = json.loads((out / "report.json").read_text())
+    said = capsys.readouterr()
+    miou = report["splits"]["refcoco/val"]["original"]["mIoU"]
+    assert said.out == f"refcoco/val mIoU {miou:.2f}: written to {out}\n"
+    assert "%" not in said.err
+
+    assert main([*command, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.pop("written") == str(out)
+    assert printed["splits"] == report["splits"]

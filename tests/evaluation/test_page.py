@@ -27,7 +27,7 @@ assert _spec.loader is not None
 world = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(world)
 
-VOID = {"meta", "img", "br", "hr", "link", "input"}
+VOID = {"meta", "img", "br", "hr", "link", "input", "wbr"}
 
 
 class Page(HTMLParser):
@@ -220,12 +220,51 @@ def test_a_run_has_curves_with_or_without_an_evaluation(folder: Path, tmp_path: 
     page = Page(write_page(open_evaluation(run), run / "page.html").read_text(encoding="utf-8"))
     for title in ("Training loss", "Its parts in the last round", "Learning rate", "Evaluation during training"):
         assert title in page.text
+    assert (
+        "evaluation 35.0 mIoU while training 9 phrases, step 80" in page.text
+    )  # of no known split: no config.yaml here
+    assert {20.0, 35.0} <= {value for value, _ in page.values}
+    state = {"log_history": [entry for entry in history if "loss" in entry]}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    page = Page(write_page(open_evaluation(run), run / "page.html").read_text(encoding="utf-8"))
     assert "not evaluated yet" in page.text
+    assert "While training" not in page.text
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (run / "eval").symlink_to(folder, target_is_directory=True)
     assert list(open_evaluation(run).report["splits"]) == ["refcoco/val", "refcoco/testA", "grefcoco/val"]
     best = run / "best"
     best.mkdir()
     assert len(open_evaluation(folder, best).training) == len(history)  # `best` has no log of its own
+
+
+def test_what_a_reader_must_know_stands_where_the_numbers_are(folder: Path, data: Path, tmp_path: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    path = tmp_path / "report.json"
+
+    def shown() -> Page:
+        path.write_text(json.dumps(report))
+        return Page(write_page(open_evaluation(tmp_path), tmp_path / "page.html").read_text(encoding="utf-8"))
+
+    page = shown()
+    assert "Control: each phrase is swapped for one that names another object" in page.text
+    assert "How the protocols original count" in page.text
+    assert "racle" not in page.text
+    assert "synthetic" not in page.text
+    heads = {str(a["data-label"]) for tag, a in page.tags if tag == "td" and "data-label" in a}
+    assert heads >= {"phrases", "mIoU", "best query", "deris mIoU", "control", "GLaMM-7B\N{DAGGER}"}
+
+    report["about"] = {"synthetic": True}
+    page = shown()
+    assert "evaluation on synthetic images" in page.text
+    assert "published, photographs" in page.text
+    assert "are no comparison" in page.text
+
+    report["splits"] = {"refcoco/val": report["splits"]["refcoco/val"], "mine/val": report["splits"]["refcoco/val"]}
+    page = shown()
+    assert page.text.count("One target per phrase") == 2  # own data without columns of published numbers
+    assert page.text.count("GLaMM-7B") == 1
+    report["splits"].pop("refcoco/val")
+    assert "GLaMM" not in shown().text
 
 
 def test_side_by_side_says_who_is_better_where(folder: Path, data: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from deris_llm.testing import tiny_weights
-from scripts.quickstart import Log, Stage, StageError, main, run_stages
+from scripts.quickstart import Expectation, Log, Stage, StageError, main, run_stages, seconds_of_evaluation
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh")) + [ROOT / ".ci" / "run"]
@@ -274,6 +274,24 @@ def test_a_failed_stage_is_no_finished_stage(tmp_path):
             run_stages([bad], output=tmp_path, log=log)
         assert failure.value.status == 2
     assert "no such run config" in (tmp_path / "log").read_text()
+
+
+def test_the_time_left_is_said_once_after_ten_timed_steps(tmp_path):
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "step0.json").write_text('{"seconds": 50}')
+    timing = {"evaluate step0 refcoco/val": 10.0, "evaluate step0 refcoco/testA": 20.0, "data": 7.0}
+    report = {"splits": {}, "control": {}, "step0": {}, "timing": timing, "versions": {}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    (tmp_path / "world.json").write_text('{"num_val": 120, "num_test": 48}')
+    seconds = seconds_of_evaluation(tmp_path, tmp_path)
+    assert seconds == 20 + 2 * (10 * 120 / 24 + 20 * 48 / 24)  # start, splits and control
+
+    remark = Expectation(lambda: seconds)
+    line = "16:22:13 step {} of 1023: loss 14.6464, gradient norm 2.000, 60.5 phrases/s, 0:11:09 left"
+    assert remark("16:22:13 refcoco/val: 20 of 40 phrases, about 30 s left") is None
+    assert remark(line.format(9)) is None
+    assert remark(line.format(10)) == "about 14 minutes left on this machine: training 11 minutes, evaluation 3 minutes"
+    assert remark(line.format(20)) is None
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -84,6 +85,37 @@ def test_what_is_written(checkpoint, pictures, tmp_path, capsys):
     assert "[bold]star" in said
     assert "2 answered: 0 found, 2 best guesses below the threshold 0.4, 0 nothing" in said
     assert f"written to {out}" in said
+    assert re.search(
+        r"^seconds: importing libraries \d+\.\d, loading the checkpoint \d+\.\d, answering \d+\.\d$", said, re.M
+    )
+
+
+def test_quiet_and_json(checkpoint, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [
+        "predict",
+        "--checkpoint",
+        str(checkpoint),
+        "--image",
+        str(pictures),
+        "--phrase",
+        "star",
+        "--out",
+        str(out),
+    ]
+    assert main([*command, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["out"], said["predictions"]) == (str(out), str(out / "predictions.jsonl"))
+    assert [Image.open(answer["file"]).size for answer in said["answers"]] == [(80, 60)] * 3
+    assert [answer["phrase"] for answer in said["answers"]] == ["star"] * 3
+    assert len(said["left_out"]) == 2  # notes.txt and a folder
+    assert set(said["seconds"]) == {"importing libraries", "loading the checkpoint", "answering"}
+
+    assert main([*command, "--quiet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert "3 were answered before" in lines[0]
+    assert lines[0].endswith(f": written to {out}")
 
 
 def test_nothing_is_there(checkpoint, pictures, tmp_path, capsys):

@@ -32,6 +32,7 @@ from PIL import Image
 
 from deris_llm.data.masks import decode_segmentation
 
+from . import WORLD_FILE
 from .phrases import CROWD_WEIGHTS, Expression, Style, expressions_for, multi_target_expressions, no_target_expressions
 from .scene import CROWD, SPARSE, Scene, mask_box_xyxy, sample_scene
 from .vocabulary import KINDS, KINDS_A, KINDS_B
@@ -41,7 +42,6 @@ GENERATOR_VERSION = (
 )
 WORLD_STREAM = 0xDE215  # seeds of other uses of the generator (pre-training) have another constant here
 CROWD_STREAM = 0xC20D
-MANIFEST = "world.json"
 FAMILIES_FILE = "families.json"
 DATASETS = ("refcoco", "refcoco+", "refcocog", "grefcoco")
 REFS_FILES = {
@@ -127,7 +127,7 @@ def write_world(
     (partial / FAMILIES_FILE).write_text(json.dumps(families, separators=(",", ":")))
     files = [f"{dataset}/{name}" for dataset in DATASETS for name in ("instances.json", REFS_FILES[dataset])]
     manifest = {**request, "num_images": len(image_ids), "sha256": {name: _sha256(partial / name) for name in files}}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    (partial / WORLD_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
     if out.exists():
         out.rmdir()
     partial.rename(out)
@@ -183,15 +183,15 @@ def _check_same_world(out: Path, request: dict[str, int | bool]) -> None:
     """Raises FileExistsError unless `out` is a finished, unchanged world made with the same request."""
     start = f"write_world: {out} already holds files; expected the world {request}"
     end = "delete the folder or give another one"
-    manifest_path = out / MANIFEST
+    manifest_path = out / WORLD_FILE
     if not manifest_path.is_file():
-        raise FileExistsError(f"{start}, found a folder without {MANIFEST}; {end}")
+        raise FileExistsError(f"{start}, found a folder without {WORLD_FILE}; {end}")
     try:
         manifest = {"crowd": False, **json.loads(manifest_path.read_text())}  # worlds of before have no such entry
         found = {name: manifest[name] for name in request}
         hashes, num_images = dict(manifest["sha256"]), int(manifest["num_images"])
     except (ValueError, KeyError, TypeError) as error:
-        raise FileExistsError(f"{start}, found a {MANIFEST} that cannot be read ({error!r}); {end}") from error
+        raise FileExistsError(f"{start}, found a {WORLD_FILE} that cannot be read ({error!r}); {end}") from error
     if found != request:
         raise FileExistsError(f"{start}, found {found}; {end}")
     changed = [name for name, sha in hashes.items() if not (out / name).is_file() or _sha256(out / name) != sha]

@@ -10,15 +10,7 @@ from typing import Any
 from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.page.charts import NUM_SERIES, Chart, Line, Marker, line_chart
 from deris_llm.evaluation.page.stored import Evaluation, logged
-from deris_llm.evaluation.report import (
-    GRES_NOTE,
-    NOTE,
-    PUBLISHED,
-    PUBLISHED_GRES,
-    PUBLISHED_GRES_NOTE,
-    PUBLISHED_NOTE,
-    published_on,
-)
+from deris_llm.evaluation.report import PUBLISHED, PUBLISHED_GRES, published_on, table_notes
 
 _RIS_METRICS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9", "oracle_mIoU")
 _GRES_METRICS = ("gIoU", "cIoU", "N-acc", "T-acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "F1", "oracle_gIoU")
@@ -41,16 +33,17 @@ class Cell:
     interval: Sequence[float] | None = None
     span: int = 1
     scope: str = ""  # `col`, `row`, `colgroup` make a heading
+    label: str = ""  # what stands above the number on a narrow page, which has no headings
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with the note below it."""
+    """A table with the notes below it."""
 
     title: str
     heads: list[list[Cell]]
     rows: list[tuple[str, list[Cell]]]  # class of the row, cells
-    note: str
+    notes: list[str]
     counts_no_target: bool
 
 
@@ -59,39 +52,80 @@ def main_metric(evaluation: Evaluation, split: str) -> str:
     return "gIoU" if evaluation.is_generalised(split) else "mIoU"
 
 
-def tiles(evaluation: Evaluation) -> list[tuple[str, float | None, str, int]]:
-    """Returns for every split its name, main number, the metric with its interval, and the number of phrases."""
+def tiles(evaluation: Evaluation) -> list[tuple[str, float | None, str, str]]:
+    """Returns for every split its name, main number, the metric with its interval, and the number of phrases.
+
+    A run that was not evaluated by itself has its last evaluation while training.
+    """
     found = []
     for split, numbers in evaluation.report["splits"].items():
         values = numbers[evaluation.protocol(split)]
         metric = main_metric(evaluation, split)
         interval = (values.get("intervals") or {}).get(metric)
         sure = "" if interval is None else f" · {interval[0]:.1f}–{interval[1]:.1f}"
-        found.append((split, values.get(metric), metric + sure, values["n_phrases"]))
+        found.append((split, values.get(metric), metric + sure, f"{values['n_phrases']:,} phrases"))
+    if not found and (entries := _evaluations_while_training(evaluation)):
+        last = entries[-1]
+        metric = "gIoU" if "eval_gIoU" in last else "mIoU"
+        said = f"{last['eval_n_phrases']:,} phrases, step {last['step']:,}"
+        found.append((_training_split(evaluation), last.get(f"eval_{metric}"), f"{metric} while training", said))
     return found
 
 
 def tables(evaluation: Evaluation) -> list[Table]:
-    """Returns a table for the RIS splits and one for the GRES splits, with published numbers beside them."""
+    """Returns tables of the RIS and of the GRES splits, with published numbers beside the splits that have some.
+
+    A run that was not evaluated by itself has a table of its evaluations while training.
+    """
     splits = list(evaluation.report["splits"])
     ris = [split for split in splits if not evaluation.is_generalised(split)]
     gres = [split for split in splits if evaluation.is_generalised(split)]
     found = []
-    if ris:
-        note = f"{NOTE} {PUBLISHED_NOTE}" if published_on(ris, PUBLISHED) else NOTE
-        found.append(_table(evaluation, "One target per phrase, percent", ris, _RIS_METRICS, note))
+    for part in (
+        [s for s in ris if published_on([s], PUBLISHED)],
+        [s for s in ris if not published_on([s], PUBLISHED)],
+    ):
+        if part:
+            found.append(_table(evaluation, "One target per phrase, percent", part, _RIS_METRICS))
     if gres:
-        note = f"{GRES_NOTE} {PUBLISHED_GRES_NOTE}" if published_on(gres, PUBLISHED_GRES) else GRES_NOTE
-        found.append(_table(evaluation, "No, one or several targets per phrase, percent", gres, _GRES_METRICS, note))
+        found.append(_table(evaluation, "No, one or several targets per phrase, percent", gres, _GRES_METRICS))
+    if not splits and _evaluations_while_training(evaluation):
+        found.append(_training_table(evaluation))
     return found
 
 
-def has_intervals(evaluation: Evaluation) -> bool:
-    """Whether any number of the report has an interval."""
-    return any("intervals" in values for numbers in evaluation.report["splits"].values() for values in numbers.values())
+def _evaluations_while_training(evaluation: Evaluation) -> list[Mapping[str, Any]]:
+    return [entry for entry in evaluation.training if "eval_n_phrases" in entry]
 
 
-def _table(evaluation: Evaluation, title: str, splits: Sequence[str], metrics: Sequence[str], note: str) -> Table:
+def _training_split(evaluation: Evaluation) -> str:
+    config = evaluation.config
+    return config.training.eval_split if config is not None else "evaluation"
+
+
+def _training_table(evaluation: Evaluation) -> Table:
+    entries = _evaluations_while_training(evaluation)
+    metrics = [m for m in dict.fromkeys((*_RIS_METRICS, *_GRES_METRICS)) if any(f"eval_{m}" in e for e in entries)]
+    heads = [Cell(name, scope="col") for name in ("", "phrases", *(_NAMES.get(m, m) for m in metrics))]
+    rows = [
+        (
+            "",
+            [
+                Cell(f"step {entry['step']:,}", scope="row"),
+                Cell(f"{entry['eval_n_phrases']:,}", label="phrases"),
+                *(Cell(entry.get(f"eval_{m}"), label=_NAMES.get(m, m)) for m in metrics),
+            ],
+        )
+        for entry in entries
+    ]
+    notes = [
+        f"The run's own evaluations on training.eval_split={_training_split(evaluation)}. deris-llm eval evaluates all "
+        "splits, with intervals and predictions."
+    ]
+    return Table("While training, percent", [heads], rows, notes, counts_no_target=False)
+
+
+def _table(evaluation: Evaluation, title: str, splits: Sequence[str], metrics: Sequence[str]) -> Table:
     report = evaluation.report
     is_gres = evaluation.is_generalised(splits[0])
     columns = _columns(evaluation, splits, metrics)
@@ -108,21 +142,25 @@ def _table(evaluation: Evaluation, title: str, splits: Sequence[str], metrics: S
         counts = found[evaluation.protocol(split)]
         phrases = f"{counts['n_phrases']:,}"
         phrases += f" ({counts['n_no_target']:,})" if counts.get("n_no_target") is not None else ""
-        row = [Cell(split, scope="row"), Cell(phrases)]
+        row = [Cell(split, scope="row"), Cell(phrases, label="phrases (no target)" if is_gres else "phrases")]
         for name, metric in columns:
             values = found.get(name, {})
             style = "main first" if metric == metrics[0] else ""
-            row.append(Cell(values.get(metric), style, (values.get("intervals") or {}).get(metric)))
-        for place, (name, _) in enumerate(sections):
+            interval = (values.get("intervals") or {}).get(metric)
+            row.append(Cell(values.get(metric), style, interval, label=_label(columns, name, metric)))
+        for place, (name, label) in enumerate(sections):
             values = report[name].get(split, {}).get(evaluation.protocol(split), {})
-            row.append(Cell(values.get(metrics[0]), "" if place else "first"))
-        for place, numbers in enumerate(published.values()):
+            row.append(Cell(values.get(metrics[0]), "" if place else "first", label=label))
+        for place, (method, numbers) in enumerate(published.items()):
             text = f"{numbers[split]:.2f}" if split in numbers else "–"
-            row.append(Cell(text, "other" if place else "other first"))
+            row.append(Cell(text, "other" if place else "other first", label=f"{method}\N{DAGGER}"))
         rows.append(("", row))
         if is_gres:
             rows += [("below", _row_below(*below, columns, len(sections))) for below in _below(split, found)]
-    return Table(title, _heads(columns, metrics[0], sections, published), rows, note, is_gres)
+    other_data = "photographs" if evaluation.about.get("synthetic") else "other data"
+    return Table(
+        title, _heads(columns, metrics[0], sections, published, other_data), rows, table_notes(report, splits), is_gres
+    )
 
 
 def _columns(evaluation: Evaluation, splits: Sequence[str], metrics: Sequence[str]) -> list[tuple[str, str]]:
@@ -136,11 +174,18 @@ def _columns(evaluation: Evaluation, splits: Sequence[str], metrics: Sequence[st
     return columns
 
 
+def _label(columns: Sequence[tuple[str, str]], protocol: str, metric: str) -> str:
+    """Returns the metric, with its protocol unless that is the first."""
+    name = _NAMES.get(metric, metric)
+    return name if protocol == columns[0][0] else f"{protocol} {name}"
+
+
 def _heads(
     columns: Sequence[tuple[str, str]],
     first_metric: str,
     sections: Sequence[tuple[str, str]],
     published: Mapping[str, Any],
+    other_data: str,
 ) -> list[list[Cell]]:
     spans: dict[str, int] = defaultdict(int)
     for protocol, _ in columns:
@@ -150,7 +195,7 @@ def _heads(
     if sections:
         over.append(Cell("comparison", span=len(sections), scope="colgroup"))
     if published:
-        over.append(Cell("published, other data", "other", span=len(published), scope="colgroup"))
+        over.append(Cell(f"published, {other_data}", "other", span=len(published), scope="colgroup"))
     titles = [Cell("split", scope="none"), Cell("phrases", scope="none")]
     titles += [Cell(_NAMES.get(m, m), "first" if m == first_metric else "", scope="col") for _, m in columns]
     titles += [Cell(label, "" if place else "first", scope="col") for place, (_, label) in enumerate(sections)]
@@ -188,7 +233,8 @@ def _row_below(
     row = [Cell(name, scope="row"), Cell()]
     for column in columns:
         value = values.get(column)
-        row.append(Cell("" if value is None else value, "first" if column[1] == "gIoU" else ""))
+        style = "first" if column[1] == "gIoU" else ""
+        row.append(Cell("" if value is None else value, style, label=_label(columns, *column)))
     return [*row, Cell(style="first", span=num_more)] if num_more else row
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from deris_llm.common.folders import replace_text
 from deris_llm.common.html import environment
 from deris_llm.common.version import __version__
-from deris_llm.config import RunConfig, load_config
+from deris_llm.config import RunConfig
 from deris_llm.data.errors import DataError
 from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.calibration import calibrated
@@ -96,7 +96,6 @@ def write_page(
         notice=evaluation.about.get("leakage") or evaluation.report.get("leakage"),
         tiles=numbers.tiles(evaluation),
         tables=numbers.tables(evaluation),
-        has_intervals=numbers.has_intervals(evaluation),
         parts=numbers.PARTS,
         lost=numbers.lost_where(evaluation),
         breakdowns=numbers.breakdowns(evaluation),
@@ -213,10 +212,9 @@ def _check_same_model(evaluation: Evaluation, views: Sequence[PhraseView]) -> No
 def data_of(evaluation: Evaluation, data_root: str | Path | None) -> tuple[Path | None, Any]:
     """Folder of the data and which text of a phrase is asked: as given, or as evaluation or checkpoint say; None if nobody does."""
     about = evaluation.about
-    config_file = evaluation.checkpoint / "config.yaml" if evaluation.checkpoint else None
-    config = load_config(config_file).data if config_file is not None and config_file.is_file() else None
-    root = data_root or about.get("data_root") or (config.root if config else None)
-    field = about.get("phrase_field") or (config.phrase_field if config else "sent")
+    config = evaluation.config
+    root = data_root or about.get("data_root") or (config.data.root if config else None)
+    field = about.get("phrase_field") or (config.data.phrase_field if config else "sent")
     return (None if root is None else Path(root)), field
 
 

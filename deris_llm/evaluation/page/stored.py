@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deris_llm.checkpoints.layout import BEST, TRAINER_STATE_FILE, newest_checkpoint
+from deris_llm.checkpoints.layout import BEST, CONFIG_FILE, TRAINER_STATE_FILE, newest_checkpoint
+from deris_llm.config import RunConfig, load_config
 from deris_llm.data.sources import read_split
 from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.calibration import Calibration
@@ -40,6 +41,12 @@ class Evaluation:
     @property
     def name(self) -> str:
         return str(self.about.get("name") or self.folder.resolve().name)
+
+    @property
+    def config(self) -> RunConfig | None:
+        """The run config of the checkpoint, if it has one."""
+        file = self.checkpoint / CONFIG_FILE if self.checkpoint else None
+        return load_config(file) if file is not None and file.is_file() else None
 
     def protocol(self, split: str) -> str:
         """The protocol whose IoU decides what is shown: the first that a split has numbers of."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast
 
@@ -339,6 +340,8 @@ def check_perception(config: PerceptionConfig, *, rounds: int, num_queries: int)
 
 def _loading_plan(config: PerceptionConfig, *, rounds: int, num_queries: int, weights: bool) -> dict[str, Any]:
     """Returns the arguments of `load_pretrained` and `check_names`."""
+    # Both build the model, which warns if C / heads is no power of 2: advice for a CUDA kernel that is not used here.
+    warnings.filterwarnings("ignore", "You'd better set embed_dim")
     source = architecture_of(config.weights, weights=weights)
     _check_architecture(config.weights, source, num_queries)
     assert isinstance(source, Mask2FormerConfig)
