@@ -119,7 +119,7 @@ def add_override_option(
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--data` and `--data-format`; `deris_llm.cli.data.own_data_overrides` takes them."""
+    """Adds `--data` and `--data-format`; `deris_llm.cli.data.config_with_own_data` takes them."""
     parser.add_argument(
         "--data",
         type=path,

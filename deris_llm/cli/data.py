@@ -13,6 +13,7 @@ from deris_llm.cli.arguments import add_command, at_least, path
 from deris_llm.data.formats import FORMATS
 
 if TYPE_CHECKING:
+    from deris_llm.config import RunConfig
     from deris_llm.data.check import SplitCounts
 
 
@@ -214,25 +215,38 @@ def _counts(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     return lines + [f"note: {note}" for note in manifest.get("notes", ())]
 
 
-def own_data_overrides(arguments: argparse.Namespace) -> list[str]:
-    """Prepares ``--data``, prints its counts, and returns the overrides of the run config that name it; [] without it.
+def config_with_own_data(arguments: argparse.Namespace) -> tuple[RunConfig, list[str]]:
+    """Reads the run config of a command, with the data of ``--data``, which is prepared and its counts printed.
+
+    Returns:
+        The config, and the overrides of ``--data`` and ``--set`` that make it.
 
     Raises:
-        DataError: unusable data, or ``--data-format`` without ``--data``.
+        ValueError: an unusable config or unusable data, or ``--data-format`` without ``--data``.
     """
+    from deris_llm.config import load_config
     from deris_llm.data.errors import DataError
 
+    config = load_config(arguments.config, arguments.set)  # a misspelt field is an error before data is prepared
     if arguments.data is None:
         if arguments.data_format is not None:
             raise DataError(
                 "--data-format: expected --data with it, got none. Name the data with --data, or leave it out"
             )
-        return []
+        return config, arguments.set
     from deris_llm.data.own import own_data
 
     found = own_data(arguments.data, arguments.data_format)
     sys.stderr.write("\n".join(_counts(found.manifest.folder, found.manifest.content)) + "\n")
-    return found.overrides
+    overrides = [*found.overrides, *arguments.set]
+    config = load_config(arguments.config, overrides)
+    number = sum(split["num_no_target"] for split in found.manifest.splits.values())
+    if number and (config.evaluation.selection, config.evaluation.presence) == ("threshold_or_best", "none"):
+        sys.stderr.write(
+            f"note: {number:,} phrases have no target, but with evaluation.selection=threshold_or_best and evaluation.presence=none "
+            "every phrase is answered with a mask. Use a grefcoco config, or --set evaluation.presence=gate\n"
+        )
+    return config, overrides
 
 
 def run_check(arguments: argparse.Namespace) -> int:

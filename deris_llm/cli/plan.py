@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from deris_llm.cli.arguments import add_command, add_config_options, add_data_options, at_least
-from deris_llm.cli.data import own_data_overrides
+from deris_llm.cli.data import config_with_own_data
 
 
 def add(commands: Any) -> None:
@@ -32,11 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from deris_llm.common.startup import without_garbage_collection
-    from deris_llm.config import load_config
 
-    config = load_config(arguments.config, arguments.set)
-    if overrides := own_data_overrides(arguments):
-        config = load_config(arguments.config, [*overrides, *arguments.set])
+    config, _ = config_with_own_data(arguments)
     with contextlib.redirect_stdout(sys.stderr):  # some libraries print to stdout when they are imported
         with without_garbage_collection():
             from deris_llm.planning.efficiency import efficiency_of, show_efficiency, show_work, work_of_run

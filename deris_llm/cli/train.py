@@ -15,7 +15,7 @@ from deris_llm.cli.arguments import (
     at_least,
     path,
 )
-from deris_llm.cli.data import own_data_overrides
+from deris_llm.cli.data import config_with_own_data
 
 
 def add(commands: Any) -> None:
@@ -52,15 +52,11 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks config, data names and the start in this process, so that errors are printed once, then starts the ranks."""
-    from deris_llm.config import load_config
-
     if arguments.overfit and arguments.resume is not None:
         raise ValueError(
             "--resume: expected a run that can be resumed, got --overfit, which starts anew. Leave --resume out"
         )
-    load_config(arguments.config, arguments.set)  # a misspelt field is an error before the data is prepared
-    overrides = [*own_data_overrides(arguments), *arguments.set]
-    config = load_config(arguments.config, overrides)
+    config, overrides = config_with_own_data(arguments)
     from deris_llm.config.protocols import protocols_of
     from deris_llm.data.sources import check_data_names
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deris_llm.cli.data import add_data_commands
+from deris_llm.cli.data import add_data_commands, config_with_own_data
 from deris_llm.common.folders import FolderError
 from deris_llm.config import DataConfig
 from deris_llm.data.errors import DataError
@@ -140,3 +140,23 @@ def test_synthetic_world_reads_and_mixes(tmp_path: Path, capsys: pytest.CaptureF
     assert mix.report.num_images_removed > 0  # the world shares images between datasets as the published sets do
     evaluated = {r.image_id for name in config.eval for r in read_split(world, name)}
     assert not evaluated & {r.image_id for r in mix.records}
+
+
+def test_template_and_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / "mine"
+    assert _run("template", "--out", mine) == 0
+    assert f"deris-llm train --config tiny-refcoco --data {mine} --overfit 8" in capsys.readouterr().out
+    given = argparse.Namespace(config="tiny-refcoco", set=[], data=mine, data_format=None)
+    config, overrides = config_with_own_data(given)
+    said = capsys.readouterr().err
+    assert config.data.train == ("mine",)
+    assert "mine/val: " in said
+    assert "note: 1 phrases have no target, but with evaluation.selection=threshold_or_best" in said
+    given.set = ["evaluation.presence=gate", "data.eval=[mine/train]"]
+    config, again = config_with_own_data(given)
+    assert config.data.eval == ("mine/train",)
+    assert again == [*overrides, *given.set]
+    assert "have no target" not in capsys.readouterr().err
+    given.data, given.data_format = None, "coco"
+    with pytest.raises(DataError, match="--data-format: expected --data with it"):
+        config_with_own_data(given)
