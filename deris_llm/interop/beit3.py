@@ -26,11 +26,11 @@ from deris_llm.interop.conversion import (
     new_folder,
     raise_differences,
 )
+from deris_llm.models.beit3_config import Beit3Config
 from deris_llm.models.cognition.beit3 import (
     PIECE_OFFSET,
     RESERVED_POSITIONS,
     TOKENIZER_FILE,
-    Beit3Config,
     Beit3Model,
     resized_positions,
 )

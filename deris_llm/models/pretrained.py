@@ -27,6 +27,7 @@ from deris_llm.common import hub
 from deris_llm.common.hub import HubName
 from deris_llm.common.unpickle import UnsafePickleError
 from deris_llm.common.weight_files import WeightFileError, tensor_shapes
+from deris_llm.models.beit3_config import Beit3Config
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ _PUBLISHED = {
     "vilt": "dandelin/vilt-b32-mlm",
 }
 """By model type: a repository that has all files, for messages about a missing one."""
+AutoConfig.register(Beit3Config.model_type, Beit3Config)
 _ModelT = TypeVar("_ModelT", bound=PreTrainedModel)
 
 

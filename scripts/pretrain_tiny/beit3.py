@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deris_llm.common.folders import written_aside
+from deris_llm.models.beit3_config import Beit3Config
 from deris_llm.models.cognition.beit3 import (
     PIECE_OFFSET,
     TOKENIZER_FILE,
-    Beit3Config,
     Beit3Model,
     Beit3Processor,
     clean_phrase,

@@ -22,7 +22,8 @@ from transformers import (
     ViltForMaskedLM,
 )
 
-from deris_llm.models.cognition.beit3 import TOKENIZER_FILE, Beit3Config, Beit3Model
+from deris_llm.models.beit3_config import Beit3Config
+from deris_llm.models.cognition.beit3 import TOKENIZER_FILE, Beit3Model
 from deris_llm.testing import CORPUS, tiny_qwen_tokenizer
 
 

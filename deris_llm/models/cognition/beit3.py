@@ -18,11 +18,12 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from deris_llm.config.schema import Beit3Cognition
+from deris_llm.models.beit3_config import Beit3Config
 from deris_llm.models.cognition.base import PlannedInputs
 from deris_llm.models.cognition.prompts import (
     PhraseLimit,
@@ -74,23 +75,6 @@ def resized_positions(table: Tensor, new_grid: int) -> Tensor:
     grid = table[kept:].float().T.reshape(1, -1, side, side)
     grid = F.interpolate(grid, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
     return torch.cat([table[:kept], grid[0].flatten(1).T.to(table.dtype)])
-
-
-class Beit3Config(PreTrainedConfig):
-    """The architecture; the defaults are those of the published base model for 224 px."""
-
-    model_type = "beit3"
-    vocab_size: int = 64010
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    image_size: int = 224  # px, square; the size that the image's position table is made for
-    patch_size: int = 16
-    max_text_positions: int = 1024  # rows of the text's position table, two of them never read
-    layer_norm_eps: float = 1e-5
-    drop_path: float = 0.0  # stochastic depth of the last layer, linear from 0 at the first
-    initializer_range: float = 0.02
 
 
 class Multiway(nn.Module):
@@ -305,7 +289,6 @@ class Beit3Model(PreTrainedModel):
             init.normal_(module.cls_token, std=cast(Beit3Config, self.config).initializer_range)
 
 
-AutoConfig.register(Beit3Config.model_type, Beit3Config)
 AutoModel.register(Beit3Config, Beit3Model)
 
 
