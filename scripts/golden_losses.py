@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # scripts import each other as `scripts.*`
 GOLDEN = ROOT / "tests" / "golden"
 LOSSES = GOLDEN / "losses"
-CHECKPOINT = GOLDEN / "quickstart_checkpoint"
+CHECKPOINT = ROOT / "deris_llm" / "builtin" / "tiny"  # shipped as `builtin:tiny`
 CHECKPOINT_FILES = ("config.yaml", "base_weights.json", "metrics.json", "protocol.json")
 NUM_STEPS = 8
 NUM_PHRASES = 20

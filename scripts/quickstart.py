@@ -305,6 +305,10 @@ def show_results(output: Path, log: Log, *, with_table: bool) -> None:
         ("log", log.path),
     ):
         log.say(f"{name:12} {path}")
+    best = output / "train" / BEST
+    log.say(
+        f"\nTry the model in the browser (after `pip install -e '.[demo]'`):\n  deris-llm demo --checkpoint {shlex.quote(str(best))}"
+    )
 
 
 def _note_install(stamp: Path, seconds: float) -> None:

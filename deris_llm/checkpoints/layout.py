@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deris_llm.common import folders
+from deris_llm.common.builtin import BUILTIN_PREFIX, builtin_folder, builtin_names
 
 logger = logging.getLogger(__name__)
 
@@ -141,14 +142,17 @@ def find_checkpoint(given: str | Path, overrides: Sequence[str] = ()) -> FoundCh
 
     Args:
         given: a run folder (its ``best`` is taken, else its newest checkpoint), ``best`` or ``checkpoint-STEP`` of a run, a
-            folder that `deris-llm merge`, `export` or `convert` wrote, or the Hugging Face id of an exported folder
-            (``owner/name`` or ``owner/name@revision``), which is downloaded. An existing path is never read as an id.
+            folder that `deris-llm merge`, `export` or `convert` wrote, ``builtin:NAME`` for one that the package ships, or the
+            Hugging Face id of an exported folder (``owner/name`` or ``owner/name@revision``), which is downloaded. An existing
+            path is never read as an id.
         overrides: the user's ``section.field=value``.
 
     Raises:
         CheckpointError: no checkpoint is there, or it is damaged.
     """
     allow_module = any(text.partition("=")[0].strip() == "cognition.backend" for text in overrides)
+    if str(given).startswith(BUILTIN_PREFIX):
+        return FoundCheckpoint(_shipped(str(given)), allow_module)
     folder = Path(given).expanduser()
     # `runs/typo` has the form of an id too: where `runs` is a folder, it is a path.
     if not folder.exists() and not folder.parent.exists():
@@ -163,6 +167,22 @@ def find_checkpoint(given: str | Path, overrides: Sequence[str] = ()) -> FoundCh
             folder = folders.complete_copy(folder)
     check_is_checkpoint(folder)
     return FoundCheckpoint(folder, allow_module)
+
+
+def _shipped(name: str) -> Path:
+    """Returns the checkpoint that the package ships under a name.
+
+    Raises:
+        CheckpointError: there is none of this name.
+    """
+    folder = builtin_folder(name, holding=BASE_WEIGHTS_FILE)
+    if folder is None:
+        known = ", ".join(f"{BUILTIN_PREFIX}{one}" for one in builtin_names(BASE_WEIGHTS_FILE)) or "none is installed"
+        raise CheckpointError(
+            f"{name}: expected a checkpoint that the package ships ({known}), got another name; take one of these, a folder, or "
+            "the Hugging Face id of an exported one"
+        )
+    return folder
 
 
 def _downloaded(name: str) -> Path | None:

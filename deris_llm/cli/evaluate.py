@@ -27,7 +27,10 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "eval", "evaluate a checkpoint on splits, by named protocols", run)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--checkpoint", type=path, metavar="DIR", help="a run, `best` or `checkpoint-STEP` of one, or a full checkpoint"
+        "--checkpoint",
+        type=path,
+        metavar="DIR",
+        help="a run, `best` or `checkpoint-STEP` of one, a full checkpoint, or builtin:tiny",
     )
     what.add_argument("--config", metavar="NAME|FILE", help="the model of a run config before fine-tuning (step 0)")
     parser.add_argument(

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from deris_llm.cli import config, convert, data, evaluate, plan, predict, report, score, train
+from deris_llm.cli import config, convert, data, demo, evaluate, plan, predict, report, score, train
 from deris_llm.cli.arguments import Parser
 from deris_llm.common.error_file import QUIET, write_error_file
 from deris_llm.common.messages import log_to_stderr, quiet_libraries
@@ -24,6 +24,7 @@ examples:
   deris-llm eval --checkpoint runs/tiny-refcoco/best      the table of all splits of the checkpoint's config
   deris-llm score pred.jsonl --data data --split refcoco/val   predictions of any method, with the metrics of eval
   deris-llm predict --checkpoint runs/tiny-refcoco --image street.jpg --phrase "the red car"
+  deris-llm demo --checkpoint builtin:tiny                a checkpoint in the browser (pip install 'deris-llm[demo]')
 
 `deris-llm COMMAND --help` explains each one.
 """
@@ -81,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"deris-llm {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (train, evaluate, predict, report, score, data, convert, plan, config):
+    for command in (train, evaluate, predict, demo, report, score, data, convert, plan, config):
         command.add(commands)
     return parser
 

@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
         type=path,
         required=True,
         metavar="DIR",
-        help="a run, `best` or `checkpoint-STEP` of one, or a full checkpoint",
+        help="a run, `best` or `checkpoint-STEP` of one, a full checkpoint, or builtin:tiny",
     )
     parser.add_argument(
         "--image",

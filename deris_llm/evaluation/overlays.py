@@ -126,16 +126,26 @@ def draw_overlay(
     size = (round(image.width * scale), round(image.height * scale))
     canvas = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32).copy()
     if predicted is not None:
-        inside = _enlarged(predicted, size)
-        canvas[inside] = (1 - _TINT) * canvas[inside] + _TINT * np.array(PREDICTED_RGB, dtype=np.float32)
-        canvas[_outline(inside)] = PREDICTED_RGB
+        paint_mask(canvas, resized_mask(predicted, size), PREDICTED_RGB)
     if truth is not None:
-        edge = _outline(_enlarged(truth, size))
+        edge = outline_of(resized_mask(truth, size))
         rows, columns = np.indices(edge.shape) // _DASH_PX
         dashes = (rows + columns) % 2 == 0
         canvas[edge & dashes] = TRUTH_RGB
         canvas[edge & ~dashes] = _GAP_RGB
     return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def paint_mask(canvas: np.ndarray, mask: np.ndarray, rgb: tuple[int, int, int]) -> None:
+    """Tints and outlines a mask.
+
+    Args:
+        canvas: float32 (h, w, 3), 0 to 255; changed in place.
+        mask: bool (h, w).
+        rgb: its colour.
+    """
+    canvas[mask] = (1 - _TINT) * canvas[mask] + _TINT * np.array(rgb, dtype=np.float32)
+    canvas[outline_of(mask)] = rgb
 
 
 def write_contact_sheet(cases: Sequence[Case], path: str | Path, *, title: str, protocol: str) -> None:
@@ -234,12 +244,13 @@ def _wrapped(text: str, font: Font, width_px: float, draw: ImageDraw.ImageDraw) 
     return [fitted(line, font, width_px, draw) for line in (first, " ".join(words)) if line]
 
 
-def _enlarged(mask: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:
+def resized_mask(mask: np.ndarray, size_wh: tuple[int, int]) -> np.ndarray:
+    """Returns a mask, bool (h, w), at another size, with smooth borders."""
     grey = Image.fromarray(mask.astype(np.uint8) * 255)
     return np.asarray(grey.resize(size_wh, Image.Resampling.BILINEAR)) >= 128
 
 
-def _outline(mask: np.ndarray) -> np.ndarray:
+def outline_of(mask: np.ndarray) -> np.ndarray:
     """Both sides of every border, two pixels wide."""
     outline = np.zeros_like(mask)
     rows, columns = mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from deris_llm.common import hub
+from deris_llm.common.builtin import BUILTIN_PREFIX, builtin_folder, builtin_names
 from deris_llm.common.hub import HubName
 from deris_llm.common.unpickle import UnsafePickleError
 from deris_llm.common.weight_files import WeightFileError, tensor_shapes
@@ -31,7 +32,6 @@ from deris_llm.models.beit3_config import Beit3Config
 
 logger = logging.getLogger(__name__)
 
-BUILTIN_PREFIX = "builtin:"
 CONVERTED_PREFIX = "weights/"  # where the run configs of BEiT-3 look; not the owner of a repository
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in transformers' order; NAME.index.json lists parts
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))  # any of these sets
@@ -64,14 +64,14 @@ def resolve_weights(name: str) -> str:
         ValueError: the package has no weights of this name, or the path is not a model folder.
     """
     if name.startswith(BUILTIN_PREFIX):
-        shipped = Path(str(resources.files("deris_llm").joinpath("builtin")))
-        known = sorted(folder.parent.name for folder in shipped.glob("*/config.json"))
-        if name.removeprefix(BUILTIN_PREFIX) not in known:
+        shipped = builtin_folder(name, holding="config.json")
+        if shipped is None:
+            known = ", ".join(builtin_names("config.json")) or "none are installed"
             raise ValueError(
-                f"weights {name!r}: expected one of the shipped weights ({', '.join(known) or 'none are installed'}), "
+                f"weights {name!r}: expected one of the shipped weights ({known}), "
                 "got another name; take one of these, a local folder or a Hugging Face id."
             )
-        return str(shipped / name.removeprefix(BUILTIN_PREFIX))
+        return str(shipped)
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():

@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -58,6 +59,18 @@ class ImageAnswer(PhraseAnswer):
     def rle(self) -> Rle:
         """The mask in COCO's run-length encoding, `{"size": [h, w], "counts": text}`, which JSON and pycocotools take."""
         return encode_mask(self.mask)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the answer as JSON objects of `deris-llm predict` and the demo have it, the mask as COCO RLE."""
+        return {
+            "phrase": self.phrase,
+            "mask": self.rle,
+            "score": round(self.score, 4),
+            "presence": round(self.presence, 4),
+            "says_target": self.says_target,
+            "verdict": self.verdict,
+            "boxes": boxes_of_masks(self.instance_masks).astype(int).tolist(),
+        }
 
     def overlay(self, *, max_width_px: int = _OVERLAY_WIDTHS_PX[1]) -> Image.Image:
         """Draws the mask over the image, and below it the phrase with the verdict and scores.

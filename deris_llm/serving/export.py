@@ -31,6 +31,7 @@ from deris_llm.checkpoints.layout import (
 from deris_llm.checkpoints.load import checkpoint_config
 from deris_llm.checkpoints.save import files_beside_weights
 from deris_llm.common import hub
+from deris_llm.common.builtin import BUILTIN_PREFIX
 from deris_llm.common.folders import check_new_folder, written_aside
 from deris_llm.common.html import environment
 from deris_llm.common.version import __version__
@@ -38,7 +39,7 @@ from deris_llm.config import Beit3Cognition, RunConfig, load_config, save_config
 from deris_llm.config.protocols import protocols_of
 from deris_llm.evaluation.calibration import CALIBRATION_FILE, calibrated
 from deris_llm.evaluation.report import read_report
-from deris_llm.models.pretrained import BUILTIN_PREFIX, CONVERTED_PREFIX
+from deris_llm.models.pretrained import CONVERTED_PREFIX
 from deris_llm.serving.merge import QUANTIZED, Merge, merge_checkpoint
 
 CARD_FILE = "README.md"

@@ -32,7 +32,6 @@ from rich.text import Text
 from deris_llm.common.terminal import progress_bar
 from deris_llm.data.images import images_in
 from deris_llm.data.masks import encode_mask
-from deris_llm.evaluation.boxes import boxes_of_masks
 from deris_llm.evaluation.output import check_writable, default_folder, write_names
 from deris_llm.evaluation.submissions import PREDICTIONS_FILE
 from deris_llm.models.out_of_memory import DoesNotFitError
@@ -323,13 +322,7 @@ def _line(question: Question, answer: ImageAnswer, *, instances: bool) -> dict[s
     line: dict[str, Any] = {"phrase_id": question.phrase_id} if question.phrase_id else {}
     line |= {
         "image": question.image,
-        "phrase": question.phrase,
-        "mask": encode_mask(answer.mask),
-        "score": round(answer.score, 4),
-        "presence": round(answer.presence, 4),
-        "says_target": answer.says_target,
-        "verdict": answer.verdict,
-        "boxes": boxes_of_masks(answer.instance_masks).astype(int).tolist(),
+        **answer.to_json(),
         "file": f"masks/{question.file_stem}.png",
     }
     if instances:

@@ -26,7 +26,7 @@ from deris_llm.common.messages import quiet_libraries
 from deris_llm.serving.answers import ImageAnswer
 from deris_llm.serving.pipeline import DerisPipeline
 
-CHECKPOINT = Path(__file__).parents[2] / "tests" / "golden" / "quickstart_checkpoint"
+CHECKPOINT = Path("builtin:tiny")
 PHRASES = (
     "the red circle", "the blue square on the left", "a small green star", "the triangle behind the circle",
     "the second from the left", "the large one", "the yellow thing near the bottom",

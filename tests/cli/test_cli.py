@@ -28,6 +28,7 @@ HEAVY = (
 COMMANDS = (
     ["train"], ["eval"], ["report"], ["predict"], ["plan"], ["data"], ["data", "synth"], ["data", "check"], ["config"], ["config", "list"],
     ["config", "show"], ["config", "fields"], ["config", "schema"], ["score"], ["convert"], ["convert", "beit3"], ["convert", "merge"],
+    ["demo"],
 )  # fmt: skip
 
 
@@ -58,6 +59,9 @@ MISTAKES = {  # command -> part of what is said; {} is an empty folder, beside i
     "eval --checkpoint nowhere/best": "nowhere/best: expected a checkpoint folder",
     "eval --checkpoint {}": "the folder is empty",
     "predict --checkpoint nowhere --image a.jpg --phrase x": "nowhere: expected a checkpoint folder",
+    "predict --checkpoint builtin:tin --image a.jpg --phrase x": "a checkpoint that the package ships (builtin:tiny)",
+    "demo --checkpoint nowhere": "nowhere: expected a checkpoint folder",
+    "demo --checkpoint builtin:tiny --against {}": "the folder is empty",
     "score nowhere.jsonl --data {}/data --split refcoco/val": "nowhere.jsonl: expected a JSONL file or a folder",
     "score {} --data nowhere --split refcoco/val": "data root 'nowhere': expected the folder",
     "score {} --data {}/data --split mine/val": "dataset 'mine': expected one of refcoco",

