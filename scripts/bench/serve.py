@@ -4,17 +4,26 @@ A request is an image with K phrases. It is answered in three ways: its phrases 
 requests in batches of `evaluation.images_per_device`. All three must give the same scores. Latency is wall time from a
 request's start to its answers, in a batch that of the batch; nothing else should run on the machine. Default checkpoint: the
 quickstart's, at a tiny size.
+
+`--demo` also asks the endpoint `/segment` of a `deris-llm demo` over HTTP, from one client and from eight at a time, and
+watches that server's memory. It needs the extra `demo`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +41,7 @@ PHRASES = (
     "the second from the left", "the large one", "the yellow thing near the bottom",
 )  # fmt: skip
 WIDTH, HEIGHT = 640, 480
+NUM_CLIENTS = 8
 TOLERANCE = 1e-3  # of scores in [0, 1]; float32 in batches of other sizes rounds differently
 
 Request = tuple[Image.Image, Sequence[str]]
@@ -123,15 +133,74 @@ def memory_growth(pipeline: DerisPipeline, num_requests: int) -> tuple[float, fl
     return after_a_tenth, _resident_mib() - after_a_tenth
 
 
-def _resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+def _resident_mib(pid: int | str = "self") -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def timing_table(rows: Sequence[Timing]) -> Table:
+@contextlib.contextmanager
+def demo_server(checkpoint: Path) -> Iterator[tuple[str, int]]:
+    """Runs `deris-llm demo`; gives its address and process id."""
+    command = [sys.executable, "-m", "deris_llm.cli", "demo", "--checkpoint", str(checkpoint)]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        try:
+            first = process.stdout.readline()
+            assert first.startswith("demo: "), f"{' '.join(command)}: expected its address, got {first!r}"
+            yield first.removeprefix("demo: ").strip(), process.pid
+        finally:
+            process.terminate()
+
+
+def bench_demo(
+    url: str, pid: int, numbers: Sequence[int], num_requests: int, memory_requests: int
+) -> tuple[list[Timing], float, float]:
+    """Asks the endpoint: a row for each number of phrases and of clients; then the server's MiB and how much they grow."""
+    from gradio_client import Client, handle_file
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(NUM_CLIENTS) as threads:
+        clients = list(threads.map(lambda _: Client(url, verbose=False), range(NUM_CLIENTS)))
+
+        def ask(client: Any, file: Path, phrases: Sequence[str]) -> float:
+            begun = time.perf_counter()
+            answers = client.predict(handle_file(str(file)), list(phrases), None, None, None, api_name="/segment")
+            assert len(answers) == len(phrases), f"/segment: expected {len(phrases)} answers, got {answers}"
+            return time.perf_counter() - begun
+
+        def ask_all(requests: Sequence[tuple[Path, Sequence[str]]], num_clients: int) -> list[float]:
+            shares = [requests[i::num_clients] for i in range(num_clients)]
+            served = threads.map(
+                lambda pair: [ask(pair[0], *one) for one in pair[1]], zip(clients, shares, strict=False)
+            )
+            return [seconds for of_client in served for seconds in of_client]
+
+        rows = []
+        for num_phrases in numbers:
+            requests = []
+            for number, (image, phrases) in enumerate(requests_of(num_requests, num_phrases)):
+                file = Path(folder, f"{num_phrases}-{number}.png")
+                image.save(file)
+                requests.append((file, phrases))
+            ask_all(requests[:1], 1)  # the first call sets things up
+            for num_clients in (1, NUM_CLIENTS):
+                started = time.perf_counter()
+                latencies = ask_all(requests, num_clients)
+                rows.append(
+                    Timing(f"/segment, {num_clients} at a time", num_phrases, latencies, time.perf_counter() - started)
+                )
+        after_a_tenth = 0.0
+        for number in range(memory_requests):
+            ask(clients[0], *requests[number % len(requests)])
+            if number == memory_requests // 10:
+                after_a_tenth = _resident_mib(pid)
+        return rows, after_a_tenth, _resident_mib(pid) - after_a_tenth
+
+
+def timing_table(rows: Sequence[Timing], title: str = "DerisPipeline") -> Table:
     """The rows with requests and phrases per second, median and 95th percentile of the latency."""
     names = ("phrases", "requests/s", "phrases/s", "p50 ms", "p95 ms")
-    table = Table("answered", *[Column(name, justify="right") for name in names], title="DerisPipeline")
+    table = Table("answered", *[Column(name, justify="right") for name in names], title=title)
     for row in rows:
         per_second = len(row.latencies) / row.seconds
         p50, p95 = (f"{1e3 * value:.0f}" for value in np.percentile(row.latencies, (50, 95)))
@@ -149,6 +218,7 @@ def main() -> None:
     parser.add_argument("--phrases", type=int, nargs="+", default=[1, 7], metavar="K", help="(default 1 7)")
     parser.add_argument("--requests", type=int, default=64, metavar="N", help="timed of each row (default 64)")
     parser.add_argument("--memory-requests", type=int, default=1000, metavar="N", help="(default 1000)")
+    parser.add_argument("--demo", action="store_true", help="the endpoint of the demo as well")
     parser.add_argument("--quick", action="store_true", help="few requests")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -161,6 +231,13 @@ def main() -> None:
     console.print(timing_table(bench(pipeline, arguments.phrases, arguments.requests)))
     if arguments.memory_requests:
         resident, growth = memory_growth(pipeline, arguments.memory_requests)
+        console.print(f"memory: {resident:,.0f} MiB, {growth:+.1f} MiB over {arguments.memory_requests:,} requests")
+    if arguments.demo:
+        with demo_server(arguments.checkpoint) as (url, pid):
+            rows, resident, growth = bench_demo(
+                url, pid, arguments.phrases, arguments.requests, arguments.memory_requests
+            )
+        console.print(timing_table(rows, "deris-llm demo over HTTP"))
         console.print(f"memory: {resident:,.0f} MiB, {growth:+.1f} MiB over {arguments.memory_requests:,} requests")
 
 
