@@ -99,8 +99,8 @@ def parameters_on_meta() -> Iterator[None]:
     this_thread = threading.get_ident()
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        is_real = param is not None and not param.is_meta  # one that is tied to another stays the same object
-        if is_real and threading.get_ident() == this_thread:
+        # A parameter that is tied to another one is on meta already: it stays the same object.
+        if param is not None and not param.is_meta and threading.get_ident() == this_thread:
             param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
             # transformers then skips its initialization, which is slow on meta.
             param._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
