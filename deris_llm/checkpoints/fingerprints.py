@@ -21,7 +21,9 @@ from deris_llm.checkpoints.layout import (
     check_is_checkpoint,
     is_full,
     read_json,
+    shipped_checkpoint,
 )
+from deris_llm.common.builtin import BUILTIN_PREFIX
 from deris_llm.config import RunConfig
 
 _CHUNK = 1 << 16
@@ -74,7 +76,8 @@ def first_weights_folder(config: RunConfig) -> Path | None:
     """
     if not config.training.start_from:
         return None
-    folder = Path(config.training.start_from).expanduser()
+    name = config.training.start_from
+    folder = shipped_checkpoint(name) if name.startswith(BUILTIN_PREFIX) else Path(name).expanduser()
     check_is_checkpoint(folder, "training.start_from=")
     return folder
 

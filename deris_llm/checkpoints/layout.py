@@ -152,7 +152,7 @@ def find_checkpoint(given: str | Path, overrides: Sequence[str] = ()) -> FoundCh
     """
     allow_module = any(text.partition("=")[0].strip() == "cognition.backend" for text in overrides)
     if str(given).startswith(BUILTIN_PREFIX):
-        return FoundCheckpoint(_shipped(str(given)), allow_module)
+        return FoundCheckpoint(shipped_checkpoint(str(given)), allow_module)
     folder = Path(given).expanduser()
     # `runs/typo` has the form of an id too: where `runs` is a folder, it is a path.
     if not folder.exists() and not folder.parent.exists():
@@ -169,7 +169,7 @@ def find_checkpoint(given: str | Path, overrides: Sequence[str] = ()) -> FoundCh
     return FoundCheckpoint(folder, allow_module)
 
 
-def _shipped(name: str) -> Path:
+def shipped_checkpoint(name: str) -> Path:
     """Returns the checkpoint that the package ships under a name.
 
     Raises:

@@ -368,8 +368,8 @@ class TrainingConfig:
     start_from: AnyPath = option(
         "",
         "checkpoint folder whose weights a new run starts from: `best` or `checkpoint-STEP` of a run, or a full checkpoint that "
-        "`deris-llm convert` wrote (base weights are then not read); keep it in place, later checkpoints refer to it; empty = base "
-        "weights",
+        "`deris-llm convert` wrote (base weights are then not read), or builtin:tiny; keep it in place, later checkpoints refer to it; "
+        "empty = base weights",
     )
     epochs: Positive = option(10.0, "passes over the training phrases; ignored if max_steps > 0")
     max_steps: Annotated[int, Strict(), Field(ge=-1, lt=LARGEST_INT)] = option(

@@ -158,7 +158,14 @@ def test_an_evaluation_in_training_that_does_not_fit_leaves_a_whole_checkpoint(
     assert "  - evaluation.max_phrases_per_batch=80 (now 160)\n" in said
     assert "Traceback" not in said
     there = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert there == ["checkpoint-1", "checkpoint-2", "config.yaml", "data.json", "tensorboard"]  # saved, then evaluated
+    assert there == [
+        "checkpoint-1",
+        "checkpoint-2",
+        "config.yaml",
+        "data.json",
+        "inputs.png",
+        "tensorboard",
+    ]  # saved first
     lower = tiny_config(*overrides, "evaluation.max_phrases_per_batch=80", "evaluation.images_per_device=8")
     check_same_run(tmp_path / "run" / "checkpoint-1", lower)  # the run may go on with what it was told
     assert load_checkpoint(tmp_path / "run" / "checkpoint-1")[0].evaluation.images_per_device == 16
