@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deris_llm.cli.arguments import add_command, at_least, path
+from deris_llm.common.words import count_of
 from deris_llm.data.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -203,13 +204,13 @@ def _counts(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     name, lines = folder.name, []
     for split, found in manifest["splits"].items():
         lines.append(
-            f"{name}/{split}: {found['num_phrases']:,} phrases ({found['num_no_target']:,} without a target) of "
-            f"{found['num_refs']:,} entries, {found['num_images']:,} images"
+            f"{name}/{split}: {count_of(found['num_phrases'], 'phrase')} ({found['num_no_target']:,} without a target) of "
+            f"{count_of(found['num_refs'], 'entry')}, {count_of(found['num_images'], 'image')}"
         )
         lines += [f"{name}/{split}: {note}" for note in found.get("notes", ())]
     for split, counts in manifest["skipped"].items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
-        lines.append(f"{name}/{split}: {sum(counts.values()):,} phrases left out ({reasons})")
+        lines.append(f"{name}/{split}: {count_of(sum(counts.values()), 'phrase')} left out ({reasons})")
     if (folder / LEFT_OUT_FILE).is_file():
         lines.append(f"{folder / LEFT_OUT_FILE} names all that was left out")
     return lines + [f"note: {note}" for note in manifest.get("notes", ())]
@@ -307,7 +308,8 @@ def _images_are_whole(root: Path, splits: Sequence[str], *, workers: int | None)
         problems = undecodable_images(
             images, workers=workers, on_progress=lambda done, total: on_progress("images", done, total)
         )
-    said = f"{len(problems):,} of {number:,} images cannot be used" if problems else f"{number:,} images are complete"
+    images_said = count_of(number, "image")
+    said = f"{len(problems):,} of {images_said} cannot be used" if problems else f"all of {images_said} can be used"
     console().print("\n".join([said, *(f"  - {problem}" for problem in problems)]), soft_wrap=True)
     return not problems
 
@@ -333,5 +335,5 @@ def run_show(arguments: argparse.Namespace) -> int:
         write_page(chosen, arguments.out, split=arguments.split, num_phrases=len(records))
     else:
         contact_sheet(chosen).save(arguments.out)
-    sys.stdout.write(f"{arguments.out}: {count} of {len(records):,} phrases of {arguments.split}\n")
+    sys.stdout.write(f"{arguments.out}: {count} of {count_of(len(records), 'phrase')} of {arguments.split}\n")
     return 0

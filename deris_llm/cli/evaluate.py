@@ -99,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_before_torch(arguments: argparse.Namespace, config: RunConfig) -> None:
     """Finds what is wrong in the input without the import of torch."""
+    from deris_llm.common.builtin import is_shipped
     from deris_llm.config.protocols import protocols_of
     from deris_llm.data.sources import check_split
 
@@ -109,7 +110,7 @@ def _check_before_torch(arguments: argparse.Namespace, config: RunConfig) -> Non
             raise ValueError(
                 f"--sweep: expected --checkpoint alone, got --{without[0]} too: a sweep chooses a threshold and reports nothing else"
             )
-        if not os.access(arguments.checkpoint, os.W_OK):
+        if not os.access(arguments.checkpoint, os.W_OK) or is_shipped(arguments.checkpoint):
             raise ValueError(
                 f"--sweep: expected a checkpoint that can be written to, got {arguments.checkpoint}: copy it"
             )

@@ -24,5 +24,10 @@ def builtin_names(holding: str) -> list[str]:
     return sorted(path.parent.name for path in _shipped().glob(f"*/{holding}"))
 
 
+def is_shipped(folder: Path) -> bool:
+    """Whether a folder belongs to the package, which nothing may write to."""
+    return folder.resolve().is_relative_to(_shipped().resolve())
+
+
 def _shipped() -> Path:
     return Path(str(resources.files("deris_llm").joinpath("builtin")))

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from deris_llm.common.words import count_of
+
 
 class DataError(ValueError):
     """A folder, file or record that cannot be used; the message says where, expected, got and what to do."""
@@ -50,7 +52,7 @@ def bad_records_error(
     """One error for all bad records of a file, listed by cause; ``num_bad`` defaults to the number of problems."""
     num_bad = len(problems) if num_bad is None else num_bad
     return DataError(
-        f"{where}: {num_bad:,} of {num_records:,} records cannot be used\n{listed_by_cause(problems)}\n"
+        f"{where}: {num_bad:,} of {count_of(num_records, 'record')} cannot be used\n{listed_by_cause(problems)}\n"
         "Repair or remove these records (nothing is dropped silently), or download the files again"
     )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from deris_llm.common.words import count_of
 from deris_llm.config import DataConfig, RunConfig
 from deris_llm.data.errors import DataError
 from deris_llm.data.store.prepared import COCO_STEM, PreparedSplit
@@ -46,13 +47,13 @@ class MixReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{s.dataset}/train: {s.num_phrases:,} phrases of {s.num_images:,} images"
-            f" ({s.num_phrases_removed:,} phrases of {s.num_images_removed:,} evaluation images left out)"
+            f"{s.dataset}/train: {count_of(s.num_phrases, 'phrase')} of {count_of(s.num_images, 'image')}"
+            f" ({count_of(s.num_phrases_removed, 'phrase')} of {count_of(s.num_images_removed, 'evaluation image')} left out)"
             for s in self.shares
         ]
         lines.append(
-            f"training mix: {self.num_phrases:,} phrases of {self.num_images:,} images; "
-            f"{self.num_images_removed:,} images removed because they belong to an evaluation split "
+            f"training mix: {count_of(self.num_phrases, 'phrase')} of {count_of(self.num_images, 'image')}; "
+            f"{count_of(self.num_images_removed, 'image')} removed, which an evaluation split has too "
             f"({', '.join(self.eval_splits)})"
         )
         if self.num_eval_images_kept:

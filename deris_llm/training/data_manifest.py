@@ -11,6 +11,7 @@ from typing import Any
 
 from deris_llm.checkpoints.layout import DATA_FILE, CheckpointError, read_json
 from deris_llm.common.version import __version__
+from deris_llm.common.words import count_of
 from deris_llm.config import DataConfig
 from deris_llm.data.mix import TrainingMix
 from deris_llm.data.store.prepared import MANIFEST_FILE, find_manifest
@@ -66,7 +67,7 @@ def _identity(entry: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
 def _said(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "not used"
-    return f"{entry['num_phrases']:,} phrases of {entry['num_images']:,} images (sha256 {entry['sha256'][:12]})"
+    return f"{count_of(entry['num_phrases'], 'phrase')} of {count_of(entry['num_images'], 'image')} (sha256 {entry['sha256'][:12]})"
 
 
 def data_manifest(config: DataConfig, mix: TrainingMix) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from deris_llm.common.words import count_of
 from deris_llm.data.loaders import TrainingLoader
 from deris_llm.data.show import Tile, sheet_of
 from deris_llm.models.preprocess import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB
@@ -45,7 +46,9 @@ def write_inputs_sheet(loader: TrainingLoader, path: Path) -> None:
     title = f"the first phrases of the run as the model sees them: images and masks at {size} x {size} px"
     sheet_of(_tiles(batch), batch.num_phrases, title=title).save(path)
     logger.info(
-        "%s shows %d phrases as the model sees them; look at it before the run is long", path, batch.num_phrases
+        "%s shows %s as the model sees them; look at it before the run is long",
+        path,
+        count_of(batch.num_phrases, "phrase"),
     )
 
 

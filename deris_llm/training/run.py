@@ -34,6 +34,7 @@ from deris_llm.checkpoints.layout import (
 from deris_llm.checkpoints.load import load_checkpoint, restore_first_weights, restore_full_weights, with_files_of
 from deris_llm.checkpoints.state import trainable_tensors
 from deris_llm.common.ranks import OtherRankError, barrier, on_first_rank, rank, world_size
+from deris_llm.common.words import count_of
 from deris_llm.config import RunConfig, save_config
 from deris_llm.data.dataset import group_by_image, some_images
 from deris_llm.data.errors import plain_message
@@ -325,14 +326,17 @@ def _overfit_config(config: RunConfig) -> RunConfig:
 
 def _said_of_overfitting(mix: TrainingMix) -> str:
     return (
-        f"overfit: trains on {len(group_by_image(mix.records)):,} of {mix.report.num_images:,} images ({len(mix.records):,} phrases) "
+        f"overfit: trains on {len(group_by_image(mix.records)):,} of {count_of(mix.report.num_images, 'image')} "
+        f"({count_of(len(mix.records), 'phrase')}) "
         "and evaluates on the same ones. The result shows whether this data can be learned, not how good a model is"
     )
 
 
 def _verdict(result: TrainingResult, mix: TrainingMix) -> str:
     number = selecting_number(result.metrics) or 0.0
-    said = f"overfit: {number:.1f} % on the {len(group_by_image(mix.records)):,} images that it was trained on"
+    said = (
+        f"overfit: {number:.1f} % on the {count_of(len(group_by_image(mix.records)), 'image')} that it was trained on"
+    )
     if number >= _LEARNED_PERCENT:
         return f"{said}: data, masks and settings fit together. Train on all images next"
     return (
@@ -365,6 +369,7 @@ def _reloaded(folder: Path, evaluation: _Evaluation, saved: dict[str, torch.Tens
         assert not differ, f"{folder}: tensors differ after reloading: {differ[:10]}"
     metrics, _ = evaluation(model)
     logger.info(
-        "fast dev run: load, 2 steps, save, reload and evaluate work; %d phrases evaluated", metrics["n_phrases"]
+        "fast dev run: load, 2 steps, save, reload and evaluate work; %s evaluated",
+        count_of(metrics["n_phrases"], "phrase"),
     )
     return metrics

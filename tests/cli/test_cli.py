@@ -58,6 +58,7 @@ MISTAKES = {  # command -> part of what is said; {} is an empty folder, beside i
     "eval --config tiny-refcoco --protocol orignal": "did you mean original?",
     "eval --checkpoint nowhere/best": "nowhere/best: expected a checkpoint folder",
     "eval --checkpoint {}": "the folder is empty",
+    "eval --checkpoint builtin:tiny --sweep refcoco/val": "--sweep: expected a checkpoint that can be written to",
     "predict --checkpoint nowhere --image a.jpg --phrase x": "nowhere: expected a checkpoint folder",
     "predict --checkpoint builtin:tin --image a.jpg --phrase x": "a checkpoint that the package ships (builtin:tiny)",
     "demo --checkpoint nowhere": "nowhere: expected a checkpoint folder",

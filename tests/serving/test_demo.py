@@ -10,14 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from deris_llm import DerisPipeline
 from deris_llm.cli.main import build_parser
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.models.cognition import build_processor
-from deris_llm.models.deris import build_model
 from deris_llm.models.postprocess import PhraseAnswer
 from deris_llm.serving.answers import ImageAnswer
 from deris_llm.serving.demo import files, views
@@ -26,21 +23,9 @@ from deris_llm.serving.demo.service import DemoService, Limits, Request, Request
 from deris_llm.serving.demo.sessions import Asked, Sessions
 from deris_llm.serving.demo.views import Rule
 from deris_llm.serving.inspection import Inspection
-from deris_llm.testing import synthetic_images, tiny_config, tiny_weights
+from deris_llm.testing import synthetic_images
 
 PHRASES = ["red circle", "the small blue square on the left", "star & <b>moon</b>"]
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> DerisPipeline:
-    config = tiny_config(*tiny_weights(tmp_path_factory.mktemp("weights")), "evaluation.score_threshold=0.5")
-    torch.manual_seed(3)
-    model = build_model(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return DerisPipeline(config, model, build_processor(config))
 
 
 @pytest.fixture(scope="module")

@@ -8,26 +8,12 @@ import torch
 from PIL import Image
 
 from deris_llm import DerisPipeline
-from deris_llm.models.cognition import build_processor
-from deris_llm.models.deris import build_model
 from deris_llm.serving.answers import ImageAnswer
 from deris_llm.serving.inspection import Inspection
 from deris_llm.structures import DerisOutput, RoundOutput
-from deris_llm.testing import synthetic_images, tiny_config, tiny_weights
+from deris_llm.testing import synthetic_images
 
 PHRASES = ["red circle", "the small blue square on the left", "star", "a green ring behind the large triangle", "ring"]
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> DerisPipeline:
-    config = tiny_config(*tiny_weights(tmp_path_factory.mktemp("weights")), "evaluation.score_threshold=0.5")
-    torch.manual_seed(3)
-    model = build_model(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return DerisPipeline(config, model, build_processor(config))
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr  # pyright: ignore[reportMissingImports]  # of the extra `demo`
 from gradio import queueing, themes  # pyright: ignore[reportMissingImports]
 
+from deris_llm.common.words import count_of
 from deris_llm.config import PresenceUse, Selection
 from deris_llm.serving.demo import files, views
 from deris_llm.serving.demo.examples import Example
@@ -514,6 +515,6 @@ def _phrase_index(chosen: Any, inspection: Inspection) -> int:
 
 def _about(asked: Asked) -> str:
     number = len(asked.inspections[0].phrases)
-    phrases = "1 phrase" if number == 1 else f"{number} phrases"
-    said = f"{phrases}, {asked.seconds:.2f} s. Click a mask to select its phrase. Settings and tabs do not run the network again."
+    said = f"{count_of(number, 'phrase')}, {asked.seconds:.2f} s. "
+    said += "Click a mask to select its phrase. Settings and tabs do not run the network again."
     return f'<p class="deris-note">{said}</p>'
