@@ -181,14 +181,22 @@ class ReferringRecord:
     width: int  # px, of the original image
     height: int  # px
     phrase: str  # the referring expression
-    instances: tuple[InstanceAnnotation, ...]  # the referents; empty = no target
+    instances: tuple[InstanceAnnotation, ...]  # the referents; empty = no target, or without `has_truth` not known
     crowds: tuple[InstanceAnnotation, ...] = ()  # further referents that gRefCOCO's own API leaves out (iscrowd=1)
     exif: Exif = "stored"  # where the image's size does not tell; COCO annotates stored pixels
     # For breakdowns and files of predictions only; None if the source does not have it.
     category: str | None = field(default=None, compare=False)  # the referents' class; None if they have several
     num_same_class: int | None = field(default=None, compare=False)  # other objects of their classes in the image
     ref_id: int | None = field(default=None, compare=False)  # REFER's ref: phrases of one referent have the same
+    # A frame of a video is an image, and a sentence of the video is a phrase of each of its frames.
+    video: str | None = None  # the source's id; None: not a frame
+    frame: int | None = None  # position in the source's own list of frames
+    expression: str | None = None  # the source's id of the sentence in its video
+    has_truth: bool = (
+        True  # False: the answer is not published (hidden test splits), so nothing is trained on or compared
+    )
 
     @property
     def is_no_target(self) -> bool:
-        return not self.instances
+        """The phrase names nothing in the image; False if that is not known."""
+        return self.has_truth and not self.instances

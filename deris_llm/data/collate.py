@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from deris_llm.config import RunConfig
-from deris_llm.data.errors import DataError
+from deris_llm.data.errors import DataError, check_has_truth
 from deris_llm.data.images import load_image
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.models.preprocess import Resize, perception_pixels, warp_mask
@@ -135,7 +135,7 @@ def referring_targets(groups: Sequence[ImageGroup], image_size: int, resize: Res
     An instance that several phrases of an image name is decoded once.
 
     Raises:
-        DataError: a mask cannot be decoded.
+        DataError: a mask cannot be decoded, or a record has no truth.
     """
     masks: list[np.ndarray] = []
     phrase_index: list[int] = []
@@ -143,6 +143,7 @@ def referring_targets(groups: Sequence[ImageGroup], image_size: int, resize: Res
     for group in groups:
         decoded: dict[tuple[str, int], np.ndarray] = {}
         for record in group.records:
+            check_has_truth(record, needed_for="training")
             for instance in record.instances:
                 # The REFER datasets share COCO's annotation ids, but their polygons may differ.
                 key = (record.dataset, instance.annotation_id)

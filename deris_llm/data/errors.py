@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deris_llm.common.words import count_of
+from deris_llm.structures import ReferringRecord
 
 
 class DataError(ValueError):
@@ -43,6 +44,19 @@ def check_is_split(name: str, splits: Sequence[str]) -> None:
         raise DataError(
             f"split {name!r}: expected one of {', '.join(f'{dataset}/{known}' for known in splits)}, got {split!r}."
             + (f" Did you mean {dataset}/{near[0]}?" if near else "")
+        )
+
+
+def check_has_truth(record: ReferringRecord, *, needed_for: str) -> None:
+    """Checks that the referents of a record are known.
+
+    Raises:
+        DataError: they are not published.
+    """
+    if not record.has_truth:
+        raise DataError(
+            f"{record.phrase_id}: expected a phrase with its truth for {needed_for}, got one of {record.dataset}/{record.split}, whose "
+            "truth is not published. Choose a split with truth; masks of this one can only be predicted"
         )
 
 

@@ -82,6 +82,12 @@ def is_refer(root: str | Path, dataset: str) -> bool:
     return find_manifest(root, dataset) is None
 
 
+def has_truth(root: str | Path, name: str) -> bool:
+    """Whether the referents of the phrases of ``dataset/split`` are known, so that they can be trained on or compared with."""
+    dataset, _, split = name.partition("/")
+    return manifest_of(root, dataset).has_truth(split)
+
+
 def split_notes(root: str | Path, name: str) -> tuple[str, ...]:
     """Returns what must be read with the numbers of ``dataset/split``: referents that are crowds or draw no pixel."""
     dataset, _, split = name.partition("/")
@@ -118,7 +124,7 @@ def check_data_names(config: RunConfig) -> None:
     """Checks that every dataset and split that the config names exists.
 
     Raises:
-        DataError: names the field.
+        DataError: names the field; also if data.train or training.eval_split names a split without truth.
     """
     named = [("data.train", f"{dataset}/train") for dataset in config.data.train]
     named += [("data.eval", name) for name in config.data.eval]
@@ -126,6 +132,8 @@ def check_data_names(config: RunConfig) -> None:
     for field, name in named:
         try:
             check_split(config.data.root, name)
+            if field != "data.eval" and not has_truth(config.data.root, name):
+                raise DataError(f"{name}: expected a split with truth, got one whose truth is not published. Name another split")
         except DataError as error:
             raise DataError(f"{field}: {error}") from error
 

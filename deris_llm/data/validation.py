@@ -46,6 +46,17 @@ PHRASE_SCHEMA = pa.schema(
 )
 """One row per phrase, in the source's order."""
 
+_VIDEO_COLUMNS = {"video": pa.string(), "frame": pa.int32(), "expression": pa.string()}
+_TRUTH_COLUMN = {"has_truth": pa.bool_()}
+
+
+def phrase_schema(entries: Sequence[SourceEntry]) -> pa.Schema:
+    """`PHRASE_SCHEMA`, with the columns of videos and of phrases without truth only if some entry uses them."""
+    columns = _VIDEO_COLUMNS if any(entry.video is not None for entry in entries) else {}
+    if not all(entry.has_truth for entry in entries):
+        columns = {**columns, **_TRUTH_COLUMN}
+    return pa.schema([*PHRASE_SCHEMA, *(pa.field(name, kind) for name, kind in columns.items())])
+
 ROWS_PER_BATCH = 1024
 
 
@@ -73,6 +84,7 @@ class ShardResult:
     num_phrases: int = 0
     num_no_target: int = 0
     is_generalised: bool = False  # some phrase has no referent, or several
+    has_truth: bool = True  # False: the referents of some phrase are not known
     num_bad: Counter[str] = field(default_factory=Counter)  # phrases by reason
     faults: list[SourceFault] = field(default_factory=list)
     num_lossy_masks: int = 0  # stored as JPEG, thresholded at half
@@ -125,9 +137,10 @@ def write_shard(path: Path, entries: Sequence[LocatedEntry], image_folder: Image
     shard = _Shard(image_folder)
     for located in entries:
         shard.add(located)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, PHRASE_SCHEMA) as stream:
+    schema = phrase_schema([located.entry for located in entries])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
         for first in range(0, len(shard.rows), ROWS_PER_BATCH):
-            stream.write_batch(pa.RecordBatch.from_pylist(shard.rows[first : first + ROWS_PER_BATCH], PHRASE_SCHEMA))
+            stream.write_batch(pa.RecordBatch.from_pylist(shard.rows[first : first + ROWS_PER_BATCH], schema))
     return shard.result
 
 
@@ -165,6 +178,10 @@ class _Shard:
                     "ref_id": entry.ref_id,
                     "instances": instances,
                     "crowds": crowds,
+                    "video": entry.video,
+                    "frame": entry.frame,
+                    "expression": entry.expression,
+                    "has_truth": entry.has_truth,
                 }
             )
             if crowds:
@@ -174,7 +191,8 @@ class _Shard:
             result.num_refs += 1
             result.num_phrases += num_added
             result.num_no_target += num_added if entry.is_no_target else 0
-            result.is_generalised |= len(instances) + len(crowds) != 1
+            result.is_generalised |= entry.has_truth and len(instances) + len(crowds) != 1
+            result.has_truth &= entry.has_truth
 
     def _add_fault(self, fault: SourceFault) -> None:
         self.result.num_bad[fault.reason] += fault.num_phrases
@@ -294,7 +312,9 @@ def _check_claims(entry: SourceEntry, size_hw: tuple[int, int]) -> None:
         raise BadEntryError("structure", f"expected the category's name, got {describe(entry.category)}")
     if entry.is_no_target and entry.instances:
         raise BadEntryError("target", f"expected no mask where there is no target, got {len(entry.instances)}")
-    if not entry.is_no_target and not entry.instances:
+    if not entry.has_truth and (entry.is_no_target or entry.instances):
+        raise BadEntryError("target", f"expected no mask where the truth is not known, got {len(entry.instances)}")
+    if entry.has_truth and not entry.is_no_target and not entry.instances:
         raise BadEntryError("target", "expected a mask, or a statement that there is no target (no_target: true), got neither")
 
 

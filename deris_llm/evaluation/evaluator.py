@@ -25,6 +25,7 @@ from deris_llm.common import ranks
 from deris_llm.common.terminal import progress_bar
 from deris_llm.config import RunConfig
 from deris_llm.config.protocols import protocols_of
+from deris_llm.data.errors import check_has_truth
 from deris_llm.data.loaders import evaluation_loader
 from deris_llm.data.sampler import EvaluationBatchSampler
 from deris_llm.data.sources import is_generalised
@@ -182,7 +183,7 @@ def control_phrases(records: Sequence[ReferringRecord]) -> dict[str, str]:
     """
     by_image: dict[tuple[str, str], list[ReferringRecord]] = defaultdict(list)
     for record in records:
-        if record.is_no_target:
+        if not record.instances:
             continue
         by_image[record.dataset, record.image_id].append(record)
     swapped: dict[str, str] = {}
@@ -203,13 +204,15 @@ def check_records(records: Sequence[ReferringRecord], root: str | Path) -> None:
     """Checks that records can be summarised in common numbers.
 
     Raises:
-        ValueError: there are none, their datasets have different metrics, or an id is repeated.
+        ValueError: there are none, one has no truth, their datasets have different metrics, or an id is repeated.
     """
     if not records:
         raise ValueError(
             "evaluation: expected at least one phrase, got none: check the split, or, in a control run, that images have "
             "phrases of different objects"
         )
+    for record in records:
+        check_has_truth(record, needed_for="metrics")
     datasets = {record.dataset for record in records}
     if len({is_generalised(root, name) for name in datasets}) > 1:
         raise ValueError(

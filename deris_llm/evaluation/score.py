@@ -25,6 +25,7 @@ import numpy as np
 
 from deris_llm.config.protocols import Protocol, protocols_of_file
 from deris_llm.data.dataset import group_by_image
+from deris_llm.data.errors import check_has_truth
 from deris_llm.data.masks import coco_mask, segmentation_rle
 from deris_llm.data.sources import is_generalised, is_synthetic, read_split, split_notes
 from deris_llm.evaluation.answers import Answer, Rle, outcome_fields
@@ -101,8 +102,10 @@ def score_submission(
 
     Raises:
         SubmissionError: every mask that is malformed or of the wrong size, in one error.
-        ValueError: a protocol that does not fit the dataset.
+        ValueError: a protocol that does not fit the dataset, or a record without truth.
     """
+    for record in records:
+        check_has_truth(record, needed_for="metrics")
     check_misses(protocols, records[0].dataset, is_generalised=is_generalised)
     used = tuple(_with_own_masks(protocol, submission) for protocol in protocols)
     own = frozenset(p.id for p in used if p.prediction_resampling != "finished_mask")

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from deris_llm.config.protocols import Protocol
+from deris_llm.data.errors import check_has_truth
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.models.preprocess import warp_mask
 from deris_llm.structures import ReferringRecord
@@ -28,10 +29,15 @@ def merged_truths(records: Sequence[ReferringRecord], crowds: Literal["left_out"
 
 
 def decoded_referents(records: Sequence[ReferringRecord]) -> list[np.ndarray]:
-    """Masks of each phrase's referents, bool (R, height, width); an instance that several phrases share is decoded once."""
+    """Masks of each phrase's referents, bool (R, height, width); an instance that several phrases share is decoded once.
+
+    Raises:
+        DataError: a record has no truth.
+    """
     decoded: dict[tuple[str, str, int], np.ndarray] = {}
     referents = []
     for record in records:
+        check_has_truth(record, needed_for="metrics")
         masks = [np.zeros((0, record.height, record.width), dtype=bool)]
         for instance in record.instances:
             key = (record.dataset, record.image_id, instance.annotation_id)

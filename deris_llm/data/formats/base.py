@@ -62,6 +62,10 @@ class SourceEntry:
     category: str | None = None
     num_same_class: int | None = None
     ref_id: int | None = None
+    video: str | None = None  # `ReferringRecord` says what these four mean
+    frame: int | None = None
+    expression: str | None = None
+    has_truth: bool = True  # False: no instances and not is_no_target
     asks_class: bool = False  # the phrase means all objects of a class in the image, so only one entry may ask for the class
 
 

@@ -2,7 +2,7 @@
 
     ROOT/NAME/manifest.json             counts, hashes, image folder; only a folder with it is a prepared set
     ROOT/NAME/arrow/images.arrow        a row per image: id, file, size, sha256
-    ROOT/NAME/arrow/SPLIT-00000.arrow   a row per phrase (`deris_llm.data.validation.PHRASE_SCHEMA`), in the source's order
+    ROOT/NAME/arrow/SPLIT-00000.arrow   a row per phrase (`deris_llm.data.validation.phrase_schema`), in the source's order
 
 A process holds a few integers per phrase and image. The mapped pages belong to the system's cache and are shared by all
 ranks and loader workers of a machine. The name of a set is the name of its folder.
@@ -66,6 +66,10 @@ class Manifest:
     def splits(self) -> Mapping[str, Mapping[str, Any]]:
         """Split -> num_refs, num_phrases, num_images, num_no_target, notes, shards."""
         return self.content["splits"]
+
+    def has_truth(self, split: str) -> bool:
+        """Whether the referents of a split's phrases are known."""
+        return self.splits.get(split, {}).get("has_truth", True)
 
 
 def find_manifest(root: str | Path, dataset: str) -> Manifest | None:
@@ -241,6 +245,10 @@ class PreparedSplit(Records):
             category=row["category"],
             num_same_class=row["num_same_class"],
             ref_id=row["ref_id"],
+            video=row.get("video"),
+            frame=row.get("frame"),
+            expression=row.get("expression"),
+            has_truth=row.get("has_truth", True),
         )
 
 

@@ -40,6 +40,7 @@ class SplitContent:
     num_phrases: int = 0
     num_no_target: int = 0
     is_generalised: bool = False
+    has_truth: bool = True
     crowds: list[str] = field(default_factory=list)
     without_pixel: list[str] = field(default_factory=list)
     shards: list[dict[str, Any]] = field(default_factory=list)
@@ -50,7 +51,7 @@ class SplitContent:
         for shard in self.shards:
             for batch in map_arrow(arrow / shard["file"], shard["bytes"]):
                 images |= set(np.unique(batch.column("image").to_numpy()).tolist())
-        return {
+        described = {
             "num_refs": self.num_refs,
             "num_phrases": self.num_phrases,
             "num_images": len(images),
@@ -58,6 +59,7 @@ class SplitContent:
             "notes": left_out_notes(self.crowds, self.without_pixel),
             "shards": self.shards,
         }
+        return described if self.has_truth else {**described, "has_truth": False}
 
 
 class _Shard(NamedTuple):
@@ -161,6 +163,7 @@ class ShardWriter:
         content.num_phrases += result.num_phrases
         content.num_no_target += result.num_no_target
         content.is_generalised |= result.is_generalised
+        content.has_truth &= result.has_truth
         content.crowds += result.crowds
         content.without_pixel += [f"{fault} ({fault.image})" for fault in result.without_pixel]
         self.num_lossy_masks += result.num_lossy_masks
