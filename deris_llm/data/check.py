@@ -34,6 +34,7 @@ KNOWN_COUNTS: dict[str, tuple[int, int, int]] = {
     "refcocog_umd/test": (5_023, 9_602, 2_600),
     "refcocog_google/train": (44_822, 85_474, 24_698),
     "refcocog_google/val": (5_000, 9_536, 4_650),
+    "refcoco-m/validation": (2_080, 5_598, 1_190),  # by its card; a ref is a mask
 }
 """Refs, phrases, images of the published files."""
 
@@ -44,6 +45,13 @@ KNOWN_PHRASES: dict[str, tuple[int, int]] = {
     "grefcoco/testB": (16_063, 4_673),
 }
 """Phrases, and those of them without a target, of the published files that may have such."""
+
+
+_PUBLISHERS = {
+    "grefcoco": "grefs(unc).json and instances.json from the gRefCOCO project again",
+    "refcoco-m": "moondream/refcoco-m from Hugging Face again",
+}
+"""Where a dataset that is not REFER's own comes from."""
 
 
 def known_num_phrases(split: str) -> int:
@@ -103,8 +111,9 @@ def check_data(root: str | Path, datasets: Sequence[str] | None = None) -> list[
         [*(name for name in refer.DATASETS if refer.refs_path(root, name).is_file()), *prepared_sets(root)]
     )
     names = list(dict.fromkeys(datasets)) if datasets else list(there)
-    if not names or any(is_refer(root, name) for name in names):
-        refer.find_image_folder(root)
+    for name in names or ["refcoco"]:
+        if is_refer(root, name):
+            refer.find_image_folder(root, name if name in refer.DATASETS else "refcoco")
     if not names:
         expected = ", ".join(str(refer.refs_path(root, name)) for name in refer.DATASETS)
         found = ", ".join(sorted(path.name for path in Path(root).iterdir()))
@@ -186,7 +195,8 @@ def _described_source(manifest: Manifest) -> str:
 
 
 def _publisher(name: str) -> str:
-    folder, split_by = refer.DATASETS[name.partition("/")[0]]
-    if name.startswith("grefcoco"):
-        return "grefs(unc).json and instances.json from the gRefCOCO project again"
+    dataset = name.partition("/")[0]
+    if dataset in _PUBLISHERS:
+        return _PUBLISHERS[dataset]
+    folder, split_by = refer.DATASETS[dataset][:2]
     return f"{folder}.zip (it holds refs({split_by}).p) from the REFER project again"

@@ -47,7 +47,8 @@ def segmentation_rle(segmentation: object, height: int, width: int) -> dict[str,
     Overlapping parts of one instance are joined. What lies outside the image is clipped, so the mask may be empty.
 
     Args:
-        segmentation: list of polygons, or an RLE whose counts are a list (crowd annotations) or a compressed string.
+        segmentation: list of polygons, or an RLE whose counts are a list (crowd annotations) or a compressed string, or a list
+            of such RLEs (ReferIt, RRSIS-D).
         height: of the image, px.
         width: of the image, px.
 
@@ -57,8 +58,8 @@ def segmentation_rle(segmentation: object, height: int, width: int) -> dict[str,
     Raises:
         ValueError: the segmentation is malformed, or its size is not the image's.
     """
-    if isinstance(segmentation, dict):
-        return _checked_rle(segmentation, height, width)
+    if (rle := _given_rle(segmentation, height, width)) is not None:
+        return rle
     return _drawn(_checked_polygons(segmentation), height, width)[0]
 
 
@@ -69,8 +70,7 @@ def visible_rle(segmentation: object, height: int, width: int) -> dict[str, Any]
         NoPixelError: no pixel of the image is covered.
         ValueError: as `segmentation_rle`.
     """
-    if isinstance(segmentation, dict):
-        rle = _checked_rle(segmentation, height, width)
+    if (rle := _given_rle(segmentation, height, width)) is not None:
         if not coco_mask.area(rle):
             raise NoPixelError("its RLE mask is empty")
         return rle
@@ -243,6 +243,15 @@ def _reaches_out(polygons: Sequence[Sequence[float]], height: int, width: int) -
             "normalised; give --coordinates normalised to `deris-llm data prepare`"
         )
     return reaches_out
+
+
+def _given_rle(segmentation: object, height: int, width: int) -> dict[str, Any] | None:
+    """The checked RLE of a segmentation that is one or a list of several; None for polygons."""
+    if isinstance(segmentation, dict):
+        return _checked_rle(segmentation, height, width)
+    if isinstance(segmentation, (list, tuple)) and segmentation and all(isinstance(part, dict) for part in segmentation):
+        return coco_mask.merge([_checked_rle(part, height, width) for part in segmentation])
+    return None
 
 
 def _checked_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from deris_llm.config import DataConfig, RunConfig
 from deris_llm.data.errors import DataError
 from deris_llm.data.store.prepared import COCO_STEM, PreparedSplit
 from deris_llm.data.store.records import RecordView
-from deris_llm.data.formats.refer import DATASETS
+from deris_llm.data.formats.refer import OVER_COCO
 from deris_llm.data.sources import image_hashes_of_split, images_of_split, read_split, split_names
 
 logger = logging.getLogger(__name__)
@@ -173,11 +173,11 @@ def leakage_notice(config: RunConfig, splits: Sequence[str] = ()) -> str | None:
             "LEAKAGE (data.allow_leakage=true): trained on images of evaluation splits; "
             "these numbers are not comparable with anybody's"
         )
-    mixed = set(config.data.train) & DATASETS.keys()
+    mixed = OVER_COCO.intersection(config.data.train)
     apart = [
         name
         for name in splits
-        if mixed and (name.partition("/")[0] in DATASETS.keys() - mixed) and name not in config.data.eval
+        if mixed and (name.partition("/")[0] in OVER_COCO - mixed) and name not in config.data.eval
     ]
     if not apart:
         return None

@@ -103,7 +103,7 @@ def check_split(root: str | Path, name: str) -> None:
     dataset = name.partition("/")[0]
     existing = split_names(root, dataset)
     if is_refer(root, dataset):
-        refer.find_image_folder(root)
+        refer.find_image_folder(root, dataset)
     check_is_split(name, existing)
 
 
@@ -178,10 +178,18 @@ def is_generalised(root: str | Path, dataset: str) -> bool:
     return dataset in refer.GENERALISED_DATASETS
 
 
+def benchmark_of(root: str | Path, dataset: str) -> str | None:
+    """Returns the benchmark whose own metrics are reported beside ours; None for most datasets."""
+    if (manifest := _own_set(root, dataset)) is not None:
+        return manifest.content.get("benchmark")
+    return refer.DATASETS[dataset].benchmark if dataset in refer.DATASETS else None
+
+
 def is_there(root: str | Path, dataset: str) -> bool:
     """Whether there is a prepared set of that name, or at least the folder of REFER's files."""
-    folder = refer.DATASETS.get(dataset, (dataset, ""))[0]
-    return _own_set(root, dataset) is not None or (dataset in refer.DATASETS and (Path(root) / folder).is_dir())
+    if _own_set(root, dataset) is not None:
+        return True
+    return dataset in refer.DATASETS and (Path(root) / refer.DATASETS[dataset].folder).is_dir()
 
 
 def _own_set(root: str | Path, dataset: str) -> Manifest | None:

@@ -28,7 +28,7 @@ from deris_llm.config.protocols import protocols_of
 from deris_llm.data.errors import check_has_truth
 from deris_llm.data.loaders import evaluation_loader
 from deris_llm.data.sampler import EvaluationBatchSampler
-from deris_llm.data.sources import is_generalised
+from deris_llm.data.sources import benchmark_of, is_generalised
 from deris_llm.evaluation.background import in_order
 from deris_llm.evaluation.outcomes import compared
 from deris_llm.evaluation.results import EvaluationResult, check_misses
@@ -89,7 +89,8 @@ def evaluate(
         progress=progress,
         title=title,
     )
-    return EvaluationResult.of(answers, protocols, is_generalised=generalised)
+    benchmark = benchmark_of(config.data.root, records[0].dataset)
+    return EvaluationResult.of(answers, protocols, is_generalised=generalised, benchmark=benchmark)
 
 
 class HasPhraseId(typing.Protocol):

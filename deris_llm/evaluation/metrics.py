@@ -18,6 +18,9 @@ its mask covers):
     Pr@X = share of the phrases WITH a target whose IoU is >= X
     F1 = share of the phrases whose boxes all match (`boxes.boxes_f1`)
 
+Benchmarks that define numbers of their own (`benchmark_ratios`) have them beside these, under names with the benchmark's:
+"Ref-ZOM mIoU" is over the phrases with a target, "R-RefCOCO mIoU" over refs.
+
 These are the conventions of the public DeRIS code; `scripts/parity/functions.py` compares the numbers. gIoU is unrelated to the
 generalised IoU of boxes. An undefined number is None, not 0, and `undefined_metrics` says why: N-acc without no-target phrases,
 T-acc and Pr without target phrases, cIoU where no pixel was answered and none was asked for. The public code divides by zero
@@ -66,6 +69,7 @@ class Outcome(NamedTuple):
     boxes_match: bool | None = None  # None if there are no boxes
     truth_px: int = 0  # area of the truth at the compared size
     image_px: int = 0  # area of the image at the compared size
+    ref_id: int | None = None  # REFER's ref: phrases about one object have the same; for `benchmark_ratios`
 
     @property
     def iou(self) -> float:
@@ -130,6 +134,82 @@ def metric_ratios(outcomes: Sequence[Outcome], *, is_generalised: bool) -> dict[
     if all(o.oracle is not None for o in outcomes):
         oracle_iou = [o.oracle_iou for o in outcomes]
         found["oracle_gIoU" if is_generalised else "oracle_mIoU"] = Ratio(np.array(oracle_iou), ones)
+    return found
+
+
+def benchmark_ratios(outcomes: Sequence[Outcome], benchmark: str | None) -> dict[str, Ratio]:
+    """Returns the numbers that a benchmark defines beside those of `metric_ratios`; none for datasets without own ones.
+
+    ``ref-zom`` (toggle1995/RIS-DMMI 753cd60, test.py; DeRIS' refzom.py): mIoU, oIoU and Pr@X of the phrases with a target; Acc
+    of the others: the answer covers no pixel.
+
+    ``r-refcoco`` (jianzongwu/robust-ref-seg 97dd7f9, utils/validation.py; DeRIS' rrefcoco.py): a ref has phrases that name its
+    object and phrases that name nothing. mIoU: mean over refs of the mean IoU of the former; oIoU: sum I / sum U of the former;
+    mRR: mean over refs of the share of the latter whose answer covers no pixel; rIoU: mean over refs of I / U, where the pixels
+    answered to the latter are added to U. Refs that lack what a mean needs are left out of it; the public code divides by zero.
+    Its two other peculiarities: it adds up the IoU of a ref's phrases before comparing it with X (``summed Pr@X``; Pr@X here is
+    per phrase), and it counts the pixels of a wrong answer at the network's size, those of a right one at the image's. Here
+    both are counted at the protocol's size.
+    """
+    if benchmark is None:
+        return {}
+    target, says = np.array([(o.has_target, o.says_target) for o in outcomes], dtype=bool).reshape(-1, 2).T
+    pixels = np.array([(o.overlap.intersection, o.overlap.union) for o in outcomes], dtype=np.int64).reshape(-1, 2).T
+    intersection, union = pixels[0] * (target & says), pixels[1] * (target | says)
+    iou = np.divide(intersection, union, out=np.zeros(len(outcomes)), where=union > 0)
+    is_right = ~target & (union == 0)
+    hits = {level: (target & (iou >= level)) * 1.0 for level in PRECISION_LEVELS}
+    oiou = Ratio(intersection * target, union * target)
+    if benchmark == "ref-zom":
+        found = {
+            "mIoU": Ratio(iou * target, target * 1.0),
+            "oIoU": oiou,
+            "Acc": Ratio(is_right * 1.0, ~target * 1.0),
+        }
+        found |= {f"Pr@{level}": Ratio(hit, target * 1.0) for level, hit in hits.items()}
+        return {f"Ref-ZOM {name}": ratio for name, ratio in found.items()}
+    assert benchmark == "r-refcoco", f"a benchmark with own metrics, got {benchmark}"
+    assert all(o.ref_id is not None for o in outcomes), "phrases with a ref"
+    refs = np.unique(np.array([o.ref_id for o in outcomes], dtype=np.int64), return_inverse=True)[1]
+    running = _running_sums(iou * target, refs)
+    summed = {level: (target & (running >= level)) * 1.0 for level in PRECISION_LEVELS}
+    found = {
+        "mIoU": _mean_over_refs(iou * target, target * 1.0, refs),
+        "oIoU": oiou,
+        "mRR": _mean_over_refs(is_right * 1.0, ~target * 1.0, refs),
+        "rIoU": _mean_over_refs(intersection, union, refs, among=np.bincount(refs, target)[refs] > 0),
+    }
+    found |= {f"Pr@{level}": Ratio(hit, target * 1.0) for level, hit in hits.items()}
+    found |= {f"summed Pr@{level}": Ratio(hit, target * 1.0) for level, hit in summed.items()}
+    return {f"R-RefCOCO {name}": ratio for name, ratio in found.items()}
+
+
+def _mean_over_refs(
+    above: np.ndarray, below: np.ndarray, refs: np.ndarray, *, among: np.ndarray | None = None
+) -> Ratio:
+    """The mean over refs of sum / sum over the ref's phrases; the first phrase of a ref carries its value.
+
+    Args:
+        above: (P,).
+        below: (P,).
+        refs: int (P,), numbers from 0.
+        among: bool (P,), phrases of the refs that count; None: those where ``below`` has a sum.
+    """
+    num_refs = int(refs.max()) + 1 if len(refs) else 0
+    sums = np.bincount(refs, above, num_refs), np.bincount(refs, below, num_refs)
+    values = np.divide(*sums, out=np.zeros(num_refs), where=sums[1] > 0)
+    first = np.zeros(len(refs))
+    first[np.unique(refs, return_index=True)[1]] = 1
+    counts = first * (sums[1][refs] > 0 if among is None else among)
+    return Ratio(values[refs] * counts, counts)
+
+
+def _running_sums(values: np.ndarray, refs: np.ndarray) -> np.ndarray:
+    """For each phrase the sum of the values of its ref's phrases up to it."""
+    found = np.zeros(len(values))
+    order = np.argsort(refs, kind="stable")
+    for phrases in np.split(order, np.flatnonzero(np.diff(refs[order])) + 1):
+        found[phrases] = np.cumsum(values[phrases])
     return found
 
 

@@ -80,6 +80,7 @@ def compared(
                 boxes_match=None if found is None or expected is None else boxes_f1(found, expected) == 1,
                 truth_px=int(np.count_nonzero(truth)),
                 image_px=truth.size,
+                ref_id=asked[i].ref_id,
             )
             if is_other_mask:
                 others[i][protocol.id] = Answer(mask=encode_mask(mask), says_target=answer.says_target, boxes=found)

@@ -79,6 +79,28 @@ GRES_NOTE = (
 
 PUBLISHED_GRES_NOTE = "Other data: published gIoU / cIoU / N-acc on the real COCO images, DeRIS paper, Table 2."
 
+BENCHMARK_METRICS: Mapping[str, Sequence[str]] = {
+    "Ref-ZOM": ("mIoU", "oIoU", "Acc", "Pr@0.5", "Pr@0.7", "Pr@0.9"),
+    "R-RefCOCO": ("mIoU", "oIoU", "mRR", "rIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9", "summed Pr@0.5"),
+}
+"""Benchmark -> its own metrics in tables; a report names them "Ref-ZOM mIoU" and so on (`metrics.benchmark_ratios`)."""
+
+BENCHMARK_NOTES: Mapping[str, str] = {
+    "Ref-ZOM": "mIoU, oIoU and Pr@X: of the phrases with a target. Acc: share of the others whose answer covers no pixel.",
+    "R-RefCOCO": "mIoU: mean over refs, of the phrases with a target; mRR: mean over refs of the share of the others whose answer "
+    "covers no pixel; rIoU: mean over refs of I / U with the pixels of wrong answers in U. Pr@X is per phrase; summed Pr@X adds up "
+    "the IoU of a ref's phrases before it compares, as the public code does by mistake.",
+}
+
+PUBLISHED_BENCHMARKS: Mapping[str, tuple[str, str]] = {
+    "Ref-ZOM": (
+        "ref-zom/test",
+        "Published: DMMI (Swin-B), the dataset's own method, mIoU 68.25, oIoU 68.77 (README of toggle1995/RIS-DMMI, 753cd60; its test.py "
+        "compares at 480x480 px, as protocol rela480).",
+    ),
+}
+"""Benchmark -> the split that a published number is of, and the number with its source."""
+
 _INTERVAL = "95 %"  # a column of the table beside the first metric, not a metric
 
 _TABLE_METRICS = ("mIoU", _INTERVAL, "oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9", "oracle_mIoU")
@@ -181,6 +203,7 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
         tables.append(_ris_table(report, [split for split, gres in is_gres.items() if not gres]))
     if any(is_gres.values()):
         tables.append(_gres_table(report, [split for split, gres in is_gres.items() if gres]))
+    tables += [_benchmark_table(report, name, splits) for name, splits in splits_by_benchmark(report).items()]
     return Group(*tables, *(Text(line) for line in provenance(report)))
 
 
@@ -306,6 +329,40 @@ def _gres_table(report: Mapping[str, Any], splits: Sequence[str]) -> StackedTabl
     )
     title, caption = "Generalised referring segmentation, percent", " ".join(table_notes(report, splits))
     return StackedTable(title, Column("\n\nsplit", names), shown, styles, caption)
+
+
+def splits_by_benchmark(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Returns benchmark -> the splits of a report that have its own metrics."""
+    found: dict[str, list[str]] = {}
+    for split, by_protocol in report["splits"].items():
+        numbers = next(iter(by_protocol.values()))
+        for name, metrics in BENCHMARK_METRICS.items():
+            if f"{name} {metrics[0]}" in numbers:
+                found.setdefault(name, []).append(split)
+    return found
+
+
+def _benchmark_table(report: Mapping[str, Any], name: str, splits: Sequence[str]) -> StackedTable:
+    found = [report["splits"][split] for split in splits]
+    shown = [
+        Column(
+            f"{_SHORT.get(protocol, protocol)}\n{metric}",
+            [_cell(numbers.get(protocol), f"{name} {metric}") for numbers in found],
+            "" if metric != BENCHMARK_METRICS[name][0] else "bold",
+        )
+        for number, protocol in enumerate(dict.fromkeys(protocol for numbers in found for protocol in numbers))
+        for metric in BENCHMARK_METRICS[name]
+        if not number or "Pr@" not in metric
+    ]
+    title, caption = f"{name}'s own numbers, percent", " ".join(benchmark_notes(report, name, splits))
+    return StackedTable(title, Column("\nsplit", splits), shown, caption=caption)
+
+
+def benchmark_notes(report: Mapping[str, Any], name: str, splits: Sequence[str]) -> list[str]:
+    """Returns what must be read with a benchmark's own numbers; published ones stand beside its real data only."""
+    split, published = PUBLISHED_BENCHMARKS.get(name, ("", ""))
+    is_synthetic = (report.get("about") or {}).get("synthetic")
+    return [BENCHMARK_NOTES[name], *([published] if split in splits and not is_synthetic else [])]
 
 
 def _metric_columns(

@@ -12,6 +12,7 @@ from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.metrics import (
     Ratio,
     baseline_outcomes,
+    benchmark_ratios,
     metric_ratios,
     percents,
     undefined_metrics,
@@ -24,7 +25,8 @@ class EvaluationResult:
 
     # protocol id -> metric -> percent or count. RefCOCO: mIoU, oIoU, Pr@0.5 ... Pr@0.9, oracle_mIoU; gRefCOCO: gIoU,
     # cIoU, N-acc, T-acc, Pr@0.7 ... Pr@0.9, F1, oracle_gIoU, {always,never}_empty_{gIoU,cIoU}, n_no_target; None if
-    # undefined. Both: n_phrases, n_images, and n_dropped where the protocol drops misses.
+    # undefined. Benchmarks with own metrics (`metrics.benchmark_ratios`): also "Ref-ZOM mIoU", ... All: n_phrases, n_images,
+    # and n_dropped where the protocol drops misses.
     numbers: dict[str, dict[str, float | None]]
     answers: list[Answer]
     notes: tuple[str, ...] = ()  # why a number is undefined, or not of all phrases
@@ -36,9 +38,14 @@ class EvaluationResult:
 
     @classmethod
     def of(
-        cls, answers: list[Answer], protocols: Sequence[Protocol], *, is_generalised: bool = False
+        cls,
+        answers: list[Answer],
+        protocols: Sequence[Protocol],
+        *,
+        is_generalised: bool = False,
+        benchmark: str | None = None,
     ) -> EvaluationResult:
-        """Summarises the answers to a whole split with the metrics of its dataset."""
+        """Summarises the answers to a whole split with the metrics of its dataset, and its benchmark's own if it has some."""
         counts = {"n_phrases": len(answers), "n_images": len({answer.image_id for answer in answers})}
         numbers: dict[str, dict[str, float | None]] = {}
         notes: dict[str, None] = {}
@@ -48,7 +55,9 @@ class EvaluationResult:
             name, drops = protocol.id, protocol.miss == "dropped"
             counted[name] = [a for a in answers if a.says_target_under(name)] if drops else answers
             outcomes = [answer.outcomes[name] for answer in counted[name]]
-            ratios[name] = metric_ratios(outcomes, is_generalised=is_generalised)
+            ratios[name] = metric_ratios(outcomes, is_generalised=is_generalised) | benchmark_ratios(
+                outcomes, benchmark
+            )
             numbers[name] = percents(ratios[name])
             if is_generalised:
                 for baseline, found in baseline_outcomes(outcomes).items():

@@ -27,7 +27,7 @@ from deris_llm.config.protocols import Protocol, protocols_of_file
 from deris_llm.data.dataset import group_by_image
 from deris_llm.data.errors import check_has_truth
 from deris_llm.data.masks import coco_mask, segmentation_rle
-from deris_llm.data.sources import is_generalised, is_synthetic, read_split, split_notes
+from deris_llm.data.sources import benchmark_of, is_generalised, is_synthetic, read_split, split_notes
 from deris_llm.evaluation.answers import Answer, Rle, outcome_fields
 from deris_llm.evaluation.boxes import boxes_f1, boxes_of_masks
 from deris_llm.evaluation.comparison import compare, write_comparison
@@ -89,6 +89,7 @@ def score_submission(
     protocols: Sequence[Protocol],
     *,
     is_generalised: bool,
+    benchmark: str | None = None,
     workers: int | None = None,
 ) -> Scored:
     """Compares predictions with the truth of a split.
@@ -98,6 +99,7 @@ def score_submission(
         records: the split.
         protocols: of files (`protocols_of_file`).
         is_generalised: phrases may name nothing, or several objects.
+        benchmark: whose own metrics are computed too (`metrics.benchmark_ratios`).
         workers: processes; None = one per core, at most 8.
 
     Raises:
@@ -124,7 +126,7 @@ def score_submission(
         raise SubmissionError(submission.path, problems, len(submission.answers))
     by_id = {prediction.phrase_id: prediction for found, _ in parts for prediction in found}
     predictions = [by_id[record.phrase_id] for record in records]
-    result = EvaluationResult.of(predictions, used, is_generalised=is_generalised)
+    result = EvaluationResult.of(predictions, used, is_generalised=is_generalised, benchmark=benchmark)
     return Scored(result, used, submission.missing, submission.other_folder)
 
 
@@ -169,11 +171,14 @@ def run_score(
     read_report(Path(out) / REPORT_FILE)  # an unusable folder is an error before the work
     records = read_split(data_root, split, phrase_field=phrase_field)
     generalised = is_generalised(data_root, records[0].dataset)
+    benchmark = benchmark_of(data_root, records[0].dataset)
     found: list[Scored] = []
     for path, folder in ((predictions, Path(out)), *([(against, Path(out) / "against")] if against else [])):
         started = time.monotonic()
         submission = read_submission(path, records)
-        scored = score_submission(submission, records, asked, is_generalised=generalised, workers=workers)
+        scored = score_submission(
+            submission, records, asked, is_generalised=generalised, benchmark=benchmark, workers=workers
+        )
         about = {
             "name": _name_of(Path(path)),
             "predictions": str(path),
@@ -368,6 +373,7 @@ def _scored(
             boxes_match=boxes_match,
             truth_px=truth_px,
             image_px=size[0] * size[1],
+            ref_id=record.ref_id,
         )
     return Answer(
         phrase_id=record.phrase_id,

@@ -134,7 +134,9 @@ class SourceReader(ABC):
     files: tuple[Path, ...]  # their content decides whether two runs have the same input
     identity: str = ""  # the same for a source that has no files here
     is_generalised: bool | None = None  # phrases may name nothing or several objects; None: the entries show it
+    benchmark: str | None = None  # whose own metrics are reported beside ours (`deris_llm.evaluation.metrics.benchmark_ratios`)
     notes: tuple[str, ...] = ()  # what was left out or chosen on opening; printed and kept in the manifest
+    split_notes: Mapping[str, tuple[str, ...]] = {}  # by split: what must be read with its numbers; reports repeat it
 
     def __init__(self, options: PrepareOptions) -> None:
         self.options = options

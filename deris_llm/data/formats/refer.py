@@ -1,17 +1,23 @@
-"""Reads RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO in their authors' own files.
+"""Reads RefCOCO, RefCOCO+, RefCOCOg, gRefCOCO and other datasets in REFER's format, in their authors' own files.
 
     root/images/train2014/COCO_train2014_000000000123.jpg   (or another of `IMAGE_FOLDERS`)
     root/refcoco/instances.json, root/refcoco/refs(unc).p
     root/refcoco+/instances.json, root/refcoco+/refs(unc).p
     root/refcocog/instances.json, root/refcocog/refs(umd).p and/or refs(google).p
     root/grefcoco/instances.json, root/grefcoco/grefs(unc).json (or .p)
+    root/ref-zom/instances.json, root/ref-zom/refs(final).p, root/images/trainval2014/
+    root/rrefcoco/instances.json, root/rrefcoco/refs(unc).p; the same of rrefcoco+ and rrefcocog
+    root/rrsisd/instances.json, root/rrsisd/refs(unc).p, root/images/rrsisd/JPEGImages/
 
-All images, also those of val and test, belong to COCO's train2014. ``ref["file_name"]`` carries an annotation suffix
-and is not read; the image's name is the one in ``instances.json``.
+`DATASETS` says what is special about each. All images of RefCOCO's datasets, also those of val and test, belong to COCO's
+train2014. ``ref["file_name"]`` carries an annotation suffix and is not read; the image's name is the one in ``instances.json``.
 
 A ref of gRefCOCO has a list of annotation ids: [-1] means that its phrases name nothing in the image; each of several
 ids is a referent of its own. Crowds (iscrowd=1) beside other referents are not referents, as in gRefCOCO's own API; a record
 keeps them apart (`ReferringRecord.crowds`), for protocols that take them.
+
+Ref-ZOM says with ``ref["source"]`` (zero, one, many) whether its phrases name something; R-RefCOCO says it of each sentence
+(``exist``), as the public code of both (toggle1995/RIS-DMMI 753cd60, jianzongwu/robust-ref-seg 97dd7f9) reads them.
 
 A referent that covers no pixel does not stop a split: its phrase keeps the others, or has an empty truth if there are none, as
 in the public APIs. The split's notes count and name such referents and crowds.
@@ -24,7 +30,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from deris_llm.common.unpickle import load_plain_pickle
 from deris_llm.data.errors import DataError, describe, missing_path_error
@@ -38,18 +44,6 @@ from deris_llm.data.formats.base import (
     is_int64,
 )
 from deris_llm.data.formats.coco import CocoTables, coco_tables
-
-DATASETS: Mapping[str, tuple[str, str]] = {
-    "refcoco": ("refcoco", "unc"),
-    "refcoco+": ("refcoco+", "unc"),
-    "refcocog_umd": ("refcocog", "umd"),
-    "refcocog_google": ("refcocog", "google"),
-    "grefcoco": ("grefcoco", "unc"),
-}
-"""Dataset name -> (folder, who made the splits)."""
-
-GENERALISED_DATASETS = frozenset({"grefcoco"})
-"""Datasets whose phrases may name nothing or several objects."""
 
 IMAGE_FOLDERS = (
     "images/train2014",
@@ -65,6 +59,48 @@ IMAGE_FOLDERS = (
 )
 """Where COCO's train2014 lies below a data root, in the trees that public code expects; the first that is not empty is read."""
 
+
+class ReferDataset(NamedTuple):
+    """Where a dataset in REFER's format lies, and what says which objects its phrases name."""
+
+    folder: str  # below the data root
+    split_by: str  # of refs(SPLIT_BY).p: who made the splits
+    # `ann_id`: one annotation. `ann_ids`: a list, [-1] for none. `source`: the ref says zero, one or many. `exist`: each sentence
+    # says whether it names the ref's annotation or nothing
+    names: Literal["ann_id", "ann_ids", "source", "exist"] = "ann_id"
+    image_folders: tuple[str, ...] = IMAGE_FOLDERS
+
+    @property
+    def is_generalised(self) -> bool:
+        """Whether phrases may name nothing or several objects."""
+        return self.names != "ann_id"
+
+    @property
+    def benchmark(self) -> str | None:
+        """The benchmark whose own metrics are reported too (`deris_llm.evaluation.metrics.benchmark_ratios`)."""
+        return {"source": "ref-zom", "exist": "r-refcoco"}.get(self.names)
+
+
+DATASETS: Mapping[str, ReferDataset] = {
+    "refcoco": ReferDataset("refcoco", "unc"),
+    "refcoco+": ReferDataset("refcoco+", "unc"),
+    "refcocog_umd": ReferDataset("refcocog", "umd"),
+    "refcocog_google": ReferDataset("refcocog", "google"),
+    "grefcoco": ReferDataset("grefcoco", "unc", "ann_ids"),
+    "ref-zom": ReferDataset("ref-zom", "final", "source", ("images/trainval2014", "trainval2014", "coco/trainval2014")),
+    "rrefcoco": ReferDataset("rrefcoco", "unc", "exist"),
+    "rrefcoco+": ReferDataset("rrefcoco+", "unc", "exist"),
+    "rrefcocog": ReferDataset("rrefcocog", "unc", "exist"),
+    "rrsisd": ReferDataset("rrsisd", "unc", image_folders=("images/rrsisd/JPEGImages", "rrsisd/images/rrsisd/JPEGImages")),
+}
+"""The datasets by name."""
+
+GENERALISED_DATASETS = frozenset(name for name, dataset in DATASETS.items() if dataset.is_generalised)
+"""Datasets whose phrases may name nothing or several objects."""
+
+OVER_COCO = frozenset(DATASETS) - {"rrsisd"}
+"""Datasets over COCO's images, so that a split of one may show images that another trains on."""
+
 KNOWN_SPLITS = ("train", "val", "testA", "testB", "test")
 """Names of the published sets' splits."""
 
@@ -78,6 +114,9 @@ _LAYOUT = """Expected layout below ROOT, which `data.root` names:
   ROOT/refcoco+/    instances.json   refs(unc).p
   ROOT/refcocog/    instances.json   refs(umd).p and/or refs(google).p
   ROOT/grefcoco/    instances.json   grefs(unc).json or grefs(unc).p
+  ROOT/ref-zom/     instances.json   refs(final).p   ROOT/images/trainval2014/COCO_*2014_*.jpg
+  ROOT/rrefcoco/    instances.json   refs(unc).p     likewise rrefcoco+ and rrefcocog
+  ROOT/rrsisd/      instances.json   refs(unc).p     ROOT/images/rrsisd/JPEGImages/*.jpg
   ROOT/NAME/        manifest.json    a set of your own (`deris-llm data prepare`)
 `deris-llm data synth --out ROOT` writes a synthetic one"""
 
@@ -89,25 +128,30 @@ def in_known_order(splits: Iterable[str]) -> tuple[str, ...]:
 
 def refs_path(root: str | Path, dataset: str) -> Path:
     """Where a dataset's phrases are expected."""
-    folder, split_by = DATASETS[dataset]
-    if dataset not in GENERALISED_DATASETS:
-        return Path(root) / folder / f"refs({split_by}).p"
-    pickled = Path(root) / folder / f"grefs({split_by}).p"
+    known = DATASETS[dataset]
+    folder = Path(root) / known.folder
+    if known.names == "exist":
+        # The public code's default is unc; the published R-RefCOCOg could not be looked at, so the one file there is taken.
+        found = sorted(folder.glob("refs(*).p"))
+        return found[0] if len(found) == 1 else folder / f"refs({known.split_by}).p"
+    if known.names != "ann_ids":
+        return folder / f"refs({known.split_by}).p"
+    pickled = folder / f"grefs({known.split_by}).p"
     return pickled if pickled.is_file() and not pickled.with_suffix(".json").is_file() else pickled.with_suffix(".json")
 
 
-def find_image_folder(root: str | Path) -> Path:
-    """The folder of COCO's train2014 images below ``root``.
+def find_image_folder(root: str | Path, dataset: str = "refcoco") -> Path:
+    """The folder of a dataset's images below ``root``: most datasets have those of COCO's train2014.
 
     Raises:
         DataError: none of the known places exists.
     """
-    root = Path(root)
-    there = [root / folder for folder in IMAGE_FOLDERS if (root / folder).is_dir()]
+    root, folders = Path(root), DATASETS[dataset].image_folders
+    there = [root / folder for folder in folders if (root / folder).is_dir()]
     if there:  # an empty folder is taken only if there is no other
         return next((folder for folder in there if any(folder.iterdir())), there[0])
-    places = ", ".join(IMAGE_FOLDERS)
-    raise missing_path_error(root / IMAGE_FOLDERS[0], f"images in {root} (one of {places})", hint=_layout_hint(root))
+    places = ", ".join(folders)
+    raise missing_path_error(root / folders[0], f"images in {root} (one of {places})", hint=_layout_hint(root))
 
 
 def dataset_paths(root: Path, dataset: str) -> tuple[Path, Path]:
@@ -155,7 +199,9 @@ class ReferReader(SourceReader):
         super().__init__(options)
         dataset = self.mapping["dataset"] or options.out.name
         self.files = dataset_paths(self.source, dataset)
-        self.is_generalised = dataset in GENERALISED_DATASETS
+        self._names = DATASETS[dataset].names
+        self.is_generalised = DATASETS[dataset].is_generalised
+        self.benchmark = DATASETS[dataset].benchmark
         self._splits: dict[str, list[dict[str, Any]]] = {}
         for ref in _read_refs(self.files[0]):
             self._splits.setdefault(ref["split"], []).append(ref)
@@ -165,29 +211,43 @@ class ReferReader(SourceReader):
             for annotation in self._tables.annotations.values()
             if isinstance(annotation.get("category_id"), int) and not annotation.get("iscrowd")
         )
-        self.image_folder = options.images or find_image_folder(self.source)
+        self.image_folder = options.images or find_image_folder(self.source, dataset)
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
         for split in in_known_order(self._splits):
             for ref in self._splits[split]:
-                yield self._entry(split, ref)
+                yield from self._entries_of(split, ref)
 
-    def _entry(self, split: str, ref: dict[str, Any]) -> SourceEntry | SourceFault:
+    def _entries_of(self, split: str, ref: dict[str, Any]) -> Iterator[SourceEntry | SourceFault]:
+        """The entry of a ref; of R-RefCOCO's refs one for the sentences that name the object and one for the others."""
         where = f"ref_id {ref['ref_id']}"
         image = self._tables.images.get(ref["image_id"])
         file = None if image is None else _file_of(image)
         try:
             annotations = self._annotations_of(ref)
+            groups = _by_existence(ref) if self._names == "exist" else {True: ref["sentences"]}
         except ValueError as error:
-            return SourceFault(where, split, "reference", str(error), max(1, len(ref["sentences"])), file)
+            yield SourceFault(where, split, "reference", str(error), max(1, len(ref["sentences"])), file)
+            return
         assert image is not None, "checked with the annotations"
+        for exists, sentences in groups.items():
+            yield self._entry(split, ref, sentences, image, annotations if exists else [])
+
+    def _entry(
+        self,
+        split: str,
+        ref: dict[str, Any],
+        sentences: list[dict[str, Any]],
+        image: dict[str, Any],
+        annotations: list[dict[str, Any]],
+    ) -> SourceEntry:
         kept, crowds = self._without_crowds(annotations)
         category, num_same_class = self._classes_of(kept)
         return SourceEntry(
-            where=where,
+            where=f"ref_id {ref['ref_id']}",
             split=split,
-            image=file,
-            phrases=tuple(SourcePhrase(s.get("sent_id"), s.get("sent"), s.get("raw")) for s in ref["sentences"]),
+            image=_file_of(image),
+            phrases=tuple(SourcePhrase(s.get("sent_id"), self._text(s), s.get("raw")) for s in sentences),
             instances=(
                 *(SourceInstance(each.get("segmentation"), each["id"]) for each in kept),
                 *(SourceInstance(each.get("segmentation"), each["id"], is_crowd=True) for each in crowds),
@@ -200,13 +260,18 @@ class ReferReader(SourceReader):
             ref_id=ref["ref_id"] if is_int64(ref["ref_id"]) else None,
         )
 
+    def _text(self, sentence: dict[str, Any]) -> Any:
+        """The cleaned text; Ref-ZOM's own code reads ``raw`` only, so that its file may lack it."""
+        return sentence.get("sent", sentence.get("raw")) if self._names == "source" else sentence.get("sent")
+
     def _annotations_of(self, ref: dict[str, Any]) -> list[dict[str, Any]]:
         """The annotations that a ref names.
 
         Raises:
             ValueError: the ref, its image or one of its annotations cannot be used.
         """
-        ids = _gref_ids(ref) if self.is_generalised else [ref["ann_id"]]
+        read = {"ann_ids": _gref_ids, "source": _ref_zom_ids}.get(self._names)
+        ids = [ref["ann_id"]] if read is None else read(ref)
         if not all(isinstance(each, int) for each in ids):
             raise ValueError(f"expected one ann_id, a whole number, got {ref['ann_id']!r}")
         if ref["image_id"] not in self._tables.images:
@@ -230,7 +295,7 @@ class ReferReader(SourceReader):
 
         A phrase that names only crowds keeps them: the public code cannot open it, so there is no number to agree with.
         """
-        crowds = [each for each in annotations if each.get("iscrowd")] if self.is_generalised else []
+        crowds = [each for each in annotations if each.get("iscrowd")] if self._names == "ann_ids" else []
         if len(crowds) == len(annotations):
             return annotations, []
         return [each for each in annotations if not each.get("iscrowd") or not crowds], crowds
@@ -267,6 +332,40 @@ def _gref_ids(ref: dict[str, Any]) -> list[int]:
     found = [] if ids == [_NO_TARGET_ID] else ids
     if "no_target" in ref and bool(ref["no_target"]) != (not found):
         raise ValueError(f"expected no_target to agree with ann_id, got {ref['no_target']!r} and {ids}")
+    return found
+
+
+def _ref_zom_ids(ref: dict[str, Any]) -> list[int]:
+    """The annotation ids of a ref of Ref-ZOM; the ids of a ref that names nothing are not read, as in its own API.
+
+    Raises:
+        ValueError: they are malformed, or the ref does not say how many objects it names.
+    """
+    source, ids = ref.get("source"), ref["ann_id"]
+    if source not in ("zero", "one", "many"):
+        raise ValueError(f"expected source to be zero, one or many, as in Ref-ZOM's own file, got {source!r}")
+    if source == "zero":
+        return []
+    ids = ids if isinstance(ids, list) else [ids]
+    if not ids or not all(is_int64(each) for each in ids):
+        raise ValueError(f"expected ann_id of source {source} to be whole numbers, got {ref['ann_id']!r}")
+    return list(dict.fromkeys(ids))
+
+
+def _by_existence(ref: dict[str, Any]) -> dict[bool, list[dict[str, Any]]]:
+    """The sentences of a ref of R-RefCOCO that name its object (True), and those that name nothing (False).
+
+    Raises:
+        ValueError: a sentence does not say it; without the key it names the object, as in the public code.
+    """
+    if not is_int64(ref["ref_id"]):
+        raise ValueError(f"expected ref_id, over whose sentences rIoU is computed, to be a whole number, got {ref['ref_id']!r}")
+    found: dict[bool, list[dict[str, Any]]] = {}
+    for sentence in ref["sentences"]:
+        exists = sentence.get("exist", True)
+        if exists not in (True, False):
+            raise ValueError(f"expected exist of sent_id {sentence.get('sent_id')} to be true or false, got {exists!r}")
+        found.setdefault(bool(exists), []).append(sentence)
     return found
 
 

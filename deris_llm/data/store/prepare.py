@@ -151,7 +151,7 @@ def _existing(out: Path, source: dict[str, Any]) -> dict[str, Any] | None:
     path = out / MANIFEST_FILE
     if not path.is_file():
         holds = sorted(entry.name for entry in out.iterdir()) if out.is_dir() else []
-        if out.is_file() or (holds and out.name not in {folder for folder, _ in refer.DATASETS.values()}):
+        if out.is_file() or (holds and out.name not in {each.folder for each in refer.DATASETS.values()}):
             raise DataError(
                 f"--out {out}: expected a new folder, got one that holds {', '.join(holds[:5]) or 'a file'}. Name another, or "
                 "remove it"
@@ -235,10 +235,14 @@ class _Preparation:
             "made_by": f"deris_llm {__version__}",
             "name": self.options.out.name,
             "is_generalised": any(each.is_generalised for each in contents.values()) if is_generalised is None else is_generalised,
+            "benchmark": self.reader.benchmark,
             "image_folder": self._final_image_folder(),
             "images": image_file,
             "exif": self.exif,
-            "splits": {split: content.described(self.arrow) for split, content in contents.items()},
+            "splits": {
+                split: content.described(self.arrow, self.reader.split_notes.get(split, ()))
+                for split, content in contents.items()
+            },
             "skipped": {split: dict(counts) for split, counts in writer.num_bad.items() if counts},
             "notes": self.notes,
             "source": self.source,

@@ -48,8 +48,8 @@ def refer_manifest(root: str | Path, dataset: str) -> Manifest:
     with contextlib.suppress(
         DataError
     ):  # only reading records needs the images, and `check_usable` says what is missing
-        return read_manifest(folder, refer.find_image_folder(root))
-    return read_manifest(folder, root / refer.IMAGE_FOLDERS[0])
+        return read_manifest(folder, refer.find_image_folder(root, dataset))
+    return read_manifest(folder, root / refer.DATASETS[dataset].image_folders[0])
 
 
 def check_usable(root: str | Path, manifest: Manifest, split: str) -> None:
@@ -59,7 +59,7 @@ def check_usable(root: str | Path, manifest: Manifest, split: str) -> None:
         DataError: names the records.
     """
     dataset = manifest.folder.name
-    image_folder = refer.find_image_folder(root)
+    image_folder = refer.find_image_folder(root, dataset)
     problems = [f"{fault['where']}: {fault['message']}" for fault in _faults(manifest, split)]
     num_phrases = sum(manifest.content["skipped"].get(split, {}).values())
     if split in manifest.splits:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -45,8 +45,8 @@ class SplitContent:
     without_pixel: list[str] = field(default_factory=list)
     shards: list[dict[str, Any]] = field(default_factory=list)
 
-    def described(self, arrow: Path) -> dict[str, Any]:
-        """The split's part of the manifest."""
+    def described(self, arrow: Path, notes: Sequence[str] = ()) -> dict[str, Any]:
+        """The split's part of the manifest; ``notes`` are the reader's."""
         images: set[int] = set()
         for shard in self.shards:
             for batch in map_arrow(arrow / shard["file"], shard["bytes"]):
@@ -56,7 +56,7 @@ class SplitContent:
             "num_phrases": self.num_phrases,
             "num_images": len(images),
             "num_no_target": self.num_no_target,
-            "notes": left_out_notes(self.crowds, self.without_pixel),
+            "notes": [*notes, *left_out_notes(self.crowds, self.without_pixel)],
             "shards": self.shards,
         }
         return described if self.has_truth else {**described, "has_truth": False}

@@ -10,11 +10,21 @@ from typing import Any
 from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.page.charts import NUM_SERIES, Chart, Line, Marker, line_chart
 from deris_llm.evaluation.page.stored import Evaluation, logged
-from deris_llm.evaluation.report import PUBLISHED, PUBLISHED_GRES, published_on, table_notes
+from deris_llm.evaluation.report import (
+    BENCHMARK_METRICS,
+    PUBLISHED,
+    PUBLISHED_GRES,
+    benchmark_notes,
+    published_on,
+    splits_by_benchmark,
+    table_notes,
+)
 
 _RIS_METRICS = ("mIoU", "oIoU", "Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9", "oracle_mIoU")
 _GRES_METRICS = ("gIoU", "cIoU", "N-acc", "T-acc", "Pr@0.7", "Pr@0.8", "Pr@0.9", "F1", "oracle_gIoU")
-_NAMES = {"oracle_mIoU": "best query", "oracle_gIoU": "best query"}
+_NAMES = {"oracle_mIoU": "best query", "oracle_gIoU": "best query"} | {
+    f"{name} {metric}": metric for name, metrics in BENCHMARK_METRICS.items() for metric in metrics
+}
 _EVALUATED_WHILE_TRAINING = ("eval_mIoU", "eval_oIoU", "eval_gIoU", "eval_cIoU", "eval_N-acc", "eval_T-acc")
 PARTS = (
     ("part-answer", "right: the answer's IoU"),
@@ -89,9 +99,28 @@ def tables(evaluation: Evaluation) -> list[Table]:
             found.append(_table(evaluation, "One target per phrase, percent", part, _RIS_METRICS))
     if gres:
         found.append(_table(evaluation, "No, one or several targets per phrase, percent", gres, _GRES_METRICS))
+    found += [_benchmark_table(evaluation, *of) for of in splits_by_benchmark(evaluation.report).items()]
     if not splits and _evaluations_while_training(evaluation):
         found.append(_training_table(evaluation))
     return found
+
+
+def _benchmark_table(evaluation: Evaluation, name: str, splits: Sequence[str]) -> Table:
+    metrics = [f"{name} {metric}" for metric in BENCHMARK_METRICS[name]]
+    columns = _columns(evaluation, splits, metrics)
+    rows: list[tuple[str, list[Cell]]] = []
+    for split in splits:
+        found = evaluation.report["splits"][split]
+        row = [Cell(split, scope="row"), Cell(f"{found[evaluation.protocol(split)]['n_phrases']:,}", label="phrases")]
+        for protocol, metric in columns:
+            values = found.get(protocol, {})
+            interval = (values.get("intervals") or {}).get(metric)
+            style = "main first" if metric == metrics[0] else ""
+            row.append(Cell(values.get(metric), style, interval, label=_label(columns, protocol, metric)))
+        rows.append(("", row))
+    heads = _heads(columns, metrics[0], (), {}, "")
+    notes = benchmark_notes(evaluation.report, name, splits)
+    return Table(f"{name}'s own numbers, percent", heads, rows, notes, counts_no_target=False)
 
 
 def _evaluations_while_training(evaluation: Evaluation) -> list[Mapping[str, Any]]:
