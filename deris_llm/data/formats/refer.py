@@ -44,6 +44,7 @@ from deris_llm.data.formats.base import (
     is_int64,
 )
 from deris_llm.data.formats.coco import CocoTables, coco_tables
+from deris_llm.data.formats.reviewed import read_reviews
 
 IMAGE_FOLDERS = (
     "images/train2014",
@@ -188,12 +189,13 @@ def _layout_hint(root: Path) -> str:
 class ReferReader(SourceReader):
     """The refs of one dataset, by split, in the order of their file. `--source` is the data root.
 
-    The dataset is the name of the prepared set, or `--mapping dataset=refcocog_umd`.
+    The dataset is the name of the prepared set, or `--mapping dataset=refcocog_umd`. `--mapping reviewed=FOLDER` leaves out the
+    phrases that Ref-L4's reviewers called wrong (`deris_llm.data.formats.reviewed`); the set must have another name then.
     """
 
     format = "refer"
     expected = "a data root with REFER's folders"
-    mapping_keys = {"dataset": ""}
+    mapping_keys = {"dataset": "", "reviewed": ""}
 
     def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
@@ -205,6 +207,8 @@ class ReferReader(SourceReader):
         self._splits: dict[str, list[dict[str, Any]]] = {}
         for ref in _read_refs(self.files[0]):
             self._splits.setdefault(ref["split"], []).append(ref)
+        if self.mapping["reviewed"]:
+            self._leave_out_wrong(dataset, Path(self.mapping["reviewed"]))
         self._tables = _read_instances(self.files[1])
         self._class_counts = Counter(
             (annotation["image_id"], annotation["category_id"])
@@ -217,6 +221,35 @@ class ReferReader(SourceReader):
         for split in in_known_order(self._splits):
             for ref in self._splits[split]:
                 yield from self._entries_of(split, ref)
+
+    def _leave_out_wrong(self, dataset: str, folder: Path) -> None:
+        """Leaves out the phrases that were reviewed as wrong, and the splits that were not reviewed.
+
+        Raises:
+            DataError: the set would have the name of an unfiltered one, or the reviews are not of its phrases.
+        """
+        if self.options.out.name in DATASETS:
+            raise DataError(
+                f"--out {self.options.out}: expected a name that says that phrases were left out, got that of the published dataset. "
+                f"Name it {dataset}-reviewed"
+            )
+        reviews = read_reviews(folder, dataset)
+        if missing := [split for split in self.options.splits if split not in reviews]:
+            raise DataError(f"--splits {missing[0]}: expected one of {', '.join(reviews)}, which were reviewed, got another")
+        splits, self._splits = self._splits, {}
+        for split, review in reviews.items():
+            name, refs = f"{dataset}/{split}", splits.get(split, [])
+            number = sum(len(ref["sentences"]) for ref in refs)
+            self._splits[split], num_wrong = review.without_wrong(refs, name)
+            self.split_notes = {
+                **self.split_notes,
+                split: (
+                    f"REVIEWED LABELS: {num_wrong:,} of {number:,} phrases of {name}, which Ref-L4's reviewers called wrong "
+                    f"(caption_quality 0), are left out, so numbers are not comparable with those of {name}",
+                ),
+            }
+        self.notes = (f"not reviewed, so left out: {', '.join(in_known_order(splits.keys() - reviews.keys())) or 'no split'}",)
+        self.files = (*self.files, *(review.file for review in reviews.values()))
 
     def _entries_of(self, split: str, ref: dict[str, Any]) -> Iterator[SourceEntry | SourceFault]:
         """The entry of a ref; of R-RefCOCO's refs one for the sentences that name the object and one for the others."""
