@@ -49,7 +49,12 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     show.add_argument(
         "--out", type=path, default=Path("sheet.png"), metavar="FILE", help="page.html or sheet.png (default)"
     )
-    show.add_argument("--count", type=at_least(1), default=24, help="phrases, spread over the split (default 24)")
+    show.add_argument(
+        "--count",
+        type=at_least(1),
+        default=24,
+        help="phrases, or sentences of videos, spread over the split (default 24)",
+    )
     show.add_argument("--phrase-field", choices=("sent", "raw"), default="sent", help="which text of a sentence")
     show.set_defaults(run=run_show)
 
@@ -99,6 +104,12 @@ def _add_prepare(prepare: argparse.ArgumentParser) -> None:
         default="left_out",
         help="coco: annotations with iscrowd=1, which annotation tools write for every RLE mask, are left out (default) or "
         "taken as objects",
+    )
+    add(
+        "--train-frames",
+        type=at_least(1),
+        metavar="N",
+        help="videos: take at most N evenly spaced frames of each video of train (default: all); other splits keep all",
     )
     add("--skip-bad", action="store_true", help="leave out what cannot be used and count it in the manifest")
     add(
@@ -187,6 +198,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
         follow_links=arguments.follow_links,
         exif=arguments.exif,
         takes_crowds=arguments.crowds == "taken",
+        train_frames=arguments.train_frames,
     )
     with _progress("images", "phrases") as on_progress:
         made = prepare(options, on_progress=on_progress)
@@ -203,10 +215,7 @@ def _counts(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
 
     name, lines = folder.name, []
     for split, found in manifest["splits"].items():
-        lines.append(
-            f"{name}/{split}: {count_of(found['num_phrases'], 'phrase')} ({found['num_no_target']:,} without a target) of "
-            f"{count_of(found['num_refs'], 'entry')}, {count_of(found['num_images'], 'image')}"
-        )
+        lines.append(f"{name}/{split}: {_counts_of_split(found)}")
         lines += [f"{name}/{split}: {note}" for note in found.get("notes", ())]
     for split, counts in manifest["skipped"].items():
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
@@ -214,6 +223,17 @@ def _counts(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     if (folder / LEFT_OUT_FILE).is_file():
         lines.append(f"{folder / LEFT_OUT_FILE} names all that was left out")
     return lines + [f"note: {note}" for note in manifest.get("notes", ())]
+
+
+def _counts_of_split(found: Mapping[str, Any]) -> str:
+    phrases, no_target = count_of(found["num_phrases"], "phrase"), f"{found['num_no_target']:,} without a target"
+    if "num_videos" not in found:
+        return f"{phrases} ({no_target}) of {count_of(found['num_refs'], 'entry')}, {count_of(found['num_images'], 'image')}"
+    numbers = (("num_videos", "video"), ("num_sentences", "sentence"), ("num_images", "frame"))
+    return (
+        f"{', '.join(count_of(found[key], noun) for key, noun in numbers)}: {phrases}, one for each sentence and frame "
+        f"({no_target if found.get('has_truth', True) else 'the truth is not published'})"
+    )
 
 
 def config_with_own_data(arguments: argparse.Namespace) -> tuple[RunConfig, list[str]]:
@@ -258,16 +278,13 @@ def run_check(arguments: argparse.Namespace) -> int:
     from deris_llm.evaluation.tables import Column, StackedTable
 
     counts = check_data(arguments.root, arguments.datasets)
-    numbers = [
-        ["unusable"] * 4
-        if split.problem
-        else [f"{n:,}" for n in (split.num_refs, split.num_phrases, split.num_no_target, split.num_images)]
+    has_videos = any(split.num_videos for split in counts)
+    rows = [
+        [*_numbers(split, has_videos=has_videos), f"{split.num_images_in_train:,}", _published(split)]
         for split in counts
     ]
-    rows = [
-        [*row, f"{split.num_images_in_train:,}", _published(split)] for split, row in zip(counts, numbers, strict=True)
-    ]
     headings = ("\nrefs", "\nphrases", "no\ntarget", "\nimages", "in\ntrain", "\npublished")
+    headings = ("\nvideos", "sen-\ntences", *headings) if has_videos else headings
     shown = console()
     shown.print(
         StackedTable(
@@ -275,7 +292,7 @@ def run_check(arguments: argparse.Namespace) -> int:
             Column("\nsplit", [split.name for split in counts]),
             [Column(heading, cells) for heading, *cells in zip(headings, *rows, strict=True)],
             caption="in train: images that its own train split contains too; published: refs / phrases / images, of gRefCOCO "
-            "phrases / those without a target",
+            "phrases / those without a target" + (", of videos videos / sentences" if has_videos else ""),
         )
     )
     for split in counts:
@@ -290,9 +307,19 @@ def run_check(arguments: argparse.Namespace) -> int:
     return 0 if are_whole and not any(split.problem for split in counts) else 1
 
 
+def _numbers(split: SplitCounts, *, has_videos: bool) -> list[str]:
+    """The counts of a split; those of videos first if any split has them."""
+    of_videos = [f"{n:,}" if n else "-" for n in (split.num_videos, split.num_sentences)] if has_videos else []
+    if split.problem:
+        return ["unusable"] * (len(of_videos) + 4)
+    no_target = f"{split.num_no_target:,}" if split.has_truth else "hidden"
+    return [*of_videos, f"{split.num_refs:,}", f"{split.num_phrases:,}", no_target, f"{split.num_images:,}"]
+
+
 def _published(split: SplitCounts) -> str:
     """The published counts of a split, and whether its own are equal."""
-    known = " / ".join(f"{number:,}" for number in split.known or split.known_phrases or ()) or "-"
+    numbers = split.known or split.known_phrases or split.known_videos or ()
+    known = " / ".join("?" if number is None else f"{number:,}" for number in numbers) or "-"
     return f"{known} (same)" if split.is_as_published else known
 
 
@@ -325,15 +352,26 @@ def run_show(arguments: argparse.Namespace) -> int:
         )
     check_split(arguments.root, arguments.split)
     from deris_llm.common.folders import check_writable
-    from deris_llm.data.show import contact_sheet, write_page  # imports torch, which takes seconds
+    from deris_llm.data.show import (
+        contact_sheet,
+        some_sentences,
+        strip_sheet,
+        write_page,
+    )  # imports torch, which takes seconds
 
     records = read_split(arguments.root, arguments.split, phrase_field=arguments.phrase_field)
-    count = max(1, min(arguments.count, len(records)))
-    chosen = [records[i * len(records) // count] for i in range(count)]
+    number, noun = len(records), "phrase"
+    shown: list[Any]
+    if sentences := records.sentences():
+        shown = some_sentences(records, sentences, arguments.count)
+        number, noun = len(sentences), "sentence"
+    else:
+        count = max(1, min(arguments.count, number))
+        shown = [records[i * number // count] for i in range(count)]
     check_writable(arguments.out.parent, "--out below")
     if arguments.out.suffix == ".html":
-        write_page(chosen, arguments.out, split=arguments.split, num_phrases=len(records))
+        write_page(shown, arguments.out, split=arguments.split, num_phrases=number)
     else:
-        contact_sheet(chosen).save(arguments.out)
-    sys.stdout.write(f"{arguments.out}: {count} of {count_of(len(records), 'phrase')} of {arguments.split}\n")
+        (strip_sheet if sentences else contact_sheet)(shown).save(arguments.out)
+    sys.stdout.write(f"{arguments.out}: {len(shown):,} of {count_of(number, noun)} of {arguments.split}\n")
     return 0

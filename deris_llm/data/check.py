@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deris_llm.data.formats import refer
 from deris_llm.data.errors import DataError
@@ -46,10 +47,27 @@ KNOWN_PHRASES: dict[str, tuple[int, int]] = {
 }
 """Phrases, and those of them without a target, of the published files that may have such."""
 
+KNOWN_VIDEOS: dict[str, tuple[int, int | None]] = {
+    "mevis/train": (1_662, 23_051),
+    "mevis/valid_u": (50, 793),
+    "mevis/valid": (140, 2_236),
+    "mevis/test": (154, 2_490),
+    "mevis-v2/train": (1_662, 27_502),
+    "mevis-v2/valid_u": (50, 907),
+    "mevis-v2/valid": (140, 2_523),
+    "ref-ytvos/train": (3_471, 12_913),
+    "ref-ytvos/valid": (202, None),
+    "ref-ytvos/test": (305, None),
+    "ref-davis/train": (60, None),
+    "ref-davis/val": (30, None),
+}
+"""Videos and sentences of the published files; None: not known."""
+
 
 _PUBLISHERS = {
     "grefcoco": "grefs(unc).json and instances.json from the gRefCOCO project again",
     "refcoco-m": "moondream/refcoco-m from Hugging Face again",
+    **dict.fromkeys(("mevis", "mevis-v2", "ref-ytvos", "ref-davis"), "it from where docs/video.md says, or rename this set"),
 }
 """Where a dataset that is not REFER's own comes from."""
 
@@ -74,6 +92,9 @@ class SplitCounts:
     num_images: int
     num_images_in_train: int  # of its own dataset's train split; 0 for train itself
     num_no_target: int = 0  # phrases without a target
+    num_videos: int = 0  # of which the images are frames
+    num_sentences: int = 0  # of the videos; each is a phrase of each frame
+    has_truth: bool = True
     problem: str | None = None
     notes: tuple[str, ...] = ()  # what a reader of the split's numbers must know
     source: str = ""  # the file that was counted, with size and hash
@@ -89,8 +110,20 @@ class SplitCounts:
         return KNOWN_PHRASES.get(self.name)
 
     @property
+    def known_videos(self) -> tuple[int, int | None] | None:
+        """Videos and sentences of the published split."""
+        return KNOWN_VIDEOS.get(self.name)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether counts of the published split are known."""
+        return bool(self.known or self.known_phrases or self.known_videos)
+
+    @property
     def is_as_published(self) -> bool:
         """Whether all known counts of the published split are met."""
+        if self.known_videos is not None:
+            return self.known_videos in ((self.num_videos, self.num_sentences), (self.num_videos, None))
         if self.known_phrases is not None:
             return self.known_phrases == (self.num_phrases, self.num_no_target)
         return self.known == (self.num_refs, self.num_phrases, self.num_images)
@@ -132,7 +165,7 @@ def check_data(root: str | Path, datasets: Sequence[str] | None = None) -> list[
         for split in splits:
             name = f"{dataset}/{split}"
             try:
-                num_phrases, num_no_target = _checked(root, dataset, split)
+                found = _checked(root, dataset, split)
             except DataError as error:
                 counts.append(SplitCounts(name, count_refs(root, name), 0, 0, 0, problem=str(error), source=source))
                 continue
@@ -143,10 +176,13 @@ def check_data(root: str | Path, datasets: Sequence[str] | None = None) -> list[
                 SplitCounts(
                     name,
                     count_refs(root, name),
-                    num_phrases,
+                    found["num_phrases"],
                     len(images),
                     shared,
-                    num_no_target,
+                    found["num_no_target"],
+                    found.get("num_videos", 0),
+                    found.get("num_sentences", 0),
+                    found.get("has_truth", True),
                     notes=split_notes(root, name),
                     source=source,
                 )
@@ -158,7 +194,7 @@ def differences(counts: Sequence[SplitCounts]) -> list[str]:
     """Returns a message for each source with other counts than the published ones: splits, file, and what to do."""
     by_source: dict[str, list[SplitCounts]] = {}
     for split in counts:
-        if split.problem is None and (split.known or split.known_phrases) and not split.is_as_published:
+        if split.problem is None and split.is_known and not split.is_as_published:
             by_source.setdefault(split.source, []).append(split)
     return [
         f"{', '.join(split.name for split in splits)}: expected the published counts, got others from {source}. "
@@ -167,8 +203,8 @@ def differences(counts: Sequence[SplitCounts]) -> list[str]:
     ]
 
 
-def _checked(root: str | Path, dataset: str, split: str) -> tuple[int, int]:
-    """Returns the number of phrases, and of those without a target, of a split that can be used."""
+def _checked(root: str | Path, dataset: str, split: str) -> Mapping[str, Any]:
+    """Returns the manifest's part of a split that can be used."""
     read_split(root, f"{dataset}/{split}")  # all files exist and have the right size
     manifest = manifest_of(root, dataset)
     found = manifest.splits[split]
@@ -179,7 +215,7 @@ def _checked(root: str | Path, dataset: str, split: str) -> tuple[int, int]:
                 f"{path}: expected sha256 {file['sha256'][:12]}, as the manifest says, got {digest[:12]}: the file was changed. "
                 f"Remove {manifest.folder} and run `deris-llm data prepare` again"
             )
-    return found["num_phrases"], found["num_no_target"]
+    return found
 
 
 def _described_file(path: Path) -> str:

@@ -21,6 +21,7 @@ from deris_llm.data.errors import describe
 from deris_llm.data.formats.base import (
     BadEntryError,
     FaultReason,
+    LabelMask,
     MaskFile,
     SourceEntry,
     SourceFault,
@@ -151,6 +152,7 @@ class _Shard:
         self.image_folder = image_folder
         self.rows: list[dict[str, Any]] = []
         self.result = ShardResult()
+        self._labels: tuple[str, np.ndarray | ValueError] = ("", np.zeros((0, 0), np.uint8))  # name and content of a palette image
         self._drawn: dict[tuple[int, int], bytes | ValueError] = {}  # (image, annotation id) -> RLE counts, or the fault
 
     def add(self, located: LocatedEntry) -> None:
@@ -190,7 +192,8 @@ class _Shard:
         if num_added := len(self.rows) - num_before:
             result.num_refs += 1
             result.num_phrases += num_added
-            result.num_no_target += num_added if entry.is_no_target else 0
+            is_absent = entry.may_be_absent and entry.has_truth and not instances
+            result.num_no_target += num_added if entry.is_no_target or is_absent else 0
             result.is_generalised |= entry.has_truth and len(instances) + len(crowds) != 1
             result.has_truth &= entry.has_truth
 
@@ -217,6 +220,8 @@ class _Shard:
                 empty.append((instance, f"{where}{named}{error}"))
             except ValueError as error:
                 raise BadEntryError("mask", f"{where}{error}") from error
+        if entry.may_be_absent:
+            return list({each["id"]: each for each in instances}.values()), crowds
         if empty and not instances:
             if not entry.may_be_empty:
                 raise BadEntryError("mask", empty[0][1])
@@ -262,12 +267,46 @@ class _Shard:
             raise mask
         if isinstance(mask, (MaskFile, bytes)):
             return encode_mask(self._read_mask(mask, size_hw))["counts"].encode()
+        if isinstance(mask, LabelMask):
+            inside = self._labels_of(mask.name, size_hw) == mask.label
+            if not inside.any():
+                raise NoPixelError(f"mask {mask.name}: expected pixels of object {mask.label}, got none")
+            return encode_mask(inside)["counts"].encode()
         if (array := _array(mask, size_hw)) is None:
             return visible_rle(mask, *size_hw)["counts"]
         inside = two_valued_mask(array)
         if not inside.any():
             raise NoPixelError("expected some pixels above 0 in the array, got none")
         return encode_mask(inside)["counts"].encode()
+
+    def _labels_of(self, name: str, size_hw: tuple[int, int]) -> np.ndarray:
+        """The numbers of objects in a palette image, uint8 (height, width); the phrases of a frame share the last one."""
+        if self._labels[0] != name:
+            self._labels = (name, self._read_labels(name, size_hw))
+        if isinstance(labels := self._labels[1], ValueError):
+            raise labels
+        return labels
+
+    def _read_labels(self, name: str, size_hw: tuple[int, int]) -> np.ndarray | ValueError:
+        path, fault = self.image_folder.file(name)
+        if path is None:
+            return ValueError(f"mask: {fault}")
+        if not path.is_file():
+            return ValueError(f"mask {name}: expected a palette PNG, got no file")
+        try:
+            with Image.open(path) as file:
+                mode, height, width = file.mode, file.height, file.width
+                labels = np.asarray(file) if (height, width) == size_hw and mode == "P" else None
+        except BROKEN as error:
+            return ValueError(f"mask {name}: expected a palette PNG, got {type(error).__name__}: {error}")
+        if (height, width) != size_hw:
+            return ValueError(f"mask {name}: expected {size_hw[1]} x {size_hw[0]} px, got {width} x {height} px")
+        if labels is None:
+            return ValueError(
+                f"mask {name}: expected a PNG with a palette, whose numbers are those of the objects, got mode {mode}: the numbers "
+                "cannot be known from grey values or colours; use the published file"
+            )
+        return labels
 
     def _read_mask(self, mask: MaskFile | bytes, size_hw: tuple[int, int]) -> np.ndarray:
         if isinstance(mask, MaskFile):

@@ -21,8 +21,14 @@ FORMATS = {
     "labelme": "labelme:LabelmeReader",
     "cvat": "cvat:CvatReader",
     "jsonl": "jsonl:JsonlReader",
+    "mevis": "mevis:MevisReader",
+    "ref-ytvos": "ref_ytvos:RefYtvosReader",
+    "ref-davis": "ref_davis:RefDavisReader",
 }
 """Format name -> module of this package and class in it."""
+
+VIDEO_FORMATS = ("mevis", "ref-ytvos", "ref-davis")
+"""Formats whose images are frames of videos."""
 
 
 def open_source(options: PrepareOptions) -> SourceReader:

@@ -37,11 +37,19 @@ class MaskFile:
     name: str  # relative to the reader's image folder
 
 
+@dataclass(frozen=True)
+class LabelMask:
+    """One object of a palette image, in which the number of a colour is the number of an object."""
+
+    name: str  # relative to the reader's image folder
+    label: int
+
+
 @dataclass(frozen=True, eq=False)
 class SourceInstance:
     """One referent as the source has it."""
 
-    mask: Any  # COCO polygons or RLE, a `MaskFile`, the bytes of such a file, or the ValueError that says why there is none
+    mask: Any  # COCO polygons or RLE, a `MaskFile` or `LabelMask`, the bytes of such a file, or the ValueError that says why there is none
     id: Any = None  # annotation id; None: the mask's content identifies the object
     is_crowd: bool = False  # kept apart from the other referents, for protocols that take crowds
 
@@ -57,6 +65,7 @@ class SourceEntry:
     instances: tuple[SourceInstance, ...]
     is_no_target: bool = False  # the source says that the phrases name nothing; otherwise an entry needs an instance
     may_be_empty: bool = False  # if no referent covers a pixel, the truth is empty, as in REFER's API; else that is a fault
+    may_be_absent: bool = False  # a referent that covers no pixel is not in this image; without any there is no target
     size_hw: Any = None  # px, for which the masks were annotated; None: the masks or the image tell
     image_id: Any = None  # only if the source's ids are shared with other datasets
     category: str | None = None
@@ -111,6 +120,7 @@ class PrepareOptions:
     exif: Exif | None = None  # orientation that was annotated if sizes do not tell; None: the format's convention
     takes_crowds: bool = False  # annotations with iscrowd=1 are objects like others (coco)
     normalised: bool = False  # polygons are given as fractions of the image's sides, from 0 to 1
+    train_frames: int | None = None  # at most so many evenly spaced frames of each video of train; None = all
     decode_images: bool = True  # False: images are not opened; the source tells their sizes
 
     @property

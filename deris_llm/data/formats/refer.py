@@ -102,8 +102,8 @@ GENERALISED_DATASETS = frozenset(name for name, dataset in DATASETS.items() if d
 OVER_COCO = frozenset(DATASETS) - {"rrsisd"}
 """Datasets over COCO's images, so that a split of one may show images that another trains on."""
 
-KNOWN_SPLITS = ("train", "val", "testA", "testB", "test")
-"""Names of the published sets' splits."""
+KNOWN_SPLITS = ("train", "val", "valid_u", "valid", "testA", "testB", "test")
+"""Names of the published sets' splits, those of videos included."""
 
 _NO_TARGET_ID = -1  # gRefCOCO's annotation id of phrases that name nothing
 

@@ -25,7 +25,7 @@ from typing import Any
 from deris_llm.common.folders import check_writable
 from deris_llm.common.version import __version__
 from deris_llm.data.errors import DataError, bad_records_error
-from deris_llm.data.formats import open_source, refer
+from deris_llm.data.formats import VIDEO_FORMATS, open_source, refer
 from deris_llm.data.formats.base import PrepareOptions, SourceEntry, SourceFault, SourceReader
 from deris_llm.data.formats.objects import split_named
 from deris_llm.data.images import ImageFolder, portable_name
@@ -37,10 +37,10 @@ from deris_llm.structures import Exif
 
 logger = logging.getLogger(__name__)
 
-_LATER_OPTIONS = ("val_share", "keeps_val", "follow_links", "exif", "takes_crowds", "normalised")
+_LATER_OPTIONS = ("val_share", "keeps_val", "follow_links", "exif", "takes_crowds", "normalised", "train_frames")
 
-_ANNOTATED_AS_STORED = frozenset({"refer", "seqtr"})
-"""Formats of datasets over COCO, whose masks were drawn on stored pixels; other tools draw on what viewers display."""
+_ANNOTATED_AS_STORED = frozenset({"refer", "seqtr", *VIDEO_FORMATS})
+"""Formats of datasets over COCO and videos, whose masks were drawn on stored pixels; other tools draw on what viewers display."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +93,17 @@ def _check_options(options: PrepareOptions) -> None:
         )
     if options.val_share is not None and not 0 < options.val_share < 1:
         raise DataError(f"--val-share {options.val_share}: expected a number between 0 and 1. Use e.g. 0.1")
+    is_video = options.format in VIDEO_FORMATS
+    if options.val_share is not None and is_video:
+        raise DataError(
+            f"--val-share {options.val_share}: expected the splits of the source, got --format {options.format}, of which frames of one "
+            "video would come into both. Leave it out"
+        )
+    if options.train_frames is not None and not (is_video and options.train_frames > 0):
+        raise DataError(
+            f"--train-frames {options.train_frames}: expected a number from 1 with --format {' or '.join(VIDEO_FORMATS)}, got "
+            f"--format {options.format}. Leave it out, or correct it"
+        )
     if options.takes_crowds and options.format != "coco":
         raise DataError(
             f"--crowds taken: expected --format coco, got {options.format}. Leave it out; gRefCOCO's crowds are kept in the set, and "

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from deris_llm.data.errors import DataError
 from deris_llm.data.store.records import Records, distinct_ids
@@ -64,7 +65,7 @@ class Manifest:
 
     @property
     def splits(self) -> Mapping[str, Mapping[str, Any]]:
-        """Split -> num_refs, num_phrases, num_images, num_no_target, notes, shards."""
+        """Split -> num_refs, num_phrases, num_images, num_no_target, notes, shards; of videos num_videos and num_sentences too."""
         return self.content["splits"]
 
     def has_truth(self, split: str) -> bool:
@@ -215,6 +216,22 @@ class PreparedSplit(Records):
     def phrases(self, rows: np.ndarray) -> list[str]:
         return self._texts(self._text, rows)
 
+    def sentences(self) -> dict[tuple[str, str], np.ndarray]:
+        """Groups the split's rows by sentence.
+
+        Returns:
+            (video, expression) -> int64, the rows in the order of the frames; empty if the images are no frames.
+        """
+        if not self._batches or "video" not in self._batches[0].schema.names:
+            return {}
+        numbers = pa.chunked_array([sentence_names(batch) for batch in self._batches]).combine_chunks().dictionary_encode()
+        indices = numbers.indices.to_numpy()
+        rows = np.argsort(indices, kind="stable")
+        groups = np.split(rows, np.flatnonzero(np.diff(indices[rows])) + 1)
+        places = (self._place(int(group[0])) for group in groups)
+        names = ((batch.column("video")[row].as_py(), batch.column("expression")[row].as_py()) for batch, row in places)
+        return dict(zip(names, groups, strict=True))
+
     def _texts(self, column: str, rows: np.ndarray) -> list[str]:
         places = map(self._place, map(int, rows))
         return [batch.column(column)[row].as_py() for batch, row in places]
@@ -260,6 +277,11 @@ def _annotations(found: Sequence[Mapping[str, Any]], size_hw: list[int]) -> tupl
 
 def _reopened(folder: Path, image_folder: Path, split: str, phrase_field: Literal["sent", "raw"]) -> PreparedSplit:
     return PreparedSplit(read_manifest(folder, image_folder), split, phrase_field=phrase_field)
+
+
+def sentence_names(batch: pa.RecordBatch) -> pa.Array:
+    """Returns ``video/expression`` of each row of a batch whose images are frames."""
+    return pc.call_function("binary_join_element_wise", [batch.column("video"), batch.column("expression"), pa.scalar("/")])
 
 
 def file_sha256(path: Path) -> str:

@@ -23,7 +23,7 @@ from deris_llm.data.formats.base import BadEntryError, SourceEntry, SourceFault,
 from deris_llm.data.formats.objects import class_key
 from deris_llm.data.images import ImageFolder
 from deris_llm.data.masks import polygons_in_px
-from deris_llm.data.store.prepared import file_sha256, map_arrow
+from deris_llm.data.store.prepared import file_sha256, map_arrow, sentence_names
 from deris_llm.data.validation import LocatedEntry, ShardResult, left_out_notes, write_shard
 
 PHRASES_PER_SHARD = 8192
@@ -48,9 +48,14 @@ class SplitContent:
     def described(self, arrow: Path, notes: Sequence[str] = ()) -> dict[str, Any]:
         """The split's part of the manifest; ``notes`` are the reader's."""
         images: set[int] = set()
+        videos: set[str | None] = set()
+        sentences: set[str | None] = set()
         for shard in self.shards:
             for batch in map_arrow(arrow / shard["file"], shard["bytes"]):
                 images |= set(np.unique(batch.column("image").to_numpy()).tolist())
+                if "video" in batch.schema.names:
+                    videos |= set(batch.column("video").unique().to_pylist()) - {None}
+                    sentences |= set(sentence_names(batch).unique().to_pylist()) - {None}
         described = {
             "num_refs": self.num_refs,
             "num_phrases": self.num_phrases,
@@ -59,6 +64,8 @@ class SplitContent:
             "notes": [*notes, *left_out_notes(self.crowds, self.without_pixel)],
             "shards": self.shards,
         }
+        if videos:
+            described |= {"num_videos": len(videos), "num_sentences": len(sentences)}
         return described if self.has_truth else {**described, "has_truth": False}
 
 

@@ -438,7 +438,7 @@ def test_the_command(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = parser.parse_args([*words, "--splits", "train", "--val-share", "0.5", "--skip-bad", "--follow-links"])
     assert arguments.run(arguments) == 0
     said = capsys.readouterr().out
-    assert "divided/train: 1 phrases left out (1 structure)" in said
+    assert "divided/train: 1 phrase left out (1 structure)" in said
     assert f"{world.root / 'divided/left_out.jsonl'} names all that was left out" in said
     assert "note: the only split, train, was divided by image: 2 of 3 images are val (--val-share 0.5)" in said
     arguments = parser.parse_args([*words, "--mapping", "phrase"])
