@@ -188,6 +188,7 @@ class ReferringRecord:
     category: str | None = field(default=None, compare=False)  # the referents' class; None if they have several
     num_same_class: int | None = field(default=None, compare=False)  # other objects of their classes in the image
     ref_id: int | None = field(default=None, compare=False)  # REFER's ref: phrases of one referent have the same
+    ignored: object | None = None  # RLE of the pixels that no metric counts (ReasonSeg); in training they are outside
     # A frame of a video is an image, and a sentence of the video is a phrase of each of its frames.
     video: str | None = None  # the source's id; None: not a frame
     frame: int | None = None  # position in the source's own list of frames

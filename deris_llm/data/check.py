@@ -36,6 +36,8 @@ KNOWN_COUNTS: dict[str, tuple[int, int, int]] = {
     "refcocog_google/train": (44_822, 85_474, 24_698),
     "refcocog_google/val": (5_000, 9_536, 4_650),
     "refcoco-m/validation": (2_080, 5_598, 1_190),  # by its card; a ref is a mask
+    "reasonseg/val": (200, 200, 200),  # by LISA's README
+    "reasonseg/test": (779, 779, 779),
 }
 """Refs, phrases, images of the published files."""
 
@@ -66,6 +68,7 @@ KNOWN_VIDEOS: dict[str, tuple[int, int | None]] = {
 
 _PUBLISHERS = {
     "grefcoco": "grefs(unc).json and instances.json from the gRefCOCO project again",
+    "reasonseg": "ReasonSeg from the LISA project again",
     "refcoco-m": "moondream/refcoco-m from Hugging Face again",
     **dict.fromkeys(("mevis", "mevis-v2", "ref-ytvos", "ref-davis"), "it from where docs/video.md says, or rename this set"),
 }

@@ -49,13 +49,16 @@ PHRASE_SCHEMA = pa.schema(
 
 _VIDEO_COLUMNS = {"video": pa.string(), "frame": pa.int32(), "expression": pa.string()}
 _TRUTH_COLUMN = {"has_truth": pa.bool_()}
+_IGNORED_COLUMN = {"ignored": pa.binary()}  # counts of a COCO RLE of the image's size
 
 
 def phrase_schema(entries: Sequence[SourceEntry]) -> pa.Schema:
-    """`PHRASE_SCHEMA`, with the columns of videos and of phrases without truth only if some entry uses them."""
+    """`PHRASE_SCHEMA`, with the columns of videos, phrases without truth and ignored pixels only if some entry uses them."""
     columns = _VIDEO_COLUMNS if any(entry.video is not None for entry in entries) else {}
     if not all(entry.has_truth for entry in entries):
         columns = {**columns, **_TRUTH_COLUMN}
+    if any(entry.ignored is not None for entry in entries):
+        columns = {**columns, **_IGNORED_COLUMN}
     return pa.schema([*PHRASE_SCHEMA, *(pa.field(name, kind) for name, kind in columns.items())])
 
 ROWS_PER_BATCH = 1024
@@ -161,6 +164,7 @@ class _Shard:
         try:
             _check_claims(entry, (located.height, located.width))
             instances, crowds = self._objects(located)
+            ignored = self._ignored(located)
         except BadEntryError as error:
             self._add_fault(located.fault(error.reason, str(error), max(1, len(entry.phrases))))
             return
@@ -184,6 +188,7 @@ class _Shard:
                     "frame": entry.frame,
                     "expression": entry.expression,
                     "has_truth": entry.has_truth,
+                    "ignored": ignored,
                 }
             )
             if crowds:
@@ -232,6 +237,21 @@ class _Shard:
         if len({each["id"] for each in (*instances, *crowds)}) < len(instances) + len(crowds):
             raise BadEntryError("target", "expected each object once, got one twice (same id or same mask)")
         return instances, crowds
+
+    def _ignored(self, located: LocatedEntry) -> bytes | None:
+        """The RLE counts of the pixels that no metric counts; None if there are none.
+
+        Raises:
+            BadEntryError: their mask cannot be used.
+        """
+        if located.entry.ignored is None:
+            return None
+        try:
+            return self._counts(located.entry.ignored, (located.height, located.width))
+        except NoPixelError:
+            return None
+        except ValueError as error:
+            raise BadEntryError("mask", f"ignored pixels: {error}") from error
 
     def _object(self, instance: SourceInstance, located: LocatedEntry) -> dict[str, Any]:
         """The columns of an object; each annotation of an image is drawn once.

@@ -17,7 +17,7 @@ from deris_llm.data.masks import encode_mask
 from deris_llm.evaluation.answers import Answer, outcome_fields
 from deris_llm.evaluation.boxes import Box, boxes_f1, boxes_of_masks
 from deris_llm.evaluation.metrics import Outcome, overlap
-from deris_llm.evaluation.truth import decoded_referents, merged_truths, resampled_truth
+from deris_llm.evaluation.truth import decoded_referents, merged_truths, resampled_truth, without_ignored
 from deris_llm.models.postprocess import PhraseAnswer, answer_masks, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringRecord
 
@@ -71,6 +71,7 @@ def compared(
             if protocol.resizes_finished_masks:
                 mask, oracle = resampled_truth(protocol, mask), resampled_truth(protocol, oracle)
             truth = resampled_truth(protocol, truths[protocol.crowds][i])
+            mask, oracle, truth = (without_ignored(protocol, asked[i], each) for each in (mask, oracle, truth))
             found, expected = boxes[protocol.rule][i], true_boxes[i]
             outcomes[i][protocol.id] = Outcome(
                 overlap(mask, truth),

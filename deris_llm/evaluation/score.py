@@ -42,7 +42,7 @@ from deris_llm.evaluation.submissions import (
     read_submission,
     rle_of,
 )
-from deris_llm.evaluation.truth import resampled_truth
+from deris_llm.evaluation.truth import resampled_truth, without_ignored
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
 
 logger = logging.getLogger(__name__)
@@ -354,7 +354,10 @@ def _scored(
         if other is not None:
             (compared, says), boxes = _checked(other, *size), other.boxes
             others[protocol.id] = Answer(mask=_plain(compared), says_target=says, boxes=boxes)
-        if protocol.fixed_px is None:
+        if protocol.fixed_px is None and record.ignored is not None:
+            answer, true = (without_ignored(protocol, record, _transposed(each).T) for each in (compared, truth))
+            pixels, truth_px = overlap(answer, true), int(np.count_nonzero(true))
+        elif protocol.fixed_px is None:
             pixels, truth_px = _overlap(compared, truth), int(coco_mask.area(truth))
         else:
             if other is not None:
@@ -363,6 +366,7 @@ def _scored(
                 drawn_WH = _transposed(mask) if drawn_WH is None else drawn_WH
                 answer_WH = resampled_truth(protocol, drawn_WH)
             truth_WH = truths.resized_truth(record, protocol)
+            answer_WH, truth_WH = (without_ignored(protocol, record, each.T).T for each in (answer_WH, truth_WH))
             pixels, truth_px = overlap(answer_WH, truth_WH), int(np.count_nonzero(truth_WH))
         boxes_match = None if true_boxes is None or boxes is None else boxes_f1(boxes, true_boxes) == 1
         outcomes[protocol.id] = Outcome(

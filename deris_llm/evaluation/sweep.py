@@ -21,7 +21,7 @@ from deris_llm.data.sources import is_generalised, read_split
 from deris_llm.evaluation.calibration import Calibration, choose
 from deris_llm.evaluation.evaluator import answers_of, check_records
 from deris_llm.evaluation.metrics import Outcome, metric_ratios, overlap, percents
-from deris_llm.evaluation.truth import merged_truths, resampled_truth
+from deris_llm.evaluation.truth import merged_truths, resampled_truth, without_ignored
 from deris_llm.models.cognition import CognitionProcessor
 from deris_llm.models.postprocess import answering_queries, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringRecord
@@ -167,9 +167,12 @@ def swept(
         outcomes: dict[int, Outcome] = {}  # by number of selected queries
         for number in {len(answer) for answer in answers}:
             mask = resampled_truth(protocol, joined[number]) if protocol.resizes_finished_masks else joined[number]
+            mask = without_ignored(protocol, record, mask)
             says_target = bool(joined[number].any())
             outcomes[number] = Outcome(
-                overlap(mask, truth), has_target=not record.is_no_target, says_target=says_target
+                overlap(mask, without_ignored(protocol, record, truth)),
+                has_target=not record.is_no_target,
+                says_target=says_target,
             )
         found.append(SweptPhrase(record.phrase_id, tuple(outcomes[len(answer)] for answer in answers)))
     return found

@@ -48,6 +48,20 @@ def decoded_referents(records: Sequence[ReferringRecord]) -> list[np.ndarray]:
     return referents
 
 
+def without_ignored(protocol: Protocol, record: ReferringRecord, mask: np.ndarray) -> np.ndarray:
+    """Removes the pixels that no metric counts from a truth or an answer.
+
+    Args:
+        protocol: at whose size the mask is.
+        record: with the ignored pixels; most have none, and the mask is returned as it is.
+        mask: bool, of `Protocol.size_hw`.
+    """
+    if record.ignored is None:
+        return mask
+    ignored = decode_segmentation(record.ignored, record.height, record.width)
+    return mask & ~resampled_truth(protocol, ignored)
+
+
 def resampled_truth(protocol: Protocol, mask: np.ndarray) -> np.ndarray:
     """Resizes a ground-truth mask, or a finished prediction, to the size at which a protocol compares.
 

@@ -71,6 +71,7 @@ class SourceEntry:
     category: str | None = None
     num_same_class: int | None = None
     ref_id: int | None = None
+    ignored: Any = None  # mask of pixels that no metric counts
     video: str | None = None  # `ReferringRecord` says what these four mean
     frame: int | None = None
     expression: str | None = None

@@ -1,18 +1,14 @@
-"""Reads LabelMe's JSON, one file beside each image, and LISA's ReasonSeg, which is similar.
+"""Reads LabelMe's JSON, one file beside each image, and ReasonSeg (`deris_llm.data.formats.reasonseg`), which is similar.
 
     {"imagePath": "a.jpg", "imageHeight": 480, "imageWidth": 640,
      "shapes": [{"label": "dog", "shape_type": "polygon", "points": [[10, 10], [60, 10], [60, 40]], "group_id": null,
                  "description": "the left dog"}]}
-    {"text": ["something that can bark", ...], "shapes": [{"label": "target", "points": [...]}]}      ReasonSeg
 
 `--source` is a file, or a folder with such files or with a folder of them per split (`train/`, `valid/`; if no folder name
 says a split, all is `train`). A label is a phrase that means all its objects in the image; an object with a `description`
 (or the field that `--mapping caption=FIELD` names) is meant by that text, alone. Shapes of one label and `group_id` are one
 object. Polygons, circles and masks are drawn; boxes only with `--mapping boxes=masks`. Images: as `imagePath` says, or with
 the JSON's own name; below --images, if given.
-
-ReasonSeg: each text means all shapes labelled `target`, joined. Images with a region that its evaluation ignores
-cannot be used: a phrase's mask has no such region here.
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ from typing import Any
 from PIL import Image
 
 from deris_llm.data.errors import DataError, describe
-from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceInstance, PrepareOptions, SourcePhrase, read_json_file
+from deris_llm.data.formats.base import PrepareOptions, SourceEntry, SourceFault
 from deris_llm.data.formats.objects import (
     AnnotationReader,
     Shape,
@@ -39,7 +35,8 @@ from deris_llm.data.formats.objects import (
     rectangle,
     split_named,
 )
-from deris_llm.data.images import BROKEN, MAX_PIXELS, portable_name
+from deris_llm.data.formats.reasonseg import entries_of_file, is_reasonseg, notes_of_split, read_any_encoding
+from deris_llm.data.images import BROKEN, MAX_PIXELS, ImageFolder, portable_name
 from deris_llm.data.masks import mask_of_image
 
 _BOXES = ("rectangle", "oriented_rectangle", "rotation")  # two corners, or four
@@ -76,6 +73,7 @@ class LabelmeReader(AnnotationReader):
             ),
         )
         contents = {file: content for file, content in self._contents.items() if isinstance(content, dict)}
+        self._note_reasonseg(contents)
         self.locate_images({file: self._image_of(file, content) for file, content in contents.items()})
 
     def entries(self) -> Iterator[SourceEntry | SourceFault]:
@@ -87,10 +85,23 @@ class LabelmeReader(AnnotationReader):
             elif not isinstance(content["shapes"], list) or not all(isinstance(s, dict) for s in content["shapes"]):
                 message = f"expected `shapes` to be a list of objects, got {describe(content['shapes'])}"
                 yield SourceFault(where, split, "structure", message)
-            elif "text" in content:
-                yield self._reasoning(file, where, split, content)
+            elif is_reasonseg(content):
+                folder = ImageFolder(self.image_folder, self.options.follow_links)
+                exif = self.options.exif or "displayed"
+                yield from entries_of_file(content, where, split, file.stem, self.image_names[file], folder, exif)
             else:
                 yield from self._labelled(file, where, split, content)
+
+    def _note_reasonseg(self, contents: Mapping[Path, dict[str, Any]]) -> None:
+        """Notes by split what is special about files of ReasonSeg."""
+        of_split: dict[str, list[Mapping[str, Any]]] = {}
+        for file, content in contents.items():
+            shapes = content["shapes"]
+            if is_reasonseg(content) and isinstance(shapes, list) and all(isinstance(shape, dict) for shape in shapes):
+                of_split.setdefault(split_named(file.parent.name) or "train", []).append(content)
+        for half, is_sentence in (("test_short", False), ("test_long", True)):
+            of_split[half] = [each for each in of_split.get("test", []) if each.get("is_sentence") is is_sentence]
+        self.split_notes = {split: notes_of_split(found, split) for split, found in of_split.items()}
 
     def _labelled(
         self, file: Path, where: str, split: str, content: Mapping[str, Any]
@@ -111,27 +122,6 @@ class LabelmeReader(AnnotationReader):
         name = file.stem if split_named(file.parent.name) else os.path.splitext(where)[0]
         for entry in entries_of_shapes(name, split, self.image_names[file], size_hw, shapes, where):
             yield entry if isinstance(entry, SourceFault) else replace(entry, size_hw=_declared(content))
-
-    def _reasoning(self, file: Path, where: str, split: str, content: Mapping[str, Any]) -> SourceEntry | SourceFault:
-        texts = content["text"] if isinstance(content["text"], list) else [content["text"]]
-        polygons: list[Any] = []
-        for each in content["shapes"]:
-            label = str(each.get("label")).lower()
-            if "ignore" in label:
-                message = "expected shapes of the target alone, got a region to ignore, which masks here do not have"
-                return SourceFault(where, split, "mask", message, max(1, len(texts)))
-            try:
-                polygons += self._mask(each, None) if label != "flag" else []  # as LISA's loader does
-            except BROKEN as error:
-                return SourceFault(where, split, "mask", str(error), max(1, len(texts)))
-        return SourceEntry(
-            where=where,
-            split=split,
-            image=self.image_names[file],
-            phrases=tuple(SourcePhrase(f"{file.stem}-{k}", text) for k, text in enumerate(texts)),
-            instances=(SourceInstance(polygons),) if polygons else (),
-            size_hw=_declared(content),
-        )
 
     def _mask(self, shape: Mapping[str, Any], size_hw: tuple[int, int] | None) -> Any:
         """Polygons or RLE of a shape.
@@ -180,7 +170,7 @@ class LabelmeReader(AnnotationReader):
 def _read(file: Path) -> dict[str, Any] | str | None:
     """The content without the embedded image; what is wrong with the file; or None for JSON of another form."""
     try:
-        content = read_json_file(file)
+        content = read_any_encoding(file)
     except DataError as error:
         return str(error)
     return {key: value for key, value in content.items() if key != "imageData"} if isinstance(content, dict) else None

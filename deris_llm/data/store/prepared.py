@@ -262,6 +262,7 @@ class PreparedSplit(Records):
             category=row["category"],
             num_same_class=row["num_same_class"],
             ref_id=row["ref_id"],
+            ignored=_rle(row.get("ignored"), size),
             video=row.get("video"),
             frame=row.get("frame"),
             expression=row.get("expression"),
@@ -273,6 +274,10 @@ def _annotations(found: Sequence[Mapping[str, Any]], size_hw: list[int]) -> tupl
     return tuple(
         InstanceAnnotation(each["id"], {"size": size_hw, "counts": each["counts"].decode("ascii")}) for each in found
     )
+
+
+def _rle(counts: bytes | None, size_hw: list[int]) -> dict[str, Any] | None:
+    return None if counts is None else {"size": size_hw, "counts": counts.decode("ascii")}
 
 
 def _reopened(folder: Path, image_folder: Path, split: str, phrase_field: Literal["sent", "raw"]) -> PreparedSplit:
