@@ -68,6 +68,17 @@ def at_least(lowest: int) -> Callable[[str], int]:
     return number
 
 
+def positive(text: str) -> float:
+    """Parses a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
+
+
 def add_command(
     commands: Any,
     name: str,

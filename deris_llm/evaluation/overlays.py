@@ -26,13 +26,20 @@ _MAX_SCALE = 3  # small images are enlarged up to this factor
 PREDICTED_RGB = (255, 122, 0)
 TRUTH_RGB = (0, 190, 255)
 """Orange and blue, which people who confuse colours tell apart; the truth's line is dashed besides."""
+_PHRASE_RGB = (
+    (255, 122, 0), (0, 150, 255), (0, 170, 90), (214, 60, 170), (250, 205, 0), (120, 80, 235), (230, 40, 50), (0, 190, 190),
+    (150, 100, 40), (130, 160, 0),
+)  # fmt: skip
 _GAP_RGB = (8, 24, 48)  # between the dashes: they stand out on any image
 _DASH_PX = 5
 _TINT = 0.42
 _CAPTION_PX = 74
 _MARGIN_PX = 16
 _COLUMNS = 4
+_LEGEND_ROW_PX = 30
+_LEGEND_ROWS = 10  # further phrases are counted
 
+Rgb = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -136,7 +143,24 @@ def draw_overlay(
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
-def paint_mask(canvas: np.ndarray, mask: np.ndarray, rgb: tuple[int, int, int]) -> None:
+def colour_of(phrase_index: int) -> Rgb:
+    """Returns the colour of a phrase; after ten they repeat, and the numbers on the masks tell them apart."""
+    return _PHRASE_RGB[phrase_index % len(_PHRASE_RGB)]
+
+
+def paint_masks(canvas: np.ndarray, masks: Sequence[np.ndarray], *, last: int | None = None) -> None:
+    """Paints a mask per phrase, each in the colour of its phrase; small masks lie on large ones.
+
+    Args:
+        canvas: see `paint_mask`.
+        masks: P masks, bool (h, w).
+        last: the phrase whose mask lies on top; None = the smallest.
+    """
+    for phrase in sorted(range(len(masks)), key=lambda p: (p == last, -int(masks[p].sum()))):
+        paint_mask(canvas, masks[phrase], colour_of(phrase))
+
+
+def paint_mask(canvas: np.ndarray, mask: np.ndarray, rgb: Rgb) -> None:
     """Tints and outlines a mask.
 
     Args:
@@ -146,6 +170,44 @@ def paint_mask(canvas: np.ndarray, mask: np.ndarray, rgb: tuple[int, int, int]) 
     """
     canvas[mask] = (1 - _TINT) * canvas[mask] + _TINT * np.array(rgb, dtype=np.float32)
     canvas[outline_of(mask)] = rgb
+
+
+def draw_phrases(
+    image: Image.Image, masks: Sequence[np.ndarray], rows: Sequence[tuple[str, str]], *, width_px: int, note: str = ""
+) -> Image.Image:
+    """Draws the masks of several phrases on an image, and below it a legend with a row per phrase.
+
+    Width and height are even, as video codecs need. Images and legends of equal sizes give equal sizes.
+
+    Args:
+        image: RGB.
+        masks: P masks, bool (h, w) at the image's size.
+        rows: P pairs: the phrase, and what is said of it at the right.
+        width_px: wanted width; small images are enlarged at most three times.
+        note: of the image, in a last row.
+
+    Returns:
+        RGB image.
+    """
+    scale = min(width_px / image.width, _MAX_SCALE)
+    size = (max(2, round(image.width * scale / 2) * 2), max(2, round(image.height * scale / 2) * 2))
+    canvas = np.asarray(image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0), dtype=np.float32).copy()
+    paint_masks(canvas, [resized_mask(mask, size) for mask in masks])
+    shown = rows[:_LEGEND_ROWS]
+    page = Image.new("RGB", (size[0], size[1] + _LEGEND_ROW_PX * (len(shown) + 1)), "white")
+    page.paste(Image.fromarray(canvas.round().clip(0, 255).astype(np.uint8)))
+    pen, font, small = ImageDraw.Draw(page), ImageFont.load_default(17), ImageFont.load_default(14)
+    y = size[1] + _LEGEND_ROW_PX // 2
+    for number, (phrase, said) in enumerate(shown):
+        pen.rectangle((8, y - 9, 26, y + 9), fill=colour_of(number))
+        width = pen.textlength(said, font=small)
+        pen.text((size[0] - 8 - width, y), said, fill=(90, 90, 100), font=small, anchor="lm")
+        text = fitted(phrase, font, max(0, size[0] - 34 - width - 20), pen)
+        pen.text((34, y), text, fill=(20, 20, 30), font=font, anchor="lm")
+        y += _LEGEND_ROW_PX
+    more = f"and {len(rows) - len(shown)} more phrases; " if len(rows) > len(shown) else ""
+    pen.text((8, y), fitted(more + note, small, size[0] - 16, pen), fill=(130, 130, 140), font=small, anchor="lm")
+    return page
 
 
 def write_contact_sheet(cases: Sequence[Case], path: str | Path, *, title: str, protocol: str) -> None:

@@ -31,6 +31,7 @@ from deris_llm.data.collate import ReferringCollator
 from deris_llm.data.images import Picture, as_picture
 from deris_llm.data.token_budget import split_phrases, token_counter
 from deris_llm.data.validation import is_text
+from deris_llm.data.video import VideoSource, open_video
 from deris_llm.evaluation.calibration import calibrated
 from deris_llm.models.cognition import CognitionProcessor, build_processor
 from deris_llm.models.cpu_inference import for_cpu_inference
@@ -38,6 +39,7 @@ from deris_llm.models.out_of_memory import explains_out_of_memory
 from deris_llm.models.postprocess import PhraseAnswer, PresenceUse, Selection, answer_masks
 from deris_llm.serving.answers import ImageAnswer, about_image
 from deris_llm.serving.inspection import Inspection, joined_outputs, outputs_by_phrase
+from deris_llm.serving.video import VideoAnswers
 from deris_llm.structures import DerisOutput
 
 if TYPE_CHECKING:
@@ -290,6 +292,24 @@ class DerisPipeline:
         """
         for asked in self._ask(pairs, self._answers):
             yield about_image(asked.results, asked.phrases, asked.source)
+
+    def video(self, video: VideoSource, phrases: str | Sequence[str]) -> VideoAnswers:
+        """Asks phrases of every frame of a video; each frame is answered as an image of its own.
+
+        Nothing is computed before the result is iterated over or saved. Memory does not grow with the length of the video.
+
+        Args:
+            video: a video file, a folder of images, or a list of files, PIL images or arrays.
+            phrases: one or several.
+
+        Returns:
+            the answers, frame by frame; `save` writes them.
+
+        Raises:
+            ValueError: no such video, a file that is none, no frame, no phrase, or a phrase that cannot be used.
+        """
+        texts = checked_phrases([phrases] if isinstance(phrases, str) else phrases)
+        return VideoAnswers(self, open_video(video), texts)
 
     def inspect(self, image: Picture, phrases: str | Sequence[str]) -> Inspection:
         """Runs the network once about an image and keeps what it computed, to look into it and to try other rules.

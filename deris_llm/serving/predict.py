@@ -226,7 +226,7 @@ def predict(
     Raises:
         ValueError: the folder holds something else or cannot be written to, or (without `skip_bad`) an image or phrase is bad.
     """
-    done = _prepared(out, _settings(pipeline, instances=instances) | {"exif": exif})
+    done = _prepared(out, rule_of(pipeline, instances=instances) | {"exif": exif})
     result = Predictions(out, pipeline.threshold_source, bad=list(bad), others=list(others))
     by_picture: dict[Path, list[Question]] = {}
     for question in dict.fromkeys(questions):
@@ -251,7 +251,7 @@ def predict(
             for batch in batches:
                 for question, answer in _answered(pipeline, batch, result.bad, exif, skip_bad=skip_bad):
                     _write_files(question, answer, out, overlays=overlays, instances=instances)
-                    line = _line(question, answer, instances=instances) | _settings(pipeline)
+                    line = _line(question, answer, instances=instances) | rule_of(pipeline)
                     line |= {"exif": exif} if exif == "stored" else {}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     small = {name: value for name, value in line.items() if name not in ("mask", "instances")}
@@ -306,7 +306,7 @@ def _one_by_one(
                 yield question, answer
 
 
-def _settings(pipeline: DerisPipeline, *, instances: bool | None = None) -> dict[str, Any]:
+def rule_of(pipeline: DerisPipeline, *, instances: bool | None = None) -> dict[str, Any]:
     """Returns the checkpoint and the selection rule that made the answers."""
     options = pipeline.config.evaluation
     settings: dict[str, Any] = {

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from deris_llm.evaluation.overlays import outline_of, paint_mask, resized_mask
+from deris_llm.evaluation.overlays import Rgb, colour_of, outline_of, paint_mask, paint_masks, resized_mask
 from deris_llm.models.postprocess import PresenceUse, Selection
 from deris_llm.serving.answers import ImageAnswer
 from deris_llm.serving.inspection import Inspection
@@ -22,14 +22,8 @@ DISPLAY_PX = 1024
 _SMALLEST_PX = 640  # smaller images are enlarged, so that outlines and numbers stay fine
 _THUMBNAIL_PX = 320
 _NUMBER_PX = 27
-_COLOURS = (
-    (255, 122, 0), (0, 150, 255), (0, 170, 90), (214, 60, 170), (250, 205, 0), (120, 80, 235), (230, 40, 50), (0, 190, 190),
-    (150, 100, 40), (130, 160, 0),
-)  # fmt: skip
 _ONLY_FIRST, _ONLY_SECOND, _BOTH = (255, 122, 0), (0, 150, 255), (245, 245, 245)
 _VERDICTS = {"found": "found", "best guess": "best guess, below the threshold", "nothing": "not in the image"}
-
-Rgb = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -47,11 +41,6 @@ class Rule:
         )
 
 
-def colour_of(phrase_index: int) -> Rgb:
-    """Returns the colour of a phrase; after ten they repeat, and the numbers on the masks tell them apart."""
-    return _COLOURS[phrase_index % len(_COLOURS)]
-
-
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
@@ -66,14 +55,12 @@ def annotated_image(inspection: Inspection, answers: Sequence[ImageAnswer], chos
     canvas = _canvas(inspection, DISPLAY_PX)
     size = (canvas.shape[1], canvas.shape[0])
     masks = [resized_mask(answer.mask, size) for answer in answers]
-    by_area = sorted(range(len(masks)), key=lambda p: (p == chosen, -int(masks[p].sum())))  # small ones on top
-    for phrase in by_area:
-        paint_mask(canvas, masks[phrase], colour_of(phrase))
-        if phrase == chosen:
-            _frame_mask(canvas, masks[phrase])
+    paint_masks(canvas, masks, last=chosen)
+    if chosen is not None and chosen < len(masks):
+        _frame_mask(canvas, masks[chosen])
     image = _image(canvas)
     pen, taken = ImageDraw.Draw(image), []
-    for phrase in sorted(by_area):
+    for phrase in range(len(masks)):
         if masks[phrase].any():
             taken.append(_free_xy(_innermost_xy(masks[phrase]), taken, image.width))
             _draw_number(pen, taken[-1], phrase + 1, colour_of(phrase))
