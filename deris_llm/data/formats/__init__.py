@@ -19,6 +19,7 @@ FORMATS = {
     "hf": "huggingface:HuggingFaceReader",
     "coco": "coco:CocoReader",
     "labelme": "labelme:LabelmeReader",
+    "refsegrs": "refsegrs:RefSegRSReader",
     "cvat": "cvat:CvatReader",
     "jsonl": "jsonl:JsonlReader",
     "mevis": "mevis:MevisReader",
