@@ -8,6 +8,8 @@ from typing import Any
 
 from deris_llm.cli.arguments import add_command, at_least, path
 
+VIDEO_FORMATS = ("mevis", "ref-ytvos", "ref-davis-a", "ref-davis-b", "davis-semi", "davis-unsup")
+
 
 def add(commands: Any) -> None:
     """Adds the command."""
@@ -15,10 +17,13 @@ def add(commands: Any) -> None:
         commands, "score", "score the predictions of any method, with the metrics and files of eval", run
     )
     parser.add_argument(
-        "predictions", type=path, metavar="PRED.jsonl|FOLDER", help="a JSONL file or a folder of PNG masks"
+        "predictions",
+        type=path,
+        metavar="PRED.jsonl|FOLDER",
+        help="a JSONL file or a folder of PNG masks; with --format a folder of PNGs or a JSON file of RLEs",
     )
-    parser.add_argument("--data", type=path, required=True, metavar="ROOT", help="folder of images and datasets")
-    parser.add_argument("--split", required=True, metavar="SPLIT", help="e.g. refcoco/val")
+    parser.add_argument("--data", type=path, metavar="ROOT", help="folder of images and datasets")
+    parser.add_argument("--split", metavar="SPLIT", help="e.g. refcoco/val")
     parser.add_argument(
         "--protocol",
         nargs="+",
@@ -38,6 +43,21 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--workers", type=at_least(1), metavar="N", help="number of processes (default: one per core, at most 8)"
     )
+    video = parser.add_argument_group("videos, instead of --data and --split")
+    video.add_argument("--format", choices=VIDEO_FORMATS, help="benchmark whose rules are followed (docs/video.md)")
+    video.add_argument("--truth", type=path, metavar="DIR", help="folder of its truth, as published")
+    video.add_argument(
+        "--expressions",
+        type=path,
+        metavar="FILE",
+        help="meta_expressions.json of ref-ytvos, if it is not beside the truth",
+    )
+    video.add_argument(
+        "--missing-as-empty",
+        action="store_true",
+        help="take empty masks for frames and expressions without a prediction (default: missing frames are an error, "
+        "expressions without any frame count as 0)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -47,6 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"{given}: expected a JSONL file or a folder of predictions, got none at {given.absolute()}"
             )
+    if arguments.format is not None:
+        return _run_video(arguments)
+    _check_image_options(arguments)
     from deris_llm.config.protocols import protocols_of_file
     from deris_llm.data.sources import check_split
 
@@ -75,5 +98,58 @@ def run(arguments: argparse.Namespace) -> int:
     shown.print(report_table(report))
     if comparison is not None:
         shown.print(comparison_table(comparison))
+    shown.print(f"written to {output}", soft_wrap=True)
+    return 0
+
+
+def _check_image_options(arguments: argparse.Namespace) -> None:
+    if arguments.data is None or arguments.split is None:
+        raise ValueError(
+            "score: expected --data ROOT and --split DATASET/SPLIT, or for videos --format and --truth, got "
+            f"{'--data alone' if arguments.data else '--split alone' if arguments.split else 'none of them'}: give both"
+        )
+    given = {
+        "--truth": arguments.truth,
+        "--expressions": arguments.expressions,
+        "--missing-as-empty": arguments.missing_as_empty,
+    }
+    if wrong := [name for name, value in given.items() if value]:
+        raise ValueError(f"{wrong[0]}: expected --format with it, got --split: it is an option of videos; leave it out")
+
+
+def _run_video(arguments: argparse.Namespace) -> int:
+    given = {
+        "--data": arguments.data,
+        "--split": arguments.split,
+        "--against": arguments.against,
+        "--protocol": arguments.protocol != ["original"],
+        "--phrase-field": arguments.phrase_field != "sent",
+    }
+    if wrong := [name for name, value in given.items() if value]:
+        raise ValueError(f"{wrong[0]}: expected no such option with --format, got one: leave it out, or --format")
+    if arguments.truth is None:
+        raise ValueError(
+            f"--format {arguments.format}: expected --truth DIR, the folder of the truth, got none: give it"
+        )
+    if arguments.expressions is not None and arguments.format != "ref-ytvos":
+        raise ValueError("--expressions: expected --format ref-ytvos with it, got another format: leave it out")
+    from deris_llm.common.terminal import console
+    from deris_llm.evaluation.output import check_writable
+    from deris_llm.evaluation.score import default_folder
+    from deris_llm.evaluation.video.score import run_video_score, video_table
+
+    output = arguments.output or default_folder(arguments.predictions, arguments.format)
+    check_writable(arguments.output or Path("runs", "score"))
+    report = run_video_score(
+        arguments.predictions,
+        form=arguments.format,
+        truth=arguments.truth,
+        out=output,
+        expressions=arguments.expressions,
+        missing_as_empty=arguments.missing_as_empty,
+        workers=arguments.workers,
+    )
+    shown = console()
+    shown.print(video_table(report))
     shown.print(f"written to {output}", soft_wrap=True)
     return 0

@@ -126,7 +126,7 @@ def mask_of_image(file: Image.Image) -> tuple[np.ndarray, bool]:
     values = np.asarray(file)
     if not is_lossy:
         if file.mode == "P":
-            _check_palette(file, values)
+            check_palette(file, values)
         return two_valued_mask(values), False
     # The area of a label is flat grey; an edge between black and white is not, whatever the compression does to it.
     lowest, highest = (np.asarray(file.filter(kind(3))) for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
@@ -140,8 +140,16 @@ def mask_of_image(file: Image.Image) -> tuple[np.ndarray, bool]:
     return values >= 128, True
 
 
-def _check_palette(file: Image.Image, values: np.ndarray) -> None:
-    """Checks that palette entry 0 alone is black: programs that reduce colours may make the background entry 1."""
+def check_palette(file: Image.Image, values: np.ndarray) -> None:
+    """Checks that palette entry 0 alone is black: programs that reduce colours may make the background entry 1.
+
+    Args:
+        file: of mode P.
+        values: its numbers, (h, w).
+
+    Raises:
+        ValueError: another entry that the image uses is black, or entry 0 is not.
+    """
     is_seen: np.ndarray = np.asarray(file.convert("RGB")).max(axis=-1) > 0
     wrong = np.not_equal(values != 0, is_seen)
     if wrong.any():
