@@ -594,7 +594,7 @@ def _protocol_b(root: Path, name: str, scores: Mapping[Any, np.ndarray], found: 
     keys = davis_mask_keys(meta)
     by_rle = {video.name: video for video in _from_mask_dict(root, meta, keys)}
     pngs = root / "pred_B" / name
-    frames: dict[str, list[Score]] = {}
+    frames: dict[tuple[str, str], list[Score]] = {}
     for video in videos:
         for t, frame in enumerate(video.frames):
             truths, same = video.masks(t), by_rle[video.name].masks(t)
@@ -604,15 +604,15 @@ def _protocol_b(root: Path, name: str, scores: Mapping[Any, np.ndarray], found: 
                 if pngs.is_dir():
                     read = read_mask(pngs / video.name / expression / f"{frame}.png", video.size)
                     found.maps(f"{name}.{video.name}.{expression}.{frame}", answer, read)
-                frames.setdefault(f"{video.name}/{expression}", []).append(frame_score(truth, answer))
+                frames.setdefault((video.name, expression), []).append(frame_score(truth, answer))
     total, of_expression = expression_scores(frames)
     if pngs.is_dir():
         from_pngs = mean_score(one.score for one in score_expressions(videos, PngTree.of(pngs), workers=1))
         found.trees(f"protocol_B.{name}.from_png", list(from_pngs), list(total))
     return _scores_of(total) | {
         "expressions": {
-            key: _scores_of(score) | {"mask_dict_key": keys[tuple(key.split("/"))]}
-            for key, score in of_expression.items()
+            f"{video}/{expression}": _scores_of(score) | {"mask_dict_key": keys[video, expression]}
+            for (video, expression), score in of_expression.items()
         }
     }
 

@@ -56,6 +56,7 @@ FORMATS = {
 }
 """Formats of `deris-llm score`, with what they compare."""
 SCORES_FILE = "scores.json"
+_EACH_FILES = ("expressions.jsonl", "objects.jsonl")
 _LISTED = 5
 _ITEM = TypeVar("_ITEM")
 _RESULT = TypeVar("_RESULT")
@@ -148,7 +149,7 @@ def score_davis(
     }
 
 
-def read_truth(form: str, truth: Path, expressions: Path | None = None) -> list[TruthVideo]:
+def read_truth(form: str, truth: Path, expressions: Path | None = None) -> Sequence[TruthVideo]:
     """Reads the truth of a format whose unit is the expression.
 
     Raises:
@@ -196,13 +197,13 @@ def run_video_score(
         notes += [f"{count_of(len(unknown), 'prediction')} of nothing in the truth, not read: {_some(unknown)}"] * bool(
             unknown
         )
-        lines, file = [_line(result) for result in results], "expressions.jsonl"
+        lines, file = [_line(result) for result in results], _EACH_FILES[0]
         counts = {"videos": len(videos), "expressions": len(results)}
     else:
         numbers, lines, notes, counts = _davis(
             predictions, form=form, truth=truth, missing_as_empty=missing_as_empty, workers=workers
         )
-        file = "objects.jsonl"
+        file = _EACH_FILES[1]
     report = {
         "format": form,
         "compares": FORMATS[form],
@@ -216,6 +217,8 @@ def run_video_score(
         "each": file,
     }
     out.mkdir(parents=True, exist_ok=True)
+    for other in _EACH_FILES:
+        (out / other).unlink(missing_ok=True)  # of an earlier call
     with (out / file).open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (out / SCORES_FILE).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

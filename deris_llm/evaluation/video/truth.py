@@ -90,7 +90,7 @@ class LabelVideo(TruthVideo):
         return {expression: labels == label for expression, label in self.labels.items()}
 
 
-def read_mevis(folder: Path) -> list[TruthVideo]:
+def read_mevis(folder: Path) -> list[RleVideo]:
     """Reads a split of MeViS whose masks are published (train, valid_u).
 
     Args:
@@ -108,7 +108,7 @@ def read_mevis(folder: Path) -> list[TruthVideo]:
         )
     rles = _read_file(folder / MASK_FILE, "the masks of MeViS")
     problems: list[str] = []
-    videos: list[TruthVideo] = []
+    videos: list[RleVideo] = []
     for video, (frames, found) in meta.items():
         objects = {expression: tuple(str(a) for a in entry["anno_id"]) for expression, entry in found.items()}
         own = _lists_of(rles, {name for names in objects.values() for name in names}, video, frames, problems)
@@ -123,7 +123,7 @@ def read_mevis(folder: Path) -> list[TruthVideo]:
     return videos
 
 
-def read_ref_youtube_vos(folder: Path, expressions: Path | None = None) -> list[TruthVideo]:
+def read_ref_youtube_vos(folder: Path, expressions: Path | None = None) -> list[LabelVideo]:
     """Reads a split of Ref-YouTube-VOS whose masks are at hand.
 
     Args:
@@ -141,7 +141,7 @@ def read_ref_youtube_vos(folder: Path, expressions: Path | None = None) -> list[
     return _label_videos(folder, folder / "Annotations", meta, labels, own)
 
 
-def read_ref_davis(folder: Path) -> list[TruthVideo]:
+def read_ref_davis(folder: Path) -> list[LabelVideo]:
     """Reads Ref-DAVIS17 for protocol B.
 
     Args:
@@ -274,8 +274,8 @@ def _label_videos(
     meta: Meta,
     labels: Mapping[str, Mapping[str, int]],
     own_frames: Mapping[str, Mapping[str, Sequence[str]]],
-) -> list[TruthVideo]:
-    videos: list[TruthVideo] = []
+) -> list[LabelVideo]:
+    videos: list[LabelVideo] = []
     problems: list[str] = []
     for video, (frames, found) in meta.items():
         first = annotations / video / f"{frames[0]}.png"
