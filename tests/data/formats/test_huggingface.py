@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deris_llm.cli.main import main
+from deris_llm.data.check import check_data, differences
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation, encode_mask
 from deris_llm.data.sources import images_of_split, is_generalised, read_split, split_names
@@ -166,6 +168,50 @@ def test_nested_samples(world: Any) -> None:
     assert {r.image_id for r in records} == {"COCO_train2014_000000100001"}  # RefCOCO's image, for the mix
     masks = [decode_segmentation(r.instances[0].segmentation, 30, 40) for r in records]
     assert all(map(np.array_equal, masks, [MASK, MASK, other]))
+
+
+def test_refcoco_m_as_published(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The columns, types and file names of its card, through the documented command."""
+    sample = {
+        "id": datasets.Value("int64"),
+        "image_id": datasets.Value("int64"),
+        "category": datasets.Value("string"),
+        "supercategory": datasets.Value("string"),
+        "label": datasets.Value("string"),
+        "sentences": datasets.List(datasets.Value("string")),
+        "bbox": datasets.List(datasets.Value("float32")),
+        "mask": {"counts": datasets.Value("string"), "size": datasets.List(datasets.Value("int32"))},
+    }
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "image_id": datasets.Value("int64"),
+            "file_name": datasets.Value("string"),
+            "samples": datasets.List(sample),
+        }
+    )
+    of_both = {"image_id": 9, "supercategory": "animal", "label": "cat", "bbox": [4.0, 5.0, 12.0, 20.0], "mask": encode_mask(MASK)}
+    samples = [
+        {"id": 1, "category": "cat", "sentences": ["left", "the left one"], **of_both},
+        {"id": 2, "category": "dog", "sentences": ["right"], **of_both},
+    ]
+    row = {"image": _inside(_picture(0)), "image_id": 9, "file_name": "COCO_train2014_000000000009.jpg", "samples": samples}
+    (world.folder / "data").mkdir(parents=True)
+    file = world.folder / "data" / "validation-00000-of-00001.parquet"
+    datasets.Dataset.from_list([row], features=features).to_parquet(file)
+    command = f"data prepare --format hf --source {world.folder} --out {world.root}/refcoco-m --mapping"
+    command += " pairs=samples.sentences:samples.mask image_id=file_name category=samples.category"
+    assert main(command.split()) == 0
+    assert "refcoco-m/validation: 3 phrases (0 without a target) of 2 entries, 1 image" in capsys.readouterr().out
+    records = read_split(world.root, "refcoco-m/validation")
+    assert [(r.phrase, r.category, r.image_id) for r in records] == [
+        ("left", "cat", "COCO_train2014_000000000009"),
+        ("the left one", "cat", "COCO_train2014_000000000009"),
+        ("right", "dog", "COCO_train2014_000000000009"),
+    ]
+    (counts,) = check_data(world.root)
+    assert counts.known == (2_080, 5_598, 1_190)
+    assert "download moondream/refcoco-m from Hugging Face again" in differences([counts])[0]
 
 
 def test_an_array_of_labels_is_refused(world: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from deris_llm.data.errors import DataError
 from deris_llm.data.sources import read_split, split_names, split_notes
+from deris_llm.evaluation.report import PUBLISHED, published_on
 
 
 def _review(refs: list[dict[str, Any]], split: str, wrong: set[int]) -> dict[str, Any]:
@@ -77,6 +78,7 @@ def test_wrong_labels_are_left_out_and_said(refer_folder: Any, reviewed: Any, wo
     assert len(read_split(root, "refcoco/val")) == 5
     (note,) = split_notes(root, "refcoco-reviewed/val")
     assert note.startswith("REVIEWED LABELS: 3 of 5 phrases of refcoco/val, which Ref-L4's reviewers called wrong")
+    assert published_on(["refcoco-reviewed/val"], PUBLISHED) == {}  # never beside published numbers
     assert split_notes(root, "refcoco-reviewed/testA")[0].startswith("REVIEWED LABELS: 0 of 5 phrases")
     assert made.manifest["notes"][0] == "not reviewed, so left out: train, testB"
     assert [file["file"] for file in made.manifest["source"]["files"]][-1].endswith("refcoco_val_reviewed.json")
