@@ -40,6 +40,7 @@ Selection = Literal["threshold", "threshold_or_best", "best"]
 """What is answered when no query passes the threshold; `EvaluationConfig.selection` explains the values."""
 
 PresenceUse = Literal["none", "multiply", "gate"]
+VideoSelection = Literal["frame", "video"]
 """How the presence probability enters the answer; `EvaluationConfig.presence` explains the values."""
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -437,6 +438,12 @@ class EvaluationConfig:
         "none",
         "how the presence probability is used in evaluation (paper, Table 6): none (public code's default); multiply = it "
         "multiplies the scores before the threshold; gate = below 0.5 the answer is no-target",
+    )
+    video_selection: VideoSelection = option(
+        "frame",
+        "which queries answer in a video: frame = those above the threshold in each frame, as in an image; video = the same objects in "
+        "all frames: queries are followed by the overlap of their masks, and the mean of their scores over the frames is compared "
+        "with the threshold. Scores that flicker no longer change the answer, but a video is answered only when it was read to its end",
     )
     images_per_device: Count = free_option(4, "images in an evaluation batch of one rank, with all their phrases")
     max_phrases_per_batch: Count = free_option(64, "batches with more phrases than this are split")

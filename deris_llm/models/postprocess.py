@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -59,6 +59,21 @@ class PhraseAnswer:
         return tuple(float(self.referring_scores[query]) for query in self.query_index)
 
 
+class AnswerRule(TypedDict):
+    """When a query joins an answer: keyword arguments of `answer_masks`, `answering_queries` and `VideoSlots`."""
+
+    score_threshold: float
+    selection: Selection
+    presence_use: PresenceUse
+
+
+class FrameChoice(NamedTuple):
+    """The queries that answer a phrase in one frame of a video, chosen for the whole video (`video_slots`)."""
+
+    queries: tuple[int, ...]  # best first; empty = nothing
+    is_guess: bool  # nothing is above the threshold in this video: the best was chosen
+
+
 def answer_masks(
     output: DerisOutput,
     sizes_hw: Sequence[tuple[int, int]],
@@ -66,6 +81,7 @@ def answer_masks(
     score_threshold: float,
     selection: Selection,
     presence_use: PresenceUse = "none",
+    chosen: Sequence[FrameChoice] | None = None,
 ) -> list[PhraseAnswer]:
     """Answers each phrase with the union of the masks of its selected queries.
 
@@ -78,23 +94,32 @@ def answer_masks(
         presence_use: `none`: only scores decide (upstream's default); `multiply`: scores times presence are compared with
             the threshold (upstream's `score_weighted`; paper, Table 6); `gate`: presence below 0.5 means no target,
             regardless of scores and selection.
+        chosen: the queries of P phrases that were chosen over a video (`video_slots`); None = as the rule says.
 
     Returns:
         P answers with the model's own scores, not multiplied by presence.
     """
     scores = output.final.referring_logits.float().sigmoid().cpu().numpy()
     presence = output.presence_logit.float().sigmoid().tolist()
-    selected = [
-        answering_queries(row, exists, score_threshold=score_threshold, selection=selection, presence_use=presence_use)
-        for row, exists in zip(scores, presence, strict=True)
-    ]
+    if chosen is None:
+        selected = [
+            answering_queries(
+                row, exists, score_threshold=score_threshold, selection=selection, presence_use=presence_use
+            )
+            for row, exists in zip(scores, presence, strict=True)
+        ]
+    else:
+        selected = [choice.queries for choice in chosen]
     answers = []
-    for masks, queries, row, exists in zip(
-        upsampled_masks(output, selected, sizes_hw), selected, scores, presence, strict=True
-    ):
+    for phrase, masks in enumerate(upsampled_masks(output, selected, sizes_hw)):
+        queries, row, exists = selected[phrase], scores[phrase], presence[phrase]
         is_drawn = [bool(mask.any()) for mask in masks]
         drawn = tuple(query for query, there in zip(queries, is_drawn, strict=True) if there)
-        deciding = row * exists if presence_use == "multiply" else row
+        if chosen is None:
+            deciding = row * exists if presence_use == "multiply" else row
+            is_guess = not any(deciding[query] > score_threshold for query in drawn)
+        else:
+            is_guess = chosen[phrase].is_guess
         answers.append(
             PhraseAnswer(
                 mask=np.logical_or.reduce(masks, axis=0),
@@ -103,7 +128,7 @@ def answer_masks(
                 referring_scores=row,
                 presence=exists,
                 score_threshold=score_threshold,
-                is_guess=bool(drawn) and not any(deciding[query] > score_threshold for query in drawn),
+                is_guess=bool(drawn) and is_guess,
             )
         )
     return answers

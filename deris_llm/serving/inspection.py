@@ -157,6 +157,11 @@ class Inspection:
         return max(1, round(height * scale)), max(1, round(width * scale))
 
 
+def last_round(output: DerisOutput) -> DerisOutput:
+    """Returns an output with its last round only, which the answers come from."""
+    return dataclasses.replace(output, rounds=(output.final,))
+
+
 def outputs_by_phrase(output: DerisOutput) -> list[DerisOutput]:
     """Divides the output about P phrases into P outputs about one. They share its memory."""
     return [

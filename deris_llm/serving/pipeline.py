@@ -36,9 +36,9 @@ from deris_llm.evaluation.calibration import calibrated
 from deris_llm.models.cognition import CognitionProcessor, build_processor
 from deris_llm.models.cpu_inference import for_cpu_inference
 from deris_llm.models.out_of_memory import explains_out_of_memory
-from deris_llm.models.postprocess import PhraseAnswer, PresenceUse, Selection, answer_masks
+from deris_llm.models.postprocess import AnswerRule, PhraseAnswer, PresenceUse, Selection, answer_masks
 from deris_llm.serving.answers import ImageAnswer, about_image
-from deris_llm.serving.inspection import Inspection, joined_outputs, outputs_by_phrase
+from deris_llm.serving.inspection import Inspection, joined_outputs, last_round, outputs_by_phrase
 from deris_llm.serving.video import VideoAnswers
 from deris_llm.structures import DerisOutput
 
@@ -339,6 +339,31 @@ class DerisPipeline:
         for asked in self._ask(pairs, lambda _, output: outputs_by_phrase(output.to("cpu"))):
             yield Inspection(asked.image, asked.phrases, joined_outputs(asked.results), self.config.evaluation)
 
+    @property
+    def answer_rule(self) -> AnswerRule:
+        """Which queries join an answer, as keyword arguments of `answer_masks` and `VideoSlots`."""
+        options = self.config.evaluation
+        return {
+            "score_threshold": options.score_threshold,
+            "selection": options.selection,
+            "presence_use": options.presence,
+        }
+
+    def outputs(self, pairs: Iterable[tuple[Picture, Sequence[str]]]) -> Iterator[DerisOutput]:
+        """Runs the network on many images in the batches of `answer_all` and yields what its last round says, on the CPU.
+
+        Args:
+            pairs: images, each with its P phrases.
+
+        Yields:
+            the output of each pair, with one round.
+
+        Raises:
+            ValueError: see `__call__`; earlier outputs have been yielded.
+        """
+        for asked in self._ask(pairs, lambda _, output: outputs_by_phrase(last_round(output).to("cpu"))):
+            yield joined_outputs(asked.results)
+
     def _ask(
         self,
         pairs: Iterable[tuple[Picture, Sequence[str]]],
@@ -391,14 +416,8 @@ class DerisPipeline:
             return self.model(inputs.to(self.device, dtype=dtype))
 
     def _answers(self, batch: Sequence[_Part], output: DerisOutput) -> list[PhraseAnswer]:
-        options = self.config.evaluation
-        return answer_masks(
-            output,
-            [(part.asked.image.height, part.asked.image.width) for part in batch for _ in part.phrases],
-            score_threshold=options.score_threshold,
-            selection=options.selection,
-            presence_use=options.presence,
-        )
+        sizes = [(part.asked.image.height, part.asked.image.width) for part in batch for _ in part.phrases]
+        return answer_masks(output, sizes, **self.answer_rule)
 
 
 class _Asked(NamedTuple, Generic[_Result]):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -119,14 +120,14 @@ def _write_answers(answers: VideoAnswers, out: Path, saved: SavedVideo, *, progr
     if saved.num_there and saved.num_there == folder.num_frames:
         return None
     saved.predictions.parent.mkdir(parents=True, exist_ok=True)
-    num_frames, error = saved.num_there, None
+    num_frames, error, kept = saved.num_there, None, out / f".network-{saved.name}"
     with (
         progress_bar("frames", enabled=progress) as bar,
         saved.predictions.open("a", encoding="utf-8", errors="backslashreplace") as file,
     ):
         task = bar.add_task(f"{saved.name}: answers", total=answers.num_frames, completed=saved.num_there)
         try:
-            for frame in answers.from_frame(saved.num_there):
+            for frame in answers.from_frame(saved.num_there, kept=kept):
                 for number, answer in enumerate(frame.answers):
                     answer.save(_mask_file(saved, number, frame.name))
                 file.writelines(_lines(saved, frame))
@@ -135,6 +136,7 @@ def _write_answers(answers: VideoAnswers, out: Path, saved: SavedVideo, *, progr
                 bar.update(task, advance=1)
         except VideoError as found:
             error = found
+    shutil.rmtree(kept, ignore_errors=True)
     if error is None:
         folder.finish(num_frames)
     return error
@@ -243,6 +245,7 @@ class _Folder:
         self.settings: dict[str, Any] = {
             "written_by": "deris-llm predict --video",
             **rule_of(answers.pipeline),
+            "video_selection": answers.pipeline.config.evaluation.video_selection,
             "phrases": list(answers.phrases),
         }
         self.video = {

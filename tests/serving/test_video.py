@@ -9,6 +9,9 @@ from PIL import Image
 from deris_llm.cli.main import main
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.video import VideoError, open_video, write_video
+from deris_llm.models.postprocess import answer_masks
+from deris_llm.models.video_slots import chosen_over_video, frame_queries
+from deris_llm.serving import video as video_module
 from deris_llm.serving.pipeline import DerisPipeline
 from deris_llm.serving.video import VideoAnswers
 from deris_llm.testing import synthetic_images
@@ -116,9 +119,9 @@ def test_a_resumed_call_equals_a_straight_one(pipeline, street, straight, tmp_pa
     answered = VideoAnswers.from_frame
     starts = []
 
-    def interrupted(self, start):
+    def interrupted(self, start, **options):
         starts.append(start)
-        for frame in answered(self, start):
+        for frame in answered(self, start, **options):
             if frame.index == num_before and len(starts) == 1:
                 raise KeyboardInterrupt
             yield frame
@@ -241,3 +244,66 @@ def test_a_folder_of_frames_and_a_second_video_in_the_same_folder(run, pipeline,
     saved = pipeline.video([folder / "00000.png"], "ring").save(out, overlay=False)
     assert (saved.name, saved.overlay) == ("video", None)
     assert sorted(path.name for path in (out / "masks").iterdir()) == ["video", "walk"]
+
+
+# -- queries chosen for the whole video ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(run):  # noqa: F811
+    return DerisPipeline.from_pretrained(run, overrides=["evaluation.video_selection=video"])
+
+
+def test_queries_chosen_for_the_whole_video(whole, pipeline, street):
+    frames = list(whole.video(street, PHRASES))
+    by_frame = list(pipeline.video(street, PHRASES))
+    assert [frame.index for frame in frames] == list(range(NUM_FRAMES))
+    rule = pipeline.answer_rule
+    for p, phrase in enumerate(PHRASES):
+        outputs = [next(pipeline.outputs([(frame.image, [phrase])])) for frame in by_frame]
+        expected = chosen_over_video((frame_queries(output)[0] for output in outputs), **rule)
+        for frame, output, choice in zip(frames, outputs, expected, strict=True):
+            answer = frame.answers[p]
+            (alone,) = answer_masks(output, [(60, 80)], **rule, chosen=[choice])
+            assert answer.query_index == alone.query_index
+            assert (answer.mask != alone.mask).mean() < 1e-3
+            assert set(answer.query_index) <= set(choice.queries)
+            assert answer.is_guess == (choice.is_guess and bool(answer.query_index))
+            if answer.query_index == by_frame[frame.index].answers[p].query_index:
+                assert np.array_equal(answer.mask, by_frame[frame.index].answers[p].mask)
+    first = list(whole.video([frame.image for frame in by_frame[:1]], PHRASES))[0]
+    for answer, expected in zip(first.answers, by_frame[0].answers, strict=True):
+        same(answer, expected)  # of one frame the choice is that of an image
+
+
+def test_a_resumed_choice_equals_a_straight_one(whole, street, tmp_path, monkeypatch):
+    whole.video(street, PHRASES).save(tmp_path / "straight")
+    written = video_module._write_output
+    numbers = []
+
+    def interrupted(file, output):
+        numbers.append(file.name)
+        if len(numbers) == 5:
+            raise KeyboardInterrupt
+        written(file, output)
+
+    monkeypatch.setattr(video_module, "_write_output", interrupted)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        whole.video(street, PHRASES).save(out)
+    assert len(list((out / ".network-street").iterdir())) == 4
+    saved = whole.video(street, PHRASES).save(out)
+    assert numbers[5:] == [f"{n:05d}.safetensors" for n in range(3, NUM_FRAMES)]  # the first three were kept
+    assert saved.num_frames == NUM_FRAMES
+    assert files_of(out) == files_of(tmp_path / "straight")
+
+
+def test_the_choice_in_a_video_that_is_damaged(whole, street, tmp_path):
+    broken = cut(street, tmp_path / "broken.mp4")
+    frames = iter(whole.video(broken, "ring"))
+    assert next(frames).index == 0
+    with pytest.raises(VideoError, match="cannot be decoded at frame"):
+        list(frames)
+    with pytest.raises(VideoError, match=r"The masks of \d+ frames are in"):
+        whole.video(broken, "ring").save(tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".network*"))
