@@ -63,11 +63,18 @@ def _add_synth(synth: argparse.ArgumentParser) -> None:
     add, number = synth.add_argument, at_least(1)
     add("--out", type=path, required=True, metavar="DIR", help="data root to write")
     add("--seed", type=at_least(0), default=0, help="the same seed writes the same files")
-    add("--num-train", type=number, default=2400, metavar="N", help="images of refcoco/train (default 2400)")
-    add("--num-val", type=number, default=120, metavar="N", help="images of each val (default 120)")
-    add("--num-test", type=number, default=120, metavar="N", help="images of each test split (default 120)")
+    add("--num-train", type=number, metavar="N", help="images of refcoco/train (default 2400), or videos of train (40)")
+    add("--num-val", type=number, metavar="N", help="images of each val (default 120), or videos of valid (10)")
+    add("--num-test", type=number, metavar="N", help="images of each test split (default 120), or videos of test (5)")
     add("--crowd", action="store_true", help="12 to 30 objects in an image, and gRefCOCO's shares of missing targets")
     add("--workers", type=number, default=1, metavar="N", help="processes (default 1); the files do not depend on it")
+    add(
+        "--video",
+        action="store_true",
+        help="videos as MeViS and Ref-YouTube-VOS publish them, prepared as DIR/mevis, DIR/ref-ytvos",
+    )
+    add("--frames", type=number, nargs=2, metavar=("MIN", "MAX"), help="with --video: frames of a video (default 8 16)")
+    add("--size", type=number, metavar="PX", help="with --video: width of a frame (default 128)")
     synth.set_defaults(run=run_synth)
 
 
@@ -156,22 +163,61 @@ def run_template(arguments: argparse.Namespace) -> int:
 def run_synth(arguments: argparse.Namespace) -> int:
     """Writes the synthetic world and prints its counts."""
     from deris_llm.common.folders import check_writable
-    from deris_llm.data.synthetic.world import write_world
+    from deris_llm.data.errors import DataError
 
+    names = ("crowd",) if arguments.video else ("frames", "size")
+    if wrong := [name for name in names if getattr(arguments, name)]:
+        raise DataError(
+            f"--{wrong[0]}: expected it {'without' if arguments.video else 'with'} --video. Leave one of them out"
+        )
     if not arguments.out.is_dir():
         check_writable(arguments.out, "--out")
+    names = ("num_train", "num_val", "num_test")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    (_synth_videos if arguments.video else _synth_images)(arguments, given)
+    return run_check(argparse.Namespace(root=arguments.out, datasets=None, images=False))
+
+
+def _synth_images(arguments: argparse.Namespace, counts: dict[str, int]) -> None:
+    from deris_llm.data.synthetic.world import write_world
+
     with _progress("drawing images") as on_progress:
         write_world(
             arguments.out,
             seed=arguments.seed,
-            num_train=arguments.num_train,
-            num_val=arguments.num_val,
-            num_test=arguments.num_test,
             crowd=arguments.crowd,
             workers=arguments.workers,
             on_progress=lambda done, total: on_progress("drawing images", done, total),
+            **counts,
         )
-    return run_check(argparse.Namespace(root=arguments.out, datasets=None, images=False))
+
+
+def _synth_videos(arguments: argparse.Namespace, counts: dict[str, int]) -> None:
+    """Writes videos and prepares them, and says which commands would do the latter."""
+    from deris_llm.data.store.prepare import PrepareOptions, prepare
+    from deris_llm.data.synthetic.video_world import FRAMES_RANGE, MEVIS, NUM_VAL, SIZE_PX, YTVOS, write_video_world
+
+    out: Path = arguments.out
+    least, most = arguments.frames or FRAMES_RANGE
+    with _progress("drawing videos") as on_progress:
+        write_video_world(
+            out,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            on_progress=lambda done, total: on_progress("drawing videos", done, total),
+            frames=(least, most),
+            size_px=arguments.size or SIZE_PX,
+            **counts,
+        )
+    for name, mapping in ((MEVIS, {}), (YTVOS, {"valid_videos": str(counts.get("num_val", NUM_VAL))})):
+        data_format = (out / name).name
+        words = f" --mapping {' '.join(f'{key}={value}' for key, value in mapping.items())}" if mapping else ""
+        sys.stdout.write(
+            f"deris-llm data prepare --format {data_format} --source {out / name} --out {out / data_format}{words}\n"
+        )
+        prepare(
+            PrepareOptions(data_format, str(out / name), out / data_format, mapping=mapping, workers=arguments.workers)
+        )
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:

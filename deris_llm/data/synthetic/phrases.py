@@ -282,7 +282,7 @@ def _direction_truth(facts: _Facts, index: int, anchor: int, relation: str) -> b
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _noun_text(rng: np.random.Generator, noun: Noun, *, is_plural: bool = False) -> str:
+def noun_text(rng: np.random.Generator, noun: Noun, *, is_plural: bool = False) -> str:
     head = pick(rng, KIND_WORDS[noun.kind]) if noun.kind else ("thing" if rng.random() < 0.5 else "object")
     words = [pick(rng, SIZE_WORDS[noun.size])] if noun.size else []
     tail = ""
@@ -295,11 +295,11 @@ def _noun_text(rng: np.random.Generator, noun: Noun, *, is_plural: bool = False)
 
 
 def _anchor_text(rng: np.random.Generator, noun: Noun) -> str:
-    return f"the {_noun_text(rng, noun)}"
+    return f"the {noun_text(rng, noun)}"
 
 
 def _place_text(rng: np.random.Generator, form: Place) -> str:
-    noun, where = _noun_text(rng, form.noun), form.where
+    noun, where = noun_text(rng, form.noun), form.where
     if where.endswith("most"):
         side = where.removesuffix("most")
         word = {"top": "top", "bottom": "lowest"}.get(side, where)
@@ -319,20 +319,20 @@ def _expression(text: str, family: str, form: Form) -> Expression:
 # Proposals: each returns a form with its words, or None; uniqueness is checked by the caller
 # ---------------------------------------------------------------------------------------------------------------------
 
-_FIELDS: tuple[str, ...] = ("kind", "colour", "pattern", "size")
-_SUBSETS = tuple(
-    subset for length in range(1, 5) for subset in itertools.combinations(_FIELDS, length)
+FIELDS: tuple[str, ...] = ("kind", "colour", "pattern", "size")
+FIELD_SUBSETS = tuple(
+    subset for length in range(1, 5) for subset in itertools.combinations(FIELDS, length)
 )  # sorted by length
 
 
 def _noun_of(facts: _Facts, index: int, fields: Sequence[str]) -> Noun:
-    values: dict[str, str] = dict(zip(_FIELDS, facts.profiles[index], strict=True))
+    values: dict[str, str] = dict(zip(FIELDS, facts.profiles[index], strict=True))
     return Noun(**{name: values[name] for name in fields})
 
 
 def _unique_noun(rng: np.random.Generator, facts: _Facts, index: int, redundancy: float) -> Noun | None:
     """Returns attributes that only this object has: the fewest, or (with probability `redundancy`) any such set."""
-    unique = [fields for fields in _SUBSETS if _matching(facts, _noun_of(facts, index, fields)) == {index}]
+    unique = [fields for fields in FIELD_SUBSETS if _matching(facts, _noun_of(facts, index, fields)) == {index}]
     if not unique:
         return None
     if rng.random() >= redundancy:
@@ -345,14 +345,14 @@ def _unique_noun(rng: np.random.Generator, facts: _Facts, index: int, redundancy
 
 def _ambiguous_noun(rng: np.random.Generator, facts: _Facts, index: int, density: float = 0.3) -> Noun | None:
     """Returns attributes that this object shares with at least one other object."""
-    fields = [name for name in _FIELDS if rng.random() < (0.88 if name == "kind" else density)]
+    fields = [name for name in FIELDS if rng.random() < (0.88 if name == "kind" else density)]
     noun = _noun_of(facts, index, fields)
     return noun if fields and len(_matching(facts, noun)) >= 2 else None
 
 
 def _propose_attribute(rng: np.random.Generator, facts: _Facts, index: int) -> tuple[str, Form] | None:
     noun = _unique_noun(rng, facts, index, redundancy=0.3)
-    return None if noun is None else (_noun_text(rng, noun), noun)
+    return None if noun is None else (noun_text(rng, noun), noun)
 
 
 def _propose_comparative(rng: np.random.Generator, facts: _Facts, index: int) -> tuple[str, Form] | None:
@@ -361,7 +361,7 @@ def _propose_comparative(rng: np.random.Generator, facts: _Facts, index: int) ->
         return None
     which = "biggest" if facts.profiles[index][3] == "large" else "smallest"
     word = pick(rng, ("biggest", "largest")) if which == "biggest" else "smallest"
-    return f"{word} {_noun_text(rng, noun)}", Extreme(noun, which)
+    return f"{word} {noun_text(rng, noun)}", Extreme(noun, which)
 
 
 def _propose_location(rng: np.random.Generator, facts: _Facts, index: int) -> tuple[str, Form] | None:
@@ -383,7 +383,7 @@ def _propose_ordinal(rng: np.random.Generator, facts: _Facts, index: int) -> tup
     if ranked is None or len(ranked) < 3 or ranked.index(index) > 2:
         return None
     n = ranked.index(index) + 1
-    return f"{_ORDINALS[n - 1]} {_noun_text(rng, noun)} from the {side}", Ordinal(noun, n, side)
+    return f"{_ORDINALS[n - 1]} {noun_text(rng, noun)} from the {side}", Ordinal(noun, n, side)
 
 
 def _sample_anchor(rng: np.random.Generator, facts: _Facts, index: int, redundancy: float) -> tuple[int, Noun] | None:
@@ -399,7 +399,7 @@ def _propose_relation(rng: np.random.Generator, facts: _Facts, index: int) -> tu
     relations = [r for r in ("left", "right", "above", "below") if _direction_truth(facts, index, anchor[0], r)]
     relation = pick(rng, [*relations, *relations, "next"])
     words = pick(rng, _RELATION_WORDS[relation])
-    return f"{_noun_text(rng, noun)} {words} {_anchor_text(rng, anchor[1])}", Relation(noun, relation, anchor[1])
+    return f"{noun_text(rng, noun)} {words} {_anchor_text(rng, anchor[1])}", Relation(noun, relation, anchor[1])
 
 
 def _propose_behind(rng: np.random.Generator, facts: _Facts, index: int) -> tuple[str, Form] | None:
@@ -408,12 +408,12 @@ def _propose_behind(rng: np.random.Generator, facts: _Facts, index: int) -> tupl
         return None
     partner = pick(rng, partners)
     anchor = _unique_noun(rng, facts, partner, 0.2)
-    noun = _noun_of(facts, index, ["kind", *(name for name in _FIELDS[1:] if rng.random() < 0.25)])
+    noun = _noun_of(facts, index, ["kind", *(name for name in FIELDS[1:] if rng.random() < 0.25)])
     if anchor is None:
         return None
     relation = "front" if facts.is_in_front[index][partner] else "behind"
     words = pick(rng, _RELATION_WORDS[relation])
-    return f"{_noun_text(rng, noun)} {words} {_anchor_text(rng, anchor)}", Relation(noun, relation, anchor)
+    return f"{noun_text(rng, noun)} {words} {_anchor_text(rng, anchor)}", Relation(noun, relation, anchor)
 
 
 def _article(rng: np.random.Generator, text: str) -> str:
@@ -422,7 +422,7 @@ def _article(rng: np.random.Generator, text: str) -> str:
 
 def _propose_long_relation(rng: np.random.Generator, facts: _Facts, index: int) -> tuple[str, Form] | None:
     noun = _ambiguous_noun(rng, facts, index, density=0.6) if rng.random() < 0.7 else None
-    noun = _noun_of(facts, index, _FIELDS) if noun is None else noun
+    noun = _noun_of(facts, index, FIELDS) if noun is None else noun
     anchor = _sample_anchor(rng, facts, index, 0.8)
     if anchor is None:
         return None
@@ -436,7 +436,7 @@ def _propose_long_relation(rng: np.random.Generator, facts: _Facts, index: int) 
         words = _RELATION_WORDS[relation][1 if relation in ("left", "right") else int(rng.integers(2))]
     verb = LIVING_VERBS.get(facts.profiles[index][0]) if noun.kind else None
     link = verb if verb and rng.random() < 0.4 else "that is"
-    text = f"{_article(rng, _noun_text(rng, noun))} {link} {words} {_anchor_text(rng, anchor_noun)}"
+    text = f"{_article(rng, noun_text(rng, noun))} {link} {words} {_anchor_text(rng, anchor_noun)}"
     return text, Relation(noun, relation, anchor_noun)
 
 
@@ -446,9 +446,9 @@ def _propose_long_place(rng: np.random.Generator, facts: _Facts, index: int) -> 
         return None
     if rng.random() < 0.8:
         form = Place(noun, pick(rng, _SIDES))
-        return f"{_article(rng, _noun_text(rng, noun))} on the {form.where} side of the picture", form
+        return f"{_article(rng, noun_text(rng, noun))} on the {form.where} side of the picture", form
     form = Place(noun, pick(rng, _CORNERS))
-    return f"{_article(rng, _noun_text(rng, noun))} in the {form.where} corner of the picture", form
+    return f"{_article(rng, noun_text(rng, noun))} in the {form.where} corner of the picture", form
 
 
 def _propose_description(rng: np.random.Generator, facts: _Facts, index: int) -> tuple[str, Form] | None:
@@ -458,14 +458,14 @@ def _propose_description(rng: np.random.Generator, facts: _Facts, index: int) ->
     bare = replace(noun, pattern=None, size=None)
     marks = "no stripes or dots" if noun.pattern == "plain" else pick(rng, PATTERN_NOUNS[noun.pattern])
     verb = LIVING_VERBS.get(noun.kind)
-    choices = [f"{_article(rng, _noun_text(rng, replace(noun, pattern=None)))} that has {marks} on it"]
+    choices = [f"{_article(rng, noun_text(rng, replace(noun, pattern=None)))} that has {marks} on it"]
     if noun.size:
         size = pick(rng, SIZE_WORDS[noun.size])
-        choices.append(f"{_article(rng, _noun_text(rng, bare))} that is {size} and has {marks} on it")
+        choices.append(f"{_article(rng, noun_text(rng, bare))} that is {size} and has {marks} on it")
     if verb:
-        choices.append(f"{_article(rng, _noun_text(rng, noun))} that is {verb} in the picture")
+        choices.append(f"{_article(rng, noun_text(rng, noun))} that is {verb} in the picture")
     else:
-        choices.append(f"{_article(rng, _noun_text(rng, noun))} that you see in the picture")
+        choices.append(f"{_article(rng, noun_text(rng, noun))} that you see in the picture")
     return pick(rng, choices), noun
 
 
@@ -564,13 +564,13 @@ def multi_target_expressions(
             form: Form = noun
             counted = {2: ("the two", "both"), 3: ("the three",)}.get(len(_matching(facts, noun)), ())
             starts = ["all", "all the", *counted]
-            text = f"{pick(rng, starts)} {_noun_text(rng, noun, is_plural=True)}"
+            text = f"{pick(rng, starts)} {noun_text(rng, noun, is_plural=True)}"
         else:
             noun, anchor = _unique_noun(rng, facts, index, 0.2), _sample_anchor(rng, facts, index, 0.2)
             if noun is None or anchor is None:
                 continue
             form = Union((noun, anchor[1]))
-            text = f"the {_noun_text(rng, noun)} and the {_noun_text(rng, anchor[1])}"
+            text = f"the {noun_text(rng, noun)} and the {noun_text(rng, anchor[1])}"
         indices = resolve(scene, form)
         if indices is not None and len(indices) >= 2:
             found.setdefault(text, (_expression(text, "multi", form), tuple(sorted(indices))))
@@ -586,13 +586,13 @@ def no_target_expressions(scene: Scene, rng: np.random.Generator, count: int) ->
         if len(found) == count:
             break
         index = int(rng.integers(len(facts.profiles)))
-        fields = ["kind", *(name for name in _FIELDS[1:] if rng.random() < 0.6)]
+        fields = ["kind", *(name for name in FIELDS[1:] if rng.random() < 0.6)]
         if len(fields) == 1 and rng.random() < 0.8:
             continue
         noun = _noun_of(facts, index, fields)
         name = pick(rng, fields)
         noun = Noun(**{**asdict(noun), name: pick(rng, values[name])})
         if not _matching(facts, noun):
-            text = f"{'the ' if rng.random() < 0.3 else ''}{_noun_text(rng, noun)}"
+            text = f"{'the ' if rng.random() < 0.3 else ''}{noun_text(rng, noun)}"
             found.setdefault(text, _expression(text, "no_target", noun))
     return list(found.values())

@@ -106,7 +106,9 @@ class Scene:
 
 
 @dataclass(eq=False)
-class _Placed:
+class Placed:
+    """An object before it is drawn."""
+
     profile: tuple[str, str, str, str]
     coverage: np.ndarray  # float32 (h, w) in [0, 1]
     detail: np.ndarray  # float32 (h, w) in [-1, 1]: lighter or darker parts (eyes, windows)
@@ -348,9 +350,9 @@ def _unit_silhouette(kind: str, angle_deg: int, is_flipped: bool) -> tuple[Image
 
 def _place(
     rng: np.random.Generator, profiles: Sequence[tuple[str, str, str, str]], width: int, height: int, layout: Layout
-) -> list[_Placed]:
+) -> list[Placed]:
     """Finds room for as many objects as possible; some of them overlap one other object."""
-    placed: list[_Placed] = []
+    placed: list[Placed] = []
     partner_of: dict[int, int] = {}
     taken = np.zeros((height, width), dtype=np.int16)  # number of object areas, grown by GAP_PX, that cover a pixel
     used_px = 0.0
@@ -359,7 +361,7 @@ def _place(
         if used_px > layout.full_share * width * height:
             profile = (*profile[:3], "small")
         low, high = layout.small if profile[3] == "small" else layout.large
-        item = _make_object(rng, profile, float(rng.uniform(low, high)) * min(width, height))
+        item = make_object(rng, profile, float(rng.uniform(low, high)) * min(width, height))
         mask = item.coverage >= 0.5
         # Overlapping objects differ in colour, so that a human sees the border between them.
         free = [i for i, other in enumerate(placed) if i not in partner_of and other.profile[1] != profile[1]]
@@ -376,17 +378,28 @@ def _place(
     return placed
 
 
-def _make_object(rng: np.random.Generator, profile: tuple[str, str, str, str], diameter_px: float) -> _Placed:
+def make_object(
+    rng: np.random.Generator, profile: tuple[str, str, str, str], diameter_px: float, *, is_flipped: bool | None = None
+) -> Placed:
+    """Draws the silhouette of an object at a random angle.
+
+    Args:
+        rng: source of randomness.
+        profile: (kind, colour, pattern, size).
+        diameter_px: sqrt(w * h) before the rotation.
+        is_flipped: left and right are exchanged; None = at random.
+    """
     angle_deg = _ANGLES_DEG[int(rng.integers(len(_ANGLES_DEG)))]
-    mask, detail, unit_px = _unit_silhouette(profile[0], angle_deg, bool(rng.random() < 0.5))
+    is_mirrored = bool(rng.random() < 0.5) if is_flipped is None else is_flipped
+    mask, detail, unit_px = _unit_silhouette(profile[0], angle_deg, is_mirrored)
     scale = diameter_px / unit_px
     size = (max(3, round(mask.width * scale)), max(3, round(mask.height * scale)))
     coverage = np.asarray(mask.resize(size, Image.Resampling.BOX), dtype=np.float32) / 255.0
     tone = np.asarray(detail.resize(size, Image.Resampling.BOX), dtype=np.float32) / 127.5 - 1.004
-    return _Placed(profile, coverage, tone, angle_deg, diameter_px, 0, 0, float(rng.random()))
+    return Placed(profile, coverage, tone, angle_deg, diameter_px, 0, 0, float(rng.random()))
 
 
-def _add_grown(taken: np.ndarray, item: _Placed, amount: int) -> None:
+def _add_grown(taken: np.ndarray, item: Placed, amount: int) -> None:
     """Adds `amount` to `taken` (H, W) over the object's area grown by GAP_PX."""
     padded = np.pad((item.coverage >= 0.5).astype(np.uint8) * 255, GAP_PX)
     grown = np.asarray(Image.fromarray(padded).filter(ImageFilter.MaxFilter(2 * GAP_PX + 1))) > 0
@@ -396,7 +409,7 @@ def _add_grown(taken: np.ndarray, item: _Placed, amount: int) -> None:
     view += amount * grown[top : top + view.shape[0], left : left + view.shape[1]].astype(taken.dtype)
 
 
-def _place_apart(rng: np.random.Generator, item: _Placed, mask: np.ndarray, taken: np.ndarray) -> bool:
+def _place_apart(rng: np.random.Generator, item: Placed, mask: np.ndarray, taken: np.ndarray) -> bool:
     """Sets the object's position to a free one; False when 40 tries found none."""
     (h, w), (height, width) = mask.shape, taken.shape
     if w + 3 > width or h + 3 > height:
@@ -410,7 +423,7 @@ def _place_apart(rng: np.random.Generator, item: _Placed, mask: np.ndarray, take
 
 
 def _place_overlapping(
-    rng: np.random.Generator, item: _Placed, mask: np.ndarray, partner: _Placed, taken: np.ndarray
+    rng: np.random.Generator, item: Placed, mask: np.ndarray, partner: Placed, taken: np.ndarray
 ) -> bool:
     """Sets the object's position and order so that it hides, or is partly hidden by, `partner` only."""
     (h, w), (height, width) = mask.shape, taken.shape
@@ -446,7 +459,7 @@ def _place_overlapping(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _draw(rng: np.random.Generator, placed: list[_Placed], width: int, height: int) -> Scene | None:
+def _draw(rng: np.random.Generator, placed: list[Placed], width: int, height: int) -> Scene | None:
     """Draws the image; None if an object is hidden too much."""
     placed = sorted(placed, key=lambda item: item.order)
     full_masks = []
@@ -467,11 +480,11 @@ def _draw(rng: np.random.Generator, placed: list[_Placed], width: int, height: i
     if not all(_is_visible(mask, full_mask) for mask, full_mask in zip(masks, full_masks, strict=True)):
         return None
 
-    image = _background(rng, width, height)
+    image = background(rng, width, height)
     light_angle = float(rng.uniform(0, 2 * math.pi))
     light_xy = (math.cos(light_angle), math.sin(light_angle))
     for item in placed:
-        _paint(rng, image, item, light_xy)
+        paint(rng, image, item, light_xy)
     if pole_x is not None:
         ramp = np.cos(np.linspace(-1.2, 1.2, pole_x[1] - pole_x[0], dtype=np.float32)) * rng.uniform(90, 150)
         image[:, pole_x[0] : pole_x[1]] = ramp[None, :, None] * np.array([1.0, 0.88, 0.74], dtype=np.float32)
@@ -518,7 +531,7 @@ def _smooth_noise(rng: np.random.Generator, width: int, height: int, cells: tupl
     return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+def background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """Returns a textured background, float32 (H, W, 3) in [0, 255]: middle values, little saturation."""
     hue, saturation = float(rng.random()), float(rng.uniform(0.05, 0.30))
     value = float(rng.uniform(0.44, 0.62))
@@ -554,7 +567,7 @@ def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray
     return 255 * colour * tone[..., None].astype(np.float32)
 
 
-def _paint(rng: np.random.Generator, image: np.ndarray, item: _Placed, light_xy: tuple[float, float]) -> None:
+def paint(rng: np.random.Generator, image: np.ndarray, item: Placed, light_xy: tuple[float, float]) -> None:
     """Draws one object with its soft shadow onto `image`, float32 (H, W, 3), in place."""
     (h, w), pad = item.coverage.shape, 6
     blurred_image = Image.fromarray(np.pad((item.coverage * 255).astype(np.uint8), pad)).filter(ImageFilter.BoxBlur(2))
@@ -590,7 +603,7 @@ def _darken(image: np.ndarray, shadow: np.ndarray, x0: int, y0: int) -> None:
     image[y0 + top : y0 + bottom, x0 + left : x0 + right] *= 1 - 0.38 * shadow[top:bottom, left:right, None]
 
 
-def _pattern(rng: np.random.Generator, item: _Placed, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
+def _pattern(rng: np.random.Generator, item: Placed, xs: np.ndarray, ys: np.ndarray) -> np.ndarray:
     """Returns where the stripes or dots are, float32 (h, w) in [0, 1]; xs, ys are px from the centre."""
     pattern, d = item.profile[2], np.float32(item.diameter_px)
     if pattern == "plain":

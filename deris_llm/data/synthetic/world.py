@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -62,9 +62,11 @@ _OVERLAPPING_PARTS_PROBABILITY = 0.05
 _MIN_PART_PX = 6  # smaller parts and holes are left out of polygons
 _IMAGE_FOLDER = Path("images", "train2014")
 _REFER_IMAGE_FOLDER = Path("images", "mscoco", "images", "train2014")  # where REFER's own API looks
-_JPEG_QUALITY = 92
+JPEG_QUALITY = 92
 
 Progress = Callable[[int, int], None]
+Task = TypeVar("Task")
+Made = TypeVar("Made")
 
 
 def write_world(
@@ -101,7 +103,7 @@ def write_world(
     _check_arguments(seed, counts, workers)
     request = {"generator": GENERATOR_VERSION, "seed": seed, **counts, "crowd": crowd}
     if out.exists() and any(out.iterdir()):
-        _check_same_world(out, request)
+        check_same_world(out, request)
         return
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
@@ -118,7 +120,7 @@ def write_world(
     image_ids = sorted({image_id for by_split in splits.values() for ids in by_split.values() for image_id in ids})
     make = functools.partial(make_image, seed=seed, crowd=crowd, image_folder=partial / _IMAGE_FOLDER)
     records: dict[int, dict[str, Any]] = {}
-    for record in _map(make, image_ids, workers):
+    for record in in_processes(make, image_ids, workers):
         records[record["image"]["id"]] = record
         if on_progress is not None:
             on_progress(len(records), len(image_ids))
@@ -126,7 +128,7 @@ def write_world(
     families = {dataset: _write_dataset(partial / dataset, dataset, splits[dataset], records) for dataset in DATASETS}
     (partial / FAMILIES_FILE).write_text(json.dumps(families, separators=(",", ":")))
     files = [f"{dataset}/{name}" for dataset in DATASETS for name in ("instances.json", REFS_FILES[dataset])]
-    manifest = {**request, "num_images": len(image_ids), "sha256": {name: _sha256(partial / name) for name in files}}
+    manifest = {**request, "num_images": len(image_ids), "sha256": {name: file_sha256(partial / name) for name in files}}
     (partial / WORLD_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
     if out.exists():
         out.rmdir()
@@ -179,8 +181,17 @@ def _check_arguments(seed: int, counts: dict[str, int], workers: int) -> None:
         raise ValueError(f"write_world: {'; '.join(problems)}; change these arguments")
 
 
-def _check_same_world(out: Path, request: dict[str, int | bool]) -> None:
-    """Raises FileExistsError unless `out` is a finished, unchanged world made with the same request."""
+def check_same_world(out: Path, request: dict[str, Any], *, images: str = f"{_IMAGE_FOLDER}/*.jpg") -> None:
+    """Checks that a folder is a finished, unchanged world.
+
+    Args:
+        out: the folder.
+        request: what it must have been made of.
+        images: pattern of its images, which are counted.
+
+    Raises:
+        FileExistsError: it is not.
+    """
     start = f"write_world: {out} already holds files; expected the world {request}"
     end = "delete the folder or give another one"
     manifest_path = out / WORLD_FILE
@@ -194,24 +205,26 @@ def _check_same_world(out: Path, request: dict[str, int | bool]) -> None:
         raise FileExistsError(f"{start}, found a {WORLD_FILE} that cannot be read ({error!r}); {end}") from error
     if found != request:
         raise FileExistsError(f"{start}, found {found}; {end}")
-    changed = [name for name, sha in hashes.items() if not (out / name).is_file() or _sha256(out / name) != sha]
+    changed = [name for name, sha in hashes.items() if not (out / name).is_file() or file_sha256(out / name) != sha]
     if changed:
         raise FileExistsError(f"{start}, found changed or missing files: {changed}; {end}")
-    num_found = len(list((out / _IMAGE_FOLDER).glob("*.jpg")))
+    num_found = len(list(out.glob(images)))
     if num_found != num_images:
         raise FileExistsError(f"{start} with {num_images} images, found {num_found} images; {end}")
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _map(make: Callable[[int], dict[str, Any]], image_ids: list[int], workers: int) -> Iterator[dict[str, Any]]:
+def in_processes(make: Callable[[Task], Made], tasks: list[Task], workers: int) -> Iterator[Made]:
+    """Yields what is made of each task, in their order."""
     if workers == 1:
-        yield from map(make, image_ids)
+        yield from map(make, tasks)
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(make, image_ids, chunksize=16)
+        yield from pool.map(make, tasks, chunksize=16)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,7 +257,7 @@ def make_image(image_id: int, *, seed: int, image_folder: Path, crowd: bool = Fa
     scene, refs, rng = image_scene(image_id, seed, crowd=crowd)
     height, width = scene.image.shape[:2]
     file_name = image_file_name(image_id)
-    Image.fromarray(scene.image).save(image_folder / file_name, quality=_JPEG_QUALITY, subsampling=0)
+    Image.fromarray(scene.image).save(image_folder / file_name, quality=JPEG_QUALITY, subsampling=0)
     named = {index for of_dataset in refs.values() for ref in of_dataset for index in ref["indices"]}
     annotations = [
         _annotation(rng, item.mask, image_id, k, item.kind, is_named=k in named) for k, item in enumerate(scene.objects)
