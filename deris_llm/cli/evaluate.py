@@ -234,8 +234,8 @@ def _report(arguments: argparse.Namespace, config: RunConfig, model: nn.Module) 
     )
     if rank() != 0:
         return None
-    section = "splits" if checkpoint is not None else "step0"
-    return _Result(report, report_table(report) if checkpoint else None, report_line(report[section]), output)
+    numbers = {**report["splits"], **report.get("videos", {})} if checkpoint is not None else report["step0"]
+    return _Result(report, report_table(report) if checkpoint else None, report_line(numbers), output)
 
 
 def _model_to_evaluate(arguments: argparse.Namespace, device: torch.device) -> tuple[RunConfig, nn.Module]:

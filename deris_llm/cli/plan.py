@@ -36,18 +36,19 @@ def run(arguments: argparse.Namespace) -> int:
     config, _ = config_with_own_data(arguments)
     with contextlib.redirect_stdout(sys.stderr):  # some libraries print to stdout when they are imported
         with without_garbage_collection():
-            from deris_llm.planning.efficiency import efficiency_of, show_efficiency, show_work, work_of_run
+            from deris_llm.planning import efficiency as counts
             from deris_llm.planning.plan import STAGES, plan_run, show_plan
 
         stages = STAGES if arguments.zero is None else [s for s in STAGES if s.startswith(str(arguments.zero))]
         plan = plan_run(config, gpus=arguments.gpus, stages=stages)
-        work = work_of_run(config, plan)
-        efficiency = efficiency_of(config, measure=arguments.measure)
+        model = counts.model_to_count(config)
+        work = counts.work_of_run(config, plan, model=model)
+        efficiency = counts.efficiency_of(config, measure=arguments.measure, model=model)
     if arguments.json:
         more = {"work": work.to_json(), "efficiency": efficiency.to_json()}
         sys.stdout.write(json.dumps(plan.to_json() | more, indent=1) + "\n")
     else:
         show_plan(plan, Console())
-        show_work(work, Console())
-        show_efficiency(efficiency, Console())
+        counts.show_work(work, Console())
+        counts.show_efficiency(efficiency, Console())
     return 0

@@ -29,9 +29,11 @@ from deris_llm.data.errors import check_has_truth
 from deris_llm.data.loaders import evaluation_loader
 from deris_llm.data.sampler import EvaluationBatchSampler
 from deris_llm.data.sources import benchmark_of, is_generalised
+from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.background import in_order
-from deris_llm.evaluation.outcomes import compared
+from deris_llm.evaluation.outcomes import answered, compared
 from deris_llm.evaluation.results import EvaluationResult, check_misses
+from deris_llm.evaluation.video.frames import compared_frames, expressions_of
 from deris_llm.models.cognition import CognitionProcessor
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringRecord
 
@@ -53,7 +55,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Evaluates records under all protocols of the run config; all ranks return the same result.
 
-    The model's training mode is restored.
+    Frames of videos are images here; beside those numbers their expressions are scored by J and F (`video.frames`). The model's
+    training mode is restored.
 
     Args:
         model: a `Deris`, or a wrapper with the same forward; under ZeRO-3 all ranks step together.
@@ -79,18 +82,43 @@ def evaluate(
     generalised = is_generalised(config.data.root, records[0].dataset)
     protocols = protocols_of(config)
     check_misses(protocols, records[0].dataset, is_generalised=generalised)
-    answers = answers_of(
-        model,
-        config,
-        records,
-        processor,
-        partial(compared, protocols=protocols, is_generalised=generalised),
-        device=device,
-        progress=progress,
-        title=title,
-    )
     benchmark = benchmark_of(config.data.root, records[0].dataset)
-    return EvaluationResult.of(answers, protocols, is_generalised=generalised, benchmark=benchmark)
+    run = partial(answers_of, model, config, records, processor, device=device, progress=progress, title=title)
+    if records[0].video is None:
+        answers = run(partial(compared, protocols=protocols, is_generalised=generalised))
+        return EvaluationResult.of(answers, protocols, is_generalised=generalised, benchmark=benchmark)
+    frames = run(partial(compared_frames, protocols=protocols, is_generalised=generalised))
+    result = EvaluationResult.of(
+        [each.answer for each in frames], protocols, is_generalised=generalised, benchmark=benchmark
+    )
+    return dataclasses.replace(result, expressions=expressions_of(frames, records))
+
+
+def answers_without_truth(
+    model: nn.Module,
+    config: RunConfig,
+    records: Sequence[ReferringRecord],
+    processor: CognitionProcessor,
+    *,
+    progress: bool = True,
+    title: str = "predictions",
+) -> list[Answer]:
+    """Answers phrases by the rule of the run config's first protocol and compares nothing; else as `evaluate`.
+
+    Args:
+        model: as for `evaluate`, on its device.
+        config: sizes, protocols, threshold and selection.
+        records: all of the split, the same on every rank.
+        processor: the cognition backend's.
+        progress: shows a bar on rank 0.
+        title: its label.
+
+    Returns:
+        One answer per record, in their order, on every rank.
+    """
+    compare = partial(answered, rule=protocols_of(config)[0].rule)
+    device = next(model.parameters()).device
+    return answers_of(model, config, records, processor, compare, device=device, progress=progress, title=title)
 
 
 class HasPhraseId(typing.Protocol):
@@ -173,30 +201,32 @@ def answers_of(
 
 
 def control_phrases(records: Sequence[ReferringRecord]) -> dict[str, str]:
-    """Swaps each phrase with one of the same image and dataset that names another object.
+    """Swaps each phrase with one of the same image, or video, and dataset that names another object.
 
     A model that reads the phrase must fail on these; one that finds the conspicuous object does not. The next such phrase
-    in the order of the records is used, cyclically, but never one whose text also names the phrase's own referent.
-    No-target phrases are left out.
+    in the order of the records is used, cyclically, but never one whose text also names the phrase's own referent. An
+    expression of a video is swapped as a whole, for one whose referents it has in no frame. No-target phrases are left out.
 
     Returns:
         Phrase id -> other text; without the phrases whose image has no other referent.
     """
-    by_image: dict[tuple[str, str], list[ReferringRecord]] = defaultdict(list)
+    by_place: dict[tuple[str, str], dict[str, list[ReferringRecord]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        if not record.instances:
-            continue
-        by_image[record.dataset, record.image_id].append(record)
+        place, phrase = (
+            (record.image_id, record.phrase_id) if record.video is None else (record.video, record.expression)
+        )
+        by_place[record.dataset, place][phrase or ""].append(record)
     swapped: dict[str, str] = {}
-    for group in by_image.values():
-        referents = [frozenset(instance.annotation_id for instance in record.instances) for record in group]
+    for phrases in by_place.values():
+        group = [same for same in phrases.values() if not all(record.is_no_target for record in same)]
+        referents = [frozenset(each.annotation_id for record in same for each in record.instances) for same in group]
         own_texts: dict[frozenset[int], set[str]] = defaultdict(set)
-        for record, referent in zip(group, referents, strict=True):
-            own_texts[referent].add(record.phrase)
-        for i, record in enumerate(group):
+        for same, referent in zip(group, referents, strict=True):
+            own_texts[referent].add(same[0].phrase)
+        for i, same in enumerate(group):
             for j in (*range(i + 1, len(group)), *range(i)):
-                if not referents[j] & referents[i] and group[j].phrase not in own_texts[referents[i]]:
-                    swapped[record.phrase_id] = group[j].phrase
+                if not referents[j] & referents[i] and group[j][0].phrase not in own_texts[referents[i]]:
+                    swapped |= {record.phrase_id: group[j][0].phrase for record in same}
                     break
     return swapped
 

@@ -55,7 +55,7 @@ def compared(
     truths = {"left_out": [np.logical_or.reduce(masks, axis=0) for masks in referents]}
     if any(protocol.crowds == "taken" for protocol in protocols):
         truths["taken"] = merged_truths(asked, "taken")
-    best_queries = _best_queries(output, referents)
+    fitting = best_queries(output, referents)
     outcomes: list[dict[str, Outcome]] = [{} for _ in asked]
     others: list[dict[str, Answer]] = [{} for _ in asked]
     first = protocols[0]
@@ -65,7 +65,7 @@ def compared(
         if drawn_sizes != sizes:
             answers = _answers(output, protocol.rule, drawn_sizes)
         is_other_mask = protocol.rule != first.rule or not protocol.compares_finished_masks
-        oracles = upsampled_masks(output, best_queries, drawn_sizes)
+        oracles = upsampled_masks(output, fitting, drawn_sizes)
         for i, answer in enumerate(answers):
             mask, oracle = answer.mask, np.logical_or.reduce(oracles[i], axis=0)
             if protocol.resizes_finished_masks:
@@ -86,16 +86,8 @@ def compared(
             if is_other_mask:
                 others[i][protocol.id] = Answer(mask=encode_mask(mask), says_target=answer.says_target, boxes=found)
     return [
-        Answer(
-            phrase_id=record.phrase_id,
-            image=Path(record.image_path).name,
-            image_id=record.image_id,
-            phrase=record.phrase,
-            mask=encode_mask(answer.mask),
-            top_scores=tuple(float(s) for s in np.sort(answer.referring_scores)[::-1][:_NUM_TOP_SCORES]),
-            presence=answer.presence,
+        _answer(record, answer)._replace(
             has_target=not record.is_no_target,
-            says_target=answer.says_target,
             boxes=around,
             answers=other,
             truth_px=int(np.count_nonzero(truth)),
@@ -105,6 +97,31 @@ def compared(
             asked, drawn[first.rule], boxes[first.rule], others, truths[first.crowds], outcomes, strict=True
         )
     ]
+
+
+def answered(output: DerisOutput, asked: Sequence[ReferringRecord], *, rule: Rule) -> list[Answer]:
+    """Answers P phrases whose truth is not known; nothing is compared.
+
+    Args:
+        output: the model's, of these P phrases.
+        asked: P records.
+        rule: which queries answer.
+    """
+    answers = _answers(output, rule, [(record.height, record.width) for record in asked])
+    return [_answer(record, answer) for record, answer in zip(asked, answers, strict=True)]
+
+
+def _answer(record: ReferringRecord, answer: PhraseAnswer) -> Answer:
+    return Answer(
+        phrase_id=record.phrase_id,
+        image=Path(record.image_path).name,
+        image_id=record.image_id,
+        phrase=record.phrase,
+        mask=encode_mask(answer.mask),
+        top_scores=tuple(float(s) for s in np.sort(answer.referring_scores)[::-1][:_NUM_TOP_SCORES]),
+        presence=answer.presence,
+        says_target=answer.says_target,
+    )
 
 
 def _answers(output: DerisOutput, rule: Rule, sizes_hw: Sequence[tuple[int, int]]) -> list[PhraseAnswer]:
@@ -119,8 +136,15 @@ def _boxes(masks: np.ndarray) -> tuple[Box, ...]:
     return tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in boxes_of_masks(masks).tolist())
 
 
-def _best_queries(output: DerisOutput, referents: Sequence[np.ndarray]) -> list[list[int]]:
-    """Returns each referent's best query, at the resolution of the logits; the truth is averaged down to it."""
+def best_queries(output: DerisOutput, referents: Sequence[np.ndarray]) -> list[list[int]]:
+    """Returns for each of P phrases the queries that fit a referent best.
+
+    They are compared at the resolution of the logits; the truth is averaged down to it.
+
+    Args:
+        output: the model's, of these P phrases.
+        referents: P arrays, bool (R, H, W), as `truth.decoded_referents` gives them.
+    """
     masks = (output.final.mask_logits >= 0).float().cpu()
     size = (masks.shape[2], masks.shape[3])
     best: list[list[int]] = []

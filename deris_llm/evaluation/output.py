@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deris_llm.common.folders import replace_text
+from deris_llm.common.words import count_of
 from deris_llm.config import EvaluationConfig
 from deris_llm.config.protocols import Protocol
+from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.breakdown import breakdown
 from deris_llm.evaluation.intervals import intervals
 from deris_llm.evaluation.overlays import Case, choose_cases, write_contact_sheet
@@ -20,6 +24,7 @@ from deris_llm.evaluation.page.page import PAGE_FILE, write_page
 from deris_llm.evaluation.page.stored import Evaluation, open_evaluation
 from deris_llm.evaluation.report import Section, read_report, update_report
 from deris_llm.evaluation.results import EvaluationResult
+from deris_llm.evaluation.video.frames import Expression, FrameProtocol, video_numbers
 from deris_llm.evaluation.views import VIEWS_FILE, write_views
 from deris_llm.structures import ReferringRecord
 
@@ -33,6 +38,7 @@ class EvaluationFolder:
 
         report.json             numbers with intervals, breakdown and selection error, where they come from, times, versions
         predictions/SPLIT.jsonl one line per phrase, masks as COCO RLE
+        videos/SPLIT.json       of frames of videos: J and F of every expression and frame
         overlays.html           worst, best and random cases; overlays/SPLIT.png the same as sheets
         report.html             the page of it all (`page`); views.json what the model's queries said of some phrases
 
@@ -107,12 +113,41 @@ class EvaluationFolder:
             notes={split: (*notes, *result.notes)} if section == "splits" else {},
             about=None if section == "step0" else self.about,
         )
+        if section == "splits" and result.expressions:
+            self._add_videos(split, result.expressions)
         if section == "splits":
             path = self.folder / "predictions" / f"{file_name(split)}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             result.write_jsonl(path)
             self._cases[split] = choose_cases(result.answers, by_id, protocol=self.protocols[0].id)
         return numbers
+
+    def add_unscored(self, split: str, answers: Sequence[Answer]) -> None:
+        """Writes the predictions of a split whose truth is not published; a note in the report says so."""
+        path = self.folder / "predictions" / f"{file_name(split)}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        EvaluationResult({}, list(answers)).write_jsonl(path)
+        said = f"{count_of(len(answers), 'phrase')} answered, not scored: the truth is not published"
+        update_report(self.folder / REPORT_FILE, notes={split: [said]}, about=self.about)
+
+    def _add_videos(self, split: str, expressions: Sequence[Expression]) -> None:
+        """Adds J and F of a split, and the scores of every frame: `videos/SPLIT.json`."""
+        protocol = FrameProtocol(self.protocols[0].rule)
+        numbers = video_numbers(expressions) | {"fingerprint": protocol.fingerprint()}
+        self._add_video_numbers(split, protocol, numbers)
+        path = self.folder / "videos" / f"{file_name(split)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps([each.to_json() for each in expressions], ensure_ascii=False) + "\n")
+
+    def add_video_controls(self, split: str, controls: Mapping[str, float | None]) -> None:
+        """Adds numbers beside the J&F of a split that was added."""
+        protocol = FrameProtocol(self.protocols[0].rule)
+        known = read_report(self.folder / REPORT_FILE)["videos"][split][protocol.id]
+        self._add_video_numbers(split, protocol, {**known, **controls})
+
+    def _add_video_numbers(self, split: str, protocol: FrameProtocol, numbers: Mapping[str, Any]) -> None:
+        found = {split: {protocol.id: numbers}}
+        update_report(self.folder / REPORT_FILE, section="videos", numbers=found, protocols=[protocol])
 
     def write_pictures(self, look_inside: Callable[[Evaluation], Evaluation] | None = None) -> None:
         """Draws the cases of the splits that were added, and the page of the folder.

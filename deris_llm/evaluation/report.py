@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,15 +16,23 @@ from rich.table import Table
 from rich.text import Text
 
 from deris_llm.common.folders import replace_text
-from deris_llm.config.protocols import Protocol
 from deris_llm.evaluation.calibration import Calibration
 from deris_llm.evaluation.tables import Column, StackedTable
 
 Numbers = TypeVar("Numbers")
-Section = Literal["splits", "control", "step0"]
+Section = Literal["splits", "control", "step0", "videos"]
 SplitNumbers = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Split -> protocol id -> metric -> percent or count, None where there is nothing to take a number of; and beside them what
 `output.extras` gives."""
+
+
+class Described(typing.Protocol):
+    """A protocol of images or of videos, as a report names it."""
+
+    @property
+    def id(self) -> str: ...
+    def describe(self) -> str: ...
+
 
 _SPLITS = (
     "refcoco/val", "refcoco/testA", "refcoco/testB",
@@ -101,6 +110,12 @@ PUBLISHED_BENCHMARKS: Mapping[str, tuple[str, str]] = {
 }
 """Benchmark -> the split that a published number is of, and the number with its source."""
 
+VIDEO_NOTE = (
+    "J&F: mean of region similarity J and boundary accuracy F, by expression. 95 %: bootstrap over videos. Recall: share of the frames "
+    "above 0.5. Decay: first quarter of the frames minus last. Best query: if each frame were answered by the query whose mask fits it "
+    "best. First frame: its answer held still over all frames. Control: the expression is swapped for one of another object of the video."
+)
+
 _INTERVAL = "95 %"  # a column of the table beside the first metric, not a metric
 
 _TABLE_METRICS = ("mIoU", _INTERVAL, "oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9", "oracle_mIoU")
@@ -108,6 +123,19 @@ _TABLE_METRICS = ("mIoU", _INTERVAL, "oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9", "orac
 _GRES_TABLE_METRICS = ("gIoU", _INTERVAL, "cIoU", "N-acc", "T-acc", "Pr@0.7", "F1", "oracle_gIoU")
 
 _SHORT = {"original": "orig.", "oracle_gIoU": "best\nquery", "oracle_mIoU": "best\nquery"}
+
+VIDEO_COLUMNS = {
+    "J&F": "J&F",
+    _INTERVAL: _INTERVAL,
+    "J": "J",
+    "F": "F",
+    "J_recall": "J\nrecall",
+    "J_decay": "J\ndecay",
+    "best_query_J&F": "best\nquery",
+    "first_frame_J&F": "first\nframe",
+    "control_J&F": "control\nJ&F",
+}
+"""Metrics of `videos` and their headings."""
 
 _EMPTY: dict[str, Any] = {"splits": {}, "control": {}, "step0": {}, "timing": {}, "versions": {}}
 
@@ -140,7 +168,7 @@ def update_report(
     section: Section | None = None,
     numbers: SplitNumbers | None = None,
     timing: Mapping[str, float] | None = None,
-    protocols: Iterable[Protocol] = (),
+    protocols: Iterable[Described] = (),
     notes: Mapping[str, Sequence[str]] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -148,7 +176,8 @@ def update_report(
 
     Args:
         path: ``report.json``; made if absent.
-        section: where the numbers belong; ``step0`` = before fine-tuning, ``control`` = with swapped phrases.
+        section: where the numbers belong; ``step0`` = before fine-tuning, ``control`` = with swapped phrases, ``videos`` = J and F
+            of splits whose images are frames of videos, which is there only when needed.
         numbers: per split and protocol; replace those of the same split.
         timing: seconds per stage.
         protocols: those that made the numbers; their descriptions join ``versions``.
@@ -162,7 +191,7 @@ def update_report(
     path = Path(path)
     report = read_report(path)
     if section is not None and numbers is not None:
-        report[section].update(
+        report.setdefault(section, {}).update(
             {split: {name: dict(values) for name, values in found.items()} for split, found in numbers.items()}
         )
     report["timing"].update({stage: round(seconds, 2) for stage, seconds in (timing or {}).items()})
@@ -199,20 +228,22 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     """
     is_gres = {split: "gIoU" in next(iter(found.values())) for split, found in report["splits"].items()}
     tables: list[RenderableType] = []
-    if not all(is_gres.values()) or not is_gres:
+    if not all(is_gres.values()):
         tables.append(_ris_table(report, [split for split, gres in is_gres.items() if not gres]))
     if any(is_gres.values()):
         tables.append(_gres_table(report, [split for split, gres in is_gres.items() if gres]))
     tables += [_benchmark_table(report, name, splits) for name, splits in splits_by_benchmark(report).items()]
+    if report.get("videos"):
+        tables.insert(0, _video_table(report["videos"]))
     return Group(*tables, *(Text(line) for line in provenance(report)))
 
 
 def report_line(found: SplitNumbers) -> str:
-    """Returns mIoU or gIoU of every split in a line, by the first protocol."""
+    """Returns mIoU, gIoU or J&F of every split in a line, by the first protocol."""
     said = []
     for split, by_protocol in found.items():
         numbers = next(iter(by_protocol.values()))
-        metric = "gIoU" if "gIoU" in numbers else "mIoU"
+        metric = next(name for name in ("J&F", "gIoU", "mIoU") if name in numbers)
         said.append(f"{split} {metric} {_cell(numbers, metric)}")
     return ", ".join(said)
 
@@ -223,7 +254,7 @@ def provenance(report: Mapping[str, Any]) -> list[str]:
     if about.get("leakage"):
         lines.append(str(about["leakage"]))
     prints: dict[str, dict[str, list[str]]] = {}  # protocol id -> fingerprint -> splits
-    for split, found in report["splits"].items():
+    for split, found in (*report["splits"].items(), *report.get("videos", {}).items()):
         for name, values in found.items():
             prints.setdefault(name, {}).setdefault(values.get("fingerprint", "not noted"), []).append(split)
     said = [
@@ -363,6 +394,22 @@ def benchmark_notes(report: Mapping[str, Any], name: str, splits: Sequence[str])
     split, published = PUBLISHED_BENCHMARKS.get(name, ("", ""))
     is_synthetic = (report.get("about") or {}).get("synthetic")
     return [BENCHMARK_NOTES[name], *([published] if split in splits and not is_synthetic else [])]
+
+
+def _video_table(found: SplitNumbers) -> StackedTable:
+    """J, F and what they are read with; the controls stand where they were run."""
+    splits = list(found)
+    rows = [next(iter(found[split].values())) for split in splits]
+    counts = [f"{row['n_videos']:,} / {row['n_expressions']:,}" for row in rows]
+    shown = [Column("videos /\nexpressions", counts)]
+    for metric, heading in VIDEO_COLUMNS.items():
+        cells = [
+            _cell({"intervals": {"mIoU": row["intervals"].get("J&F")}} if metric == _INTERVAL else row, metric)
+            for row in rows
+        ]
+        if any(cell != "-" for cell in cells):
+            shown.append(Column("\n" * ("\n" not in heading) + heading, cells, "bold" if metric == "J&F" else ""))
+    return StackedTable("Videos, percent", Column("\nsplit", splits), shown, caption=VIDEO_NOTE)
 
 
 def _metric_columns(

@@ -17,6 +17,7 @@ from deris_llm.evaluation.metrics import (
     percents,
     undefined_metrics,
 )
+from deris_llm.evaluation.video.frames import Expression
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class EvaluationResult:
         default_factory=dict
     )  # by protocol id: all answers, or without misses
     ratios: Mapping[str, Mapping[str, Ratio]] = field(default_factory=dict)  # by protocol id, over the counted phrases
+    expressions: Sequence[Expression] = ()  # of videos, if the records are frames of videos
 
     @classmethod
     def of(

@@ -17,11 +17,14 @@ from deris_llm.config import RunConfig
 from deris_llm.config.protocols import protocols_of
 from deris_llm.data.dataset import some_images
 from deris_llm.data.mix import leakage_notice
-from deris_llm.data.sources import is_synthetic, read_split, split_notes
-from deris_llm.evaluation.evaluator import control_phrases, evaluate
+from deris_llm.data.sources import has_truth, is_synthetic, read_split, split_notes
+from deris_llm.evaluation.evaluator import answers_without_truth, control_phrases, evaluate
 from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder
 from deris_llm.evaluation.page.page import look_inside_model
 from deris_llm.evaluation.report import Section, read_report
+from deris_llm.evaluation.results import EvaluationResult
+from deris_llm.evaluation.video.frames import first_frame_held, video_numbers
+from deris_llm.evaluation.video.protocols import mean_score
 from deris_llm.models.cognition import CognitionProcessor
 from deris_llm.structures import ReferringRecord
 
@@ -44,6 +47,8 @@ def run_evaluation(
     notes: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Evaluates splits; rank 0 writes the results (`EvaluationFolder`). All ranks call this together.
+
+    A split whose truth is not published is answered and not scored: its predictions are all that is written.
 
     Args:
         config: the run.
@@ -86,7 +91,7 @@ def run_evaluation(
         records: Sequence[ReferringRecord],
         notes: Sequence[str] = (),
         override: dict[str, str] | None = None,
-    ) -> None:
+    ) -> EvaluationResult:
         started = time.monotonic()
         result = evaluate(
             model,
@@ -103,11 +108,17 @@ def run_evaluation(
         if is_first_rank:
             seconds = time.monotonic() - started
             folder.add(split, result, records, seconds=seconds, section=section, notes=notes, more=more)
+        return result
 
     for split in splits:
         records = some_images(read_split(config.data.root, split, phrase_field=config.data.phrase_field), max_images)
         known = split_notes(config.data.root, split)
-        run_split("step0" if step0 else "splits", split, records, [*(notes or {}).get(split, ()), *known])
+        if not has_truth(config.data.root, split):
+            answers = answers_without_truth(model, config, records, processor, progress=progress, title=split)
+            if is_first_rank:
+                folder.add_unscored(split, answers)
+            continue
+        result = run_split("step0" if step0 else "splits", split, records, [*(notes or {}).get(split, ()), *known])
         swapped = control_phrases(records) if control else {}
         if control and len(swapped) < len(records):
             logger.info(
@@ -116,10 +127,17 @@ def run_evaluation(
                 len(records) - len(swapped),
                 len(records),
             )
+        controls: dict[str, float | None] = {}
         if swapped:
-            run_split("control", split, records, override=swapped)
+            other = run_split("control", split, records, override=swapped)
+            controls["control_J&F"] = video_numbers(other.expressions)["J&F"] if other.expressions else None
         elif control:
             report["control"][split] = {}
+        if control and result.expressions:
+            held = first_frame_held(result.answers, records)
+            controls["first_frame_J&F"] = 100 * mean_score(held.values()).jf
+            if is_first_rank:
+                folder.add_video_controls(split, controls)
     if is_first_rank and pictures:
         is_whole = not any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # not spread by ZeRO-3
         inside = functools.partial(look_inside_model, model=model, config=config, processor=processor)

@@ -90,7 +90,12 @@ class Efficiency:
 
 
 def efficiency_of(
-    config: RunConfig, *, phrases: int = PHRASES_PER_IMAGE, measure: bool = False, repeats: int = 5
+    config: RunConfig,
+    *,
+    phrases: int = PHRASES_PER_IMAGE,
+    measure: bool = False,
+    repeats: int = 5,
+    model: Deris | None = None,
 ) -> Efficiency:
     """Counts, and measures on request, the forward pass of one image.
 
@@ -99,8 +104,9 @@ def efficiency_of(
         phrases: number of phrases that share an image.
         measure: also time it on this machine, on its GPU if there is one, unless memory is too small.
         repeats: timed runs; the fastest counts, because other load only adds time.
+        model: from `model_to_count`; None builds it.
     """
-    model = build_model(config, weights=False, device="meta").requires_grad_(False).eval()
+    model = (model or model_to_count(config)).eval()
     runs = [_one_image(config, number) for number in (1, phrases)]
     alone, together = (count_macs(model, shape_batch(run, plan_cognition(run))) for run in runs)
     parts = tuple(PartCost(name, macs, together[name] / phrases) for name, macs in alone.items())
@@ -137,7 +143,7 @@ def count_macs(model: Deris, batch: ReferringBatch) -> dict[str, int]:
     """Counts the multiply-accumulates of a forward pass by part.
 
     Args:
-        model: in evaluation mode, without trainable parameters; on the meta device or real.
+        model: in evaluation mode; on the meta device or real.
         batch: from `shape_batch`, or a real one.
     """
     simulation, counter = ShapeSimulation(), FlopCounterMode(display=False)  # the second one for a real model
@@ -166,27 +172,26 @@ def count_macs(model: Deris, batch: ReferringBatch) -> dict[str, int]:
     return found | ({"rest": rest} if rest else {})
 
 
-def training_flops(config: RunConfig, *, with_repeats: bool = False, model: Deris | None = None) -> int:
-    """Counts the floating-point operations of one micro-batch, forward and backward, without the loss.
+def training_flops(config: RunConfig, *, model: Deris | None = None) -> int:
+    """Counts the floating-point operations of one micro-batch, forward and backward, without the loss and recomputation.
 
     Args:
         config: the run; no weights are read.
-        with_repeats: include what activation checkpointing, if the run uses it, recomputes in the backward pass.
-        model: built before for this call, on the meta device; None builds it.
+        model: from `model_to_count`; None builds it.
     """
-    model = model or _training_model(config, with_repeats=with_repeats)
+    model = (model or model_to_count(config)).train()
     batch = shape_batch(config, plan_cognition(config))
     with ShapeSimulation() as simulation:
         sum_of_outputs(model(batch)).backward()
     return simulation.flops
 
 
-def _training_model(config: RunConfig, *, with_repeats: bool = False) -> Deris:
-    if not with_repeats:
-        cognition = dataclasses.replace(config.cognition, gradient_checkpointing=False)
-        perception = dataclasses.replace(config.perception, activation_checkpointing=False)
-        config = dataclasses.replace(config, cognition=cognition, perception=perception)
-    return build_model(config, weights=False, device="meta").train()
+def model_to_count(config: RunConfig) -> Deris:
+    """Builds the model of a run on the meta device, without recomputation in its backward pass."""
+    cognition = dataclasses.replace(config.cognition, gradient_checkpointing=False)
+    perception = dataclasses.replace(config.perception, activation_checkpointing=False)
+    config = dataclasses.replace(config, cognition=cognition, perception=perception)
+    return build_model(config, weights=False, device="meta")
 
 
 @dataclass(frozen=True)
@@ -210,7 +215,7 @@ class Work:
         return asdict(self) | {"ratio": self.ratio}
 
 
-def work_of_run(config: RunConfig, plan: RunPlan) -> Work:
+def work_of_run(config: RunConfig, plan: RunPlan, *, model: Deris | None = None) -> Work:
     """Counts a whole run: an image with the mean number of phrases, times the images of all steps.
 
     Operations grow linearly with the phrases of an image (DeRIS-7B, 1 to 4 phrases: within 3e-5), so two counts give those
@@ -219,19 +224,20 @@ def work_of_run(config: RunConfig, plan: RunPlan) -> Work:
     Args:
         config: the run.
         plan: of the same run.
+        model: from `model_to_count`; None builds it.
     """
     most = within_token_limit(config).data.phrases_per_image
     mean = plan.epoch.phrases / plan.epoch.images
     images = plan.epoch.total_steps * plan.images_per_device * config.training.accumulation * plan.gpus
     full = _one_image(config, most)
-    model = _training_model(config)
+    model = model or model_to_count(config)
     alone = together = training_flops(_one_image(config, 1), model=model)
     flops = float(alone)
     if most > 1:
         together = training_flops(full, model=model)
         flops = alone + (together - alone) * (mean - 1) / (most - 1)
     repeats = config.cognition.gradient_checkpointing or config.perception.activation_checkpointing
-    share = training_flops(full, with_repeats=True) / together if repeats else 1.0
+    share = plan.step_flops / (plan.images_per_device * together) if repeats else 1.0
     return Work(images, mean, images * flops, images * flops * share, images * mean * alone, plan.gpus)
 
 

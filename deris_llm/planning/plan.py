@@ -97,6 +97,9 @@ class RunPlan:
     lora_modules: int
     lora_parameters: int
     memory: tuple[Memory, ...]
+    step_flops: (
+        int  # floating-point operations of a micro-batch, forward, backward and what is recomputed, without the loss
+    )
     epoch: Epoch
 
     def to_json(self) -> dict[str, Any]:
@@ -263,10 +266,16 @@ def _known_indices(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class _EfficientAttention(torch.autograd.Function):
-    """Saves what memory-efficient attention does: query, key, value, output and log-sum-exp, but no L x L matrix."""
+    """Saves what memory-efficient attention does: query, key, value, output and log-sum-exp, but no L x L matrix.
+
+    Its operations are added to the simulation as those of the plain matrices, two products forward and four backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, simulation: ShapeSimulation) -> Tensor:
+        ctx.simulation = simulation
+        ctx.flops = 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        simulation.flops += ctx.flops
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         log_sum_exp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, log_sum_exp)
@@ -275,11 +284,12 @@ class _EfficientAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         query, key, value, _, _ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        ctx.simulation.flops += 2 * ctx.flops
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 @contextlib.contextmanager
-def _attention_as_on_gpu() -> Iterator[None]:
+def _attention_as_on_gpu(simulation: ShapeSimulation) -> Iterator[None]:
     """Replaces SDPA, which computes plain matrices on meta, by the shapes of the fused kernel that GPUs run.
 
     The function itself is replaced, because recomputation in the backward pass runs in a thread without our mode.
@@ -287,7 +297,7 @@ def _attention_as_on_gpu() -> Iterator[None]:
     original = F.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        return cast(Tensor, _EfficientAttention.apply(query, key, value))
+        return cast(Tensor, _EfficientAttention.apply(query, key, value, simulation))
 
     F.scaled_dot_product_attention = attention
     try:
@@ -313,7 +323,8 @@ def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES
     model = build_model(config, weights=False, device="meta").train()
     planned = plan_cognition(config)
     batch = shape_batch(config, planned)
-    activations = simulate_step(model, batch) + matching_bytes(config)
+    step = simulate_step(model, batch)
+    activations = step.peak + matching_bytes(config)
     in_4_bits = linears_in_4_bits(model) if config.cognition.quantization == "nf4" else ()
     activations += max(
         (weight.numel() * weight.element_size() for weight in in_4_bits), default=0
@@ -343,6 +354,7 @@ def plan_run(config: RunConfig, *, gpus: int = 1, stages: Sequence[str] = STAGES
             for stage in stages
             if not (in_4_bits and stage.startswith("3"))  # not supported: packed weights cannot be partitioned
         ),
+        step_flops=step.flops,
         epoch=_epoch(config, gpus=gpus, tokens_per_phrase=tokens, shared_tokens=shared),
     )
 
@@ -386,8 +398,8 @@ def shape_batch(config: RunConfig, planned: PlannedInputs) -> ReferringBatch:
     )
 
 
-def simulate_step(model: nn.Module, batch: ReferringBatch) -> int:
-    """Returns the peak bytes that a micro-batch allocates, forward and backward, besides weights and their gradients.
+def simulate_step(model: nn.Module, batch: ReferringBatch) -> ShapeSimulation:
+    """Runs a micro-batch forward and backward; `peak` is of what it allocates besides weights and their gradients.
 
     The sum of all outputs replaces the loss; `matching_bytes` counts what the criterion needs in addition.
 
@@ -401,12 +413,12 @@ def simulate_step(model: nn.Module, batch: ReferringBatch) -> int:
         if parameter.requires_grad
     ]
     try:
-        with ShapeSimulation() as simulation, _attention_as_on_gpu():
+        with ShapeSimulation() as simulation, _attention_as_on_gpu(simulation):
             sum_of_outputs(model(batch)).backward()
     finally:
         for hook in hooks:
             hook.remove()
-    return simulation.peak
+    return simulation
 
 
 def sum_of_outputs(output: DerisOutput) -> Tensor:

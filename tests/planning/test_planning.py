@@ -92,7 +92,7 @@ def test_activations_are_those_of_the_same_step_on_real_tensors(overrides, check
     config = tiny_config(*overrides, f"cognition.gradient_checkpointing={checkpointing}")
     planned = simulate_step(
         build_model(config, weights=False, device="meta").train(), shape_batch(config, plan_cognition(config))
-    )
+    ).peak
 
     model = build_model(config).train()
     batch = _real_batch(config)
@@ -159,7 +159,7 @@ def test_checkpointing_and_smaller_batches_need_less(overrides):
         config = tiny_config(*overrides, *more)
         return simulate_step(
             build_model(config, weights=False, device="meta").train(), shape_batch(config, plan_cognition(config))
-        )
+        ).peak
 
     assert peak("cognition.gradient_checkpointing=true") < peak("cognition.gradient_checkpointing=false")
     assert (

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deris_llm.common.words import count_of
 from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.page.charts import NUM_SERIES, Chart, Line, Marker, line_chart
 from deris_llm.evaluation.page.stored import Evaluation, logged
@@ -68,12 +69,20 @@ def tiles(evaluation: Evaluation) -> list[tuple[str, float | None, str, str]]:
     A run that was not evaluated by itself has its last evaluation while training.
     """
     found = []
+    videos = evaluation.report.get("videos", {})
     for split, numbers in evaluation.report["splits"].items():
         values = numbers[evaluation.protocol(split)]
         metric = main_metric(evaluation, split)
+        if split in videos:
+            values, metric = next(iter(videos[split].values())), "J&F"
         interval = (values.get("intervals") or {}).get(metric)
         sure = "" if interval is None else f" · {interval[0]:.1f}–{interval[1]:.1f}"
-        found.append((split, values.get(metric), metric + sure, f"{values['n_phrases']:,} phrases"))
+        counted = (
+            count_of(values["n_expressions"], "expression")
+            if split in videos
+            else count_of(values["n_phrases"], "phrase")
+        )
+        found.append((split, values.get(metric), metric + sure, counted))
     if not found and (entries := _evaluations_while_training(evaluation)):
         last = entries[-1]
         metric = "gIoU" if "eval_gIoU" in last else "mIoU"

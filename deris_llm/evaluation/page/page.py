@@ -23,7 +23,7 @@ from deris_llm.config import RunConfig
 from deris_llm.data.errors import DataError
 from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.calibration import calibrated
-from deris_llm.evaluation.page import compare, numbers
+from deris_llm.evaluation.page import compare, numbers, videos
 from deris_llm.evaluation.page.cases import (
     NUM_CASES,
     Figure,
@@ -96,6 +96,7 @@ def write_page(
         notice=evaluation.about.get("leakage") or evaluation.report.get("leakage"),
         tiles=numbers.tiles(evaluation),
         tables=numbers.tables(evaluation),
+        videos=_videos(evaluation, root, phrase_field),
         parts=numbers.PARTS,
         lost=numbers.lost_where(evaluation),
         breakdowns=numbers.breakdowns(evaluation),
@@ -270,6 +271,25 @@ def _pictures(evaluation: Evaluation, root: Path | None, phrase_field: Any, seed
             if seen.phrase_id in records
         ],
     }
+
+
+def _videos(evaluation: Evaluation, root: Path | None, phrase_field: Any) -> dict[str, Any] | None:
+    """Table, curves and strips of the splits whose images are frames; without the data there are no strips."""
+    table = videos.video_table(evaluation)
+    if table is None:
+        return None
+    shown = videos.chosen(evaluation) if root is not None else {}
+    answers = {a.phrase_id: a for split in shown for a in evaluation.answers.get(split, ())}
+    wanted = {
+        split: [each.frames[i] for _, each in found for i in videos.shown_frames(each) if each.frames[i] in answers]
+        for split, found in shown.items()
+    }
+    records = {} if root is None else _records(root, wanted, phrase_field)
+    strips = [
+        (split, [videos.strip(kind, each, answers, records) for kind, each in found if each.frames[0] in records])
+        for split, found in shown.items()
+    ]
+    return {"table": table, "curves": videos.curves(evaluation), "strips": strips}
 
 
 def _groups(evaluation: Evaluation, seed: int) -> dict[str, list[Group]]:

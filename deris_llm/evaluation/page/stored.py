@@ -14,11 +14,13 @@ from deris_llm.data.sources import read_split
 from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.calibration import Calibration
 from deris_llm.evaluation.report import read_report
+from deris_llm.evaluation.video.frames import Expression
 from deris_llm.evaluation.views import VIEWS_FILE, PhraseView, read_views
 from deris_llm.structures import ReferringRecord
 
 REPORT_FILE = "report.json"
 PREDICTIONS = "predictions"
+VIDEOS = "videos"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Evaluation:
     checkpoint: Path | None = None
     training: tuple[dict[str, Any], ...] = ()  # the run's log entries, in their order
     calibration: Calibration | None = None  # how the threshold was chosen
+    videos: dict[str, list[Expression]] = field(default_factory=dict)  # by split, of those whose images are frames
 
     @property
     def about(self) -> dict[str, Any]:
@@ -91,7 +94,22 @@ def open_evaluation(folder: str | Path, checkpoint: str | Path | None = None) ->
         checkpoint=where,
         training=_training_log(where) if where else (),
         calibration=Calibration.read(where) if where else None,
+        videos=_read_videos(home, report),
     )
+
+
+def _read_videos(home: Path, report: Mapping[str, Any]) -> dict[str, list[Expression]]:
+    files = {split: home / VIDEOS / f"{split.replace('/', '_')}.json" for split in report.get("videos", {})}
+    found: dict[str, list[Expression]] = {}
+    for split, path in files.items():
+        if path.is_file():
+            try:
+                found[split] = [Expression.from_json(tree) for tree in json.loads(path.read_text(encoding="utf-8"))]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"{path}: expected scores by expression and frame, got {type(error).__name__}: {error}: evaluate again"
+                ) from error
+    return found
 
 
 def read_answers(path: Path) -> list[Answer]:

@@ -1,0 +1,202 @@
+"""A model's answers to the frames of videos, scored by J and F (protocol `per-frame`).
+
+Every frame is answered as an image of its own. The unit of the means is the expression, as in MeViS, Ref-YouTube-VOS and
+Ref-DAVIS17 B: J and F are averaged over its frames, then over all expressions of all videos.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deris_llm.common import ranks
+from deris_llm.config.protocols import Protocol, Rule
+from deris_llm.data.masks import decode_segmentation
+from deris_llm.evaluation.answers import Answer
+from deris_llm.evaluation.intervals import intervals
+from deris_llm.evaluation.metrics import Ratio
+from deris_llm.evaluation.outcomes import best_queries, compared
+from deris_llm.evaluation.truth import decoded_referents, merged_truth
+from deris_llm.evaluation.video.metrics import frame_statistics
+from deris_llm.evaluation.video.protocols import Score, frame_score
+from deris_llm.models.postprocess import upsampled_masks
+from deris_llm.structures import DerisOutput, ReferringRecord
+
+PER_FRAME = "per-frame"
+
+
+@dataclass(frozen=True)
+class FrameProtocol:
+    """How the numbers of a video are made of a model's answers to its frames."""
+
+    rule: Rule  # which queries answer
+    id: str = PER_FRAME
+
+    def fingerprint(self) -> str:
+        """Returns eight hex digits over all fields, the same on every machine."""
+        return hashlib.sha256(json.dumps([self.id, *self.rule]).encode()).hexdigest()[:8]
+
+    def describe(self) -> str:
+        """Returns one paragraph that says how the numbers are made."""
+        threshold, selection, presence = self.rule
+        return (
+            f"{self.id}: every frame is answered as an image, without the frames before it. J and F of the masks at the frame's own "
+            "size, averaged over the frames of an expression, then over all expressions of all videos; J&F is the mean of the two. A "
+            f"frame where neither answer nor truth has a pixel counts 1. Answer: selection {selection}, score above {threshold}, "
+            f"presence {presence}. The paper does not say how its Table 12 was made."
+        )
+
+
+class FrameAnswer(NamedTuple):
+    """The answer to one expression in one frame."""
+
+    answer: Answer
+    score: Score
+    best_query: Score  # of the queries that fit the referents best
+
+    @property
+    def phrase_id(self) -> str:
+        return self.answer.phrase_id
+
+
+def compared_frames(
+    output: DerisOutput, asked: Sequence[ReferringRecord], *, protocols: Sequence[Protocol], is_generalised: bool
+) -> list[FrameAnswer]:
+    """Answers P phrases about frames and compares their masks by J and F, and as those of images (`outcomes.compared`)."""
+    answers = compared(output, asked, protocols=protocols, is_generalised=is_generalised)
+    referents = decoded_referents(asked)
+    sizes = [(record.height, record.width) for record in asked]
+    best = upsampled_masks(output, best_queries(output, referents), sizes)
+    found = []
+    for record, answer, masks, queries in zip(asked, answers, referents, best, strict=True):
+        truth = np.logical_or.reduce(masks, axis=0)
+        mask = decode_segmentation(answer.mask, record.height, record.width)
+        score = frame_score(truth, mask)
+        found.append(FrameAnswer(answer, score, frame_score(truth, np.logical_or.reduce(queries, axis=0))))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """One expression of a video with the scores of its frames, in the order of the source's list of frames."""
+
+    video: str
+    id: str
+    phrase: str
+    frames: tuple[str, ...]  # phrase ids, whose records name the images
+    scores: tuple[Score, ...]
+    best_query: tuple[Score, ...]
+
+    @property
+    def score(self) -> Score:
+        """Means over the frames."""
+        return Score(*np.mean(self.scores, axis=0).tolist())
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what a folder of an evaluation keeps; numbers in [0, 1]."""
+        return {
+            "video": self.video,
+            "expression": self.id,
+            "phrase": self.phrase,
+            "frames": self.frames,
+            "J": [round(score.j, 5) for score in self.scores],
+            "F": [round(score.f, 5) for score in self.scores],
+            "best_query_J": [round(score.j, 5) for score in self.best_query],
+            "best_query_F": [round(score.f, 5) for score in self.best_query],
+        }
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Expression:
+        """Reads what `to_json` wrote."""
+        pairs = [zip(tree[f"{name}J"], tree[f"{name}F"], strict=True) for name in ("", "best_query_")]
+        scores, best = (tuple(Score(j, f) for j, f in found) for found in pairs)
+        return cls(tree["video"], tree["expression"], tree["phrase"], tuple(tree["frames"]), scores, best)
+
+
+def expressions_of(answers: Iterable[FrameAnswer], records: Sequence[ReferringRecord]) -> list[Expression]:
+    """Joins the answers to frames by expression, in the order of the records.
+
+    Args:
+        answers: one per record, in any order.
+        records: frames of videos.
+    """
+    by_id = {answer.phrase_id: answer for answer in answers}
+    found = []
+    for (video, expression), frames in by_expression(records).items():
+        scored = [by_id[record.phrase_id] for record in frames]
+        found.append(
+            Expression(
+                video,
+                expression,
+                scored[0].answer.phrase,
+                tuple(record.phrase_id for record in frames),
+                tuple(each.score for each in scored),
+                tuple(each.best_query for each in scored),
+            )
+        )
+    return found
+
+
+def by_expression(records: Iterable[ReferringRecord]) -> dict[tuple[str, str], list[ReferringRecord]]:
+    """Groups records of frames by video and expression; each group is in the order of the source's list of frames."""
+    groups: dict[tuple[str, str], list[ReferringRecord]] = {}
+    for record in records:
+        assert record.video is not None, "a record of a frame"
+        assert record.expression is not None, "a record of a frame"
+        groups.setdefault((record.video, record.expression), []).append(record)
+    for frames in groups.values():
+        frames.sort(key=lambda record: record.frame or 0)
+    return groups
+
+
+def first_frame_held(answers: Iterable[Answer], records: Sequence[ReferringRecord]) -> dict[tuple[str, str], Score]:
+    """Scores the answer of each expression's first frame as the answer of all its frames: what a still mask gets.
+
+    Every rank scores its share and gets all.
+
+    Args:
+        answers: one per record, in any order.
+        records: frames of videos, the same on every rank.
+
+    Returns:
+        Means over the frames, by video and expression.
+    """
+    masks = {answer.phrase_id: answer.mask for answer in answers}
+    own = list(by_expression(records).items())[ranks.rank() :: ranks.world_size()]
+    found = {}
+    for key, frames in own:
+        height, width = frames[0].height, frames[0].width
+        held = decode_segmentation(masks[frames[0].phrase_id], height, width)
+        found[key] = Score(*np.mean([frame_score(merged_truth(record), held) for record in frames], axis=0).tolist())
+    return {key: score for part in ranks.gathered(found) for key, score in part.items()}
+
+
+def video_numbers(expressions: Sequence[Expression]) -> dict[str, Any]:
+    """Returns the numbers of a split in percent, and what they were counted over.
+
+    Returns:
+        J&F, J, F; recall (share of the frames above 0.5) and decay of J and F; best_query_J&F; ``n_videos``, ``n_expressions``,
+        ``n_frames`` (answers, frames times expressions); ``intervals`` {metric: [low, high]}, 95 %, by drawing videos.
+    """
+    means = np.array([each.score for each in expressions])
+    best = np.array([np.mean(each.best_query, axis=0) for each in expressions])
+    numbers: dict[str, Any] = {"J&F": 100 * means.mean().item()}
+    for column, name in enumerate(("J", "F")):
+        statistics = [frame_statistics([score[column] for score in each.scores]) for each in expressions]
+        numbers[name] = 100 * means[:, column].mean().item()
+        numbers[f"{name}_recall"] = 100 * float(np.mean([s.recall for s in statistics]))
+        numbers[f"{name}_decay"] = 100 * float(np.mean([s.decay for s in statistics]))
+    numbers["best_query_J&F"] = 100 * best.mean().item()
+    numbers["n_videos"] = len({each.video for each in expressions})
+    numbers["n_expressions"] = len(expressions)
+    numbers["n_frames"] = sum(len(each.scores) for each in expressions)
+    ones = np.ones(len(expressions))
+    ratios = {"J&F": Ratio(means.mean(axis=1), ones), "J": Ratio(means[:, 0], ones), "F": Ratio(means[:, 1], ones)}
+    sure = intervals(ratios, [each.video for each in expressions])
+    numbers["intervals"] = {name: interval for name, interval in sure.items() if interval is not None}
+    return numbers
