@@ -23,7 +23,7 @@ def add(commands: Any) -> None:
         help="a JSONL file or a folder of PNG masks; with --format a folder of PNGs or a JSON file of RLEs",
     )
     parser.add_argument("--data", type=path, metavar="ROOT", help="folder of images and datasets")
-    parser.add_argument("--split", metavar="SPLIT", help="e.g. refcoco/val")
+    parser.add_argument("--split", metavar="SPLIT", help="e.g. refcoco/val; with --format e.g. valid_u")
     parser.add_argument(
         "--protocol",
         nargs="+",
@@ -43,14 +43,17 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--workers", type=at_least(1), metavar="N", help="number of processes (default: one per core, at most 8)"
     )
-    video = parser.add_argument_group("videos, instead of --data and --split")
+    video = parser.add_argument_group("videos, instead of --data")
     video.add_argument("--format", choices=VIDEO_FORMATS, help="benchmark whose rules are followed (docs/video.md)")
-    video.add_argument("--truth", type=path, metavar="DIR", help="folder of its truth, as published")
     video.add_argument(
-        "--expressions",
-        type=path,
-        metavar="FILE",
-        help="meta_expressions.json of ref-ytvos, if it is not beside the truth",
+        "--source", type=path, metavar="DIR", help="folder of the dataset, as published (data prepare --source)"
+    )
+    video.add_argument(
+        "--mapping",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="as in data prepare, e.g. valid_videos=3 for a set of your own",
     )
     video.add_argument(
         "--missing-as-empty",
@@ -105,12 +108,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _check_image_options(arguments: argparse.Namespace) -> None:
     if arguments.data is None or arguments.split is None:
         raise ValueError(
-            "score: expected --data ROOT and --split DATASET/SPLIT, or for videos --format and --truth, got "
+            "score: expected --data ROOT and --split DATASET/SPLIT, or for videos --format and --source, got "
             f"{'--data alone' if arguments.data else '--split alone' if arguments.split else 'none of them'}: give both"
         )
     given = {
-        "--truth": arguments.truth,
-        "--expressions": arguments.expressions,
+        "--source": arguments.source,
+        "--mapping": arguments.mapping,
         "--missing-as-empty": arguments.missing_as_empty,
     }
     if wrong := [name for name, value in given.items() if value]:
@@ -120,19 +123,19 @@ def _check_image_options(arguments: argparse.Namespace) -> None:
 def _run_video(arguments: argparse.Namespace) -> int:
     given = {
         "--data": arguments.data,
-        "--split": arguments.split,
         "--against": arguments.against,
         "--protocol": arguments.protocol != ["original"],
         "--phrase-field": arguments.phrase_field != "sent",
     }
     if wrong := [name for name, value in given.items() if value]:
         raise ValueError(f"{wrong[0]}: expected no such option with --format, got one: leave it out, or --format")
-    if arguments.truth is None:
+    if arguments.source is None:
         raise ValueError(
-            f"--format {arguments.format}: expected --truth DIR, the folder of the truth, got none: give it"
+            f"--format {arguments.format}: expected --source DIR, the folder of the dataset, got none: give it"
         )
-    if arguments.expressions is not None and arguments.format != "ref-ytvos":
-        raise ValueError("--expressions: expected --format ref-ytvos with it, got another format: leave it out")
+    pairs = [pair.partition("=") for pair in arguments.mapping]
+    if wrong := [key for key, sign, _ in pairs if not sign]:
+        raise ValueError(f"--mapping {wrong[0]}: expected KEY=VALUE, got no such pair: write e.g. valid_videos=3")
     from deris_llm.common.terminal import console
     from deris_llm.evaluation.output import check_writable
     from deris_llm.evaluation.score import default_folder
@@ -143,9 +146,10 @@ def _run_video(arguments: argparse.Namespace) -> int:
     report = run_video_score(
         arguments.predictions,
         form=arguments.format,
-        truth=arguments.truth,
+        source=arguments.source,
         out=output,
-        expressions=arguments.expressions,
+        split=arguments.split,
+        mapping={key: value for key, _, value in pairs},
         missing_as_empty=arguments.missing_as_empty,
         workers=arguments.workers,
     )

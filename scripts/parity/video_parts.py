@@ -7,14 +7,13 @@ that we do not have is a difference. What the public code got by a mistake is co
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,9 @@ import numpy as np
 from PIL import Image
 
 from deris_llm.data.errors import DataError
+from deris_llm.data.formats.base import PrepareOptions
+from deris_llm.data.formats.ref_ytvos import RefYtvosReader
+from deris_llm.data.formats.video import META_FILE, Video, read_videos
 from deris_llm.data.masks import coco_mask
 from deris_llm.evaluation.video.metrics import (
     boundary_radius,
@@ -50,19 +52,7 @@ from deris_llm.evaluation.video.score import (
     score_expressions,
 )
 from deris_llm.evaluation.video.trees import PngTree, read_labels, read_mask
-from deris_llm.evaluation.video.truth import (
-    META_FILE,
-    DavisSequence,
-    Meta,
-    RleVideo,
-    davis_mask_keys,
-    read_davis,
-    read_meta,
-    read_mevis,
-    read_ref_davis,
-    read_ref_youtube_vos,
-    without_test_videos,
-)
+from deris_llm.evaluation.video.truth import DavisSequence, TruthVideo, read_davis, read_truth
 
 
 @dataclass
@@ -305,12 +295,12 @@ def mevis(folder: Path, found: Comparison) -> None:
         _MEVIS_SAID,
     )
     if (root / "valid").is_dir():
-        found.raises("valid", lambda: read_mevis(root / "valid"))
+        found.raises("valid", lambda: read_truth("mevis", root, "valid"))
 
 
 def _score_mevis(root: Path, *, missing_as_empty: bool = False) -> list[ExpressionResult]:
     return score_expressions(
-        read_mevis(root / "valid_u"), PngTree.of(root / "pred"), missing_as_empty=missing_as_empty, workers=1
+        read_truth("mevis", root, "valid_u"), PngTree.of(root / "pred"), missing_as_empty=missing_as_empty, workers=1
     )
 
 
@@ -480,15 +470,14 @@ def ref_ytvos(folder: Path, found: Comparison) -> None:
     )
     expected = _read(root / "expected.json")
     sets: dict[str, Any] = {}
-    for split, truth in (("train", root / "train"), ("valid", root / "valid_gt")):
-        if split not in expected["sets"]:
-            continue
-        videos = read_ref_youtube_vos(truth)
+    number = str(len(_splits(root / "meta_expressions")[2]))
+    for split in expected["sets"]:
+        videos = read_truth("ref-ytvos", root, split, mapping={"valid_videos": number})
         results = score_expressions(videos, PngTree.of(root / f"pred_{split}"), workers=1)
         rows = expression_numbers(results)
         names = dict(zip(("all_frames", "only_meta_frames", "from_first_appearance"), rows.values(), strict=True))
         sets[split] = {"n_videos": len(videos), "n_expressions": len(results), **names}
-        labels = {f"{video.name}/{e}": label for video in videos for e, label in video.labels.items()}
+        labels = {f"{v.name}/{e}": of_frames[0][0].label for v in videos for e, of_frames in v.referents.items()}
         sets[split]["expressions"] = {one.name: _ytvos_expression(one, labels[one.name]) for one in results}
     some, many = (_splits(root / name) for name in ("meta_expressions", "counts/meta_expressions"))
     found.trees(
@@ -508,11 +497,17 @@ def ref_ytvos(folder: Path, found: Comparison) -> None:
     )
 
 
+_VALID_AND_TEST = 507  # videos in the JSON of the real valid
+
+
 def _splits(folder: Path) -> tuple[list[str], list[str], list[str]]:
     """The videos in the JSONs of valid and test, and those of valid alone."""
-    path = folder / "valid" / META_FILE
-    valid, test = read_meta(path), read_meta(folder / "test" / META_FILE)
-    return sorted(valid), sorted(test), list(without_test_videos(valid, path))
+    valid, test = (sorted(read_videos(folder / split / META_FILE)) for split in ("valid", "test"))
+    number = len(set(valid) - set(test))
+    # the real number is the reader's default, so the made-up ids of counts/ are read without naming it
+    mapping = {} if len(valid) == _VALID_AND_TEST else {"valid_videos": str(number)}
+    options = PrepareOptions("ref-ytvos", str(folder.parent), Path("out"), splits=("valid",), mapping=mapping)
+    return valid, test, [video.name for video in RefYtvosReader(options).videos["valid"] if isinstance(video, Video)]
 
 
 def _ytvos_expression(one: ExpressionResult, label: int) -> dict[str, Any]:
@@ -520,14 +515,15 @@ def _ytvos_expression(one: ExpressionResult, label: int) -> dict[str, Any]:
         score = mean_score(one.frames[position] for position in positions)
         return {"n": len(positions), "J": score.j, "F": score.f}
 
+    own = one.own_frames or ()
     return {
         "obj_id": label,
         "J": one.score.j,
         "F": one.score.f,
         "J_per_frame": [frame.j for frame in one.frames],
         "F_per_frame": [frame.f for frame in one.frames],
-        "only_meta_frames": part(one.own_frames),
-        "from_first_appearance": part(range(min(one.own_frames), len(one.frames))),
+        "only_meta_frames": part(own),
+        "from_first_appearance": part(range(min(own), len(one.frames))),
     }
 
 
@@ -556,6 +552,11 @@ def ref_davis(folder: Path, found: Comparison) -> None:
         ours["protocol_B"][name] = _protocol_b(root, name, asked, found)
         if name == "normal":
             ours["protocol_B_wrong_if_ids_sorted_numerically"] = _numerically_sorted(root, asked)
+    converted = _read(root / "meta_expressions" / "valid" / META_FILE)["videos"]
+    for video in read_truth("ref-davis", root, "val"):
+        entries = converted[video.name]["expressions"]
+        found.trees(f"texts.{video.name}", dict(video.phrases), {e: entry["exp"] for e, entry in entries.items()})
+        found.trees(f"frames.{video.name}", list(video.frames), converted[video.name]["frames"])
     found.trees("ref_davis", ours, expected, ("order", "swap_permutation", "sets", "proposal_unique"))
 
 
@@ -589,10 +590,9 @@ def _protocol_a(
 
 
 def _protocol_b(root: Path, name: str, scores: Mapping[Any, np.ndarray], found: Comparison) -> dict[str, Any]:
-    videos = read_ref_davis(root)
-    meta = read_meta(root / "meta_expressions" / "valid" / META_FILE)
-    keys = davis_mask_keys(meta)
-    by_rle = {video.name: video for video in _from_mask_dict(root, meta, keys)}
+    videos = read_truth("ref-davis", root, "val")
+    keys = _mask_keys(videos, sorted)
+    by_rle = {video.name: video for video in _from_mask_dict(root, videos, keys)}
     pngs = root / "pred_B" / name
     frames: dict[tuple[str, str], list[Score]] = {}
     for video in videos:
@@ -622,29 +622,39 @@ def _answer_b(scores: Mapping[Any, np.ndarray], video: str, expression: str, t: 
     return scores[video, str(annotator)][which, t] > 0.5
 
 
-def _from_mask_dict(root: Path, meta: Meta, keys: Mapping[tuple[str, str], str]) -> list[RleVideo]:
+def _mask_keys(
+    videos: Sequence[TruthVideo], ordered: Callable[[Iterable[str]], list[str]]
+) -> dict[tuple[str, str], str]:
+    """The key of every (video, expression) in ``mask_dict.json``: a running number over sorted videos and ordered ids."""
+    by_name = {video.name: video for video in videos}
+    pairs = [(name, expression) for name in sorted(by_name) for expression in ordered(by_name[name].phrases)]
+    return {pair: str(number) for number, pair in enumerate(pairs)}
+
+
+def _from_mask_dict(root: Path, videos: Sequence[TruthVideo], keys: Mapping[tuple[str, str], str]) -> list[TruthVideo]:
     masks = _read(root / "valid" / "mask_dict.json")
-    videos: list[RleVideo] = []
-    for video, (frames, expressions) in meta.items():
-        objects = {expression: (keys[video, expression],) for expression in expressions}
-        rles = {key: masks[key] for (key,) in objects.values()}
-        size = next(tuple(rle["size"]) for rle in itertools.chain(*rles.values()) if rle is not None)
-        videos.append(RleVideo(video, frames, (size[0], size[1]), {}, rles=rles, objects=objects))
-    return videos
+    return [
+        replace(
+            video,
+            referents={
+                expression: [[] if rle is None else [rle] for rle in masks[keys[video.name, expression]]]
+                for expression in video.phrases
+            },
+        )
+        for video in videos
+    ]
 
 
 def _numerically_sorted(root: Path, scores: Mapping[Any, np.ndarray]) -> dict[str, float]:
     """What comes out if the expression ids are sorted as numbers when masks are looked up."""
-    meta = read_meta(root / "meta_expressions" / "valid" / META_FILE)
-    pairs = [(video, expression) for video in sorted(meta) for expression in sorted(meta[video][1], key=int)]
-    frames = {
-        (video.name, expression): [
-            frame_score(video.masks(t)[expression], _answer_b(scores, video.name, expression, t))
-            for t in range(len(video.frames))
-        ]
-        for video in _from_mask_dict(root, meta, {pair: str(i) for i, pair in enumerate(pairs)})
-        for expression in video.objects
-    }
+    videos = read_truth("ref-davis", root, "val")
+    keys = _mask_keys(videos, lambda ids: sorted(ids, key=int))
+    frames: dict[tuple[str, str], list[Score]] = {}
+    for video in _from_mask_dict(root, videos, keys):
+        for t in range(len(video.frames)):
+            for expression, truth in video.masks(t).items():
+                score = frame_score(truth, _answer_b(scores, video.name, expression, t))
+                frames.setdefault((video.name, expression), []).append(score)
     return _scores_of(expression_scores(frames)[0])
 
 

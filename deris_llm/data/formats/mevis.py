@@ -91,11 +91,12 @@ def _annotation_ids(sentence: Sentence) -> list[int]:
     """
     ids, objects = sentence.fields.get("anno_id"), sentence.fields.get("obj_id", "none given")
     is_list = isinstance(ids, list) and all(isinstance(each, int) and not isinstance(each, bool) for each in ids)
-    if not isinstance(ids, list) or not is_list or any(each < 0 for each in ids) or len(set(ids)) < len(ids):
+    if not isinstance(ids, list) or not is_list or any(each < 0 for each in ids):
         raise BadEntryError(
             "reference",
-            f"expected anno_id, a list of distinct numbers that is empty if the sentence names nothing, got {ids!r} (obj_id {objects!r})",
+            f"expected anno_id, a list of numbers that is empty if the sentence names nothing, got {ids!r} (obj_id {objects!r})",
         )
-    if isinstance(objects, list) and len(objects) != len(ids):
+    ids = list(dict.fromkeys(ids))  # a mask that is named twice counts once
+    if isinstance(objects, list) and len(set(map(str, objects))) != len(ids):
         raise BadEntryError("reference", f"expected as many obj_id as anno_id, got {objects} and {ids}")
     return ids

@@ -11,7 +11,7 @@ import datetime
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -37,14 +37,7 @@ from deris_llm.evaluation.video.protocols import (
     unsupervised,
 )
 from deris_llm.evaluation.video.trees import FrameError, PngTree, RleFile, open_predictions, read_labels
-from deris_llm.evaluation.video.truth import (
-    DavisSequence,
-    TruthVideo,
-    read_davis,
-    read_mevis,
-    read_ref_davis,
-    read_ref_youtube_vos,
-)
+from deris_llm.evaluation.video.truth import DavisSequence, TruthVideo, read_davis, read_truth
 
 FORMATS = {
     "mevis": "MeViS: every expression, all frames",
@@ -55,6 +48,9 @@ FORMATS = {
     "davis-unsup": "DAVIS 2017, unsupervised: at most 20 proposals, best assignment",
 }
 """Formats of `deris-llm score`, with what they compare."""
+DEFAULT_SPLITS = {"mevis": "valid_u", "ref-ytvos": "valid"} | dict.fromkeys(
+    ("ref-davis-a", "ref-davis-b", "davis-semi", "davis-unsup"), "val"
+)
 SCORES_FILE = "scores.json"
 _EACH_FILES = ("expressions.jsonl", "objects.jsonl")
 _LISTED = 5
@@ -71,7 +67,7 @@ class ExpressionResult:
     phrase: str
     frames: tuple[Score, ...]
     num_missing: int = 0  # frames without a prediction
-    own_frames: tuple[int, ...] = ()  # positions of the frames that the source lists for the object
+    own_frames: tuple[int, ...] | None = None  # positions of the frames that the source lists for the object
 
     @property
     def is_missing(self) -> bool:
@@ -149,24 +145,14 @@ def score_davis(
     }
 
 
-def read_truth(form: str, truth: Path, expressions: Path | None = None) -> Sequence[TruthVideo]:
-    """Reads the truth of a format whose unit is the expression.
-
-    Raises:
-        DataError: it is not as published.
-    """
-    if form == "mevis":
-        return read_mevis(truth)
-    return read_ref_youtube_vos(truth, expressions) if form == "ref-ytvos" else read_ref_davis(truth)
-
-
 def run_video_score(
     predictions: Path,
     *,
     form: str,
-    truth: Path,
+    source: Path,
     out: Path,
-    expressions: Path | None = None,
+    split: str | None = None,
+    mapping: Mapping[str, str] | None = None,
     missing_as_empty: bool = False,
     workers: int | None = None,
 ) -> dict[str, Any]:
@@ -175,9 +161,10 @@ def run_video_score(
     Args:
         predictions: a tree of PNGs or a JSON file of RLEs.
         form: one of `FORMATS`.
-        truth: folder of the truth as published.
+        source: folder of the dataset as published, as of ``data prepare --source``; of DAVIS that with ``ImageSets``.
         out: folder of the results.
-        expressions: ``meta_expressions.json`` of Ref-YouTube-VOS, if it is elsewhere.
+        split: as the dataset calls it; default: the one whose masks are published for evaluation.
+        mapping: as of ``data prepare --mapping``.
         missing_as_empty: what is missing is an empty mask.
         workers: processes; None = one per core, at most 8.
 
@@ -187,12 +174,18 @@ def run_video_score(
     Raises:
         DataError: unusable truth or predictions.
     """
+    split = split or DEFAULT_SPLITS[form]
     if form in ("mevis", "ref-ytvos", "ref-davis-b"):
         opened = open_predictions(predictions)
-        videos = read_truth(form, truth, expressions)
+        videos = read_truth(form.removesuffix("-b"), source, split, mapping=mapping)
         results = score_expressions(videos, opened, missing_as_empty=missing_as_empty, workers=workers)
         numbers = expression_numbers(results)
         notes = _missing_notes(results, missing_as_empty=missing_as_empty)
+        unsorted = [video.name for video in videos if list(video.frames) != sorted(video.frames)]
+        notes += [
+            f"frames of {count_of(len(unsorted), 'video')} are listed in another order than that of their names; RLEs follow the "
+            f"list, PNGs the names: {_some(unsorted)}"
+        ] * bool(unsorted)
         unknown = opened.unknown({(video.name, e): video.frames for video in videos for e in video.phrases})
         notes += [f"{count_of(len(unknown), 'prediction')} of nothing in the truth, not read: {_some(unknown)}"] * bool(
             unknown
@@ -201,14 +194,15 @@ def run_video_score(
         counts = {"videos": len(videos), "expressions": len(results)}
     else:
         numbers, lines, notes, counts = _davis(
-            predictions, form=form, truth=truth, missing_as_empty=missing_as_empty, workers=workers
+            predictions, form=form, source=source, split=split, missing_as_empty=missing_as_empty, workers=workers
         )
         file = _EACH_FILES[1]
     report = {
         "format": form,
         "compares": FORMATS[form],
         "predictions": str(predictions),
-        "truth": str(truth),
+        "source": str(source),
+        "split": split,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "missing_as_empty": missing_as_empty,
         "counts": counts,
@@ -232,10 +226,11 @@ def expression_numbers(results: Sequence[ExpressionResult]) -> dict[str, dict[st
     added: only the frames that the source lists for the object, and all frames from the first of these on.
     """
     rows = {"all frames": mean_score(result.score for result in results)}
-    if all(result.own_frames for result in results):
-        rows["only frames of the object"] = mean_score(_mean_at(result, result.own_frames) for result in results)
+    listed = [(result, result.own_frames) for result in results if result.own_frames]
+    if len(listed) == len(results):
+        rows["only frames of the object"] = mean_score(_mean_at(result, own) for result, own in listed)
         rows["from the object's first frame"] = mean_score(
-            _mean_at(result, range(min(result.own_frames), len(result.frames))) for result in results
+            _mean_at(result, range(min(own), len(result.frames))) for result, own in listed
         )
     return {row: _columns(score) for row, score in rows.items()}
 
@@ -248,7 +243,7 @@ def video_table(report: dict[str, Any]) -> StackedTable:
     ]
     counts = ", ".join(count_of(number, name.removesuffix("s")) for name, number in report["counts"].items())
     caption = "\n".join([f"{report['compares']}. {counts}. Percent.", *report["notes"]])
-    return StackedTable(report["format"], Column("", list(rows)), columns, caption=caption)
+    return StackedTable(f"{report['format']}, {report['split']}", Column("", list(rows)), columns, caption=caption)
 
 
 def _score_video(
@@ -296,7 +291,7 @@ def _score_video(
             video.phrases[expression],
             tuple(scores),
             num_missing=found[expression].count(False),
-            own_frames=video.own_frames.get(expression, ()),
+            own_frames=None if video.own_frames is None else video.own_frames[expression],
         )
         for expression, scores in frames.items()
     ]
@@ -326,12 +321,12 @@ def _score_sequence(
 
 
 def _davis(
-    predictions: Path, *, form: str, truth: Path, missing_as_empty: bool, workers: int | None
+    predictions: Path, *, form: str, source: Path, split: str, missing_as_empty: bool, workers: int | None
 ) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]], list[str], dict[str, int]]:
     """Numbers, lines per object, notes and counts of the formats that compare label maps."""
     is_a = form == "ref-davis-a"
     is_unsupervised = form != "davis-semi"
-    sequences = read_davis(truth / "DAVIS" if is_a else truth, unsupervised=is_unsupervised)
+    sequences = read_davis(source / "DAVIS" if is_a else source, unsupervised=is_unsupervised, split=split)
     parts = {f"annotator {k}": predictions / f"anno_{k}" for k in range(ANNOTATORS)} if is_a else {"all": predictions}
     if absent := [path for path in parts.values() if not path.is_dir()]:
         raise DataError(

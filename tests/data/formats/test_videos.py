@@ -329,7 +329,7 @@ MEVIS_FAULTS: dict[str, tuple[Callable[[Path], Any], str, dict[str, int]]] = {
     ),
     "no anno_id": (
         lambda f: _edit_video(lambda video: video["expressions"]["0"].pop("anno_id"))(f / "meta_expressions.json"),
-        r"expected anno_id, a list of distinct numbers that is empty if the sentence names nothing, got None \(obj_id \[0\]\)",
+        r"expected anno_id, a list of numbers that is empty if the sentence names nothing, got None \(obj_id \[0\]\)",
         {"reference": 4},
     ),
     "no target said in another way": (

@@ -51,8 +51,8 @@ def test_layout_of_mevis_scores_as_it_was_written(tmp_path: Path) -> None:
         with Image.open(io.BytesIO(archive.read("one/0/00000.png"))) as image:
             assert image.mode == "L"
             assert np.unique(np.asarray(image)).tolist() == [0, 255]
-    truth = write_mevis(tmp_path / "valid_u")
-    report = run_video_score(tmp_path / "pred", form="mevis", truth=truth, out=tmp_path / "score", workers=1)
+    write_mevis(tmp_path / "valid_u")
+    report = run_video_score(tmp_path / "pred", form="mevis", source=tmp_path, out=tmp_path / "score", workers=1)
     assert report["numbers"]["all frames"]["J&F"] == 1
 
 

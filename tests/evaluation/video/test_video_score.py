@@ -17,13 +17,7 @@ from deris_llm.data.masks import encode_mask
 from deris_llm.evaluation.video.protocols import Score, mean_score
 from deris_llm.evaluation.video.score import run_video_score, score_expressions
 from deris_llm.evaluation.video.trees import FrameError, PngTree, RleFile, open_predictions, read_labels, read_mask
-from deris_llm.evaluation.video.truth import (
-    davis_mask_keys,
-    read_meta,
-    read_mevis,
-    read_ref_youtube_vos,
-    without_test_videos,
-)
+from deris_llm.evaluation.video.truth import read_truth
 from tests.evaluation.video.video_world import (
     FRAMES,
     SIZE,
@@ -54,7 +48,10 @@ def predictions(tmp_path: Path) -> Path:
 
 def _score(truth: Path, predictions: Path, *, missing_as_empty: bool = False) -> dict[str, Any]:
     results = score_expressions(
-        read_mevis(truth), open_predictions(predictions), missing_as_empty=missing_as_empty, workers=1
+        read_truth("mevis", truth.parent, truth.name),
+        open_predictions(predictions),
+        missing_as_empty=missing_as_empty,
+        workers=1,
     )
     return {result.name: result for result in results}
 
@@ -236,88 +233,72 @@ def test_a_hidden_split_is_refused(truth: Path, predictions: Path) -> None:
                 del entry["anno_id"], entry["obj_id"]
 
     _edit(truth / "meta_expressions.json", hide)
-    with pytest.raises(DataError, match="the masks of this split are not published"):
+    with pytest.raises(DataError, match="expected anno_id, a list of numbers"):
+        _score(truth, predictions)
+    (truth / "mask_dict.json").unlink()
+    with pytest.raises(DataError, match="expected the masks of valid_u, got none: they are not published"):
         _score(truth, predictions)
 
 
-def test_a_short_list_of_true_masks_is_refused_and_a_long_one_named(
-    truth: Path, predictions: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    _edit(truth / "mask_dict.json", lambda masks: masks["7"].append(None))
-    assert _score(truth, predictions)["one/0"].score == Score(1, 1)
-    assert "5 masks of object 7 for 4 frames" in caplog.text
+def test_a_list_of_true_masks_has_the_length_of_the_video(truth: Path, predictions: Path) -> None:
     _edit(truth / "mask_dict.json", lambda masks: masks.update({"7": masks["7"][:3]}))
-    with pytest.raises(DataError, match="one: expected 4 masks of object 7 in mask_dict.json, one per frame, got 3"):
+    with pytest.raises(DataError, match="valid_u/one expression 0: expected 4 masks of anno_id 7, one for each frame"):
         _score(truth, predictions)
 
 
 def test_the_size_comes_from_the_image_where_no_object_is_annotated(truth: Path, predictions: Path) -> None:
-    _edit(truth / "meta_expressions.json", lambda t: t["videos"]["two"]["expressions"]["0"].update(anno_id=[]))
-    with pytest.raises(DataError, match="two: expected a mask or an image in JPEGImages/two"):
+    _edit(
+        truth / "meta_expressions.json",
+        lambda tree: tree["videos"]["two"]["expressions"]["0"].update(anno_id=[], obj_id=[]),
+    )
+    with pytest.raises(DataError, match="valid_u/two: expected a mask or an image in valid_u/JPEGImages/two/"):
         _score(truth, predictions)
     (truth / "JPEGImages" / "two").mkdir(parents=True)
     Image.new("RGB", SIZE[::-1]).save(truth / "JPEGImages" / "two" / "00000.jpg")
     assert _score(truth, predictions)["two/0"].score == Score(0, 0)
 
 
-def test_malformed_lists_of_expressions(tmp_path: Path) -> None:
-    path = tmp_path / "meta_expressions.json"
-    for tree, says in (
-        ([], "expected {'videos': {...}}"),
-        ({"videos": {"a": {"frames": ["1", "1"], "expressions": {}}}}, "a: expected every frame once, got 1 twice"),
-        ({"videos": {"a": {"frames": [], "expressions": {}}}}, "a: expected a list of frame names"),
-        ({"videos": {"a": {"frames": ["1"], "expressions": ["x"]}}}, "a: expected expressions by id"),
-    ):
-        save_json(path, tree)
-        with pytest.raises(DataError) as raised:
-            read_meta(path)
-        assert says in str(raised.value)
+def test_a_true_mask_of_another_size_is_refused(truth: Path, predictions: Path) -> None:
+    _edit(truth / "mask_dict.json", lambda masks: masks["8"].__setitem__(1, encode_mask(np.ones((3, 4), dtype=bool))))
+    with pytest.raises(DataError, match=r"truth of one, frame 00005: expected an RLE of the image's size"):
+        _score(truth, predictions)
 
 
 def test_ref_youtube_vos_counts_frames_in_three_ways(tmp_path: Path) -> None:
-    folder = write_ytvos(tmp_path)
+    root = write_ytvos(tmp_path / "set")
     masks = {("aa", "0"): [moving(0, t) for t in range(4)], ("aa", "1"): [moving(1, t) for t in range(4)]}
     write_predictions(tmp_path / "pred" / "Annotations", masks)
-    report = run_video_score(tmp_path / "pred", form="ref-ytvos", truth=folder, out=tmp_path / "out", workers=1)
+    report = run_video_score(
+        tmp_path / "pred", form="ref-ytvos", source=root, split="train", out=tmp_path / "out", workers=1
+    )
     rows = {row: numbers["J"] for row, numbers in report["numbers"].items()}
     # the object is not there in the first frame, where the answer has a mask
     assert rows == {"all frames": 0.875, "only frames of the object": 1, "from the object's first frame": 1}
 
 
-def test_ref_youtube_vos_takes_objects_of_another_file(tmp_path: Path) -> None:
-    folder = write_ytvos(tmp_path)
-    meta = tmp_path / "meta_expressions" / "train" / "meta_expressions.json"
-
-    def hide(tree: Any) -> None:
-        for entry in tree["videos"]["aa"]["expressions"].values():
-            del entry["obj_id"]
-
-    _edit(meta, hide)
-    with pytest.raises(DataError, match="aa/0: expected the object's label as `obj_id` or in obj_id.json, got None"):
-        read_ref_youtube_vos(folder)
-    save_json(folder / "obj_id.json", {"aa": {"0": "1", "1": "2"}})
-    (video,) = read_ref_youtube_vos(folder)
+def test_a_missing_label_map_is_named(tmp_path: Path) -> None:
+    root = write_ytvos(tmp_path)
+    (video,) = read_truth("ref-ytvos", root, "train")
     np.testing.assert_array_equal(video.masks(1)["1"], moving(1, 1))
-    (folder / "Annotations" / "aa" / "00005.png").unlink()
-    with pytest.raises(DataError, match="expected a label map of each of the 4 frames, got none of 00005"):
-        read_ref_youtube_vos(folder)
+    (root / "train" / "Annotations" / "aa" / "00005.png").unlink()
+    with pytest.raises(DataError, match=r"train/aa: expected 4 label maps, one per frame, got no train/.*/00005.png"):
+        read_truth("ref-ytvos", root, "train")
 
 
-def test_valid_of_ref_youtube_vos_is_202_videos_or_nothing(tmp_path: Path) -> None:
-    names = [f"{i:010x}" for i in range(507)]
-    entry = {"frames": ["00000"], "expressions": {}}
-    valid, test = (tmp_path / split / "meta_expressions.json" for split in ("valid", "test"))
-    save_json(valid, {"videos": dict.fromkeys(reversed(names), entry)})
-    with pytest.raises(DataError, match="expected 202 videos of its 507 without those of test, got 507"):
-        without_test_videos(read_meta(valid), valid)
-    save_json(test, {"videos": dict.fromkeys(names[:305], entry)})
-    assert list(without_test_videos(read_meta(valid), valid)) == names[305:]
-
-
-def test_keys_of_ref_davis_masks_are_counted_in_the_order_of_text() -> None:
-    meta = {"b": ((), dict.fromkeys(["0", "2"], {})), "a": ((), dict.fromkeys(["0", "2", "10"], {}))}
-    assert list(davis_mask_keys(meta)) == [("a", "0"), ("a", "10"), ("a", "2"), ("b", "0"), ("b", "2")]
-    assert davis_mask_keys(meta)["a", "2"] == "2"
+def test_valid_of_ref_youtube_vos_is_202_videos_or_as_many_as_declared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_ytvos(tmp_path / "set")
+    (root / "train").rename(root / "valid_gt")
+    (root / "meta_expressions" / "train").rename(root / "meta_expressions" / "valid")
+    save_json(root / "valid_gt" / "obj_id.json", {"aa": {"0": "1", "1": "2"}})
+    write_predictions(tmp_path / "pred", {("aa", e): [moving(int(e), t) for t in range(4)] for e in "01"})
+    command = ["score", str(tmp_path / "pred"), "--format", "ref-ytvos", "--source", str(root)]
+    command += ["--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main(command) == 2
+    assert "expected 202 videos" in capsys.readouterr().err
+    assert main([*command, "--mapping", "valid_videos=1"]) == 0
+    assert "ref-ytvos, valid" in capsys.readouterr().out
 
 
 # ---- label maps ----
@@ -330,14 +311,14 @@ def test_davis_reads_what_the_protocol_reads(tmp_path: Path) -> None:
     write_labels(pred / "balls", labels)
     for name in ("00000.png", "00004.png"):
         (pred / "balls" / name).unlink()  # never opened by the semi-supervised protocol
-    report = run_video_score(pred, form="davis-semi", truth=root, out=tmp_path / "out", workers=1)
+    report = run_video_score(pred, form="davis-semi", source=root, out=tmp_path / "out", workers=1)
     assert report["numbers"]["all"] == {
         "J&F-Mean": 1, "J-Mean": 1, "J-Recall": 1, "J-Decay": 0, "F-Mean": 1, "F-Recall": 1, "F-Decay": 0,
     }  # fmt: skip
     with pytest.raises(DataError, match=r"balls/00000.png: expected a PNG for this frame, got no file"):
-        run_video_score(pred, form="davis-unsup", truth=root, out=tmp_path / "out", workers=1)
+        run_video_score(pred, form="davis-unsup", source=root, out=tmp_path / "out", workers=1)
     empty = run_video_score(
-        pred, form="davis-unsup", truth=root, out=tmp_path / "out", workers=1, missing_as_empty=True
+        pred, form="davis-unsup", source=root, out=tmp_path / "out", workers=1, missing_as_empty=True
     )
     assert empty["numbers"]["all"]["J-Mean"] == pytest.approx(0.6)
     lines = [json.loads(line) for line in (tmp_path / "out" / "objects.jsonl").read_text().splitlines()]
@@ -349,7 +330,7 @@ def test_davis_notes_labels_that_no_frame_has(tmp_path: Path) -> None:
     labels = [np.where(labels_at(t) == 1, 0, labels_at(t)) for t in range(4)]
     root = write_davis(tmp_path / "davis", {"balls": labels})
     write_labels(tmp_path / "pred" / "balls", labels)
-    report = run_video_score(tmp_path / "pred", form="davis-unsup", truth=root, out=tmp_path / "out", workers=1)
+    report = run_video_score(tmp_path / "pred", form="davis-unsup", source=root, out=tmp_path / "out", workers=1)
     assert report["notes"] == [
         "1 label below the largest of the first frame in no scored frame; an empty answer gets 1 there: balls 1"
     ]
@@ -363,13 +344,13 @@ def test_ref_davis_a_forgives_exchanged_objects_and_b_does_not(tmp_path: Path) -
     for expression in range(8):
         for t in range(3):
             save_mask(tmp_path / "b" / "balls" / str(expression) / f"{t:05d}.png", moving(1 - expression // 4, t))
-    a = run_video_score(tmp_path / "a", form="ref-davis-a", truth=root, out=tmp_path / "out", workers=1)
-    b = run_video_score(tmp_path / "b", form="ref-davis-b", truth=root, out=tmp_path / "out", workers=1)
+    a = run_video_score(tmp_path / "a", form="ref-davis-a", source=root, out=tmp_path / "out", workers=1)
+    b = run_video_score(tmp_path / "b", form="ref-davis-b", source=root, out=tmp_path / "out", workers=1)
     assert a["numbers"]["mean of the annotators"]["J&F"] == 1
     assert b["numbers"]["all frames"]["J"] == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["expressions.jsonl", "scores.json"]
     with pytest.raises(DataError, match="protocol A has one for each annotator"):
-        run_video_score(tmp_path / "b", form="ref-davis-a", truth=root, out=tmp_path / "out", workers=1)
+        run_video_score(tmp_path / "b", form="ref-davis-a", source=root, out=tmp_path / "out", workers=1)
 
 
 # ---- the command ----
@@ -383,7 +364,7 @@ def test_the_command(
     save_mask(predictions / "three" / "0" / "00000.png", moving(0, 0))
     save_mask(predictions / "one" / "0" / "00099.png", moving(0, 0))
     out = tmp_path / "out"
-    command = ["score", str(predictions), "--format", "mevis", "--truth", str(truth), "--output", str(out)]
+    command = ["score", str(predictions), "--format", "mevis", "--source", str(truth.parent), "--output", str(out)]
     assert main([*command, "--workers", "2"]) == 0
     said = capsys.readouterr().out
     assert "75.00 75.00 75.00" in said
@@ -402,16 +383,17 @@ def test_the_command_refuses_options_that_do_not_belong_together(
     truth: Path, predictions: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for options, says in (
-        ([], "expected --data ROOT and --split DATASET/SPLIT, or for videos --format and --truth, got none of them"),
+        ([], "expected --data ROOT and --split DATASET/SPLIT, or for videos --format and --source, got none of them"),
         (["--data", "x"], "got --data alone: give both"),
         (["--data", "x", "--split", "a/b", "--missing-as-empty"], "--missing-as-empty: expected --format with it"),
-        (["--format", "mevis"], "--format mevis: expected --truth DIR"),
+        (["--format", "mevis"], "--format mevis: expected --source DIR"),
+        (["--format", "mevis", "--source", str(truth.parent), "--data", "x"], "--data: expected no such option with"),
+        (["--format", "mevis", "--source", str(truth.parent), "--mapping", "x"], "--mapping x: expected KEY=VALUE"),
         (
-            ["--format", "mevis", "--truth", str(truth), "--split", "a/b"],
-            "--split: expected no such option with --format",
+            ["--format", "mevis", "--source", str(truth.parent), "--split", "valid_v"],
+            "expected one of train, valid_u, valid, test for",
         ),
-        (["--format", "mevis", "--truth", str(truth), "--expressions", "x"], "expected --format ref-ytvos with it"),
-        (["--format", "mevis", "--truth", str(truth / "nothing")], "nothing/meta_expressions.json"),
+        (["--format", "mevis", "--source", str(truth / "nothing")], "nothing"),
     ):
         assert main(["score", str(predictions), *options]) == 2
         assert says in " ".join(capsys.readouterr().err.split())

@@ -54,7 +54,7 @@ def labels_at(frame: int, num_objects: int = 2) -> np.ndarray:
     return labels
 
 
-def write_mevis(root: Path) -> Path:
+def write_mevis(split: Path) -> Path:
     """Writes a split with two videos; object 1 is absent from the last frame, expression 2 of `one` names nothing.
 
     Returns:
@@ -73,9 +73,9 @@ def write_mevis(root: Path) -> Path:
         },
         "two": {"frames": list(FRAMES[:2]), "expressions": {"0": {"exp": "a box", "obj_id": [0], "anno_id": [9]}}},
     }
-    save_json(root / "meta_expressions.json", {"videos": videos})
-    save_json(root / "mask_dict.json", {"7": rle[0], "8": rle[1], "9": rle[0][:2]})
-    return root
+    save_json(split / "meta_expressions.json", {"videos": videos})
+    save_json(split / "mask_dict.json", {"7": rle[0], "8": rle[1], "9": rle[0][:2]})
+    return split
 
 
 def mevis_truth() -> dict[tuple[str, str], list[np.ndarray]]:
@@ -103,7 +103,7 @@ def write_ytvos(root: Path) -> Path:
     """Writes train of Ref-YouTube-VOS: object 2 is listed from the second frame on.
 
     Returns:
-        The folder of the split.
+        The folder of the dataset.
     """
     expressions = {"0": {"exp": "the upper box", "obj_id": "1"}, "1": {"exp": "the lower box", "obj_id": "2"}}
     save_json(
@@ -119,7 +119,7 @@ def write_ytvos(root: Path) -> Path:
         if t == 0:
             labels[labels == 2] = 0
         save_labels(root / "train" / "Annotations" / "aa" / f"{frame}.png", labels)
-    return root / "train"
+    return root
 
 
 def write_davis(root: Path, labels: Mapping[str, list[np.ndarray]]) -> Path:
@@ -141,11 +141,15 @@ def write_labels(folder: Path, labels: list[np.ndarray]) -> Path:
 
 def write_ref_davis(root: Path) -> Path:
     """Writes Ref-DAVIS17 with one video of two objects: eight expressions."""
-    names = [f"{t:05d}" for t in range(3)]
+    for k, name in enumerate(("annot1", "annot1_full_video", "annot2", "annot2_full_video")):
+        path = root / "davis_text_annotations" / f"Davis17_{name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f'balls {i + 1} "text {4 * i + k}"\n' for i in range(2)), encoding="latin-1")
+    write_davis(root / "DAVIS", {"balls": [labels_at(t) for t in range(3)]})
     expressions = {str(i): {"exp": f"text {i}", "obj_id": str(i // 4 + 1)} for i in range(8)}
+    names = [f"{t:05d}" for t in range(3)]
     save_json(
         root / "meta_expressions" / "valid" / "meta_expressions.json",
         {"videos": {"balls": {"frames": names, "expressions": expressions}}},
     )
-    write_davis(root / "DAVIS", {"balls": [labels_at(t) for t in range(3)]})
     return root
