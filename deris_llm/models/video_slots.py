@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from deris_llm.config import PresenceUse, Selection
 from deris_llm.models.postprocess import GATE, FrameChoice, select_queries
@@ -88,6 +87,8 @@ class VideoSlots:
 
     def add(self, frame: FrameQueries) -> None:
         """Assigns the queries of the next frame."""
+        from scipy.optimize import linear_sum_assignment  # commands without videos start without it
+
         if not self._queries:
             self._masks = np.zeros_like(frame.masks)
             self._order = np.arange(len(frame.scores))
