@@ -155,6 +155,7 @@ class _Shard:
         self.image_folder = image_folder
         self.rows: list[dict[str, Any]] = []
         self.result = ShardResult()
+        self._shared: tuple[int, dict[LabelMask | int, tuple[Any, bytes | ValueError]]] = (-1, {})  # image -> its masks
         self._labels: tuple[str, np.ndarray | ValueError] = ("", np.zeros((0, 0), np.uint8))  # name and content of a palette image
         self._drawn: dict[tuple[int, int], bytes | ValueError] = {}  # (image, annotation id) -> RLE counts, or the fault
 
@@ -261,7 +262,7 @@ class _Shard:
         """
         size_hw = (located.height, located.width)
         if instance.id is None:
-            counts = self._counts(instance.mask, size_hw)
+            counts = self._counts_of_image(instance.mask, located)
             # The same mask is the same object, whichever line names it.
             return {"id": int.from_bytes(hashlib.sha256(counts).digest()[:8], "little") >> 1, "counts": counts}
         if not is_int64(instance.id):
@@ -276,6 +277,28 @@ class _Shard:
         if isinstance(counts, ValueError):
             raise counts
         return {"id": instance.id, "counts": counts}
+
+    def _counts_of_image(self, mask: Any, located: LocatedEntry) -> bytes:
+        """`_counts`, once for a mask that the sentences of a frame share.
+
+        Raises:
+            ValueError: it is not a mask of this image.
+        """
+        size_hw = (located.height, located.width)
+        if not isinstance(mask, (dict, LabelMask)):
+            return self._counts(mask, size_hw)
+        if self._shared[0] != located.image:
+            self._shared = (located.image, {})
+        known = self._shared[1]
+        key = mask if isinstance(mask, LabelMask) else id(mask)  # the value keeps the mask, so its id stays its own
+        if key not in known:
+            try:
+                known[key] = (mask, self._counts(mask, size_hw))
+            except ValueError as error:
+                known[key] = (mask, error)
+        if isinstance(counts := known[key][1], ValueError):
+            raise counts
+        return counts
 
     def _counts(self, mask: Any, size_hw: tuple[int, int]) -> bytes:
         """The counts of the compressed RLE of a mask of any form.
