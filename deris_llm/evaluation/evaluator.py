@@ -33,8 +33,15 @@ from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.background import in_order
 from deris_llm.evaluation.outcomes import answered, compared
 from deris_llm.evaluation.results import EvaluationResult, check_misses
-from deris_llm.evaluation.video.frames import compared_frames, expressions_of
+from deris_llm.evaluation.video.frames import (
+    FrameProtocol,
+    choices,
+    compared_frames,
+    expressions_of,
+    queries_of_frames,
+)
 from deris_llm.models.cognition import CognitionProcessor
+from deris_llm.models.postprocess import FrameChoice
 from deris_llm.structures import DerisOutput, ReferringBatch, ReferringRecord
 
 logger = logging.getLogger(__name__)
@@ -83,15 +90,22 @@ def evaluate(
     protocols = protocols_of(config)
     check_misses(protocols, records[0].dataset, is_generalised=generalised)
     benchmark = benchmark_of(config.data.root, records[0].dataset)
+    rule, selection = protocols[0].rule, config.evaluation.video_selection
+    is_video, chosen = records[0].video is not None, None
+    if is_video and selection == "video":
+        chosen = _chosen_queries(model, config, records, processor, device=device, progress=progress, title=title)
+        config = _in_this_process(config)
     run = partial(answers_of, model, config, records, processor, device=device, progress=progress, title=title)
-    if records[0].video is None:
+    if not is_video:
         answers = run(partial(compared, protocols=protocols, is_generalised=generalised))
         return EvaluationResult.of(answers, protocols, is_generalised=generalised, benchmark=benchmark)
-    frames = run(partial(compared_frames, protocols=protocols, is_generalised=generalised))
+    frames = run(partial(compared_frames, protocols=protocols, is_generalised=generalised, chosen=chosen))
     result = EvaluationResult.of(
         [each.answer for each in frames], protocols, is_generalised=generalised, benchmark=benchmark
     )
-    return dataclasses.replace(result, expressions=expressions_of(frames, records))
+    return dataclasses.replace(
+        result, expressions=expressions_of(frames, records), video_protocol=FrameProtocol(rule, selection)
+    )
 
 
 def answers_without_truth(
@@ -116,9 +130,44 @@ def answers_without_truth(
     Returns:
         One answer per record, in their order, on every rank.
     """
-    compare = partial(answered, rule=protocols_of(config)[0].rule)
-    device = next(model.parameters()).device
+    device, chosen = next(model.parameters()).device, None
+    if records[0].video is not None and config.evaluation.video_selection == "video":
+        chosen = _chosen_queries(model, config, records, processor, device=device, progress=progress, title=title)
+        config = _in_this_process(config)
+    compare = partial(answered, rule=protocols_of(config)[0].rule, chosen=chosen)
     return answers_of(model, config, records, processor, compare, device=device, progress=progress, title=title)
+
+
+def _chosen_queries(
+    model: nn.Module,
+    config: RunConfig,
+    records: Sequence[ReferringRecord],
+    processor: CognitionProcessor,
+    *,
+    device: torch.device | str,
+    progress: bool,
+    title: str,
+) -> dict[str, FrameChoice]:
+    """Runs the model over all frames and chooses the queries of each expression over its video; every rank gets all choices.
+
+    The frames are computed a second time for the answers: their masks of a whole split would not fit in memory.
+    """
+    found = answers_of(
+        model,
+        config,
+        records,
+        processor,
+        queries_of_frames,
+        device=device,
+        progress=progress,
+        title=f"{title}, choosing",
+    )
+    return choices(found, records, protocols_of(config)[0].rule)
+
+
+def _in_this_process(config: RunConfig) -> RunConfig:
+    """Comparisons in worker processes would get the choices of the whole split with every batch."""
+    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, compare_workers=0))
 
 
 class HasPhraseId(typing.Protocol):

@@ -5,7 +5,7 @@ Letters: P phrases, Q queries, R referents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from deris_llm.evaluation.answers import Answer, outcome_fields
 from deris_llm.evaluation.boxes import Box, boxes_f1, boxes_of_masks
 from deris_llm.evaluation.metrics import Outcome, overlap
 from deris_llm.evaluation.truth import decoded_referents, merged_truths, resampled_truth, without_ignored
-from deris_llm.models.postprocess import PhraseAnswer, answer_masks, upsampled_masks
+from deris_llm.models.postprocess import FrameChoice, PhraseAnswer, answer_masks, upsampled_masks
 from deris_llm.structures import DerisOutput, ReferringRecord
 
 _NUM_TOP_SCORES = 3
@@ -30,6 +30,7 @@ def compared(
     *,
     protocols: Sequence[Protocol],
     is_generalised: bool,
+    chosen: Sequence[FrameChoice] | None = None,
 ) -> list[Answer]:
     """Answers P phrases and compares the masks under every protocol.
 
@@ -38,6 +39,7 @@ def compared(
         asked: P records with the ground truth.
         protocols: those of one run; the first one's rule chooses `Answer.mask`.
         is_generalised: phrases may name nothing, or several objects: boxes are compared too.
+        chosen: queries of P phrases that were chosen over a video; None = as each protocol's rule says.
 
     Returns:
         P answers.
@@ -45,7 +47,7 @@ def compared(
     referents = decoded_referents(asked)
     sizes = [(record.height, record.width) for record in asked]
     drawn = {
-        rule: _answers(output, rule, sizes) for rule in dict.fromkeys(protocol.rule for protocol in protocols)
+        rule: _answers(output, rule, sizes, chosen) for rule in dict.fromkeys(protocol.rule for protocol in protocols)
     }  # at the images' own sizes
     boxes = {
         rule: [_boxes(answer.instance_masks) if is_generalised else None for answer in answers]
@@ -63,7 +65,7 @@ def compared(
         drawn_sizes = [protocol.drawn_size_hw(*size) for size in sizes]
         answers = drawn[protocol.rule]
         if drawn_sizes != sizes:
-            answers = _answers(output, protocol.rule, drawn_sizes)
+            answers = _answers(output, protocol.rule, drawn_sizes, chosen)
         is_other_mask = protocol.rule != first.rule or not protocol.compares_finished_masks
         oracles = upsampled_masks(output, fitting, drawn_sizes)
         for i, answer in enumerate(answers):
@@ -99,15 +101,23 @@ def compared(
     ]
 
 
-def answered(output: DerisOutput, asked: Sequence[ReferringRecord], *, rule: Rule) -> list[Answer]:
+def answered(
+    output: DerisOutput,
+    asked: Sequence[ReferringRecord],
+    *,
+    rule: Rule,
+    chosen: Mapping[str, FrameChoice] | None = None,
+) -> list[Answer]:
     """Answers P phrases whose truth is not known; nothing is compared.
 
     Args:
         output: the model's, of these P phrases.
         asked: P records.
         rule: which queries answer.
+        chosen: by phrase id, queries that were chosen over a video; None = as the rule says.
     """
-    answers = _answers(output, rule, [(record.height, record.width) for record in asked])
+    choices = None if chosen is None else [chosen[record.phrase_id] for record in asked]
+    answers = _answers(output, rule, [(record.height, record.width) for record in asked], choices)
     return [_answer(record, answer) for record, answer in zip(asked, answers, strict=True)]
 
 
@@ -124,10 +134,17 @@ def _answer(record: ReferringRecord, answer: PhraseAnswer) -> Answer:
     )
 
 
-def _answers(output: DerisOutput, rule: Rule, sizes_hw: Sequence[tuple[int, int]]) -> list[PhraseAnswer]:
+def _answers(
+    output: DerisOutput, rule: Rule, sizes_hw: Sequence[tuple[int, int]], chosen: Sequence[FrameChoice] | None
+) -> list[PhraseAnswer]:
     score_threshold, selection, presence_use = rule
     return answer_masks(
-        output, sizes_hw, score_threshold=score_threshold, selection=selection, presence_use=presence_use
+        output,
+        sizes_hw,
+        score_threshold=score_threshold,
+        selection=selection,
+        presence_use=presence_use,
+        chosen=chosen,
     )
 
 

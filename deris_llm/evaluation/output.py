@@ -113,8 +113,8 @@ class EvaluationFolder:
             notes={split: (*notes, *result.notes)} if section == "splits" else {},
             about=None if section == "step0" else self.about,
         )
-        if section == "splits" and result.expressions:
-            self._add_videos(split, result.expressions)
+        if section == "splits" and result.video_protocol is not None:
+            self._add_videos(split, result.expressions, result.video_protocol)
         if section == "splits":
             path = self.folder / "predictions" / f"{file_name(split)}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,18 +130,16 @@ class EvaluationFolder:
         said = f"{count_of(len(answers), 'phrase')} answered, not scored: the truth is not published"
         update_report(self.folder / REPORT_FILE, notes={split: [said]}, about=self.about)
 
-    def _add_videos(self, split: str, expressions: Sequence[Expression]) -> None:
+    def _add_videos(self, split: str, expressions: Sequence[Expression], protocol: FrameProtocol) -> None:
         """Adds J and F of a split, and the scores of every frame: `videos/SPLIT.json`."""
-        protocol = FrameProtocol(self.protocols[0].rule)
         numbers = video_numbers(expressions) | {"fingerprint": protocol.fingerprint()}
         self._add_video_numbers(split, protocol, numbers)
         path = self.folder / "videos" / f"{file_name(split)}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps([each.to_json() for each in expressions], ensure_ascii=False) + "\n")
 
-    def add_video_controls(self, split: str, controls: Mapping[str, float | None]) -> None:
-        """Adds numbers beside the J&F of a split that was added."""
-        protocol = FrameProtocol(self.protocols[0].rule)
+    def add_video_controls(self, split: str, controls: Mapping[str, float | None], protocol: FrameProtocol) -> None:
+        """Adds numbers beside the J&F of a split that was added under a protocol."""
         known = read_report(self.folder / REPORT_FILE)["videos"][split][protocol.id]
         self._add_video_numbers(split, protocol, {**known, **controls})
 

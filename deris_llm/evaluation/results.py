@@ -17,7 +17,7 @@ from deris_llm.evaluation.metrics import (
     percents,
     undefined_metrics,
 )
-from deris_llm.evaluation.video.frames import Expression
+from deris_llm.evaluation.video.frames import Expression, FrameProtocol
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class EvaluationResult:
     )  # by protocol id: all answers, or without misses
     ratios: Mapping[str, Mapping[str, Ratio]] = field(default_factory=dict)  # by protocol id, over the counted phrases
     expressions: Sequence[Expression] = ()  # of videos, if the records are frames of videos
+    video_protocol: FrameProtocol | None = None  # theirs
 
     @classmethod
     def of(

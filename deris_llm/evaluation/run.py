@@ -133,11 +133,11 @@ def run_evaluation(
             controls["control_J&F"] = video_numbers(other.expressions)["J&F"] if other.expressions else None
         elif control:
             report["control"][split] = {}
-        if control and result.expressions:
+        if control and result.video_protocol is not None:
             held = first_frame_held(result.answers, records)
             controls["first_frame_J&F"] = 100 * mean_score(held.values()).jf
             if is_first_rank:
-                folder.add_video_controls(split, controls)
+                folder.add_video_controls(split, controls, result.video_protocol)
     if is_first_rank and pictures:
         is_whole = not any(hasattr(parameter, "ds_id") for parameter in model.parameters())  # not spread by ZeRO-3
         inside = functools.partial(look_inside_model, model=model, config=config, processor=processor)

@@ -1,6 +1,7 @@
-"""A model's answers to the frames of videos, scored by J and F (protocol `per-frame`).
+"""A model's answers to the frames of videos, scored by J and F.
 
-Every frame is answered as an image of its own. The unit of the means is the expression, as in MeViS, Ref-YouTube-VOS and
+Every frame is answered as an image of its own (protocol `per-frame`); under `evaluation.video_selection=video` the queries that answer
+are chosen for the whole video first (protocol `whole-video`). The unit of the means is the expression, as in MeViS, Ref-YouTube-VOS and
 Ref-DAVIS17 B: J and F are averaged over its frames, then over all expressions of all videos.
 """
 
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deris_llm.common import ranks
+from deris_llm.config import VideoSelection
 from deris_llm.config.protocols import Protocol, Rule
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.evaluation.answers import Answer
@@ -24,10 +26,9 @@ from deris_llm.evaluation.outcomes import best_queries, compared
 from deris_llm.evaluation.truth import decoded_referents, merged_truth
 from deris_llm.evaluation.video.metrics import frame_statistics
 from deris_llm.evaluation.video.protocols import Score, frame_score
-from deris_llm.models.postprocess import upsampled_masks
+from deris_llm.models.postprocess import FrameChoice, upsampled_masks
+from deris_llm.models.video_slots import FrameQueries, chosen_over_video, frame_queries
 from deris_llm.structures import DerisOutput, ReferringRecord
-
-PER_FRAME = "per-frame"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,11 @@ class FrameProtocol:
     """How the numbers of a video are made of a model's answers to its frames."""
 
     rule: Rule  # which queries answer
-    id: str = PER_FRAME
+    selection: VideoSelection = "frame"  # `evaluation.video_selection`
+
+    @property
+    def id(self) -> str:
+        return "per-frame" if self.selection == "frame" else "whole-video"
 
     def fingerprint(self) -> str:
         """Returns eight hex digits over all fields, the same on every machine."""
@@ -44,8 +49,13 @@ class FrameProtocol:
     def describe(self) -> str:
         """Returns one paragraph that says how the numbers are made."""
         threshold, selection, presence = self.rule
+        chosen = {
+            "frame": "every frame is answered as an image, without the frames before it",
+            "video": "every frame is answered as an image, but the queries that answer are chosen for the whole video, by masks that "
+            "overlap from frame to frame and mean scores",
+        }[self.selection]
         return (
-            f"{self.id}: every frame is answered as an image, without the frames before it. J and F of the masks at the frame's own "
+            f"{self.id}: {chosen}. J and F of the masks at the frame's own "
             "size, averaged over the frames of an expression, then over all expressions of all videos; J&F is the mean of the two. A "
             f"frame where neither answer nor truth has a pixel counts 1. Answer: selection {selection}, score above {threshold}, "
             f"presence {presence}. The paper does not say how its Table 12 was made."
@@ -65,10 +75,24 @@ class FrameAnswer(NamedTuple):
 
 
 def compared_frames(
-    output: DerisOutput, asked: Sequence[ReferringRecord], *, protocols: Sequence[Protocol], is_generalised: bool
+    output: DerisOutput,
+    asked: Sequence[ReferringRecord],
+    *,
+    protocols: Sequence[Protocol],
+    is_generalised: bool,
+    chosen: Mapping[str, FrameChoice] | None = None,
 ) -> list[FrameAnswer]:
-    """Answers P phrases about frames and compares their masks by J and F, and as those of images (`outcomes.compared`)."""
-    answers = compared(output, asked, protocols=protocols, is_generalised=is_generalised)
+    """Answers P phrases about frames and compares their masks by J and F, and as those of images.
+
+    Args:
+        output: as of `outcomes.compared`.
+        asked: the same.
+        protocols: the same.
+        is_generalised: the same.
+        chosen: by phrase id, queries that were chosen over a video (`choices`); None = frame by frame.
+    """
+    choices = None if chosen is None else [chosen[record.phrase_id] for record in asked]
+    answers = compared(output, asked, protocols=protocols, is_generalised=is_generalised, chosen=choices)
     referents = decoded_referents(asked)
     sizes = [(record.height, record.width) for record in asked]
     best = upsampled_masks(output, best_queries(output, referents), sizes)
@@ -79,6 +103,44 @@ def compared_frames(
         score = frame_score(truth, mask)
         found.append(FrameAnswer(answer, score, frame_score(truth, np.logical_or.reduce(queries, axis=0))))
     return found
+
+
+class AskedQueries(NamedTuple):
+    """What the queries say of one expression in one frame."""
+
+    phrase_id: str
+    queries: FrameQueries
+
+
+def queries_of_frames(output: DerisOutput, asked: Sequence[ReferringRecord]) -> list[AskedQueries]:
+    """Keeps what is needed to choose the queries of P phrases over a video."""
+    return [AskedQueries(record.phrase_id, each) for record, each in zip(asked, frame_queries(output), strict=True)]
+
+
+def choices(found: Iterable[AskedQueries], records: Iterable[ReferringRecord], rule: Rule) -> dict[str, FrameChoice]:
+    """Chooses the queries of every expression over its video (`video_slots`).
+
+    Args:
+        found: one per record, in any order.
+        records: all frames of some videos.
+        rule: which queries answer.
+
+    Returns:
+        The queries of each frame, by phrase id.
+    """
+    queries = {each.phrase_id: each.queries for each in found}
+    score_threshold, selection, presence_use = rule
+    chosen: dict[str, FrameChoice] = {}
+    for frames in by_expression(records).values():
+        names = [record.phrase_id for record in frames]
+        over_video = chosen_over_video(
+            (queries[name] for name in names),
+            score_threshold=score_threshold,
+            selection=selection,
+            presence_use=presence_use,
+        )
+        chosen |= dict(zip(names, over_video, strict=True))
+    return chosen
 
 
 @dataclass(frozen=True, eq=False)

@@ -109,6 +109,30 @@ def test_every_expression_is_scored_over_all_its_frames(config: RunConfig, recor
     assert low <= numbers["J&F"] <= high
 
 
+def test_queries_chosen_for_the_whole_video(config: RunConfig, records: list[ReferringRecord], tmp_path: Path) -> None:
+    """A frame whose score flickers is answered all the same; comparing in worker processes changes nothing."""
+    missed = ("toy/val/still/0/00001",)
+    model, processor = Answers(records, missed=missed), build_processor(config)
+    whole = dataclasses.replace(
+        config,
+        evaluation=dataclasses.replace(
+            config.evaluation, video_selection="video", score_threshold=0.5, compare_workers=1
+        ),
+    )
+    result = evaluate(model, whole, records, processor, device="cpu", progress=False)
+    by_key = {(each.video, each.id): each for each in result.expressions}
+    assert by_key["still", "0"].scores[1].j > 0.9
+    assert by_key["crossing", "0"].scores[3] == (1, 1)
+    assert result.video_protocol is not None
+    assert result.video_protocol.id == "whole-video"
+    report = run_evaluation(
+        whole, model, processor, ["toy/val"], out=tmp_path, control=True, pictures=False, progress=False
+    )
+    assert report["videos"]["toy/val"]["whole-video"]["J&F"] == pytest.approx(
+        video_numbers(result.expressions)["J&F"], abs=1e-4
+    )
+
+
 def test_the_order_of_the_answers_does_not_matter(config: RunConfig, records: list[ReferringRecord]) -> None:
     shuffled = [records[i] for i in np.random.default_rng(0).permutation(len(records))]
     model, processor = Answers(records), build_processor(config)
