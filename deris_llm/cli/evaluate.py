@@ -63,6 +63,12 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--control", action="store_true", help="also ask every image for another object than the one that is scored"
     )
+    parser.add_argument(
+        "--submission",
+        type=path,
+        metavar="FILE.zip",
+        help="of one split of videos: also write the zip that its evaluation server takes",
+    )
     add_gpus_option(parser)
     add_quiet_option(parser)
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON instead of the table")
@@ -105,7 +111,7 @@ def _check_before_torch(arguments: argparse.Namespace, config: RunConfig) -> Non
 
     protocols_of(config)
     if arguments.sweep:
-        without = [name for name in ("config", "splits", "control", "output") if getattr(arguments, name)]
+        without = [name for name in ("config", "splits", "control", "output", "submission") if getattr(arguments, name)]
         if without:
             raise ValueError(
                 f"--sweep: expected --checkpoint alone, got --{without[0]} too: a sweep chooses a threshold and reports nothing else"
@@ -117,6 +123,11 @@ def _check_before_torch(arguments: argparse.Namespace, config: RunConfig) -> Non
         from deris_llm.evaluation.sweep import check_sweep
 
         check_sweep(config, arguments.sweep)
+    if arguments.submission:
+        from deris_llm.evaluation.video.submission import check_submission
+
+        splits = arguments.splits or config.data.eval
+        check_submission(config.data.root, splits, arguments.submission, max_images=arguments.max_images)
     for name in [arguments.sweep] if arguments.sweep else arguments.splits or config.data.eval:
         check_split(config.data.root, name)
 
@@ -231,6 +242,7 @@ def _report(arguments: argparse.Namespace, config: RunConfig, model: nn.Module) 
         notes=notes,
         max_images=arguments.max_images,
         progress=not arguments.quiet,
+        submission=arguments.submission,
     )
     if rank() != 0:
         return None

@@ -185,6 +185,11 @@ def benchmark_of(root: str | Path, dataset: str) -> str | None:
     return refer.DATASETS[dataset].benchmark if dataset in refer.DATASETS else None
 
 
+def source_format(root: str | Path, dataset: str) -> str:
+    """Returns the format that a dataset was prepared from, as `data prepare --format` names it."""
+    return str(manifest_of(root, dataset).content["source"]["format"])
+
+
 def is_there(root: str | Path, dataset: str) -> bool:
     """Whether there is a prepared set of that name, or at least the folder of REFER's files."""
     if _own_set(root, dataset) is not None:

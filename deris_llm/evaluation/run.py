@@ -17,7 +17,8 @@ from deris_llm.config import RunConfig
 from deris_llm.config.protocols import protocols_of
 from deris_llm.data.dataset import some_images
 from deris_llm.data.mix import leakage_notice
-from deris_llm.data.sources import has_truth, is_synthetic, read_split, split_notes
+from deris_llm.data.sources import has_truth, is_synthetic, read_split, source_format, split_notes
+from deris_llm.evaluation.answers import Answer
 from deris_llm.evaluation.evaluator import answers_without_truth, control_phrases, evaluate
 from deris_llm.evaluation.output import REPORT_FILE, EvaluationFolder
 from deris_llm.evaluation.page.page import look_inside_model
@@ -25,6 +26,7 @@ from deris_llm.evaluation.report import Section, read_report
 from deris_llm.evaluation.results import EvaluationResult
 from deris_llm.evaluation.video.frames import first_frame_held, video_numbers
 from deris_llm.evaluation.video.protocols import mean_score
+from deris_llm.evaluation.video.submission import SERVER_FORMATS, asked_frames, submitted, write_submission
 from deris_llm.models.cognition import CognitionProcessor
 from deris_llm.structures import ReferringRecord
 
@@ -45,6 +47,7 @@ def run_evaluation(
     progress: bool = True,
     about: Mapping[str, Any] | None = None,
     notes: Mapping[str, Sequence[str]] | None = None,
+    submission: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluates splits; rank 0 writes the results (`EvaluationFolder`). All ranks call this together.
 
@@ -63,6 +66,7 @@ def run_evaluation(
         progress: shows a bar on rank 0.
         about: where the numbers come from, as the caller knows it: checkpoint, threshold_source; stored in the report.
         notes: split -> what must be read with its numbers, e.g. that the threshold was chosen on it.
+        submission: zip for the evaluation server of a set of videos; for one split (`video.submission.check_submission`).
 
     Returns:
         The report (on ranks above 0 with this call's numbers only).
@@ -117,8 +121,11 @@ def run_evaluation(
             answers = answers_without_truth(model, config, records, processor, progress=progress, title=split)
             if is_first_rank:
                 folder.add_unscored(split, answers)
+                _submit(submission, config, answers, records)
             continue
         result = run_split("step0" if step0 else "splits", split, records, [*(notes or {}).get(split, ()), *known])
+        if is_first_rank:
+            _submit(submission, config, result.answers, records)
         swapped = control_phrases(records) if control else {}
         if control and len(swapped) < len(records):
             logger.info(
@@ -143,3 +150,15 @@ def run_evaluation(
         inside = functools.partial(look_inside_model, model=model, config=config, processor=processor)
         folder.write_pictures(inside if is_whole else None)
     return read_report(folder.folder / REPORT_FILE) if is_first_rank else report
+
+
+def _submit(out: Path | None, config: RunConfig, answers: Sequence[Answer], records: Sequence[ReferringRecord]) -> None:
+    if out is None:
+        return
+    form = source_format(config.data.root, records[0].dataset)
+    layout = next(each for each in SERVER_FORMATS if each == form)
+    by_id = {record.phrase_id: record for record in records}
+    write_submission(
+        out, layout, (submitted(answer, by_id[answer.phrase_id]) for answer in answers), asked_frames(records)
+    )
+    logger.info("%s is the zip for the evaluation server", out)

@@ -24,9 +24,14 @@ import numpy as np
 from PIL import Image
 
 from deris_llm.common.words import count_of
+from deris_llm.data.masks import decode_segmentation
+from deris_llm.data.sources import source_format
+from deris_llm.evaluation.answers import Answer
 from deris_llm.structures import ReferringRecord
 
 Layout = Literal["mevis", "ref-ytvos", "davis"]
+SERVER_FORMATS: tuple[Layout, ...] = ("mevis", "ref-ytvos")
+"""Formats of `deris-llm data prepare` whose test splits a server evaluates; the layout has the same name."""
 SubmittedMask = tuple[str, str, str, np.ndarray]
 """Video, expression ("" in DAVIS), name of the frame, and bool (H, W) or in DAVIS a uint8 label map."""
 _LISTED = 5
@@ -104,6 +109,35 @@ def asked_frames(records: Iterable[ReferringRecord]) -> dict[tuple[str, str], li
             )
         asked.setdefault((record.video, record.expression), []).append(record.image_id.rpartition("/")[2])
     return asked
+
+
+def check_submission(root: str | Path, splits: Sequence[str], out: Path, *, max_images: int) -> None:
+    """Checks, before the work, that answers to a split make a zip that a server takes.
+
+    Raises:
+        ValueError: several splits, some of the images only, or a split that no server evaluates.
+    """
+    where = f"--submission {out}"
+    if len(splits) != 1 or max_images:
+        raise ValueError(
+            f"{where}: expected one whole split, got {', '.join(splits)}{' and --max-images' if max_images else ''}: name it with --splits"
+        )
+    form = source_format(root, splits[0].partition("/")[0])
+    if form not in SERVER_FORMATS:
+        raise ValueError(
+            f"{where}: expected a split of videos in the format of {' or '.join(SERVER_FORMATS)}, got {splits[0]}, prepared from {form}: "
+            "other sets have no evaluation server; the predictions are in the output folder"
+        )
+    if out.suffix != ".zip":
+        raise ValueError(f"{where}: expected a name that ends in .zip, got {out.name}: servers take nothing else")
+
+
+def submitted(answer: Answer, record: ReferringRecord) -> SubmittedMask:
+    """Returns the answer to an expression in a frame as `write_submission` takes it."""
+    assert record.video is not None, "a frame of a video"
+    assert record.expression is not None, "a frame of a video"
+    mask = decode_segmentation(answer.mask, record.height, record.width)
+    return record.video, record.expression, record.image_id.rpartition("/")[2], mask
 
 
 @cache

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from deris_llm.evaluation.evaluator import control_phrases, evaluate
 from deris_llm.evaluation.page.stored import open_evaluation
 from deris_llm.evaluation.report import report_line, report_table
 from deris_llm.evaluation.run import run_evaluation
+from deris_llm.evaluation.truth import merged_truth
+from deris_llm.evaluation.video import submission
 from deris_llm.evaluation.video.frames import expressions_of, first_frame_held, video_numbers
 from deris_llm.evaluation.video.protocols import frame_score
 from deris_llm.models.cognition import build_processor
@@ -180,6 +183,38 @@ def test_report_and_page(config: RunConfig, records: list[ReferringRecord], tmp_
     assert page.index("<h2>Videos</h2>") < page.index("<h2>Frames as images</h2>")
     assert page.count("the square that moves") >= 2
     assert page.count("frame 3</") + page.count("frame 3\n") >= 1
+
+
+def test_the_zip_for_the_server_holds_the_answers(
+    config: RunConfig, records: list[ReferringRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_run, "source_format", lambda *_: "ref-ytvos")
+    model, processor, out = Answers(records), build_processor(config), tmp_path / "out.zip"
+    run_evaluation(config, model, processor, ["toy/val"], out=tmp_path, pictures=False, progress=False, submission=out)
+    with zipfile.ZipFile(out) as archive:
+        assert len(archive.namelist()) == len(records)
+        for record in records:
+            name = f"Annotations/{record.video}/{record.expression}/{record.image_id.rpartition('/')[2]}.png"
+            mask = np.asarray(Image.open(archive.open(name)))
+            assert set(np.unique(mask).tolist()) <= {0, 255}
+            assert frame_score(merged_truth(record), mask > 0).j > 0.9
+
+
+@pytest.mark.parametrize(
+    ("splits", "out", "max_images", "form", "said"),
+    [
+        (["a/valid", "b/valid"], "x.zip", 0, "mevis", "expected one whole split, got a/valid, b/valid"),
+        (["a/valid"], "x.zip", 3, "mevis", "expected one whole split, got a/valid and --max-images"),
+        (["a/valid"], "x.zip", 0, "refer", "expected a split of videos in the format of mevis or ref-ytvos"),
+        (["a/valid"], "x.tar", 0, "mevis", "expected a name that ends in .zip, got x.tar"),
+    ],
+)
+def test_what_no_server_takes_is_refused_before_the_work(
+    splits: list[str], out: str, max_images: int, form: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "source_format", lambda *_: form)
+    with pytest.raises(ValueError, match=said):
+        submission.check_submission("data", splits, Path(out), max_images=max_images)
 
 
 def test_a_split_without_truth_is_answered_and_not_scored(
