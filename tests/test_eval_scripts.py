@@ -32,7 +32,12 @@ def test_splits_are_those_of_the_datasets(name: str, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("refcoco", []), ("grefcoco", []), ("grefcoco", ["--set", "evaluation.presence=gate", "data.root=elsewhere"])],
+    [
+        ("refcoco", []),
+        ("grefcoco", []),
+        ("video", []),
+        ("grefcoco", ["--set", "evaluation.presence=gate", "data.root=elsewhere"]),
+    ],
 )
 def test_a_folder_without_a_checkpoint_is_refused_by_the_command(
     name: str,
