@@ -1,5 +1,6 @@
 """Ref-ZOM, R-RefCOCO and RRSIS-D in their published layouts: REFER's, with what is special about each."""
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from deris_llm.config import load_config
 from deris_llm.data.check import check_data, differences
@@ -15,6 +17,8 @@ from deris_llm.data.errors import DataError
 from deris_llm.data.masks import decode_segmentation, encode_mask
 from deris_llm.data.mix import leakage_notice
 from deris_llm.data.sources import benchmark_of, is_generalised, read_split, split_names
+from deris_llm.evaluation.report import benchmark_notes, report_table
+from deris_llm.evaluation.score import run_score
 
 SIZE = {"height": 30, "width": 40}
 SQUARES = {50: [4, 5, 16, 5, 16, 25, 4, 25], 51: [24, 5, 36, 5, 36, 25, 24, 25]}
@@ -168,6 +172,44 @@ def test_the_one_refs_file_of_r_refcocog_is_read(tmp_path: Path) -> None:
 def test_spoilt_refs_of_r_refcoco(tmp_path: Path, ref: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_split(_write(tmp_path, "rrefcoco", [ref]), "rrefcoco/val")
+
+
+def _report(root: Path, split: str, says: dict[str, list[int]], protocols: tuple[str, ...] = ("original",)) -> dict[str, Any]:
+    """Scores answers: phrase -> the annotations whose union is answered."""
+    lines = []
+    for record in read_split(root, split):
+        polygons = [SQUARES[i] for i in says.get(record.phrase, [])]
+        lines.append(json.dumps({"phrase_id": record.phrase_id, "mask": polygons or None}))
+    (root / "answers.jsonl").write_text("\n".join(lines))
+    return run_score(root / "answers.jsonl", data_root=root, split=split, out=root / "scored", protocols=protocols)[0]
+
+
+def test_from_files_to_the_tables_of_r_refcoco(tmp_path: Path) -> None:
+    """Ref 7: one phrase right, one missed, a wrong answer of the same 240 px to "left dog". Ref 8: all right."""
+    root = _write(tmp_path, "rrefcoco", list(RRIS))
+    report = _report(root, "rrefcoco/val", {"left car": [50], "left dog": [51], "right car": [51]}, ("original", "rela480"))
+    numbers = report["splits"]["rrefcoco/val"]["original"]
+    found = [numbers[f"R-RefCOCO {name}"] for name in ("mIoU", "oIoU", "mRR", "rIoU", "Pr@0.5")]
+    assert found == pytest.approx([100 * (0.5 + 1) / 2, 100 * 2 / 3, 50, 100 * (240 / 720 + 1) / 2, 100 * 2 / 3], abs=1e-3)
+    assert numbers["intervals"].keys().isdisjoint({"R-RefCOCO rIoU"})  # of one image
+    assert numbers["N-acc"] == 50
+    shown = Console(width=80, record=True, file=io.StringIO())
+    shown.print(report_table(report))
+    text = shown.export_text()
+    assert "R-RefCOCO's own numbers, percent" in text
+    assert "66.67" in text
+    page = (root / "scored" / "report.html").read_text()
+    assert "R-RefCOCO&#39;s own numbers" in page or "R-RefCOCO's own numbers" in page
+
+
+def test_from_files_to_the_table_of_ref_zom(tmp_path: Path) -> None:
+    root = _zom(tmp_path, *ZOM)
+    report = _report(root, "ref-zom/test", {"the unicorn": [50], "left car": [50], "both cars": [51]})
+    numbers = report["splits"]["ref-zom/test"]["original"]
+    assert [numbers[f"Ref-ZOM {name}"] for name in ("mIoU", "oIoU", "Acc")] == pytest.approx([50, 40, 0], abs=1e-3)
+    assert benchmark_notes(report, "Ref-ZOM", ["ref-zom/test"])[1].startswith("Published: DMMI")
+    report["about"]["synthetic"] = True  # published numbers never stand beside synthetic data
+    assert len(benchmark_notes(report, "Ref-ZOM", ["ref-zom/test"])) == 1
 
 
 def _rrsisd(root: Path, *masks: np.ndarray) -> Path:
