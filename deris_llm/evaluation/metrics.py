@@ -147,9 +147,7 @@ def benchmark_ratios(outcomes: Sequence[Outcome], benchmark: str | None) -> dict
     object and phrases that name nothing. mIoU: mean over refs of the mean IoU of the former; oIoU: sum I / sum U of the former;
     mRR: mean over refs of the share of the latter whose answer covers no pixel; rIoU: mean over refs of I / U, where the pixels
     answered to the latter are added to U. Refs that lack what a mean needs are left out of it; the public code divides by zero.
-    Its two other peculiarities: it adds up the IoU of a ref's phrases before comparing it with X (``summed Pr@X``; Pr@X here is
-    per phrase), and it counts the pixels of a wrong answer at the network's size, those of a right one at the image's. Here
-    both are counted at the protocol's size.
+    It also adds up the IoU of a ref's phrases before comparing it with X (``summed Pr@X``; Pr@X here is per phrase).
     """
     if benchmark is None:
         return {}
