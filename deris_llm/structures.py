@@ -84,6 +84,7 @@ class CognitionInputs(_TensorFields):
     prompt_lengths: tuple[int, ...] = ()  # P numbers: tokens of each prompt without padding; empty = not known
     phrase_images: tuple[int, ...] = ()  # P numbers: ``image_index`` on the host, for backends that ask for it
     image_grids: tuple[tuple[int, int], ...] = ()  # I pairs: rows, columns of the image tokens, for backends that ask
+    same_as: tuple[int, ...] = ()  # P numbers: the first row with the same tokens, for encoders of the text alone
     rows: TokenRows | None = None  # for causal language models
 
     @property

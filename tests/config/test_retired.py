@@ -16,6 +16,7 @@ SAVED: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "golden" / "run_configs_c8f28f7.json").read_text(encoding="utf-8")
 )
 COMPLETE = "deris-7b-refcoco"
+LATER = {"deris-7b-ytvos", "deris-l-mevis", "tiny-video"}  # did not exist at that commit
 
 
 def saved_config(name: str) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def saved_config(name: str) -> dict[str, Any]:
 
 
 def test_there_is_a_saved_config_of_every_run_config():
-    assert set(SAVED) == set(config_names())
+    assert set(SAVED) == set(config_names()) - LATER
 
 
 @pytest.mark.parametrize("name", SAVED)

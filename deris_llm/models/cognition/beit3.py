@@ -28,6 +28,7 @@ from deris_llm.models.cognition.base import PlannedInputs
 from deris_llm.models.cognition.prompts import (
     PhraseLimit,
     check_max_phrase_tokens,
+    each_once,
     encoder_inputs,
     planned_phrases,
     raised_messages,
@@ -325,7 +326,7 @@ class Beit3Processor(PhraseLimit):
     ) -> CognitionInputs:
         """See `CognitionProcessor`. All tokens of a phrase are text features, its frame included."""
         pixel_values = torch.stack([self.pixels(image) for image in images])
-        return encoder_inputs([self.encode(phrase) for phrase in phrases], PAD, image_index, pixel_values)
+        return encoder_inputs(each_once(self.encode, phrases), PAD, image_index, pixel_values)
 
     def refused(self, phrases: Sequence[str], sizes: Sequence[tuple[int, int]]) -> dict[int, str]:
         """See `InputChecker`."""

@@ -88,10 +88,9 @@ class Bert(TransformersBackend):
         return PlannedInputs(inputs, tokens_per_phrase=inputs.input_ids.shape[1], shared_tokens=0)
 
     def forward(self, inputs: CognitionInputs, image_index: Tensor) -> CognitionFeatures:
-        """See `CognitionBackend`."""
+        """See `CognitionBackend`; outside training, phrases of the same text are encoded once, as those of a video's frames."""
         with self.grad_if_trained():
-            mask = padding_attention_mask(inputs, self.model.dtype)
-            hidden = self.model(input_ids=inputs.input_ids, attention_mask=mask).last_hidden_state
+            hidden = self._hidden(inputs)
         return CognitionFeatures(
             image_feats=hidden.new_zeros(len(inputs.pixel_values), self.feature_dim, 1, 1),
             image_feats_index=image_index,
@@ -99,3 +98,14 @@ class Bert(TransformersBackend):
             text_padding_mask=inputs.token_padding_mask,
             cls_feat=hidden[:, 0],
         )
+
+    def _hidden(self, inputs: CognitionInputs) -> Tensor:
+        """Returns hidden states (P, L, D)."""
+        ids, mask = inputs.input_ids, padding_attention_mask(inputs, self.model.dtype)
+        place = {row: number for number, row in enumerate(dict.fromkeys(inputs.same_as))}
+        if self.training or len(place) == len(inputs.same_as):  # in training, dropout differs between equal phrases
+            return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        first = torch.tensor(list(place), device=ids.device)
+        again = torch.tensor([place[row] for row in inputs.same_as], device=ids.device)
+        mask = None if mask is None else mask[first]
+        return self.model(input_ids=ids[first], attention_mask=mask).last_hidden_state[again]

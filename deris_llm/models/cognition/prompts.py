@@ -5,9 +5,10 @@ P phrases, L tokens of a prompt.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from deris_llm.models.pretrained import load_tokenizer
 from deris_llm.structures import CognitionInputs
 
 logger = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item")
+_Encoded = TypeVar("_Encoded")
 
 IMAGE_SLOT, PHRASE_SLOT = "<image>", "{phrase}"
 _BATCH = 10_000  # phrases that a fast tokenizer gets at a time
@@ -192,14 +196,23 @@ class PhraseTokenizer(PhraseLimit):
         image_grids: tuple[tuple[int, int], ...] = (),
     ) -> CognitionInputs:
         """Makes the inputs of an encoder that reads these phrases."""
-        ids = [self.encode(phrase) for phrase in phrases]
-        return encoder_inputs(ids, self.pad_token_id, image_index, pixel_values, image_grids)
+        ids = each_once(self.encode, phrases)
+        first: dict[tuple[int, ...], int] = {}
+        same_as = tuple(first.setdefault(tuple(each), row) for row, each in enumerate(ids))
+        inputs = encoder_inputs(ids, self.pad_token_id, image_index, pixel_values, image_grids)
+        return dataclasses.replace(inputs, same_as=same_as)
 
     def refused(self, phrases: Sequence[str]) -> dict[int, str]:
         """Finds the phrases that `encode` refuses; see `InputChecker`."""
         counts = plain_token_counts(phrases, self.tokenizer, self.special_ids)
         suspects = [i for i, phrase in enumerate(phrases) if not counts[phrase]]
         return raised_messages(suspects, lambda i: self.encode(phrases[i]))
+
+
+def each_once(encode: Callable[[_Item], _Encoded], items: Sequence[_Item]) -> list[_Encoded]:
+    """Encodes every item, equal ones once: frames of a video have the same phrases."""
+    encoded = {item: encode(item) for item in dict.fromkeys(items)}
+    return [encoded[item] for item in items]
 
 
 def plain_token_counts(

@@ -17,7 +17,7 @@ from transformers import LlavaOnevisionModel
 from deris_llm.config.schema import Qwen2OvCognition
 from deris_llm.models.cognition.base import TokenCount
 from deris_llm.models.cognition.causal import CausalBackend, VisionTokens, with_rows
-from deris_llm.models.cognition.prompts import IMAGE_SLOT, PromptTokenizer, padded
+from deris_llm.models.cognition.prompts import IMAGE_SLOT, PromptTokenizer, each_once, padded
 from deris_llm.models.pretrained import load_tokenizer
 from deris_llm.structures import CognitionInputs
 
@@ -42,7 +42,7 @@ class Qwen2OneVisionProcessor:
         self, images: Sequence[Image.Image], phrases: Sequence[str], image_index: Sequence[int]
     ) -> CognitionInputs:
         pixel_values = torch.stack([self.pixels(image) for image in images])
-        encoded = [self.encode(phrase) for phrase in phrases]
+        encoded = each_once(self.encode, phrases)
         return with_rows(
             padded(
                 encoded, self.prompts.pad_token_id, image_index, pixel_values, ((self.grid, self.grid),) * len(images)

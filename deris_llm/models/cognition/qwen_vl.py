@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, Qwen2_5_VLModel, Qwen2VLImageProcessor
 from deris_llm.config.schema import QwenVlCognition
 from deris_llm.models.cognition.base import TYPICAL_SIZE, TokenCount
 from deris_llm.models.cognition.causal import CausalBackend, VisionTokens, with_rows
-from deris_llm.models.cognition.prompts import PromptTokenizer, padded, raised_messages
+from deris_llm.models.cognition.prompts import PromptTokenizer, each_once, padded, raised_messages
 from deris_llm.models.pretrained import load_image_processor, load_tokenizer
 from deris_llm.structures import CognitionInputs
 
@@ -58,10 +58,8 @@ class QwenVLProcessor:
         resized = [self.resized(image) for image in images]
         patches = self.image_processor(images=resized, do_resize=False, return_tensors="pt")
         grids = tuple((image.height // self.token_size, image.width // self.token_size) for image in resized)
-        encoded = [
-            self.prompts.encode(phrase, math.prod(grids[image]))
-            for phrase, image in zip(phrases, image_index, strict=True)
-        ]
+        asked = [(phrase, math.prod(grids[image])) for phrase, image in zip(phrases, image_index, strict=True)]
+        encoded = each_once(lambda pair: self.prompts.encode(*pair), asked)
         return with_rows(
             padded(encoded, self.prompts.pad_token_id, image_index, patches["pixel_values"], grids),
             image_token_id=self.prompts.image_token_id,

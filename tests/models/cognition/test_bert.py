@@ -80,6 +80,32 @@ def test_the_masks_of_the_first_queries_do_not_depend_on_phrase_or_cognition_pic
     assert relative_difference(masks[1:], masks[:1].expand_as(masks[1:])) < 1e-6
 
 
+def test_a_phrase_of_several_images_is_encoded_once(bert: list[str], monkeypatch: pytest.MonkeyPatch):
+    """As in a batch of a video's frames; the features equal those of frame by frame."""
+    config = tiny_config(*bert)
+    model, processor = build(config).eval(), build_processor(config)
+    asked, index = [*PHRASES[:2], *PHRASES[:2], PHRASES[2], PHRASES[0]], [0, 0, 1, 1, 1, 2]
+    encoded, rows = [], []
+    encode, forward = processor.phrases.encode, model.model.forward
+    monkeypatch.setattr(processor.phrases, "encode", lambda phrase: encoded.append(phrase) or encode(phrase))
+    monkeypatch.setattr(
+        model.model, "forward", lambda **given: rows.append(len(given["input_ids"])) or forward(**given)
+    )
+    inputs = processor(synthetic_images(3), asked, index)
+    assert inputs.same_as == (0, 1, 0, 1, 4, 0)
+    assert encoded == PHRASES
+    with torch.no_grad():
+        together = model(inputs, torch.tensor(index))
+        for number, phrase in enumerate(asked):
+            alone = model(processor(synthetic_images(1), [phrase], [0]), torch.tensor([0]))
+            length = alone.text_feats.shape[1]
+            assert relative_difference(together.text_feats[number, :length], alone.text_feats[0]) < 1e-5
+            assert relative_difference(together.cls_feat[number], alone.cls_feat[0]) < 1e-5
+    assert rows == [3, 1, 1, 1, 1, 1, 1]
+    model.train()(inputs, torch.tensor(index))  # dropout is drawn for every phrase
+    assert rows[-1] == 6
+
+
 def test_published_files_of_older_names_load(bert: list[str], tmp_path: Path):
     """google-bert's files say gamma and beta, hold position ids, a pooler and pre-training heads."""
     config = tiny_config(*bert)
