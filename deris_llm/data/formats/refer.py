@@ -44,7 +44,7 @@ from deris_llm.data.formats.base import (
     is_int64,
 )
 from deris_llm.data.formats.coco import CocoTables, coco_tables
-from deris_llm.data.formats.reviewed import read_reviews
+from deris_llm.data.formats.reviewed import PUBLISHED_COUNTS, read_reviews
 
 IMAGE_FOLDERS = (
     "images/train2014",
@@ -237,10 +237,12 @@ class ReferReader(SourceReader):
         if missing := [split for split in self.options.splits if split not in reviews]:
             raise DataError(f"--splits {missing[0]}: expected one of {', '.join(reviews)}, which were reviewed, got another")
         splits, self._splits = self._splits, {}
+        counts = Counter[str]()
         for split, review in reviews.items():
             name, refs = f"{dataset}/{split}", splits.get(split, [])
             number = sum(len(ref["sentences"]) for ref in refs)
             self._splits[split], num_wrong = review.without_wrong(refs, name)
+            counts.update(phrases=number, wrong=num_wrong)
             self.split_notes = {
                 **self.split_notes,
                 split: (
@@ -248,7 +250,12 @@ class ReferReader(SourceReader):
                     f"(caption_quality 0), are left out, so numbers are not comparable with those of {name}",
                 ),
             }
-        self.notes = (f"not reviewed, so left out: {', '.join(in_known_order(splits.keys() - reviews.keys())) or 'no split'}",)
+        self.notes = (
+            f"not reviewed, so left out: {', '.join(in_known_order(splits.keys() - reviews.keys())) or 'no split'}",
+            "reviewed {:,} phrases, of which {:,} are wrong; published: {:,} and {:,} in all splits".format(
+                counts["phrases"], counts["wrong"], *PUBLISHED_COUNTS[dataset]
+            ),
+        )
         self.files = (*self.files, *(review.file for review in reviews.values()))
 
     def _entries_of(self, split: str, ref: dict[str, Any]) -> Iterator[SourceEntry | SourceFault]:

@@ -23,6 +23,13 @@ from deris_llm.data.formats.base import read_json_file
 PREFIXES: Mapping[str, str] = {"refcoco": "refcoco", "refcoco+": "refcoco+", "refcocog_umd": "refcocog"}
 """Datasets that were reviewed -> how the names of their files begin."""
 
+PUBLISHED_COUNTS: Mapping[str, tuple[int, int]] = {
+    "refcoco": (21_586, 3_054),
+    "refcoco+": (21_373, 5_201),
+    "refcocog_umd": (14_498, 675),
+}
+"""Dataset -> phrases of all reviewed splits, and wrong ones, by the card of JierunChen/Ref-L4."""
+
 
 @dataclass(frozen=True, eq=False)
 class Review:
