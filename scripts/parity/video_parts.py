@@ -42,6 +42,7 @@ from deris_llm.evaluation.video.protocols import (
     frame_score,
     fuse_expressions,
     mean_score,
+    object_and_annotator,
     unsupervised,
 )
 from deris_llm.evaluation.video.score import (
@@ -618,7 +619,7 @@ def _protocol_b(root: Path, name: str, scores: Mapping[Any, np.ndarray], found: 
 
 
 def _answer_b(scores: Mapping[Any, np.ndarray], video: str, expression: str, t: int) -> np.ndarray:
-    which, annotator = divmod(int(expression), ANNOTATORS)
+    which, annotator = object_and_annotator(expression)
     return scores[video, str(annotator)][which, t] > 0.5
 
 

@@ -190,13 +190,13 @@ def unsupervised(truth: Sequence[np.ndarray], answer: Sequence[np.ndarray]) -> S
             f"expected at most {MAX_PROPOSALS} proposals, labels 1 to {MAX_PROPOSALS}, got label {num_answers}"
         )
     num_columns = max(num_answers, num_objects)  # objects without a proposal are given an empty mask
-    scores = np.array(
-        [_pairs(true, labels, num_objects, num_columns) for true, labels in zip(truth, answer, strict=True)]
-    )  # (T, proposals, objects, 2)
-    matching = scores.mean(axis=0).mean(axis=-1)
+    pairs = [_pairs(true, labels, num_objects, num_columns) for true, labels in zip(truth, answer, strict=True)]
+    # (2, proposals, objects, T), contiguous over frames: means are rounded as in the public code, so that ties stay ties
+    j, f = np.ascontiguousarray(np.array(pairs).transpose(3, 1, 2, 0))
+    matching = (j.mean(axis=-1) + f.mean(axis=-1)) / 2
     proposals, objects = linear_sum_assignment(-matching)
     found = [
-        ObjectScore(int(label) + 1, int(proposal) + 1, scores[:, proposal, label, 0], scores[:, proposal, label, 1])
+        ObjectScore(int(label) + 1, int(proposal) + 1, j[proposal, label], f[proposal, label])
         for proposal, label in sorted(zip(proposals, objects, strict=True), key=lambda pair: pair[1])
     ]
     return SequenceScore(len(answer), num_answers, tuple(found), matching, _never_seen(truth, num_objects))

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from deris_llm.cli.main import main
+from deris_llm.cli.score import VIDEO_FORMATS
 from deris_llm.data.errors import DataError
 from deris_llm.data.masks import encode_mask
 from deris_llm.evaluation.video.protocols import Score, mean_score
-from deris_llm.evaluation.video.score import run_video_score, score_expressions
+from deris_llm.evaluation.video.score import DEFAULT_SPLITS, FORMATS, run_video_score, score_expressions
 from deris_llm.evaluation.video.trees import FrameError, PngTree, RleFile, open_predictions, read_labels, read_mask
 from deris_llm.evaluation.video.truth import read_truth
 from tests.evaluation.video.video_world import (
@@ -397,6 +398,10 @@ def test_the_command_refuses_options_that_do_not_belong_together(
     ):
         assert main(["score", str(predictions), *options]) == 2
         assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_command_offers_every_format() -> None:
+    assert list(VIDEO_FORMATS) == list(FORMATS) == list(DEFAULT_SPLITS)
 
 
 def test_readers_of_one_kind_agree(truth: Path, predictions: Path) -> None:
