@@ -241,13 +241,17 @@ class ReferReader(SourceReader):
         for split, review in reviews.items():
             name, refs = f"{dataset}/{split}", splits.get(split, [])
             number = sum(len(ref["sentences"]) for ref in refs)
-            self._splits[split], num_wrong = review.without_wrong(refs, name)
+            self._splits[split], num_wrong, num_unknown = review.without_wrong(
+                refs, name, skips_unknown=self.options.skip_bad
+            )
             counts.update(phrases=number, wrong=num_wrong)
             self.split_notes = {
                 **self.split_notes,
                 split: (
                     f"REVIEWED LABELS: {num_wrong:,} of {number:,} phrases of {name}, which Ref-L4's reviewers called wrong "
-                    f"(caption_quality 0), are left out, so numbers are not comparable with those of {name}",
+                    f"(caption_quality 0), are left out"
+                    + (f", and {num_unknown:,} that were not reviewed" if num_unknown else "")
+                    + f", so numbers are not comparable with those of {name}",
                 ),
             }
         self.notes = (

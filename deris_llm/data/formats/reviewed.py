@@ -38,15 +38,18 @@ class Review:
     file: Path
     verdicts: Mapping[tuple[int, int, str], list[bool]]  # image, object, text -> is right, for each such phrase in order
 
-    def without_wrong(self, refs: list[dict[str, Any]], split: str) -> tuple[list[dict[str, Any]], int]:
+    def without_wrong(
+        self, refs: list[dict[str, Any]], split: str, *, skips_unknown: bool
+    ) -> tuple[list[dict[str, Any]], int, int]:
         """Leaves out the phrases whose label is wrong, and refs that have no other.
 
         Args:
             refs: REFER's, of this split.
             split: ``dataset/split``, for messages.
+            skips_unknown: leaves out phrases without a verdict too.
 
         Returns:
-            The refs, and the number of phrases that were left out.
+            The refs, the number of wrong phrases, and that of phrases without a verdict.
 
         Raises:
             DataError: the review is not one of these phrases.
@@ -66,12 +69,13 @@ class Review:
                     num_wrong += 1
             kept += [{**ref, "sentences": right}] if right else []
         num_left = sum(1 for values in verdicts.values() for _ in values)
-        if unknown or num_left:
+        if (unknown or num_left) and not skips_unknown:
             raise DataError(
                 f"{self.file}: expected a review of each phrase of {split}, got none of {len(unknown):,} ({', '.join(unknown[:3])}) and "
-                f"{num_left:,} of other phrases. Use the file of this split, and REFER's own refs"
+                f"{num_left:,} of other phrases. Use the file of this split, and REFER's own refs; or leave out phrases without a "
+                "verdict with --skip-bad, which counts them"
             )
-        return kept, num_wrong
+        return kept, num_wrong, len(unknown)
 
 
 def _verdict(

@@ -118,6 +118,14 @@ def test_a_review_of_other_phrases_is_an_error(
     assert not (refer_folder.root / "refcoco-reviewed").exists()
 
 
+def test_phrases_without_a_verdict_are_counted_under_skip_bad(refer_folder: Any, reviewed: Any, world: Any) -> None:
+    root = refer_folder.root
+    _prepare(world, root, reviewed(set(), lambda review: review["images"][0].update(caption="another")), skip_bad=True)
+    assert len(read_split(root, "refcoco-reviewed/val")) == 4
+    assert "0 of 5 phrases of refcoco/val" in split_notes(root, "refcoco-reviewed/val")[0]
+    assert "are left out, and 1 that were not reviewed, so numbers" in split_notes(root, "refcoco-reviewed/val")[0]
+
+
 def test_the_options_must_fit(refer_folder: Any, reviewed: Any, world: Any, tmp_path: Path) -> None:
     root, folder = refer_folder.root, reviewed(set())
     for name in ("refcoco", "refcoco+"):  # a filtered set never has the name of an unfiltered one
