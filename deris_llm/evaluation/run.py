@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -26,7 +26,7 @@ from deris_llm.evaluation.report import Section, read_report
 from deris_llm.evaluation.results import EvaluationResult
 from deris_llm.evaluation.video.frames import first_frame_held, video_numbers
 from deris_llm.evaluation.video.protocols import mean_score
-from deris_llm.evaluation.video.submission import SERVER_FORMATS, asked_frames, submitted, write_submission
+from deris_llm.evaluation.video.submission import SERVER_FORMATS, Layout, asked_frames, submitted, write_submission
 from deris_llm.models.cognition import CognitionProcessor
 from deris_llm.structures import ReferringRecord
 
@@ -156,7 +156,7 @@ def _submit(out: Path | None, config: RunConfig, answers: Sequence[Answer], reco
     if out is None:
         return
     form = source_format(config.data.root, records[0].dataset)
-    layout = next(each for each in SERVER_FORMATS if each == form)
+    layout = SERVER_FORMATS[SERVER_FORMATS.index(cast(Layout, form))]
     by_id = {record.phrase_id: record for record in records}
     write_submission(
         out, layout, (submitted(answer, by_id[answer.phrase_id]) for answer in answers), asked_frames(records)
