@@ -124,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--pool", type=Path, help="folder with train/ and held_out/; default: pool/ in --out")
         if name in ("perception", "all"):
             command.add_argument(
-                "--perception-steps", type=int, default=6000, help="optimizer steps of the Mask2Former"
+                "--perception-steps", type=int, default=4200, help="optimizer steps of the Mask2Former"
             )
         if name in ("cognition", "all"):
             _add_cognition_arguments(command)
