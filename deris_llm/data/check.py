@@ -65,6 +65,9 @@ KNOWN_VIDEOS: dict[str, tuple[int, int | None]] = {
 }
 """Videos and sentences of the published files; None: not known."""
 
+PLANNED_FRAMES = 8
+"""Frames of a video of train with which `plan` counts where the data are not there, as with `--train-frames 8`."""
+
 
 _PUBLISHERS = {
     "grefcoco": "grefs(unc).json and instances.json from the gRefCOCO project again",
@@ -76,12 +79,16 @@ _PUBLISHERS = {
 
 
 def known_num_phrases(split: str) -> int:
-    """Phrases of the published ``dataset/split``; 0 where it is not known."""
+    """Phrases of the published ``dataset/split``, of videos with `PLANNED_FRAMES`; 0 where it is not known."""
+    if split in KNOWN_VIDEOS:
+        return PLANNED_FRAMES * (KNOWN_VIDEOS[split][1] or 0)
     return KNOWN_PHRASES[split][0] if split in KNOWN_PHRASES else KNOWN_COUNTS.get(split, (0, 0, 0))[1]
 
 
 def known_num_images(split: str) -> int:
-    """Images of the published ``dataset/split``; 0 where it is not known."""
+    """Images of the published ``dataset/split``, of videos with `PLANNED_FRAMES`; 0 where it is not known."""
+    if split in KNOWN_VIDEOS:
+        return PLANNED_FRAMES * KNOWN_VIDEOS[split][0]
     return KNOWN_COUNTS.get(split, (0, 0, 0))[2]
 
 

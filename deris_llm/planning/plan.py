@@ -25,9 +25,10 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from deris_llm.config import RunConfig
-from deris_llm.data.check import known_num_images, known_num_phrases
+from deris_llm.data.check import KNOWN_VIDEOS, PLANNED_FRAMES, known_num_images, known_num_phrases
 from deris_llm.data.collate import referring_batch
 from deris_llm.data.dataset import group_by_image
+from deris_llm.data.errors import DataError
 from deris_llm.data.mix import training_mix
 from deris_llm.data.sources import is_there
 from deris_llm.models.cognition import PlannedInputs, resolve_backend
@@ -521,12 +522,19 @@ def _epoch(config: RunConfig, *, gpus: int, tokens_per_phrase: int, shared_token
     if not any(is_there(config.data.root, dataset) for dataset in config.data.train):
         splits = [f"{name}/train" for name in config.data.train]
         phrases = sum(known_num_phrases(split) for split in splits)
+        if not phrases:
+            raise DataError(
+                f"data.train: expected a dataset whose published counts are known, or data under {config.data.root!r}, got "
+                f"{', '.join(config.data.train)} and no data. Prepare the data, or set data.root"
+            )
         shown = expected_parts(phrases, max(map(known_num_images, splits)), per_image)
         source = (
             f"the published train splits of {', '.join(config.data.train)} (no data under {config.data.root!r}): slightly more than "
             "the mix, which leaves out the images of every evaluation split; images shown are estimated, as if all splits had "
             "the same images"
         )
+        if any(split in KNOWN_VIDEOS for split in splits):
+            source += f"; {PLANNED_FRAMES} frames of each video, as with `data prepare --train-frames {PLANNED_FRAMES}`"
     else:
         mix = training_mix(config.data)
         phrases = mix.report.num_phrases

@@ -34,24 +34,29 @@ class RefDavisReader(VideoReader):
     """The videos in the order of DAVIS's lists."""
 
     format = "ref-davis"
+    lists_frames = f"{_LABELS}/VIDEO/"
     expected = f"a folder with {_TEXTS}/ and DAVIS/ (Annotations_unsupervised, ImageSets/2017)"
 
     def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
         texts = [self._read_texts(annotator) for annotator in ANNOTATORS]
+        unlisted = {video for of_annotator in texts for video, _ in of_annotator}
         for split, converted in _LISTS.items():
             listed = self.source / "DAVIS" / "ImageSets" / "2017" / f"{split}.txt"
-            if not self.is_wanted(split) or not listed.is_file():
+            names = listed.read_text("utf-8").split() if listed.is_file() else []
+            unlisted -= set(names)
+            if not names or not self.is_wanted(split):
                 continue
-            names = listed.read_text("utf-8").split()
             self.files += (listed,)
             images = "DAVIS/JPEGImages/480p"
             images = images if (self.source / images).is_dir() else f"{converted}/JPEGImages"
             self.add_videos(split, {name: self._content(name, texts) for name in names}, images)
             self.files += names_of_labels(self.source / _LABELS, self.videos[split])
-        if not any(self.videos.values()):
+        if not self.videos:
             raise self.no_videos_error("DAVIS/ImageSets/2017/train.txt or val.txt with names of videos")
         self.notes = self.describe_frames()
+        if unlisted:
+            self.notes += (f"texts of videos that DAVIS's lists do not have, left out: {', '.join(sorted(unlisted)[:10])}",)
 
     def referents(self, video: Video, sentence: Sentence) -> Referents:
         number = object_number(sentence.fields["obj_id"])

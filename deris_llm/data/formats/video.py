@@ -71,6 +71,7 @@ class VideoReader(SourceReader):
     """Reads videos frame by frame; a frame comes with all sentences of its video. Frames lie in VIDEO/FRAME.jpg."""
 
     train_splits: ClassVar[tuple[str, ...]] = ("train",)
+    lists_frames: ClassVar[str] = f"its list in {META_FILE}"  # where the names of a video's frames are, for messages
 
     def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
@@ -160,7 +161,7 @@ class VideoReader(SourceReader):
         num_taken = self.options.train_frames if split in self.train_splits else None
         video = Video(name, split, folder, tuple(frames), evenly_spaced(len(frames), num_taken), sentences)
         if sentences and not frames:
-            return video.fault("structure", "expected frames for its sentences, got an empty list of frames")
+            return video.fault("structure", f"expected frames for its sentences, got none in {self.lists_frames}")
         if repeated := next((frame for frame, other in zip(sorted(frames), sorted(frames)[1:], strict=False) if frame == other), None):
             return video.fault("structure", f"expected each frame once in the list of frames, got {repeated!r} twice")
         return video

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from deris_llm.cli.data import add_data_commands
+from deris_llm.data.check import known_num_images, known_num_phrases
 from deris_llm.data.errors import DataError
 from deris_llm.data.formats.video import evenly_spaced
 from deris_llm.data.masks import encode_mask
@@ -365,7 +366,7 @@ def test_faults_of_mevis(world: Any, mevis: Path, fault: str) -> None:
 
 
 VIDEO_FAULTS: dict[str, tuple[Any, str, int]] = {
-    "no frames": ({"frames": []}, "expected frames for its sentences, got an empty list of frames", 3),
+    "no frames": ({"frames": []}, r"expected frames for its sentences, got none in its list in meta_expressions\.json", 3),
     "a frame twice": ({"frames": ["00000", "00000"]}, "expected each frame once in the list of frames, got '00000' twice", 6),
     "frames are no names": ({"frames": [0, 5]}, "expected names of frames, got 0", 3),
     "a frame elsewhere": ({"frames": ["../00000"]}, r"expected names of frames, got '\.\./00000'", 3),
@@ -463,6 +464,20 @@ def test_an_expression_of_valid_that_the_truth_lacks(world: Any, ytvos: Path) ->
         world.prepare(ytvos, format="ref-ytvos", splits=("valid",), mapping={"valid_videos": "1"})
 
 
+def test_davis_frames_and_texts_that_have_no_partner(world: Any, davis: Path) -> None:
+    lists = davis / "DAVIS/ImageSets/2017"
+    (lists / "train.txt").write_text("classic-car\n")
+    (lists / "val.txt").write_text("")
+    for path in (davis / "davis_text_annotations").iterdir():
+        path.write_text('dog-scale 1 "a dog"\n' + path.read_text("latin-1"), "utf-8" if "annot1" in path.name else "latin-1")
+    made = world.prepare(davis, format="ref-davis")
+    assert made.manifest["notes"] == ["texts of videos that DAVIS's lists do not have, left out: dogs-scale"]
+    (davis / "DAVIS/Annotations_unsupervised/480p/classic-car").rename(davis / "elsewhere")
+    message = r"train/classic-car: expected frames for its sentences, got none in DAVIS/Annotations_unsupervised/480p/VIDEO/"
+    with pytest.raises(DataError, match=message):
+        world.prepare(davis, "other", format="ref-davis")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -535,3 +550,8 @@ def test_commands_from_files_to_a_page(world: Any, mevis: Path, capsys: pytest.C
     assert "valid-v expression 0: frames 0, 1, 2, 3 of 4, the truth is not published" in text
     assert "no target</span>" not in text
     assert text.count("data:image/") == 1  # no mask
+
+
+def test_planning_without_data_counts_eight_frames_a_video() -> None:
+    assert (known_num_phrases("mevis/train"), known_num_images("mevis/train")) == (8 * 23_051, 8 * 1_662)
+    assert known_num_phrases("mine/train") == 0
