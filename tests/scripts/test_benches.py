@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("name", ["evaluation.py", "loader.py", "perception.py"])
+@pytest.mark.parametrize("name", ["evaluation.py", "loader.py", "perception.py", "video_metrics.py"])
 def test_quick_bench_finds_equal_results(name: str, tmp_path: Path):
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "bench" / name, "--quick"],

@@ -7,6 +7,7 @@ is right where the truth is empty.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import multiprocessing
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 import cv2
 import numpy as np
 
+from deris_llm.common.terminal import progress_bar
 from deris_llm.common.words import count_of
 from deris_llm.data.errors import DataError, listed_by_cause
 from deris_llm.evaluation.tables import Column, StackedTable
@@ -419,12 +421,18 @@ def _object_line(sequence: str, each: Any, scored: SequenceScore) -> dict[str, A
 
 def _mapped(function: Callable[[_ITEM], _RESULT], items: Sequence[_ITEM], workers: int | None) -> list[_RESULT]:
     number = min(os.cpu_count() or 1, 8, len(items)) if workers is None else workers
-    if number <= 1:
-        return [function(item) for item in items]
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(number, context, initializer=cv2.setNumThreads, initargs=(0,)) as pool:
-        return list(pool.map(function, items))
+    with contextlib.ExitStack() as stack:
+        results: Iterable[_RESULT] = map(function, items)
+        if number > 1:
+            method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+            context = multiprocessing.get_context(method)
+            # OpenCV's threads of this process do not exist in a fork
+            pool = stack.enter_context(
+                ProcessPoolExecutor(number, context, initializer=cv2.setNumThreads, initargs=(0,))
+            )
+            results = pool.map(function, items)
+        bar = stack.enter_context(progress_bar())
+        return list(bar.track(results, total=len(items), description="videos"))
 
 
 def _check(path: Path, problems: Sequence[str]) -> None:
