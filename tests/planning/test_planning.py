@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deris_llm.checkpoints.state import moment_names
 from deris_llm.common.startup import without_garbage_collection
 from deris_llm.config import load_config
+from deris_llm.data.errors import DataError
 from deris_llm.data.synthetic.world import write_world
 from deris_llm.losses.criterion import build_criterion
 from deris_llm.models.deris import build_model
@@ -225,3 +226,11 @@ def test_constants_are_those_of_the_shipped_deepspeed_configs():
 
 def test_gres_is_planned_by_its_published_phrases():
     assert plan_run(load_config("deris-7b-grefcoco"), gpus=8).epoch.phrases == 209_344
+
+
+def test_videos_are_planned_with_eight_frames_each():
+    epoch = plan_run(load_config("tiny-refcoco", ["data.train=[mevis]", "data.root=absent"]), gpus=1).epoch
+    assert epoch.phrases == 8 * 23_051
+    assert "8 frames of each video" in epoch.source
+    with pytest.raises(DataError, match="expected a dataset whose published counts are known, .* got mine and no data"):
+        plan_run(load_config("tiny-refcoco", ["data.train=[mine]", "data.root=absent"]), gpus=1)

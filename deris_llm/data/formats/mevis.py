@@ -8,12 +8,14 @@
 `anno_id` of a sentence is a list of keys of mask_dict.json, whose entries are one RLE per frame, null where the object is not in
 the frame; an empty list means that the sentence names nothing. Two objects with the same mask in a frame are one referent there.
 
-The layout is that of version 1. Version 2, whose additional sentences may name nothing, was not seen: a sentence that says so in
-another way than by an empty list is an error that shows what it says.
+Version 2 has meta_expressions_v2.json, in valid meta_expressions_v2_release.json, and additional sentences, some of which name nothing.
+Its files were not at hand: names and empty lists are as the listing of FudanCVL/MeViSv2 and public code that reads it have them. A
+sentence that says in another way that it names nothing is an error that shows what it says.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from deris_llm.data.errors import DataError, describe
@@ -21,6 +23,8 @@ from deris_llm.data.formats.base import BadEntryError, PrepareOptions, SourceIns
 from deris_llm.data.formats.video import META_FILE, Referents, Sentence, Video, VideoReader, read_videos
 
 SPLITS = ("train", "valid_u", "valid", "test")
+META_FILES = {"1": (META_FILE,), "2": ("meta_expressions_v2.json", "meta_expressions_v2_release.json")}
+"""Version -> names of the file of sentences."""
 MASK_FILE = "mask_dict.json"
 
 
@@ -28,13 +32,13 @@ class MevisReader(VideoReader):
     """The videos of each split in the order of its file. The masks of one split are in memory at a time."""
 
     format = "mevis"
+    mapping_keys = {"version": ""}
     expected = f"MeViS's folder with {', '.join(SPLITS)}, each with {META_FILE}"
 
     def __init__(self, options: PrepareOptions) -> None:
         super().__init__(options)
         for split in filter(self.is_wanted, SPLITS):
-            path = self.source / split / META_FILE
-            if path.is_file():
+            if (path := self._meta_file(self.source / split)) is not None:
                 self.add_videos(split, read_videos(path), f"{split}/JPEGImages")
                 masks = path.with_name(MASK_FILE)
                 self.files += (path, masks) if masks.is_file() else (path,)
@@ -42,6 +46,24 @@ class MevisReader(VideoReader):
             raise self.no_videos_error(f"one of {', '.join(f'{split}/{META_FILE}' for split in SPLITS)}")
         self.notes = self.describe_frames()
         self._masks: tuple[str, dict[str, Any] | None] = ("", None)  # of the split that was read last
+
+    def _meta_file(self, folder: Path) -> Path | None:
+        """The file of sentences of a split; None if there is none.
+
+        Raises:
+            DataError: there are several, or the version is unknown.
+        """
+        version = self.mapping["version"]
+        if version and version not in META_FILES:
+            raise DataError(f"--mapping version={version}: expected {' or '.join(META_FILES)}, got another. Correct it")
+        names = META_FILES[version] if version else [name for names in META_FILES.values() for name in names]
+        found = [folder / name for name in names if (folder / name).is_file()]
+        if len(found) > 1:
+            raise DataError(
+                f"{folder}: expected the sentences of one version, got {', '.join(path.name for path in found)}. Choose with --mapping "
+                "version=1 or version=2, or remove one of the files"
+            )
+        return found[0] if found else None
 
     def referents(self, video: Video, sentence: Sentence) -> Referents:
         masks = self._masks_of(video.split)

@@ -383,6 +383,21 @@ def test_faults_of_a_video(world: Any, mevis: Path, fault: str) -> None:
     _check_fault(world, mevis, "mevis", f"train/train-v: {message}", {"structure": num_lost})
 
 
+def test_mevis_version_2_has_other_names(world: Any, mevis: Path) -> None:
+    for split, name in (("train", "meta_expressions_v2.json"), ("valid", "meta_expressions_v2_release.json")):
+        (mevis / split / "meta_expressions.json").rename(mevis / split / name)
+    made = world.prepare(mevis, format="mevis")
+    assert {*made.manifest["splits"]} == {"train", "valid_u", "valid"}
+    (mevis / "train/meta_expressions.json").write_text((mevis / "valid_u/meta_expressions.json").read_text())
+    message = r"train: expected the sentences of one version, got meta_expressions\.json, meta_expressions_v2\.json\. Choose with"
+    with pytest.raises(DataError, match=message):
+        world.prepare(mevis, "both", format="mevis")
+    made = world.prepare(mevis, "second", format="mevis", mapping={"version": "2"})
+    assert {*made.manifest["splits"]} == {"train", "valid"}
+    with pytest.raises(DataError, match="--mapping version=3: expected 1 or 2, got another"):
+        world.prepare(mevis, "third", format="mevis", mapping={"version": "3"})
+
+
 def test_masks_that_are_missing_are_not_hidden_truth(world: Any, mevis: Path) -> None:
     (mevis / "valid_u/mask_dict.json").unlink()
     with pytest.raises(DataError, match=r"expected valid_u/mask_dict.json with the masks of its anno_id, got no such file"):
