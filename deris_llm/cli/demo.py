@@ -39,6 +39,9 @@ def add(commands: Any) -> None:
     add_argument(
         "--max-seconds", type=at_least(1), default=60, metavar="N", help="until an answer (default: %(default)s)"
     )
+    add_argument(
+        "--max-video-seconds", type=at_least(1), default=20, metavar="N", help="of a video (default: %(default)s)"
+    )
     add_override_option(parser)
 
 
@@ -62,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             max_megapixels=arguments.max_megapixels,
             max_phrases=arguments.max_phrases,
             max_seconds=arguments.max_seconds,
+            max_video_seconds=arguments.max_video_seconds,
         ),
         examples=arguments.examples,
         host=arguments.host,

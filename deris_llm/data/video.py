@@ -143,6 +143,8 @@ class VideoFile:
                 raise VideoError(
                     f"{path}: expected frames of at most {MAX_PIXELS:,} pixels, got {stream.width:,} x {stream.height:,} px."
                 )
+            self.size_wh: tuple[int, int] = (stream.width, stream.height)  # px, as stored
+            self.seconds = None if container.duration is None else container.duration / 1e6  # as the file states it
             self.num_frames: int | None = stream.frames or _estimated_frames(container, stream)
             self.has_sound = bool(container.streams.audio)
             self.rate = stream.average_rate  # frames per second, a Fraction; None = unknown

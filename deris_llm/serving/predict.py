@@ -37,6 +37,7 @@ from deris_llm.evaluation.submissions import PREDICTIONS_FILE
 from deris_llm.models.out_of_memory import DoesNotFitError
 from deris_llm.serving.answers import ImageAnswer, save_mask
 from deris_llm.serving.pipeline import DerisPipeline, as_picture
+from deris_llm.serving.video import FrameModel
 from deris_llm.structures import Exif
 
 logger = logging.getLogger(__name__)
@@ -306,7 +307,7 @@ def _one_by_one(
                 yield question, answer
 
 
-def rule_of(pipeline: DerisPipeline, *, instances: bool | None = None) -> dict[str, Any]:
+def rule_of(pipeline: FrameModel, *, instances: bool | None = None) -> dict[str, Any]:
     """Returns the checkpoint and the selection rule that made the answers."""
     options = pipeline.config.evaluation
     settings: dict[str, Any] = {

@@ -15,22 +15,22 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from deris_llm.data.images import Picture
 from deris_llm.data.video import Frame, Video, VideoError, frame_name
-from deris_llm.models.postprocess import FrameChoice, answer_masks
+from deris_llm.models.postprocess import AnswerRule, FrameChoice, answer_masks
 from deris_llm.models.video_slots import VideoSlots, frame_queries
 from deris_llm.serving.answers import ImageAnswer, about_image
 from deris_llm.structures import DerisOutput, RoundOutput
 
 if TYPE_CHECKING:
-    from deris_llm.serving.pipeline import DerisPipeline
     from deris_llm.serving.video_files import SavedVideo
 
 _PIXELS_AT_ONCE = 2**24
@@ -44,6 +44,24 @@ class FrameAnswers(Frame):
     answers: tuple[ImageAnswer, ...]  # one per phrase; masks have the frame's size
 
 
+class FrameModel(Protocol):
+    """What answers frames: a `DerisPipeline`, or something that asks one."""
+
+    config: Any  # a `RunConfig`; its `evaluation` is read
+    fingerprint: str
+
+    @property
+    def answer_rule(self) -> AnswerRule: ...
+
+    def answer_all(self, pairs: Iterable[tuple[Picture, Sequence[str]]]) -> Iterator[list[ImageAnswer]]:
+        """See `DerisPipeline.answer_all`."""
+        ...
+
+    def outputs(self, pairs: Iterable[tuple[Picture, Sequence[str]]]) -> Iterator[DerisOutput]:
+        """See `DerisPipeline.outputs`."""
+        ...
+
+
 class VideoAnswers:
     """The answers to phrases about every frame of a video. Iterating computes them, a second time anew; nothing is kept.
 
@@ -52,7 +70,7 @@ class VideoAnswers:
         phrases: in the order of each frame's answers.
     """
 
-    def __init__(self, pipeline: DerisPipeline, video: Video, phrases: tuple[str, ...]) -> None:
+    def __init__(self, pipeline: FrameModel, video: Video, phrases: tuple[str, ...]) -> None:
         self.pipeline = pipeline
         self.video = video
         self.phrases = phrases

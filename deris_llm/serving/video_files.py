@@ -59,6 +59,7 @@ class SavedVideo:
     scores: dict[int, float] = field(default_factory=dict)  # mean over the frames, by phrase
     has_sound: bool = False
     seconds: float = 0.0  # of this call
+    error: VideoError | None = None  # that ended the video early
 
     def to_json(self) -> dict[str, Any]:
         """Returns the paths, and for each phrase in how many frames it is."""
@@ -86,12 +87,25 @@ def save_video(
     answers: VideoAnswers, out: Path, *, overlay: bool = True, frames_per_second: float = 10.0, progress: bool = False
 ) -> SavedVideo:
     """Writes what `VideoAnswers.save` promises; see there."""
+    saved = write_answers(answers, out, overlay=overlay, frames_per_second=frames_per_second, progress=progress)
+    if saved.error is not None:
+        raise VideoError(
+            f"{saved.error}\nThe masks of {saved.num_frames:,} frames are in {saved.masks}"
+            + (f", drawn in {saved.overlay}" if saved.overlay else "")
+        ) from saved.error
+    return saved
+
+
+def write_answers(
+    answers: VideoAnswers, out: Path, *, overlay: bool = True, frames_per_second: float = 10.0, progress: bool = False
+) -> SavedVideo:
+    """Does what `save_video` does, but returns the error that ends a video early, with what was written before it."""
     started = time.monotonic()
     name = answers.video.name
     saved = SavedVideo(name, out / "masks" / name, out / "predictions" / f"{name}.jsonl", answers.phrases)
     saved.has_sound = isinstance(answers.video, VideoFile) and answers.video.has_sound
     try:
-        error = _write_answers(answers, out, saved, progress=progress)
+        saved.error = _write_frames(answers, out, saved, progress=progress)
         _count(saved)
         if overlay and saved.num_frames:
             images = _drawn_frames(answers, saved, progress=progress)
@@ -103,15 +117,10 @@ def save_video(
             "continues from there, or choose another folder"
         ) from failed
     saved.seconds = time.monotonic() - started
-    if error is not None:
-        raise VideoError(
-            f"{error}\nThe masks of {saved.num_frames:,} frames are in {saved.masks}"
-            + (f", drawn in {saved.overlay}" if saved.overlay else "")
-        ) from error
     return saved
 
 
-def _write_answers(answers: VideoAnswers, out: Path, saved: SavedVideo, *, progress: bool) -> VideoError | None:
+def _write_frames(answers: VideoAnswers, out: Path, saved: SavedVideo, *, progress: bool) -> VideoError | None:
     """Answers the frames that have no answer yet; returns the error that ended the video early."""
     first = next(answers.video.frames()).image
     folder = _Folder(out, answers, first)
@@ -234,7 +243,7 @@ def _drawn_frames(
 
 def _said(line: dict[str, Any]) -> str:
     said = "not here" if line["verdict"] == "nothing" else line["verdict"]
-    return f"{said}   score {line['score']:.2f}   presence {line['presence']:.2f}"
+    return f"{said}   score {line['score']:.2f}"
 
 
 class _Folder:

@@ -20,6 +20,7 @@ from PIL import Image
 from deris_llm import DerisPipeline
 from deris_llm.common.builtin import builtin_folder
 from deris_llm.data.masks import decode_segmentation
+from deris_llm.data.video import open_video, write_video
 from deris_llm.serving.demo import server
 from deris_llm.serving.demo.examples import drawn_examples
 from deris_llm.serving.demo.service import DemoService, Limits
@@ -65,6 +66,17 @@ def image(demo: DemoPage, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def clip(demo: DemoPage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six frames of a camera that moves over the first drawing."""
+    drawing = Image.open(demo.example_files[0]).convert("RGB")
+    width, height = drawing.width * 3 // 4 // 2 * 2, drawing.height // 2 * 2
+    frames = [(drawing.crop((3 * n, 0, 3 * n + width, height)), n / 5) for n in range(6)]
+    path = write_video(tmp_path_factory.mktemp("videos") / "my clip", frames, frames_per_second=5)
+    assert path is not None
+    return path
+
+
 def user_files(demo: DemoPage) -> list[Path]:
     return [
         Path(folder, name)  # os.walk, since folders vanish meanwhile
@@ -93,7 +105,7 @@ def client(demo: DemoPage) -> Iterator[Any]:
 
 def test_the_named_endpoints(client: Any):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert set(endpoints) == {"/ask", "/answers", "/rounds", "/queries", "/compare", "/export", "/segment"}
+    assert set(endpoints) == {"/ask", "/answers", "/rounds", "/queries", "/compare", "/export", "/segment", "/video"}
 
 
 def test_a_session_over_http(demo: DemoPage, client: Any, image: Path, caplog: pytest.LogCaptureFixture):
@@ -180,6 +192,46 @@ def test_broken_files(demo: DemoPage, client: Any, tmp_path: Path, image: Path):
     ):
         with pytest.raises(gradio_client.exceptions.AppError, match=said):
             client.predict(gradio_client.handle_file(tmp_path / name), "a cat", api_name="/ask")
+
+
+def test_a_video_over_http(demo: DemoPage, client: Any, clip: Path, tmp_path: Path):
+    rule = (None, None, None)
+    legend, drawn, masks = client.predict(gradio_client.handle_file(clip), PHRASES, *rule, api_name="/video")
+    assert legend.count("of 6 frames") == 2
+    drawn = drawn["video"] if isinstance(drawn, dict) else drawn
+    assert len(list(open_video(drawn).frames())) == 6
+    answers = list(demo.service.pipelines[0].video(clip, PHRASES.split("\n")))
+    with zipfile.ZipFile(masks) as archive:
+        assert len(archive.namelist()) == 2 * 6 + 2
+        for frame in answers:
+            for number, answer in enumerate(frame.answers):
+                found = np.asarray(Image.open(io.BytesIO(archive.read(f"{number}/{frame.name}.png")))) > 0
+                assert (found != answer.mask).mean() < 1e-3
+        assert len(archive.read("answers.jsonl").splitlines()) == 12
+    broken = tmp_path / "broken.mp4"
+    content = clip.read_bytes()
+    end = content.rindex(b"moov") - 4  # the frames lie before the index
+    broken.write_bytes(content[: end - 300] + bytes(300) + content[end:])
+    legend, drawn, _ = client.predict(gradio_client.handle_file(broken), PHRASES, *rule, api_name="/video")
+    assert "broken.mp4: cannot be decoded at frame" in legend
+    assert str(demo.folder) not in legend
+    assert legend.count(" of 6 frames") == 0
+    (tmp_path / "text.mp4").write_text("no video")
+    large = write_video(tmp_path / "large", [(Image.new("RGB", (1920, 1200)), 0.0)], frames_per_second=5)
+    long = write_video(
+        tmp_path / "long", [(Image.new("RGB", (32, 32)), 7.0 * n) for n in range(5)], frames_per_second=1
+    )
+    for path, said in (
+        (tmp_path / "text.mp4", r"This file cannot be read as a video: text\.mp4.*Try an MP4 file\.$"),
+        (large, "has 1,920 x 1,200 px; this demo takes at most 2.1 megapixels"),
+        (long, r"has \d+\.\d seconds; this demo takes at most 20"),
+        (None, "There is no video; upload one"),
+    ):
+        given = None if path is None else gradio_client.handle_file(path)
+        with pytest.raises(gradio_client.exceptions.AppError, match=said):
+            client.predict(given, "a cat", *rule, api_name="/video")
+    with pytest.raises(gradio_client.exceptions.AppError, match="There is no phrase"):
+        client.predict(gradio_client.handle_file(clip), "", *rule, api_name="/video")
 
 
 # -- browser ---------------------------------------------------------------------------------------------------------
@@ -294,6 +346,24 @@ def test_a_visit(demo: DemoPage, open_page: Callable[..., Any], image: Path):
     wait_until(lambda: not [path for path in user_files(demo) if "my" in path.name or "answers" in path.name])
 
 
+def test_a_visit_with_a_video(demo: DemoPage, open_page: Callable[..., Any], clip: Path):
+    page = open_page()
+    page.fill("#phrases textarea", PHRASES)
+    page.get_by_role("tab", name="Video").click()
+    page.set_input_files("#video input[type=file]", clip)
+    page.wait_for_selector("#video video")
+    page.click("#find-video")
+    page.wait_for_function("document.querySelector('#video-legend').innerText.includes('of 6 frames')")
+    page.wait_for_selector("#video-answers video")
+    page.wait_for_function("document.querySelector('#video-answers video').readyState >= 1")
+    assert page.evaluate("document.querySelector('#video-answers video').duration") == pytest.approx(1.2, abs=0.2)
+    with page.expect_download() as download:
+        page.locator("#video-masks a").first.click()
+    assert download.value.suggested_filename.endswith("-masks.zip")
+    page.context.close()
+    wait_until(lambda: not [path for path in user_files(demo) if "clip" in path.name])
+
+
 def test_two_users_at_once_do_not_mix(demo: DemoPage, open_page: Callable[..., Any], image: Path):
     pages = [open_page(), open_page()]
     upload(pages[0], image)
@@ -339,7 +409,7 @@ def test_on_a_phone(open_page: Callable[..., Any]):
     page.wait_for_function("document.querySelector('#phrases textarea').value != ''")
     page.click("#find")
     page.wait_for_selector("#legend tr:nth-child(2)")
-    for name in ("Queries", "Compare", "Export", "Rounds"):
+    for name in ("Queries", "Compare", "Export", "Rounds", "Video"):
         page.get_by_role("tab", name=name).click()
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, name

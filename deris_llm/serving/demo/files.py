@@ -16,6 +16,7 @@ from PIL import Image
 from deris_llm.serving.answers import ImageAnswer
 from deris_llm.serving.demo.views import Rule
 from deris_llm.serving.inspection import Inspection
+from deris_llm.serving.video_files import SavedVideo
 
 
 def write_masks(image_name: str, answers: Sequence[ImageAnswer], path: Path) -> None:
@@ -28,6 +29,15 @@ def write_masks(image_name: str, answers: Sequence[ImageAnswer], path: Path) -> 
                 for k, mask in enumerate(answer.instance_masks, start=1):
                     _add_png(archive, f"{stem}.instance-{k}.png", mask)
         archive.writestr("image.txt", f"{image_name}\n")
+
+
+def write_video_masks(saved: SavedVideo, path: Path) -> None:
+    """Writes a zip with the masks of a video, NUMBER/FRAME.png, and its answers as JSON lines."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for file in sorted(saved.masks.rglob("*.png")):
+            archive.write(file, file.relative_to(saved.masks))
+        archive.write(saved.predictions, "answers.jsonl", zipfile.ZIP_DEFLATED)
+        archive.writestr("phrases.txt", "".join(f"{number}: {phrase}\n" for number, phrase in enumerate(saved.phrases)))
 
 
 def _add_png(archive: zipfile.ZipFile, name: str, mask: np.ndarray) -> None:

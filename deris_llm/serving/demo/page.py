@@ -33,11 +33,13 @@ from deris_llm.serving.demo import files, views
 from deris_llm.serving.demo.examples import Example
 from deris_llm.serving.demo.service import DemoService, RequestError
 from deris_llm.serving.demo.sessions import Asked, Session, Sessions
+from deris_llm.serving.demo.video import answer_video, told
 from deris_llm.serving.demo.views import Rule
 from deris_llm.serving.inspection import Inspection
 
 logger = logging.getLogger(__name__)
 
+_PROGRESS = gr.Progress()  # a handler that has it as a default is given its own
 _SESSION_SECONDS = 3600  # that an answer stays available
 _CLEAN_SECONDS = (60, 3600)  # how often files are looked at, and the age of those that are removed
 _NO_ANSWER = "There is no answer yet, or it was freed; choose an image, write some phrases and press Find."
@@ -216,6 +218,36 @@ class DemoPage:
             self._gone(),
         )
 
+    def find_in_video(
+        self,
+        session: Session | None,
+        video: Any,
+        phrases: Any,
+        threshold: Any,
+        selection: Any,
+        presence: Any,
+        request: gr.Request,
+        progress: gr.Progress = _PROGRESS,
+    ) -> tuple[Session, str, str | None, str]:
+        """Asks phrases of every frame of a video: a legend, the video with the masks drawn, and the masks in a zip file."""
+        session = self._sessions.get(str(request.session_hash))
+        path = self._path_of(video, "video")
+        session.uploads.add(path)
+
+        def on_frame(number: int, num_frames: int | None) -> None:
+            known = "" if num_frames is None else f" of {num_frames}"
+            progress((number, num_frames), desc=f"frame {number}{known}", unit="frames")
+
+        rule = _rule(threshold, selection, presence)
+        saved = answer_video(self.service, session, path, _lines_of(phrases), rule, on_frame=on_frame)
+        masks = session.file(f"{saved.name}-masks.zip")
+        files.write_video_masks(saved, masks)
+        shutil.rmtree(saved.masks)
+        error = "" if saved.error is None else f"<p><b>{html.escape(told(path, saved.error))}</b></p>"
+        about = f'<p class="deris-note">{count_of(saved.num_frames, "frame")}, {saved.seconds:.1f} s. Sound is not copied.</p>'
+        overlay = None if saved.overlay is None else str(saved.overlay)
+        return session, error + views.video_legend(saved) + about, overlay, str(masks)
+
     def choose(
         self, session: Session | None, threshold: Any, selection: Any, presence: Any, chosen: Any, event: gr.SelectData
     ) -> int:
@@ -244,14 +276,15 @@ class DemoPage:
         """Frees a user's session when the page or the client is closed."""
         self._sessions.close(str(request.session_hash))
 
-    def _path_of(self, picture: Any) -> Path:
-        """Returns the file of an image that a client sent; gradio checks only some clients' paths."""
-        if not picture:
-            raise RequestError("There is no image; upload one, paste one, or choose an example.")
-        path = Path(str(picture)).resolve()
+    def _path_of(self, given: Any, kind: str = "image") -> Path:
+        """Returns the file of an image or video that a client sent; gradio checks only some clients' paths."""
+        if not given:
+            others = ", paste one, or choose an example" if kind == "image" else ""
+            raise RequestError(f"There is no {kind}; upload one{others}.")
+        path = Path(str(given)).resolve()
         if not path.is_relative_to(self.folder):
             raise RequestError(
-                "This image was not uploaded; upload it first, and give the path that the upload returned."
+                f"This {kind} was not uploaded; upload it first, and give the path that the upload returned."
             )
         return path
 
@@ -359,9 +392,24 @@ class DemoPage:
                                 elem_id="command",
                             )  # fmt: skip
                             gone = gr.HTML()
+                        with gr.Tab("Video", elem_id="tab-video"):
+                            limits = self.service.limits
+                            gr.HTML(
+                                '<p class="deris-note">The phrases and settings of the page are asked of every frame. At most '
+                                f"{limits.max_video_seconds:g} seconds, {limits.max_video_megapixels:g} megapixels a frame and "
+                                f"{limits.max_file_mb} MB.</p>"
+                            )
+                            video = gr.Video(sources=["upload"], label="Video", height=240, elem_id="video", buttons=[])
+                            find_video = gr.Button("Find in the video", variant="primary", elem_id="find-video")
+                            video_legend = gr.HTML(elem_id="video-legend")
+                            video_drawn = gr.Video(
+                                label="Answers", interactive=False, elem_id="video-answers", buttons=["download"]
+                            )
+                            video_masks = gr.File(interactive=False, label="Masks", elem_id="video-masks")
             for component in (phrases, threshold, selection, presence, chosen, rounds):
                 _leave_unchecked(component)
-            _leave_picture_unchecked(picture)
+            for component in (picture, video):
+                _leave_file_unread(component)
 
             rule = [threshold, selection, presence]
             views_of = {
@@ -397,6 +445,13 @@ class DemoPage:
             clicked = drawn.select(_said(self.choose), [session, *rule, chosen], chosen, **private)
             show(clicked.success, ("answers", "rounds", "queries", "compare"))
             make.click(_said(self.export), [session, *rule], [made, command, gone], api_name="export")
+            find_video.click(
+                _said(self.find_in_video),
+                [session, video, phrases, *rule],
+                [session, video_legend, video_drawn, video_masks],
+                api_name="video",
+                show_progress_on=video_legend,
+            )
             self._add_segment(picture)
             blocks.unload(_said(self.leave))
         return blocks
@@ -459,9 +514,9 @@ def _leave_unchecked(component: Any) -> None:
     component.preprocess = lambda payload: payload
 
 
-def _leave_picture_unchecked(picture: gr.Image) -> None:
-    """Makes an image component give its file unread: gradio's own reading ends in a traceback if the file is no image."""
-    picture.preprocess = lambda payload: None if payload is None else payload.path
+def _leave_file_unread(component: Any) -> None:
+    """Makes an image or video component give its file unread: gradio's own reading ends in a traceback if the file is broken."""
+    component.preprocess = lambda payload: None if payload is None else payload.path
 
 
 def _close(session: Session | None) -> None:

@@ -43,6 +43,8 @@ class Limits:
     max_seconds: float = 60.0  # from the request to its answer
     max_waiting: int = 32  # requests at a time
     max_file_mb: int = 25
+    max_video_seconds: float = 20.0
+    max_video_megapixels: float = 2.1  # of a frame: 1920 x 1080 px
 
 
 class Request(NamedTuple):
@@ -95,7 +97,7 @@ class DemoService:
         Raises:
             RequestError: something about it is wrong, or too many wait.
         """
-        request = Request(self._checked_image(image), self._checked_phrases(phrases), Future())
+        request = Request(self._checked_image(image), self.checked_phrases(phrases), Future())
         with self._lock:
             if self._num_open >= self.limits.max_waiting:
                 raise RequestError(
@@ -159,7 +161,12 @@ class DemoService:
                 "Reduce it."
             )
 
-    def _checked_phrases(self, phrases: Sequence[str]) -> tuple[str, ...]:
+    def checked_phrases(self, phrases: Sequence[str]) -> tuple[str, ...]:
+        """Returns the phrases of a request without empty ones.
+
+        Raises:
+            RequestError: there is none, or there are too many, or one is too long or cannot be used.
+        """
         texts = tuple(text.strip() for text in phrases if text.strip())
         if not texts:
             raise RequestError('There is no phrase; write what to find, one phrase a line, e.g. "the red car".')

@@ -33,6 +33,7 @@ class Session:
     asked: Asked | None = None
     waiting: Request | None = None
     uploads: set[Path] = field(default_factory=set)
+    times_closed: int = 0  # work that began before it was closed ends when it sees this
     _number: int = 0
 
     def write_image(self, name: str, image: Image.Image) -> str:
@@ -50,6 +51,7 @@ class Session:
 
     def close(self) -> None:
         """Frees memory and files, and the place of a request that still waits."""
+        self.times_closed += 1
         self.asked = None
         if self.waiting is not None:
             self.waiting.found.cancel()

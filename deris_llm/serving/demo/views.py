@@ -17,6 +17,7 @@ from deris_llm.evaluation.overlays import Rgb, colour_of, outline_of, paint_mask
 from deris_llm.models.postprocess import PresenceUse, Selection
 from deris_llm.serving.answers import ImageAnswer
 from deris_llm.serving.inspection import Inspection
+from deris_llm.serving.video_files import SavedVideo
 
 DISPLAY_PX = 1024
 _SMALLEST_PX = 640  # smaller images are enlarged, so that outlines and numbers stay fine
@@ -98,6 +99,18 @@ def legend(answers: Sequence[ImageAnswer], chosen: int | None = None) -> str:
         )
     head = "<tr><th></th><th>phrase</th><th>score</th><th>presence</th></tr>"
     return f'<table class="deris-table">{head}{"".join(rows)}</table>'
+
+
+def video_legend(saved: SavedVideo) -> str:
+    """Returns in how many frames of a video each phrase is found, with its colour and mean score, as HTML."""
+    rows = "".join(
+        f'<tr><td><span class="number" style="background:{_css(colour_of(number))}">{number}</span></td>'
+        f'<td class="phrase">{html.escape(phrase)}<br><small>found in {saved.found[number]:,} of {saved.num_frames:,} frames'
+        + (f", best guess in {saved.guessed[number]:,}" if saved.guessed[number] else "")
+        + f"</small></td><td>{saved.scores.get(number, 0.0):.2f}</td></tr>"
+        for number, phrase in enumerate(saved.phrases)
+    )
+    return f'<table class="deris-table"><tr><th></th><th>phrase</th><th>mean score</th></tr>{rows}</table>'
 
 
 # -- rounds ----------------------------------------------------------------------------------------------------------
