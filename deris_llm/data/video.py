@@ -265,7 +265,26 @@ def _images_of_folder(folder: Path) -> ImageSequence:
         raise VideoError(
             f"video {folder}: expected a folder with the frames of a video, got one without images{there}; give that of the frames."
         )
-    return ImageSequence(folder.resolve().name, sorted(found, key=_number_order))
+    found.sort(key=_number_order)
+    _warn_of_gaps(folder, found)
+    return ImageSequence(folder.resolve().name, found)
+
+
+def _warn_of_gaps(folder: Path, images: Sequence[Path]) -> None:
+    """Warns if the numbers of frames have one step but for a few places: a frame may be missing there."""
+    numbers = [int(parts[-1]) if (parts := re.findall(r"\d+", path.stem)) else None for path in images]
+    steps = [b - a if a is not None and b is not None else 0 for a, b in itertools.pairwise(numbers)]
+    if not steps or min(steps) <= 0:
+        return
+    usual, times = Counter(steps).most_common(1)[0]
+    gaps = [place for place, step in enumerate(steps) if step > usual]
+    if gaps and times > len(steps) / 2:
+        before, after = images[gaps[0]].stem, images[gaps[0] + 1].stem
+        logger.warning(
+            "%s: frame numbers jump from %s to %s, and in %d places in all, where others step by %d: frames may be missing; those that "
+            "are there are used as they are",
+            folder, before, after, len(gaps), usual,
+        )  # fmt: skip
 
 
 def _number_order(path: Path) -> tuple[list[tuple[int, str]], str]:

@@ -148,6 +148,17 @@ def test_a_folder_is_read_in_the_order_of_its_numbers(tmp_path):
     assert [frame.name for frame in video.frames(2)] == ["frame10", "frame100"]
 
 
+def test_numbers_of_frames_that_jump(tmp_path, caplog):
+    for number in (0, 5, 10, 20, 25):
+        drawn(number).save(tmp_path / f"{number:05d}.png")
+    assert open_video(tmp_path).num_frames == 5
+    assert "frame numbers jump from 00010 to 00020, and in 1 places in all, where others step by 5" in caplog.text
+    caplog.clear()
+    (tmp_path / "00000.png").rename(tmp_path / "00015.png")
+    assert [frame.name for frame in open_video(tmp_path).frames()] == ["00005", "00010", "00015", "00020", "00025"]
+    assert not caplog.text
+
+
 def test_lists_of_images(tmp_path):
     images = [drawn(number) for number in range(3)]
     images[1].save(tmp_path / "b.png")

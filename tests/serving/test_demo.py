@@ -7,6 +7,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +16,17 @@ from PIL import Image
 from deris_llm import DerisPipeline
 from deris_llm.cli.main import build_parser
 from deris_llm.data.masks import decode_segmentation
+from deris_llm.data.video import write_video
 from deris_llm.models.postprocess import PhraseAnswer
 from deris_llm.serving.answers import ImageAnswer
 from deris_llm.serving.demo import files, views
 from deris_llm.serving.demo.examples import drawn_examples, examples_in
 from deris_llm.serving.demo.service import DemoService, Limits, Request, RequestError
-from deris_llm.serving.demo.sessions import Asked, Sessions
+from deris_llm.serving.demo.sessions import Asked, Session, Sessions
+from deris_llm.serving.demo.video import answer_video
 from deris_llm.serving.demo.views import Rule
 from deris_llm.serving.inspection import Inspection
+from deris_llm.serving.video_files import SavedVideo
 from deris_llm.testing import synthetic_images
 
 PHRASES = ["red circle", "the small blue square on the left", "star & <b>moon</b>"]
@@ -313,3 +317,54 @@ def test_closing_a_session_frees_memory_files_and_its_place(
     sessions.get("fourth")  # the one that was used least recently makes room
     assert len(sessions) == 2
     assert not shared.exists()
+
+
+# -- videos ----------------------------------------------------------------------------------------------------------
+
+
+def asked_video(service: DemoService, session: Session, path: Path, **options: Any) -> SavedVideo:
+    return answer_video(service, session, path, PHRASES[:2], Rule(), **{"on_frame": lambda *_: None} | options)
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    path = write_video(tmp_path / "clip", [(image, None) for image in synthetic_images(6)], frames_per_second=5)
+    assert path is not None
+    return path
+
+
+def test_a_video_is_answered_as_by_the_pipeline(
+    pipeline: DerisPipeline, service: DemoService, clip: Path, tmp_path: Path
+):
+    told = []
+    session = Sessions(tmp_path / "sessions").get("a")
+    saved = asked_video(service, session, clip, on_frame=lambda *numbers: told.append(numbers))
+    assert told == [(number, 6) for number in range(1, 7)]
+    assert (saved.num_frames, saved.error, session.waiting) == (6, None, None)
+    for frame in pipeline.video(clip, PHRASES[:2]):
+        for number, expected in enumerate(frame.answers):
+            mask = np.asarray(Image.open(saved.masks / str(number) / f"{frame.name}.png")) > 0
+            assert (mask != expected.mask).mean() < 1e-3
+    session.close()
+    assert not session.folder.exists()
+
+
+def test_a_video_of_a_page_that_is_closed_leaves_nothing(service: DemoService, clip: Path, tmp_path: Path):
+    session = Sessions(tmp_path / "sessions").get("a")
+    with pytest.raises(RequestError):
+        asked_video(service, session, clip, on_frame=lambda number, _: session.close() if number == 2 else None)
+    assert not session.folder.exists()
+    assert service._num_open == 0
+
+
+def test_videos_that_are_refused(pipeline: DerisPipeline, clip: Path, tmp_path: Path):
+    session = Sessions(tmp_path / "sessions").get("a")
+    for limits, said in (
+        (Limits(max_video_seconds=1), r"This video has 1\.2 seconds; this demo takes at most 1\."),
+        (Limits(max_video_megapixels=0.004), r"This video has 80 x 60 px; this demo takes at most 0\.004 megapixels"),
+        (Limits(max_phrases=1), "There are 2 phrases"),
+    ):
+        asked = DemoService([pipeline], limits)
+        with pytest.raises(RequestError, match=said):
+            asked_video(asked, session, clip)
+        asked.close()
