@@ -163,6 +163,11 @@ _SUFFIXES = (".yaml", ".yml")
 _MOST_PX = 4096
 
 
+def logit_resampling(config: RunConfig) -> Literal["bilinear", "x4_align_corners_bilinear"]:
+    """Returns how mask logits become masks of the image's own size."""
+    return "bilinear" if config.ways.mask_upsampling == "direct" else "x4_align_corners_bilinear"
+
+
 def protocols_of(config: RunConfig) -> tuple[Protocol, ...]:
     """Returns the protocols that a run reports.
 
@@ -178,7 +183,7 @@ def protocols_of(config: RunConfig) -> tuple[Protocol, ...]:
         "score_threshold": config.evaluation.score_threshold,
         "selection": config.evaluation.selection,
         "presence": config.evaluation.presence,
-        "prediction_resampling": "bilinear" if config.ways.mask_upsampling == "direct" else "x4_align_corners_bilinear",
+        "prediction_resampling": logit_resampling(config),
     }
     named = _named(config.evaluation.protocols, problems)
     found = [

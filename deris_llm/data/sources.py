@@ -89,9 +89,17 @@ def has_truth(root: str | Path, name: str) -> bool:
 
 
 def split_notes(root: str | Path, name: str) -> tuple[str, ...]:
-    """Returns what must be read with the numbers of ``dataset/split``: referents that are crowds or draw no pixel."""
+    """Returns what must be read with the numbers of ``dataset/split``: referents that are crowds or draw no pixel, frames left out."""
     dataset, _, split = name.partition("/")
-    return tuple(manifest_of(root, dataset).splits.get(split, {}).get("notes", ()))
+    manifest = manifest_of(root, dataset)
+    content = manifest.splits.get(split, {})
+    notes = tuple(content.get("notes", ()))
+    if content.get("num_videos") and (number := manifest.num_skipped(split)):
+        notes += (
+            f"LEFT OUT by data prepare --skip-bad: {number:,} of {number + content['num_phrases']:,} sentences in frames; numbers are of "
+            "the others",
+        )
+    return notes
 
 
 def check_split(root: str | Path, name: str) -> None:

@@ -57,7 +57,7 @@ def breakdown(
             if phrases.any():
                 rows[dimension, label] = phrases
     ratios = {str(number): metrics[metric].among(phrases) for number, phrases in enumerate(rows.values())}
-    sure = intervals(ratios, [answer.image_id for answer in answers])
+    sure = intervals(ratios, [records[answer.phrase_id].video or answer.image_id for answer in answers])
     dimensions: dict[str, list[dict[str, Any]]] = {}
     for number, ((dimension, label), phrases) in enumerate(rows.items()):
         row: dict[str, Any] = {"label": label, "n_phrases": int(phrases.sum()), metric: ratios[str(number)].percent}

@@ -18,8 +18,8 @@ from deris_llm.evaluation.results import EvaluationResult
 
 COMPARISON_FILE = "comparison.json"
 _TEST = (
-    f"paired permutation test on the mean IoU by phrase: the sign of an image's whole difference flipped at random, "
-    f"{NUM_FLIPS:,} times, two-sided"
+    "paired permutation test on the mean IoU by phrase: the sign of an image's (frames: a video's) whole difference flipped at "
+    f"random, {NUM_FLIPS:,} times, two-sided"
 )
 
 
@@ -30,6 +30,7 @@ def compare(
     *,
     names: tuple[str, str],
     split: str,
+    videos: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Compares two results of one split.
 
@@ -39,15 +40,16 @@ def compare(
         protocols: ids that both have; none may drop phrases.
         names: of the methods.
         split: its name.
+        videos: phrase id -> its video, whose frames are drawn together as the phrases of an image are.
 
     Returns:
         ``names``, ``split``, ``n_phrases``, ``test`` and ``protocols``: by id ``metrics`` {metric: {"first", "second",
-        "difference" (second - first, points), "interval" (95 %, bootstrap over images)}}, ``p_value``, ``wins`` {"first",
+        "difference" (second - first, points), "interval" (95 %, bootstrap over images or videos)}}, ``p_value``, ``wins`` {"first",
         "second", "ties"} in phrases.
     """
     ids = [p.phrase_id for p in first.answers]
     assert ids == [p.phrase_id for p in second.answers], "results of the same records"
-    images = [p.image_id for p in first.answers]
+    images = [(videos or {}).get(p.phrase_id, p.image_id) for p in first.answers]
     found: dict[str, Any] = {}
     for name in protocols:
         one, other = first.ratios[name], second.ratios[name]

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from deris_llm.common import ranks
 from deris_llm.common.terminal import progress_bar
 from deris_llm.config import RunConfig
-from deris_llm.config.protocols import protocols_of
+from deris_llm.config.protocols import Protocol, logit_resampling, protocols_of
 from deris_llm.data.errors import check_has_truth
 from deris_llm.data.loaders import evaluation_loader
 from deris_llm.data.sampler import EvaluationBatchSampler
@@ -90,9 +90,10 @@ def evaluate(
     protocols = protocols_of(config)
     check_misses(protocols, records[0].dataset, is_generalised=generalised)
     benchmark = benchmark_of(config.data.root, records[0].dataset)
-    rule, selection = protocols[0].rule, config.evaluation.video_selection
     is_video, chosen = records[0].video is not None, None
-    if is_video and selection == "video":
+    made = FrameProtocol(protocols[0].rule, config.evaluation.video_selection, logit_resampling(config))
+    if is_video and made.selection == "video":
+        _check_one_rule(protocols)
         chosen = _chosen_queries(model, config, records, processor, device=device, progress=progress, title=title)
         config = _in_this_process(config)
     run = partial(answers_of, model, config, records, processor, device=device, progress=progress, title=title)
@@ -103,9 +104,7 @@ def evaluate(
     result = EvaluationResult.of(
         [each.answer for each in frames], protocols, is_generalised=generalised, benchmark=benchmark
     )
-    return dataclasses.replace(
-        result, expressions=expressions_of(frames, records), video_protocol=FrameProtocol(rule, selection)
-    )
+    return dataclasses.replace(result, expressions=expressions_of(frames, records), video_protocol=made)
 
 
 def answers_without_truth(
@@ -163,6 +162,19 @@ def _chosen_queries(
         title=f"{title}, choosing",
     )
     return choices(found, records, protocols_of(config)[0].rule)
+
+
+def _check_one_rule(protocols: Sequence[Protocol]) -> None:
+    """Refuses rules of which only the first would be used: queries are chosen once for a video.
+
+    Raises:
+        ValueError: two protocols have different rules.
+    """
+    if other := [protocol.id for protocol in protocols if protocol.rule != protocols[0].rule]:
+        raise ValueError(
+            f"evaluation.video_selection=video: expected protocols with one threshold, selection and presence rule, got others in "
+            f"{other[0]} than in {protocols[0].id}: queries are chosen for a video once; evaluate each by itself with --protocol"
+        )
 
 
 def _in_this_process(config: RunConfig) -> RunConfig:
@@ -284,15 +296,25 @@ def check_records(records: Sequence[ReferringRecord], root: str | Path) -> None:
     """Checks that records can be summarised in common numbers.
 
     Raises:
-        ValueError: there are none, one has no truth, their datasets have different metrics, or an id is repeated.
+        ValueError: there are none, one has no truth, their datasets have different metrics, an id is repeated, or a video's frames
+            have different sizes.
     """
     if not records:
         raise ValueError(
             "evaluation: expected at least one phrase, got none: check the split, or, in a control run, that images have "
             "phrases of different objects"
         )
+    sizes: dict[tuple[str, str], tuple[int, int]] = {}  # of videos
     for record in records:
         check_has_truth(record, needed_for="metrics")
+        if record.video is None:
+            continue
+        size = (record.width, record.height)
+        if (first := sizes.setdefault((record.dataset, record.video), size)) != size:
+            raise ValueError(
+                f"{record.phrase_id}: expected a frame of {first[0]} x {first[1]} px, as the first of its video, got {size[0]} x {size[1]} "
+                "px: a mask cannot be compared over frames of different sizes; resize frames and masks, and prepare them again"
+            )
     datasets = {record.dataset for record in records}
     if len({is_generalised(root, name) for name in datasets}) > 1:
         raise ValueError(

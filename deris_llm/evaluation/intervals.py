@@ -28,7 +28,7 @@ def intervals(
 
     Args:
         ratios: metrics over P phrases; all use the same draws.
-        image_ids: P.
+        image_ids: P; of frames the name of their video, because frames of a video resemble each other.
         num_draws: D.
         seed: of the draws.
 

@@ -97,9 +97,15 @@ class EvaluationFolder:
         """
         by_id = {record.phrase_id: record for record in records}
         num_crowds = sum(bool(record.crowds) for record in by_id.values())
+        video = result.video_protocol
+        fingerprints = {
+            protocol.id: protocol.fingerprint() if video is None else video.fingerprint_of_images(protocol)
+            for protocol in self.protocols
+        }
         numbers = {
             protocol.id: result.numbers[protocol.id]
             | ({"n_crowds_left_out": num_crowds} if num_crowds and protocol.crowds == "left_out" else {})
+            | {"fingerprint": fingerprints[protocol.id]}
             | extras(result, by_id, protocol, with_breakdown=section != "control")
             | dict(more or {})
             for protocol in self.protocols
@@ -198,16 +204,13 @@ def extras(
         with_breakdown: by kind of phrase and object too.
 
     Returns:
-        ``fingerprint``; ``intervals`` {metric: [low, high]}, 95 %, see `intervals.intervals`; ``selection`` {"metric", "oracle",
+        ``intervals`` {metric: [low, high]}, 95 %, see `intervals.intervals`; ``selection`` {"metric", "oracle",
         "answer", "error"}: what the choice of queries loses against the best ones, in points, where the best are known;
         ``breakdown``, see `breakdown.breakdown`.
     """
     counted, ratios = result.counted[protocol.id], result.ratios[protocol.id]
-    sure = intervals(ratios, [p.image_id for p in counted])
-    found: dict[str, Any] = {
-        "fingerprint": protocol.fingerprint(),
-        "intervals": {name: interval for name, interval in sure.items() if interval is not None},
-    }
+    sure = intervals(ratios, [records[p.phrase_id].video or p.image_id for p in counted])
+    found: dict[str, Any] = {"intervals": {name: interval for name, interval in sure.items() if interval is not None}}
     metric = "gIoU" if result.is_generalised else "mIoU"
     if counted and f"oracle_{metric}" in ratios:
         answer, oracle = ratios[metric].percent or 0.0, ratios[f"oracle_{metric}"].percent or 0.0

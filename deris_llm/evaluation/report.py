@@ -47,7 +47,10 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
 }
 """Table 1 of the DeRIS paper, percent."""
 
-NOTE = "95 %: bootstrap over images. Best query: the number if each referent were answered by the query whose mask fits it best."
+NOTE = (
+    "95 %: bootstrap over images, of frames over videos. "
+    "Best query: the number if each referent were answered by the query whose mask fits it best."
+)
 
 CONTROL_NOTE = (
     "Control: each phrase is swapped for one that names another object of its image, and the answer is compared with the "
@@ -83,7 +86,7 @@ PUBLISHED_GRES: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
 GRES_NOTE = (
     "Always empty, never empty: what answers without looking get (no target for every phrase; the whole image for "
     "every phrase). F1: share of phrases whose boxes are all right. Best query: the number if each referent were answered by the "
-    "query whose mask fits it best. 95 %: bootstrap over images."
+    "query whose mask fits it best. 95 %: bootstrap over images, of frames over videos."
 )
 
 PUBLISHED_GRES_NOTE = "Other data: published gIoU / cIoU / N-acc on the real COCO images, DeRIS paper, Table 2."
@@ -113,7 +116,9 @@ PUBLISHED_BENCHMARKS: Mapping[str, tuple[str, str]] = {
 VIDEO_NOTE = (
     "J&F: mean of region similarity J and boundary accuracy F, by expression. 95 %: bootstrap over videos. Recall: share of the frames "
     "above 0.5. Decay: first quarter of the frames minus last. Best query: if each frame were answered by the query whose mask fits it "
-    "best. First frame: its answer held still over all frames. Control: the expression is swapped for one of another object of the video."
+    "best. First frame: its answer held still over all frames. Control: the expression is swapped for one of another object of the video, "
+    "where there is one; control_own_J&F of report.json is the "
+    "J&F of these expressions without the swap."
 )
 
 _INTERVAL = "95 %"  # a column of the table beside the first metric, not a metric

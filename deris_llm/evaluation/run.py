@@ -13,6 +13,7 @@ from typing import Any, cast
 from torch import nn
 
 from deris_llm.common import ranks
+from deris_llm.common.words import count_of
 from deris_llm.config import RunConfig
 from deris_llm.config.protocols import protocols_of
 from deris_llm.data.dataset import some_images
@@ -117,6 +118,11 @@ def run_evaluation(
     for split in splits:
         records = some_images(read_split(config.data.root, split, phrase_field=config.data.phrase_field), max_images)
         known = split_notes(config.data.root, split)
+        if max_images and records[0].video is not None:
+            number = len({record.image_id for record in records})
+            known += (
+                f"J&F: over {count_of(number, 'frame')}, evenly spaced over all videos (--max-images {max_images})",
+            )
         if not has_truth(config.data.root, split):
             answers = answers_without_truth(model, config, records, processor, progress=progress, title=split)
             if is_first_rank:
@@ -137,7 +143,12 @@ def run_evaluation(
         controls: dict[str, float | None] = {}
         if swapped:
             other = run_split("control", split, records, override=swapped)
-            controls["control_J&F"] = video_numbers(other.expressions)["J&F"] if other.expressions else None
+            if other.expressions:
+                swappable = {(each.video, each.id) for each in other.expressions}
+                own = [each.score for each in result.expressions if (each.video, each.id) in swappable]
+                controls["control_J&F"] = video_numbers(other.expressions)["J&F"]
+                controls["control_own_J&F"] = 100 * mean_score(own).jf
+                controls["control_n_expressions"] = len(own)
         elif control:
             report["control"][split] = {}
         if control and result.video_protocol is not None:

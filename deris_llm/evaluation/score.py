@@ -203,7 +203,14 @@ def run_score(
     if against is None:
         return report, None
     names = (str(predictions), str(against))
-    comparison = compare(found[0].result, found[1].result, [p.id for p in found[0].protocols], names=names, split=split)
+    comparison = compare(
+        found[0].result,
+        found[1].result,
+        [p.id for p in found[0].protocols],
+        names=names,
+        split=split,
+        videos={record.phrase_id: record.video for record in records if record.video is not None},
+    )
     comparison["notes"] = [scored.notes for scored in found]
     write_comparison(comparison, Path(out))
     return report, comparison

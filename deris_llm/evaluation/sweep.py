@@ -107,6 +107,11 @@ def sweep(
     thresholds = sorted({*thresholds, present})
     records = some_images(read_split(config.data.root, split, phrase_field=config.data.phrase_field), max_images)
     check_records(records, config.data.root)
+    if records[0].video is not None and config.evaluation.video_selection == "video":
+        raise ValueError(
+            f"--sweep {split}: expected evaluation.video_selection=frame, got video: the sweep compares every frame on its own, and its "
+            "threshold is not the best one for mean scores. Set the threshold by hand, or sweep with frame"
+        )
     generalised = is_generalised(config.data.root, records[0].dataset)
     phrases = answers_of(
         model,

@@ -144,6 +144,11 @@ class Comparison:
         else:
             self.differs(name, "expected an error, got none")
 
+    def none_left(self, name: str, ours: Iterable[str], expected: Iterable[str]) -> None:
+        """Reports what a part holds and nothing is expected of."""
+        for each in sorted(set(ours) - set(expected)):
+            self.differs(f"{name}.{each}", "not compared: nothing is expected of it")
+
     def known(self, folder: Path, names: set[str]) -> None:
         """Reports what a part holds beside the known files: data is a difference, the rest a note."""
         for path in sorted(folder.iterdir()):
@@ -280,6 +285,7 @@ def mevis(folder: Path, found: Comparison) -> None:
         }
         for name, score in public.items()
     }
+    found.none_left("expressions", expressions, expected.get("expressions", {}))
     for name, score in public.items():
         if score is not None:
             found.trees(f"expressions.{name}.strict", list(of_strict[name].score), list(score))
@@ -470,6 +476,7 @@ def ref_ytvos(folder: Path, found: Comparison) -> None:
         },
     )
     expected = _read(root / "expected.json")
+    found.none_left("sets", (path.name.removeprefix("pred_") for path in root.glob("pred_*")), expected["sets"])
     sets: dict[str, Any] = {}
     number = str(len(_splits(root / "meta_expressions")[2]))
     for split in expected["sets"]:
@@ -480,6 +487,7 @@ def ref_ytvos(folder: Path, found: Comparison) -> None:
         sets[split] = {"n_videos": len(videos), "n_expressions": len(results), **names}
         labels = {f"{v.name}/{e}": of_frames[0][0].label for v in videos for e, of_frames in v.referents.items()}
         sets[split]["expressions"] = {one.name: _ytvos_expression(one, labels[one.name]) for one in results}
+        found.none_left(f"sets.{split}.expressions", labels, expected["sets"][split].get("expressions", {}))
     some, many = (_splits(root / name) for name in ("meta_expressions", "counts/meta_expressions"))
     found.trees(
         "ref_ytvos",
@@ -545,6 +553,9 @@ def ref_davis(folder: Path, found: Comparison) -> None:
         scores = {tuple(name.split("__anno_")): stored[name] for name in stored}
     sequences = read_davis(root / "DAVIS", unsupervised=True)
     ours: dict[str, Any] = {"protocol_A": {}, "protocol_B": {}}
+    for letter in "AB":
+        if (pngs := root / f"pred_{letter}").is_dir():
+            found.none_left(pngs.name, (path.name for path in pngs.iterdir()), expected[f"protocol_{letter}"])
     for name in expected["protocol_A"]:
         asked = {key: _edited(value, name, key[0], expected) for key, value in scores.items()}
         ours["protocol_A"][name] = _protocol_a(root / "pred_A" / name, sequences, asked, found)

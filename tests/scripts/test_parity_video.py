@@ -363,6 +363,30 @@ def test_an_expected_number_that_we_do_not_have_is_an_error(fixtures: Path, tmp_
     assert any("sequences.other: not compared: not in ImageSets" in line for line in said)
 
 
+def test_predictions_of_which_nothing_is_expected_are_an_error(fixtures: Path, tmp_path: Path) -> None:
+    for part in ("mevis", "ref_davis", "ref_ytvos"):
+        _linked(fixtures / part, tmp_path / part)
+    paths = {part: tmp_path / part / "expected.json" for part in ("mevis", "ref_davis", "ref_ytvos")}
+    trees = {part: json.loads(path.read_text()) for part, path in paths.items()}
+    trees["mevis"]["expressions"].popitem()
+    trees["ref_davis"]["protocol_B"].pop("normal")
+    trees["ref_ytvos"]["sets"]["train"]["expressions"].popitem()
+    for part, path in paths.items():
+        path.unlink()
+        save_json(path, trees[part])
+    for found in compare_fixtures(tmp_path):
+        assert any("not compared: nothing is expected of it" in why for _, why in found.differences), found.part
+
+
+@pytest.mark.parametrize("content", [b"", b"PK damaged"])
+def test_a_damaged_npz_is_a_difference(content: bytes, fixtures: Path, tmp_path: Path) -> None:
+    for name in ("jf_cases.json", "jf_cases.npz"):
+        _linked(fixtures / name, tmp_path / name)
+    (tmp_path / "jf_cases_real.npz").write_bytes(content)
+    (found,) = compare_fixtures(tmp_path)
+    assert any(why.startswith("stopped: ") for _, why in found.differences)
+
+
 def test_pairs_without_their_masks_are_an_error(fixtures: Path, tmp_path: Path) -> None:
     for name in ("jf_cases.json", "jf_cases.npz"):
         _linked(fixtures / name, tmp_path / name)

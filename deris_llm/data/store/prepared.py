@@ -72,6 +72,10 @@ class Manifest:
         """Whether the referents of a split's phrases are known."""
         return self.splits.get(split, {}).get("has_truth", True)
 
+    def num_skipped(self, split: str) -> int:
+        """Counts the phrases of a split that `data prepare --skip-bad` left out."""
+        return sum(self.content.get("skipped", {}).get(split, {}).values())
+
 
 def find_manifest(root: str | Path, dataset: str) -> Manifest | None:
     """Reads the manifest of ``root/dataset``; None if there is no prepared set of that name.

@@ -117,11 +117,12 @@ class Apart:
 
 
 def changes(evaluation: Evaluation, pairs: Mapping[str, Sequence[Pair]]) -> list[Change]:
-    """Compares the main number of every split: difference, interval by bootstrap over images, paired test."""
+    """Compares the main number of every split: difference, interval by bootstrap over images or videos, paired test."""
     rows = []
     for split, found in pairs.items():
         protocol, metric = evaluation.protocol(split), main_metric(evaluation, split)
-        images = [pair.ours.image_id for pair in found]
+        videos = {frame: each.video for each in evaluation.videos.get(split, ()) for frame in each.frames}
+        images = [videos.get(pair.ours.phrase_id, pair.ours.image_id) for pair in found]
         first = np.array([pair.other.iou[protocol] / 100 for pair in found])
         second = np.array([pair.ours.iou[protocol] / 100 for pair in found])
         ones = np.ones(len(found))

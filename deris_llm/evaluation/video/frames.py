@@ -25,7 +25,7 @@ from deris_llm.evaluation.metrics import Ratio
 from deris_llm.evaluation.outcomes import best_queries, compared
 from deris_llm.evaluation.truth import decoded_referents, merged_truth
 from deris_llm.evaluation.video.metrics import frame_statistics
-from deris_llm.evaluation.video.protocols import Score, frame_score
+from deris_llm.evaluation.video.protocols import Score, frame_score, mean_score
 from deris_llm.models.postprocess import FrameChoice, upsampled_masks
 from deris_llm.models.video_slots import FrameQueries, chosen_over_video, frame_queries
 from deris_llm.structures import DerisOutput, ReferringRecord
@@ -37,6 +37,7 @@ class FrameProtocol:
 
     rule: Rule  # which queries answer
     selection: VideoSelection = "frame"  # `evaluation.video_selection`
+    resampling: str = "bilinear"  # of the mask logits, as `Protocol.prediction_resampling`
 
     @property
     def id(self) -> str:
@@ -44,11 +45,17 @@ class FrameProtocol:
 
     def fingerprint(self) -> str:
         """Returns eight hex digits over all fields, the same on every machine."""
-        return hashlib.sha256(json.dumps([self.id, *self.rule]).encode()).hexdigest()[:8]
+        return _digest([self.id, *self.rule, *([] if self.resampling == "bilinear" else [self.resampling])])
+
+    def fingerprint_of_images(self, protocol: Protocol) -> str:
+        """Returns the fingerprint of numbers of frames as images, which are others if queries are chosen for a whole video."""
+        own = protocol.fingerprint()
+        return own if self.selection == "frame" else _digest([self.id, own])
 
     def describe(self) -> str:
         """Returns one paragraph that says how the numbers are made."""
         threshold, selection, presence = self.rule
+        upsampled = "" if self.resampling == "bilinear" else f"; mask logits are upsampled by {self.resampling}"
         chosen = {
             "frame": "every frame is answered as an image, without the frames before it",
             "video": "every frame is answered as an image, but the queries that answer are chosen for the whole video, by masks that "
@@ -58,8 +65,12 @@ class FrameProtocol:
             f"{self.id}: {chosen}. J and F of the masks at the frame's own "
             "size, averaged over the frames of an expression, then over all expressions of all videos; J&F is the mean of the two. A "
             f"frame where neither answer nor truth has a pixel counts 1. Answer: selection {selection}, score above {threshold}, "
-            f"presence {presence}. The paper does not say how its Table 12 was made."
+            f"presence {presence}{upsampled}. The paper does not say how its Table 12 was made."
         )
+
+
+def _digest(fields: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:8]
 
 
 class FrameAnswer(NamedTuple):
@@ -157,7 +168,7 @@ class Expression:
     @property
     def score(self) -> Score:
         """Means over the frames."""
-        return Score(*np.mean(self.scores, axis=0).tolist())
+        return mean_score(self.scores)
 
     def to_json(self) -> dict[str, Any]:
         """Returns what a folder of an evaluation keeps; numbers in [0, 1]."""
@@ -229,13 +240,14 @@ def first_frame_held(answers: Iterable[Answer], records: Sequence[ReferringRecor
         Means over the frames, by video and expression.
     """
     masks = {answer.phrase_id: answer.mask for answer in answers}
-    own = list(by_expression(records).items())[ranks.rank() :: ranks.world_size()]
+    groups = by_expression(records)
     found = {}
-    for key, frames in own:
+    for key, frames in list(groups.items())[ranks.rank() :: ranks.world_size()]:
         height, width = frames[0].height, frames[0].width
         held = decode_segmentation(masks[frames[0].phrase_id], height, width)
-        found[key] = Score(*np.mean([frame_score(merged_truth(record), held) for record in frames], axis=0).tolist())
-    return {key: score for part in ranks.gathered(found) for key, score in part.items()}
+        found[key] = mean_score(frame_score(merged_truth(record), held) for record in frames)
+    scores = {key: score for part in ranks.gathered(found) for key, score in part.items()}
+    return {key: scores[key] for key in groups}
 
 
 def video_numbers(expressions: Sequence[Expression]) -> dict[str, Any]:
@@ -246,14 +258,14 @@ def video_numbers(expressions: Sequence[Expression]) -> dict[str, Any]:
         ``n_frames`` (answers, frames times expressions); ``intervals`` {metric: [low, high]}, 95 %, by drawing videos.
     """
     means = np.array([each.score for each in expressions])
-    best = np.array([np.mean(each.best_query, axis=0) for each in expressions])
-    numbers: dict[str, Any] = {"J&F": 100 * means.mean().item()}
+    total = mean_score(each.score for each in expressions)  # as `deris-llm score` has it, to the last bit
+    numbers: dict[str, Any] = {"J&F": 100 * total.jf}
     for column, name in enumerate(("J", "F")):
         statistics = [frame_statistics([score[column] for score in each.scores]) for each in expressions]
-        numbers[name] = 100 * means[:, column].mean().item()
+        numbers[name] = 100 * total[column]
         numbers[f"{name}_recall"] = 100 * float(np.mean([s.recall for s in statistics]))
         numbers[f"{name}_decay"] = 100 * float(np.mean([s.decay for s in statistics]))
-    numbers["best_query_J&F"] = 100 * best.mean().item()
+    numbers["best_query_J&F"] = 100 * mean_score(mean_score(each.best_query) for each in expressions).jf
     numbers["n_videos"] = len({each.video for each in expressions})
     numbers["n_expressions"] = len(expressions)
     numbers["n_frames"] = sum(len(each.scores) for each in expressions)

@@ -25,7 +25,8 @@ from PIL import Image
 
 from deris_llm.common.words import count_of
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.data.sources import source_format
+from deris_llm.data.sources import manifest_of, source_format
+from deris_llm.data.store.prepared import LEFT_OUT_FILE
 from deris_llm.evaluation.answers import Answer
 from deris_llm.structures import ReferringRecord
 
@@ -115,7 +116,7 @@ def check_submission(root: str | Path, splits: Sequence[str], out: Path, *, max_
     """Checks, before the work, that answers to a split make a zip that a server takes.
 
     Raises:
-        ValueError: several splits, some of the images only, or a split that no server evaluates.
+        ValueError: several splits, some of the images only, a split that no server evaluates, or one that lacks frames.
     """
     where = f"--submission {out}"
     if len(splits) != 1 or max_images:
@@ -127,6 +128,12 @@ def check_submission(root: str | Path, splits: Sequence[str], out: Path, *, max_
         raise ValueError(
             f"{where}: expected a split of videos in the format of {' or '.join(SERVER_FORMATS)}, got {splits[0]}, prepared from {form}: "
             "other sets have no evaluation server; the predictions are in the output folder"
+        )
+    dataset, _, split = splits[0].partition("/")
+    if number := manifest_of(root, dataset).num_skipped(split):
+        raise ValueError(
+            f"{where}: expected all frames and sentences of {splits[0]}, got a set that data prepare --skip-bad left {number:,} out of: "
+            f"the server would miss them; complete the source and prepare it again ({LEFT_OUT_FILE} names them)"
         )
     if out.suffix != ".zip":
         raise ValueError(f"{where}: expected a name that ends in .zip, got {out.name}: servers take nothing else")

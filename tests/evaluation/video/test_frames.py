@@ -11,15 +11,17 @@ import torch
 from PIL import Image
 
 from deris_llm.config import RunConfig
+from deris_llm.config.protocols import PROTOCOLS, protocols_of
 from deris_llm.data.masks import encode_mask
+from deris_llm.data.store.prepared import Manifest
 from deris_llm.evaluation import run as evaluation_run
-from deris_llm.evaluation.evaluator import control_phrases, evaluate
+from deris_llm.evaluation.evaluator import check_records, control_phrases, evaluate
 from deris_llm.evaluation.page.stored import open_evaluation
 from deris_llm.evaluation.report import report_line, report_table
 from deris_llm.evaluation.run import run_evaluation
 from deris_llm.evaluation.truth import merged_truth
 from deris_llm.evaluation.video import submission
-from deris_llm.evaluation.video.frames import expressions_of, first_frame_held, video_numbers
+from deris_llm.evaluation.video.frames import FrameProtocol, expressions_of, first_frame_held, video_numbers
 from deris_llm.evaluation.video.protocols import frame_score
 from deris_llm.models.cognition import build_processor
 from deris_llm.structures import InstanceAnnotation, ReferringRecord
@@ -131,9 +133,43 @@ def test_queries_chosen_for_the_whole_video(config: RunConfig, records: list[Ref
     report = run_evaluation(
         whole, model, processor, ["toy/val"], out=tmp_path, control=True, pictures=False, progress=False
     )
+    protocol = next(iter(report["splits"]["toy/val"].values()))
+    assert protocol["fingerprint"] not in {each.fingerprint() for each in protocols_of(whole)}
     assert report["videos"]["toy/val"]["whole-video"]["J&F"] == pytest.approx(
         video_numbers(result.expressions)["J&F"], abs=1e-4
     )
+
+
+def test_fingerprints_change_with_what_changes_the_numbers() -> None:
+    rule = (0.5, "threshold", "none")
+    frame, video = FrameProtocol(rule), FrameProtocol(rule, "video")
+    drawn = FrameProtocol(rule, resampling="x4_align_corners_bilinear")
+    other = FrameProtocol((0.6, "threshold", "none"))
+    assert len({each.fingerprint() for each in (frame, video, drawn, other)}) == 4
+    assert "x4_align_corners" in drawn.describe()
+    protocol = PROTOCOLS["original"]
+    assert frame.fingerprint_of_images(protocol) == protocol.fingerprint() != video.fingerprint_of_images(protocol)
+
+
+def test_rules_of_which_only_one_would_be_used_are_refused(
+    config: RunConfig, records: list[ReferringRecord], tmp_path: Path
+) -> None:
+    """Queries are chosen for a video once, by the rule of the first protocol."""
+    path = tmp_path / "high.yaml"
+    path.write_text("id: high\nsize: original\nscore_threshold: 0.99\n")
+    changed = {"video_selection": "video", "protocols": ("original", str(path))}
+    both = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **changed))
+    with pytest.raises(
+        ValueError, match="video_selection=video: expected protocols with one threshold.*got others in high"
+    ):
+        evaluate(Answers(records), both, records, build_processor(config), device="cpu", progress=False)
+
+
+def test_frames_of_different_sizes_are_refused_before_the_work(records: list[ReferringRecord]) -> None:
+    """A mask that is held still could not be compared, after the work and on one rank only."""
+    other = [*records[:-1], dataclasses.replace(records[-1], width=WIDTH + 2)]
+    with pytest.raises(ValueError, match=r"toy/val/still/1/00002: expected a frame of 64 x 48 px, .* got 66 x 48 px"):
+        check_records(other, "data")
 
 
 def test_the_order_of_the_answers_does_not_matter(config: RunConfig, records: list[ReferringRecord]) -> None:
@@ -169,6 +205,7 @@ def test_report_and_page(config: RunConfig, records: list[ReferringRecord], tmp_
     numbers = report["videos"]["toy/val"]["per-frame"]
     assert numbers["control_J&F"] == pytest.approx(numbers["J&F"], abs=15)  # it knows the answers, whatever it is asked
     assert numbers["first_frame_J&F"] < numbers["J&F"]
+    assert (numbers["control_own_J&F"], numbers["control_n_expressions"]) == (numbers["J&F"], 4)
     assert report["versions"]["protocols"]["per-frame"].startswith("per-frame: every frame is answered as an image")
     assert report_line(report["videos"]).startswith("toy/val J&F ")
     assert report_table(report) is not None
@@ -213,6 +250,7 @@ def test_what_no_server_takes_is_refused_before_the_work(
     splits: list[str], out: str, max_images: int, form: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submission, "source_format", lambda *_: form)
+    monkeypatch.setattr(submission, "manifest_of", lambda *_: Manifest(Path(), {}, Path()))
     with pytest.raises(ValueError, match=said):
         submission.check_submission("data", splits, Path(out), max_images=max_images)
 
