@@ -34,7 +34,7 @@ Tiny = tuple[RunConfig, Deris, CognitionProcessor]
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One video each of MeViS and Ref-YouTube-VOS, drawn by `data synth --video`, and of Ref-DAVIS17."""
     root = tmp_path_factory.mktemp("videos") / "world"
-    write_video_world(root, seed=3, num_train=1, num_val=1, num_test=1, frames=(2, 2), size_px=64)
+    write_video_world(root, seed=3, num_train=1, num_val=1, num_test=1, frames=(4, 4), size_px=64)
     source = write_ref_davis(root / "source" / "ref-davis")
     for number in range(3):
         path = source / "DAVIS" / "JPEGImages" / "480p" / "balls" / f"{number:05d}.jpg"
