@@ -43,7 +43,7 @@ class RefDavisReader(VideoReader):
         unlisted = {video for of_annotator in texts for video, _ in of_annotator}
         for split, converted in _LISTS.items():
             listed = self.source / "DAVIS" / "ImageSets" / "2017" / f"{split}.txt"
-            names = listed.read_text("utf-8").split() if listed.is_file() else []
+            names = _text(listed, "utf-8").split() if listed.is_file() else []
             unlisted -= set(names)
             if not names or not self.is_wanted(split):
                 continue
@@ -93,7 +93,7 @@ class RefDavisReader(VideoReader):
             raise DataError(f"--source {self.source}: expected {_TEXTS}/{path.name}, got no such file. Check the path and --format")
         self.files += (path,)
         found: dict[tuple[str, str], str] = {}
-        lines = path.read_text("latin-1" if annotator.startswith("annot2") else "utf-8").splitlines()
+        lines = _text(path, "latin-1" if annotator.startswith("annot2") else "utf-8").splitlines()
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -104,3 +104,13 @@ class RefDavisReader(VideoReader):
                 raise DataError(f'{path} line {number}: expected VIDEO OBJECT "TEXT", each object once, got {got}. Correct the line')
             found[key] = match["text"]
         return found
+
+
+def _text(path: Path, encoding: str) -> str:
+    try:
+        return path.read_text(encoding)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: expected text in {encoding}, got byte {error.object[error.start]:#04x} at {error.start}. Use the published file, or "
+            f"save it as {encoding}"
+        ) from error

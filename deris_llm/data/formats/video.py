@@ -231,9 +231,9 @@ def object_number(value: Any) -> int:
     Raises:
         BadEntryError: it is none.
     """
-    is_number = (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and value.isdecimal())
+    is_number = (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and value.isdecimal() and len(value) < 10)
     if not is_number or not 0 < int(value) < 255:
-        raise BadEntryError("reference", f"expected obj_id, the number of one object from 1 to 254, got {value!r}")
+        raise BadEntryError("reference", f"expected obj_id, the number of one object from 1 to 254, got {value!r:.60}")
     return int(value)
 
 

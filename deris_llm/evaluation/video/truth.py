@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from deris_llm.data.errors import DataError, bad_records_error, missing_path_error
+from deris_llm.data.errors import DataError, bad_records_error, describe, missing_path_error
 from deris_llm.data.formats import mevis, ref_ytvos
 from deris_llm.data.formats.base import BadEntryError, LabelMask, PrepareOptions, SourceFault
 from deris_llm.data.formats.mevis import MevisReader
 from deris_llm.data.formats.ref_davis import RefDavisReader
 from deris_llm.data.formats.ref_ytvos import RefYtvosReader
 from deris_llm.data.formats.video import Video, VideoReader, read_videos
+from deris_llm.data.images import BROKEN, MAX_PIXELS
 from deris_llm.data.masks import decode_segmentation
-from deris_llm.evaluation.video.trees import read_labels
+from deris_llm.evaluation.video.trees import FrameError, read_labels
 
 _READERS: dict[str, tuple[type[VideoReader], tuple[str, ...]]] = {
     "mevis": (MevisReader, mevis.SPLITS),
@@ -125,34 +126,66 @@ def _video(
     if absent := [name for name in files if not (reader.source / name).is_file()]:
         problems.append(f"{where}: expected {len(files)} label maps, one per frame, got no {absent[0]}")
         return
-    size = _size(reader.source, video, masks)
+    try:
+        size = _size(reader.source, video, masks)
+        own = None if own_frames is None else _own_frames(video, referents, own_frames)
+    except (BadEntryError, FrameError) as error:
+        problems.append(f"{where}: {error}")
+        return
     if size is None:
         problems.append(f"{where}: expected a mask or an image in {video.folder}/, got neither: its size is not known")
         return
-    own = None
-    if own_frames is not None:
-        objects = own_frames.get(video.name, {}).get("objects", {})
-        own = {
-            expression: tuple(video.frames.index(f) for f in objects[str(label)]["frames"] if f in video.frames)
-            for expression, of_frames in referents.items()
-            for label in {mask.label for mask in of_frames[0]}
-        }
     phrases = {sentence.id: str(sentence.fields.get("exp", "")) for sentence in video.sentences}
     yield TruthVideo(video.name, video.frames, size, phrases, referents, reader.source, own)
 
 
+def _own_frames(
+    video: Video, referents: Mapping[str, Sequence[Sequence[Any]]], listed: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """Expression id -> positions of the frames that meta.json lists for its object; the reader has checked the objects.
+
+    Raises:
+        BadEntryError: it has no such list.
+    """
+    objects = listed.get(video.name, {}).get("objects", {})
+    found: dict[str, tuple[int, ...]] = {}
+    for expression, of_frames in referents.items():
+        for label in {mask.label for mask in of_frames[0]}:
+            frames = objects[str(label)].get("frames")
+            if not isinstance(frames, list):
+                raise BadEntryError(
+                    "structure",
+                    f"expected `frames`, a list of names, of object {label} in meta.json, got {describe(frames)}",
+                )
+            found[expression] = tuple(video.frames.index(frame) for frame in frames if frame in video.frames)
+    return found
+
+
 def _size(source: Path, video: Video, masks: Sequence[Any]) -> tuple[int, int] | None:
-    """The size of the truth, or where it names nothing of the images, never that of a prediction."""
+    """The size of the truth, or where it names nothing of the images, never that of a prediction.
+
+    Raises:
+        BadEntryError: an image or a size cannot be read.
+        FrameError: a label map cannot be read.
+    """
     for mask in masks:
         if isinstance(mask, LabelMask):
-            with Image.open(source / mask.name) as image:
-                return image.height, image.width
-        if isinstance(mask.get("size"), list) and len(mask["size"]) == 2:
-            return int(mask["size"][0]), int(mask["size"][1])
+            height, width = read_labels(source / mask.name).shape
+            return height, width
+        size = mask.get("size")
+        if isinstance(size, list) and len(size) == 2:
+            if not all(isinstance(side, int) and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
+                raise BadEntryError("mask", f"expected an RLE of size [height, width] in px, got {size}")
+            return size[0], size[1]
     for path in (source / video.folder / f"{frame}.jpg" for frame in video.frames):
         if path.is_file():
-            with Image.open(path) as image:
-                return image.height, image.width
+            try:
+                with Image.open(path) as image:
+                    return image.height, image.width
+            except BROKEN as error:
+                raise BadEntryError(
+                    "image", f"{path}: expected an image, got {type(error).__name__}: {error}"
+                ) from error
     return None
 
 

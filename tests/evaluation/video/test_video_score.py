@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -303,6 +304,50 @@ def test_valid_of_ref_youtube_vos_is_202_videos_or_as_many_as_declared(
 
 
 # ---- label maps ----
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("train/Annotations/aa/00000.png", b"x", "00000.png: expected a PNG, got a file that does not decode"),
+        (
+            "train/meta.json",
+            b'{"videos": {"aa": {"objects": {"1": {}, "2": {}}}}}',
+            "expected `frames`, a list of names, of object 1",
+        ),
+        (
+            "meta_expressions/train/meta_expressions.json",
+            b'"obj_id": "' + b"9" * 6000,
+            "expected obj_id, the number of one object",
+        ),
+    ],
+)
+def test_truth_of_ref_youtube_vos_that_cannot_be_read_is_named(
+    name: str, content: bytes, says: str, tmp_path: Path
+) -> None:
+    path = write_ytvos(tmp_path) / name
+    if path.name == "meta_expressions.json":
+        content = path.read_bytes().replace(b'"obj_id": "1', content, 1)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"(?s)train/aa.*{re.escape(says)}"):
+        read_truth("ref-ytvos", tmp_path, "train")
+
+
+@pytest.mark.parametrize("size", [[-1, 5], [10**6, 10**6], ["a", "b"]])
+def test_a_true_mask_without_a_size_is_named(size: list[object], truth: Path) -> None:
+    path = truth / "mask_dict.json"
+    masks = json.loads(path.read_text())
+    masks["7"] = [{"size": size, "counts": "abc"}] * len(masks["7"])
+    path.write_text(json.dumps(masks))
+    with pytest.raises(DataError, match=r"(?s)valid_u/one.*expected an RLE of size \[height, width\] in px, got"):
+        read_truth("mevis", truth.parent, truth.name)
+
+
+@pytest.mark.parametrize("name", ["davis_text_annotations/Davis17_annot1.txt", "DAVIS/ImageSets/2017/val.txt"])
+def test_texts_of_ref_davis_in_another_encoding_are_named(name: str, tmp_path: Path) -> None:
+    (write_ref_davis(tmp_path) / name).write_bytes(b"balls 1 \xe9")
+    with pytest.raises(DataError, match=f"{name}: expected text in utf-8, got byte 0xe9 at 8"):
+        read_truth("ref-davis", tmp_path, "val")
 
 
 def test_davis_reads_what_the_protocol_reads(tmp_path: Path) -> None:
