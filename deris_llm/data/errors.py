@@ -71,7 +71,7 @@ def bad_records_error(
     )
 
 
-def listed_by_cause(problems: Sequence[str], *, num_shown: int = 10) -> str:
+def listed_by_cause(problems: Sequence[str], *, num_shown: int = 30) -> str:
     """Lists the first problem of each cause, how often the cause occurs, and its first places.
 
     Args:

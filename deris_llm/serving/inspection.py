@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from deris_llm.common.words import count_of
 from deris_llm.config import EvaluationConfig, PresenceUse, Selection
 from deris_llm.models.postprocess import answer_masks, upsampled_logits, upsampled_masks
 from deris_llm.serving.answers import ImageAnswer, about_image
 from deris_llm.structures import DerisOutput, RoundOutput
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Inspection:
     """The network's output about one image, on the CPU. Nothing in it changes, so threads may share it.
 
@@ -38,6 +39,12 @@ class Inspection:
     phrases: tuple[str, ...]  # P
     output: DerisOutput  # of all rounds; 1.4 MB per phrase at Q = 10, R = 4 and 384 px
     evaluation: EvaluationConfig  # of the checkpoint: the rule that is used where no other is given
+
+    def __repr__(self) -> str:
+        width, height = self.image.size
+        phrases = count_of(len(self.phrases), "phrase")
+        rounds = f"rounds 0 to {self.num_rounds - 1}"
+        return f"<Inspection: {phrases}, {self.num_queries} queries, {rounds}, image of {width} x {height} px>"
 
     @property
     def num_rounds(self) -> int:

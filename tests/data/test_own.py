@@ -41,6 +41,23 @@ def test_the_template_is_accepted_as_written(mine: Path) -> None:
         assert "NEXT" not in line
 
 
+def test_what_is_wrong_with_all_images_is_said_not_that_none_is_left_for_val(mine: Path) -> None:
+    file = mine / "train.jsonl"
+    file.write_text(file.read_text().replace("images/", "imgs/"))
+    with pytest.raises(DataError, match="5 of 5 records cannot be used") as caught:
+        own_data(mine)
+    assert "imgs" in str(caught.value)
+    assert "--val-share" not in str(caught.value)
+
+
+def test_one_image_cannot_be_divided(mine: Path) -> None:
+    file = mine / "train.jsonl"
+    first = file.read_text().splitlines()[0]
+    file.write_text(first)
+    with pytest.raises(DataError, match="share of 0.1 for val: expected at least 2 images, got 1. Add images, or a val split"):
+        own_data(mine)
+
+
 def test_the_template_needs_an_empty_folder(mine: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a new folder, got one that is not empty"):
         write_template(mine)

@@ -52,6 +52,15 @@ def test_answers_are_those_of_the_pipeline(
         assert_equal(ours, theirs)
 
 
+def test_it_is_printed_in_a_line(inspection: Inspection) -> None:
+    width, height = inspection.image.size
+    assert repr(
+        inspection
+    ) == f"<Inspection: 5 phrases, 3 queries, rounds 0 to 3, image of {width} x {height} px>".replace(
+        "3 queries, rounds 0 to 3", f"{inspection.num_queries} queries, rounds 0 to {inspection.num_rounds - 1}"
+    )
+
+
 def test_the_network_runs_once(pipeline: DerisPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     forward = pipeline.model.forward

@@ -295,7 +295,10 @@ class _Preparation:
                 )
         if options.val_share is not None and divided is not None:
             which = f"the only split, {divided}," if len(splits) == 1 else f"the split {divided}"
-            self._divide(options.val_share, [row for row in table.rows if row["file"] in splits[divided]], divided, which)
+            usable = [row for row in table.rows if row["file"] in splits[divided]]
+            # Where images are missing, the second pass says which: that nothing is left to divide would hide it.
+            if len(usable) > 1 or len(usable) == len(splits[divided]) or options.skip_bad:
+                self._divide(options.val_share, usable, divided, which)
         return table
 
     def _split_to_divide(self, splits: Sequence[str]) -> str | None:
@@ -316,7 +319,10 @@ class _Preparation:
         """Chooses the images of val: those with the lowest content hashes, whatever the order and the machine."""
         contents = sorted({row["sha256"] for row in rows})
         if len(contents) < 2:
-            raise DataError(f"--val-share {share}: expected at least 2 images, got {len(contents)}. Leave it out")
+            cure = "Add images, or a val split" if self.options.keeps_val else "Add images, or leave --val-share out"
+            raise DataError(
+                f"{which} with a share of {share} for val: expected at least 2 images, got {len(contents)}. {cure}"
+            )
         chosen = set(contents[: min(max(1, round(share * len(contents))), len(contents) - 1)])
         self.divided_split = split
         self.val_images = frozenset(row["file"] for row in rows if row["sha256"] in chosen)
