@@ -21,7 +21,7 @@ def add(commands: Any) -> None:
     """Adds the command."""
     group = add_command(commands, "config", "the shipped run configs and every field of them")
     kinds = group.add_subparsers(metavar="WHAT", required=True)
-    add_command(kinds, "list", "names of the shipped run configs", run_list)
+    add_command(kinds, "list", "the shipped run configs and what each is", run_list)
     show = add_command(kinds, "show", "a complete run config as YAML, with defaults and overrides applied", run_show)
     add_config_options(show)
     fields = add_command(kinds, "fields", "every field: type, default, meaning and range", run_fields)
@@ -33,10 +33,16 @@ def add(commands: Any) -> None:
 
 
 def run_list(_: argparse.Namespace) -> int:
-    """Lists the shipped run configs."""
-    from deris_llm.config import config_names
+    """Lists the shipped run configs, each with what it is."""
+    from rich.table import Table
 
-    sys.stdout.write("\n".join(config_names()) + "\n")
+    from deris_llm.common.terminal import console
+    from deris_llm.config import about_config, config_names
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name in config_names():
+        table.add_row(name, about_config(name))
+    console().print(table)
     return 0
 
 

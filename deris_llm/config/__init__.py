@@ -6,6 +6,7 @@ its meaning; `deris-llm config schema` writes a JSON schema for editors.
 
 from deris_llm.config.load import (
     ConfigError,
+    about_config,
     apply_overrides,
     config_from_dict,
     config_names,
@@ -51,6 +52,7 @@ __all__ = [
     "ViltCognition",
     "apply_overrides",
     "config_from_dict",
+    "about_config",
     "config_names",
     "config_to_dict",
     "fields_that_may_differ",

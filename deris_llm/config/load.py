@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import itertools
+import re
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +47,19 @@ class ConfigError(ValueError):
 
 def config_names() -> list[str]:
     """Returns the names of the shipped run configs."""
-    return sorted(
-        p.name.removesuffix(".yaml")
-        for p in resources.files("deris_llm.config").joinpath("runs").iterdir()
-        if p.name.endswith(".yaml")
-    )
+    return sorted(p.name.removesuffix(".yaml") for p in _runs().iterdir() if p.name.endswith(".yaml"))
+
+
+def about_config(name: str) -> str:
+    """Returns what a shipped run config is, in a few words: the beginning of the comment at its head."""
+    lines = _runs().joinpath(f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    head = itertools.takewhile(lambda line: line.startswith("#"), lines)
+    sentence = re.split(r"[.;](?:\s|$)", " ".join(line.lstrip("# ") for line in head))[0]
+    return textwrap.shorten(sentence, 100, placeholder=" ...")
+
+
+def _runs() -> Traversable:
+    return resources.files("deris_llm.config").joinpath("runs")
 
 
 def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

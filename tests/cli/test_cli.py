@@ -9,7 +9,7 @@ import yaml
 
 from deris_llm import __version__
 from deris_llm.cli.main import build_parser, main
-from deris_llm.config import config_names, iter_fields, load_config
+from deris_llm.config import about_config, config_names, iter_fields, load_config
 
 HEAVY = (
     "torch",
@@ -175,7 +175,10 @@ def test_version(capsys):
 
 def test_config_list_names_the_shipped_ones(capsys):
     assert main(["config", "list"]) == 0
-    assert capsys.readouterr().out.split() == config_names()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == config_names()
+    assert all(about_config(name) for name in config_names())
+    assert any(line.split("  ", 1)[-1].strip() == "DeRIS-L: BEiT-3-large and Swin-B" for line in lines)
 
 
 def test_config_show_is_complete_and_applies_overrides(capsys):

@@ -22,10 +22,11 @@ hold one JSON array of such objects instead of lines. If several files hold part
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ class JsonlReader(RowReader):
         try:
             texts, raws = _texts(row, found)
             masks = self._masks(found, texts)
+            if not (masks or self.pair_paths or "no_target" in found) and (meant := _misspelt(row, (*_MASK_FIELDS, "no_target"))):
+                raise ValueError(f"expected a mask, or `no_target`, got {describe(dict(row))}.{meant}")
             if not isinstance(found.get("no_target", False), bool):
                 raise ValueError(f"expected `no_target` to be true or false, got {found['no_target']!r}")
         except ValueError as error:
@@ -139,7 +142,8 @@ class JsonlReader(RowReader):
 def _texts(row: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[list[Any], list[Any] | None]:
     """The phrases of a record, and the same as typed if it has them."""
     if ("phrase" in found) == ("phrases" in found):
-        raise ValueError(f"expected `phrase` or `phrases`, got {describe(dict(row))}")
+        meant = _misspelt(row, ("phrase", "phrases"))
+        raise ValueError(f"expected `phrase` or `phrases`, got {describe(dict(row))}{'.' + meant if meant else ''}")
     texts = found["phrases"] if "phrases" in found else [found["phrase"]]
     raws = found.get("raw") if "phrases" in found else [found.get("raw")]
     if not isinstance(texts, list) or not texts:
@@ -147,6 +151,14 @@ def _texts(row: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[list[Any],
     if raws is not None and (not isinstance(raws, list) or len(raws) != len(texts)):
         raise ValueError(f"expected `raw` to be as many texts as `phrases`, {len(texts)}, got {describe(raws)}")
     return texts, raws
+
+
+def _misspelt(row: Mapping[str, Any], fields: Sequence[str]) -> str:
+    """Asks whether a key that is no field was meant as one of these; empty if none looks like it."""
+    for key in row:
+        if key not in FIELDS and (near := difflib.get_close_matches(key, fields, n=1, cutoff=0.75)):
+            return f" Did you mean `{near[0]}` by `{key}`?"
+    return ""
 
 
 def _texts_in(value: Any) -> Iterator[str]:

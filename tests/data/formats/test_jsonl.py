@@ -347,6 +347,14 @@ BROKEN = {
     "image absent": ({**GOOD, "image": "b.png"}, "expected an image, got no file"),
     "image a folder": ({**GOOD, "image": "folder"}, "expected an image, got a folder"),
     "image empty": ({**GOOD, "image": "empty.png"}, "expected an image, got a file of 0 bytes"),
+    "a misspelt mask": (
+        {"image": GOOD["image"], "phrase": "x", "polygon": [[1, 1, 5, 1, 5, 5]]},
+        "Did you mean `polygons` by `polygon`?",
+    ),
+    "a misspelt phrase": (
+        {**{key: value for key, value in GOOD.items() if key != "phrase"}, "prhase": "x"},
+        "Did you mean `phrase` by `prhase`?",
+    ),
     "image a text": ({**GOOD, "image": "text.png"}, "expected an image, got UnidentifiedImageError"),
     "image cut off": ({**GOOD, "image": "cut.jpg"}, "expected a complete image, got OSError: image file is truncated"),
     "parent": ({**GOOD, "image": "../../etc/passwd"}, "that stays inside it, got '../../etc/passwd'"),
