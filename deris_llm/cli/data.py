@@ -44,7 +44,10 @@ def add_data_commands(subparsers: argparse._SubParsersAction[Any]) -> None:
     check.add_argument("--workers", type=int, metavar="N", help="threads of --images (default: one per core)")
     check.set_defaults(run=run_check)
     show = subparsers.add_parser("show", help="write a page or a contact sheet of images with phrases and masks")
-    show.add_argument("split", metavar="SPLIT", help="dataset/split, e.g. refcoco/val")
+    show.add_argument(
+        "split", nargs="?", metavar="SPLIT", help="dataset/split, e.g. refcoco/val; of --data: train (default), val"
+    )
+    show.add_argument("--data", type=path, metavar="PATH", help="own data, a file or folder as train --data takes it")
     show.add_argument("--root", type=path, default=Path("data"), metavar="DIR", help="data root (default data)")
     show.add_argument(
         "--out", type=path, default=Path("sheet.png"), metavar="FILE", help="page.html or sheet.png (default)"
@@ -387,6 +390,21 @@ def _images_are_whole(root: Path, splits: Sequence[str], *, workers: int | None)
     return not problems
 
 
+def _shown_split(arguments: argparse.Namespace) -> tuple[Path, str]:
+    """The data root and dataset/split that `data show` is asked for; own data is prepared once."""
+    from deris_llm.data.errors import DataError
+    from deris_llm.data.own import own_data
+
+    if arguments.data is not None:
+        folder = own_data(arguments.data).manifest.folder
+        return folder.parent, f"{folder.name}/{arguments.split or 'train'}"
+    if arguments.split is None or Path(arguments.split).is_file() or Path(arguments.split, "train.jsonl").is_file():
+        raise DataError(
+            f"data show: expected dataset/split, e.g. refcoco/val, got {arguments.split or 'none'}. Name it, or own data as --data PATH"
+        )
+    return arguments.root, arguments.split
+
+
 def run_show(arguments: argparse.Namespace) -> int:
     """Writes the page or the contact sheet."""
     from deris_llm.data.errors import DataError
@@ -396,7 +414,8 @@ def run_show(arguments: argparse.Namespace) -> int:
         raise DataError(
             f"--out {arguments.out}: expected a file .html or .png, got {arguments.out.suffix!r}. Change the suffix"
         )
-    check_split(arguments.root, arguments.split)
+    root, split = _shown_split(arguments)
+    check_split(root, split)
     from deris_llm.common.folders import check_writable
     from deris_llm.data.show import (
         contact_sheet,
@@ -405,7 +424,7 @@ def run_show(arguments: argparse.Namespace) -> int:
         write_page,
     )  # imports torch, which takes seconds
 
-    records = read_split(arguments.root, arguments.split, phrase_field=arguments.phrase_field)
+    records = read_split(root, split, phrase_field=arguments.phrase_field)
     number, noun = len(records), "phrase"
     shown: list[Any]
     if sentences := records.sentences():
@@ -416,8 +435,8 @@ def run_show(arguments: argparse.Namespace) -> int:
         shown = [records[i * number // count] for i in range(count)]
     check_writable(arguments.out.parent, "--out below")
     if arguments.out.suffix == ".html":
-        write_page(shown, arguments.out, split=arguments.split, num_phrases=number)
+        write_page(shown, arguments.out, split=split, num_phrases=number)
     else:
         (strip_sheet if sentences else contact_sheet)(shown).save(arguments.out)
-    sys.stdout.write(f"{arguments.out}: {len(shown):,} of {count_of(number, noun)} of {arguments.split}\n")
+    sys.stdout.write(f"{arguments.out}: {len(shown):,} of {count_of(number, noun)} of {split}\n")
     return 0

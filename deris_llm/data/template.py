@@ -80,6 +80,7 @@ def next_commands(folder: Path) -> str:
     """Returns what to run on a folder of data, a command a line."""
     data = shlex.quote(str(folder))
     return (
+        f"  deris-llm data show --data {data} --out page.html                  # do the masks fit? open it in a browser\n"
         f"  deris-llm train --config tiny-refcoco --data {data} --overfit 8    # does it learn a few images by heart? minutes on a CPU\n"
         f"  deris-llm plan --config deris-7b-refcoco --data {data}             # memory, steps and hours on your GPUs\n"
         f"  deris-llm train --config deris-7b-refcoco --data {data}\n"

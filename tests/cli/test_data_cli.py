@@ -160,3 +160,17 @@ def test_template_and_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str
     given.data, given.data_format = None, "coco"
     with pytest.raises(DataError, match="--data-format: expected --data with it"):
         config_with_own_data(given)
+
+
+def test_own_data_is_shown_as_it_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("template", "--out", tmp_path / "mine") == 0
+    assert "deris-llm data show --data" in capsys.readouterr().out
+    for split in ("train", "val"):
+        asked = [] if split == "train" else [split]
+        assert _run("show", *asked, "--data", tmp_path / "mine", "--out", tmp_path / "page.html") == 0
+        assert capsys.readouterr().out.rstrip().endswith(f"of mine/{split}")
+    assert "data:image" in (tmp_path / "page.html").read_text()
+    with pytest.raises(
+        DataError, match="expected dataset/split, e.g. refcoco/val, got .*mine. Name it, or own data as --data PATH"
+    ):
+        _run("show", tmp_path / "mine")
