@@ -370,6 +370,6 @@ def _reloaded(folder: Path, evaluation: _Evaluation, saved: dict[str, torch.Tens
     metrics, _ = evaluation(model)
     logger.info(
         "fast dev run: load, 2 steps, save, reload and evaluate work; %s evaluated",
-        count_of(metrics["n_phrases"], "phrase"),
+        count_of(int(metrics["n_phrases"]), "phrase"),
     )
     return metrics

@@ -49,6 +49,6 @@ def test_overfitting_evaluates_on_what_it_trains_on(overrides, tmp_path, caplog)
     assert result.metrics == again.metrics
     assert result.metrics["n_phrases"] == json.loads((result.output / "data.json").read_text())["num_phrases"]
     assert json.loads((result.output / "best/metrics.json").read_text())["split"] == "mine/train"
-    assert "overfit: trains on 1 of 1 images" in caplog.text
+    assert "overfit: trains on 1 of 1 image (" in caplog.text
     assert "evaluates on the same ones" in caplog.text
-    assert "images that it was trained on, expected 80 or more" in caplog.text
+    assert "on the 1 image that it was trained on, expected 80 or more" in caplog.text
