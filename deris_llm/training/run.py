@@ -62,6 +62,7 @@ from deris_llm.training.start import (
     check_launcher,
     checkpoint_to_resume,
     join_ranks,
+    sole_writer,
     trial_folder,
 )
 from deris_llm.training.trainer import DerisTrainer, selecting_number, training_arguments
@@ -116,12 +117,37 @@ def train(
     check_environment(config)
     check_launcher(config, deepspeed)
     join_ranks(uses_deepspeed=zero is not None)
-    if trial is not None:
-        on_first_rank(lambda: shutil.rmtree(output, ignore_errors=True))
-    checkpoint = on_first_rank(lambda: checkpoint_to_resume(config, output, resume))
-    if checkpoint is not None and (finished := _finished(checkpoint)) is not None:
-        return finished
+    with contextlib.ExitStack() as stack:
+        on_first_rank(lambda: stack.enter_context(sole_writer(output, is_trial=trial is not None)))
+        if trial is not None:
+            on_first_rank(lambda: shutil.rmtree(output, ignore_errors=True))
+        checkpoint = on_first_rank(lambda: checkpoint_to_resume(config, output, resume))
+        if checkpoint is not None and (finished := _finished(checkpoint)) is not None:
+            return finished
+        return _train(
+            config,
+            output=output,
+            checkpoint=checkpoint,
+            zero=zero,
+            fast_dev_run=fast_dev_run,
+            overfit=overfit,
+            allow_other_data=allow_other_data,
+            progress=progress,
+        )
 
+
+def _train(
+    config: RunConfig,
+    *,
+    output: Path,
+    checkpoint: Path | None,
+    zero: dict[str, Any] | None,
+    fast_dev_run: bool,
+    overfit: int,
+    allow_other_data: bool,
+    progress: bool,
+) -> TrainingResult:
+    """Trains in a folder that this run alone writes to; arguments as of `train`, ``zero`` is the DeepSpeed config."""
     # The arguments come before the model: under ZeRO-3 they make transformers partition it while it is built.
     evaluate_first = checkpoint is not None and _evaluation_is_due(checkpoint, config)
     arguments = training_arguments(config, output, zero, evaluate_first=evaluate_first)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from deris_llm.checkpoints.fingerprints import base_checkpoint, first_weights_fo
 from deris_llm.checkpoints.layout import STATE_FILE, check_files, newest_checkpoint, newest_undamaged
 from deris_llm.checkpoints.same_run import check_same_run
 from deris_llm.common.folders import check_writable, finish_replacements
+from deris_llm.common.locks import locked
 from deris_llm.config import RunConfig
 from deris_llm.training.deepspeed_config import read_deepspeed_config
 
@@ -25,6 +28,23 @@ def trial_folder(output: Path, *, fast_dev_run: bool = False, overfit: int = 0) 
     """Returns the folder of a trial run within the output folder, which replaces an earlier one; None of other runs."""
     name = FAST_DEV_RUN if fast_dev_run else f"overfit-{overfit}" if overfit else None
     return None if name is None else output / name
+
+
+@contextlib.contextmanager
+def sole_writer(output: Path, *, is_trial: bool = False) -> Iterator[None]:
+    """Keeps other processes from writing to a run folder. One rank calls it.
+
+    Args:
+        output: run folder, or that of a trial run, which is removed and created again while its lock is held beside it.
+        is_trial: whether it is of a trial run.
+
+    Raises:
+        FolderError: the folder cannot be written to, or another process writes to it.
+    """
+    check_writable(output.parent if is_trial else output, "--output")
+    lock = output.with_name(f".{output.name}.lock") if is_trial else output / ".lock"
+    with locked(lock, f"--output {output}"):
+        yield
 
 
 def check_start(
@@ -44,10 +64,12 @@ def check_start(
     """
     read_deepspeed_config(deepspeed, config, num_ranks=num_ranks)
     check_environment(config)
-    if (trial := trial_folder(output, fast_dev_run=fast_dev_run, overfit=overfit)) is not None:
-        check_writable(trial, "--output")
-    elif checkpoint_to_resume(config, output, resume) is not None:
-        return
+    trial = trial_folder(output, fast_dev_run=fast_dev_run, overfit=overfit)
+    with sole_writer(trial or output, is_trial=trial is not None):
+        if trial is not None:
+            check_writable(trial, "--output")
+        elif checkpoint_to_resume(config, output, resume) is not None:
+            return
     if base_checkpoint(config) is None:
         from deris_llm.models.deris import (
             check_weight_files,  # imports transformers, which the other checks do not need

@@ -13,6 +13,7 @@ import torch
 import deris_llm.training.launch
 from deris_llm.checkpoints.layout import interrupted_message
 from deris_llm.cli.main import main
+from deris_llm.common import locks
 from deris_llm.common.error_file import (
     ERROR_FILE,
     INTERRUPTED,
@@ -21,7 +22,9 @@ from deris_llm.common.error_file import (
 )
 from deris_llm.config import load_config, save_config
 from deris_llm.training.__main__ import build_parser
+from deris_llm.training.deepspeed_config import DEFAULT_FILE
 from deris_llm.training.launch import CPU_RANKS, _run, launch, num_ranks, training_command
+from deris_llm.training.start import check_start
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 LAUNCHERS = ("launch_single_node.sh", "launch_multi_node.sh", "slurm.sbatch")
@@ -221,6 +224,27 @@ def test_names_of_data_are_checked_by_field_before_anything_is_started(run_overr
         assert main([*arguments, *run_overrides, change]) == 2
         assert capsys.readouterr().err.startswith(said)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_into_one_folder_is_refused_before_ranks_are_launched(
+    run_overrides, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(deris_llm.training.launch, "launch", lambda *_, **__: pytest.fail("ranks were launched"))
+    monkeypatch.setattr(locks, "_PATIENCE", 0.1)
+    output = tmp_path / "run"
+    unfinished = output / ".partial-checkpoint-2"  # what the first run is writing now
+    unfinished.mkdir(parents=True)
+    arguments = ["train", "--config", "tiny-refcoco", "--output", str(output), "--set", *run_overrides]
+    with locks.locked(output / ".lock", "the first one"):
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert f"error: --output {output}: expected a folder that no other process writes to, got one in use by" in said
+        assert f"process {os.getpid()} on this machine" in said
+        assert unfinished.is_dir()
+        trial = load_config("tiny-refcoco", run_overrides)
+        check_start(trial, output=output, deepspeed=DEFAULT_FILE, overfit=8)  # has a folder of its own
+    with locks.locked(output / ".overfit-8.lock", "the first one"), pytest.raises(locks.InUseError, match="overfit-8"):
+        check_start(trial, output=output, deepspeed=DEFAULT_FILE, overfit=8)
 
 
 def test_what_is_wrong_with_a_start_is_found_before_ranks_are_launched(run_overrides, tmp_path, capsys, monkeypatch):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from deris_llm.common.folders import check_writable
+from deris_llm.common.locks import locked
 from deris_llm.common.version import __version__
 from deris_llm.data.errors import DataError, bad_records_error
 from deris_llm.data.formats import VIDEO_FORMATS, open_source, refer
@@ -63,12 +64,27 @@ def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], N
             or an output folder that holds something else.
     """
     _check_options(options)
-    out, work = options.out, options.work
+    out = options.out
     reader = open_source(options)
     source = _described_source(options, reader)
     if (known := _existing(out, source)) is not None:
         return Prepared(known, was_there=True)
-    check_writable(work / ARROW_FOLDER, "--out")
+    check_writable(out.parent, "--out below")
+    with locked(out.with_name(f".{out.name}.lock"), f"--out {out}"):
+        if (known := _existing(out, source)) is not None:  # another process has prepared it meanwhile
+            return Prepared(known, was_there=True)
+        return Prepared(_prepare(options, reader, source, on_progress), was_there=False)
+
+
+def _prepare(
+    options: PrepareOptions,
+    reader: SourceReader,
+    source: dict[str, Any],
+    on_progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Writes the set and returns its manifest."""
+    out, work = options.out, options.work
+    (work / ARROW_FOLDER).mkdir(parents=True, exist_ok=True)
     try:
         with _pool(options.workers) as pool:
             manifest = _Preparation(options, reader, source, pool, on_progress).run()
@@ -82,7 +98,7 @@ def prepare(options: PrepareOptions, *, on_progress: Callable[[str, int, int], N
             f"--workers {options.workers}: expected processes to survive, got one that was killed (too little memory?). Lower "
             "--workers and start again: finished shards are reused"
         ) from error
-    return Prepared(manifest, was_there=False)
+    return manifest
 
 
 def _check_options(options: PrepareOptions) -> None:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import deris_llm.data.store.prepare as prepare_module
+from deris_llm.common import locks
 from deris_llm.data.store import image_table, shards
 from deris_llm.cli.data import add_data_commands
 from deris_llm.data.errors import DataError
@@ -127,6 +128,21 @@ def test_workers_and_shards_change_nothing(world: Any, monkeypatch: pytest.Monke
     world.prepare(source, name="whole")
     cut, whole = read_split(world.root, "mine/train"), read_split(world.root, "whole/train")
     assert [r.phrase for r in cut] == [r.phrase for r in whole] == [cut[i].phrase for i in range(len(cut))]
+
+
+def test_two_preparations_into_one_folder(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_PATIENCE", 0.1)
+    source = _source(world)
+    lock = world.root / ".mine.lock"
+    world.root.mkdir(exist_ok=True)
+    with (
+        locks.locked(lock, "the first one"),
+        pytest.raises(locks.InUseError, match=r"--out .*mine: expected a folder that no other process writes to, got one in use"),
+    ):
+        world.prepare(source)
+    assert not (world.root / "mine").exists()
+    assert not world.prepare(source).was_there
+    assert not lock.exists()
 
 
 def test_an_interrupted_run_goes_on(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
