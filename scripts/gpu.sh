@@ -3,6 +3,7 @@
 #   scripts/gpu.sh [OUT]          results in OUT (default runs/gpu): a .txt for each step, machine.txt, summary.txt
 #   scripts/gpu.sh --tiny [OUT]   the same steps at tiny size on a CPU (default runs/gpu-tiny): tests this script, no GPU
 #
+#   true_size    rehearse/true_size.py: DeRIS-7B's commands on random weights of its size: train, resume, eval, predict, merge, export
 #   tests        pytest -m gpu: CPU = GPU, bf16, kernels of attention, 4 bits
 #   perception   bench/perception.py: plain formulations against ours, deformable attention in every formulation
 #   shared       bench/shared.py: one phrase at a time against all of a picture, float32 and bf16, SDPA's kernels
@@ -74,11 +75,13 @@ step() { # step NAME COMMAND...
   printf '%-10s %s, %d s, %s\n' "$name" "$result" $((SECONDS - started)) "$*" >>"$summary"
 }
 if [[ -n $tiny ]]; then
+  step true_size python scripts/rehearse/true_size.py --config tiny-refcoco --work "$OUT/true_size"
   step tests python -m pytest -q -m gpu tests/test_gpu.py
   step perception python scripts/bench/perception.py --quick
   step shared python scripts/bench/shared.py --layers 1 --phrases 1 2 --repeats 1
   step 7b python scripts/bench/deris_7b.py --tiny --phrases 2 --repeats 1 --profile --budget-gib 24
 else
+  step true_size python scripts/rehearse/true_size.py --config deris-7b-refcoco --work "$OUT/true_size"
   step tests python -m pytest -q -m gpu
   step perception python scripts/bench/perception.py --device cuda
   step shared python scripts/bench/shared.py --device cuda

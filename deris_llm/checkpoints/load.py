@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BUILDS_ON_META = threading.RLock()
-_LORA, _UNDER_LORA = ".lora_", ".base_layer."  # peft's names: of the updates, of a linear that has one
+LORA, _UNDER_LORA = ".lora_", ".base_layer."  # peft's names: of the updates, of a linear that has one
 
 
 def load_checkpoint(
@@ -50,6 +50,7 @@ def load_checkpoint(
     *,
     overrides: Sequence[str] = (),
     allow_module: bool = False,
+    linears_as_stored: bool = False,
 ) -> tuple[RunConfig, Deris]:
     """Builds the model of a checkpoint of either kind.
 
@@ -59,6 +60,8 @@ def load_checkpoint(
         overrides: ``section.field=value``, applied to its run config before the model is built.
         allow_module: whether a cognition backend ``package.module:Class`` in its config may be imported; see
             `find_checkpoint`.
+        linears_as_stored: leaves the weights of frozen linear layers in their mapped file, see
+            `deris_llm.models.pretrained.linears_as_stored`; for a config in float32.
 
     Returns:
         the run config (`checkpoint_config`) and the model in evaluation mode.
@@ -66,23 +69,31 @@ def load_checkpoint(
     Raises:
         CheckpointError: not a checkpoint, other base weights than those it was trained on, or other parameter names.
     """
-    from deris_llm.models.deris import build_model  # transformers takes seconds to import
+    from deris_llm.models import pretrained  # transformers takes seconds to import
+    from deris_llm.models.deris import build_model
 
     folder = Path(folder)
     check_is_checkpoint(folder)
     config = checkpoint_config(folder, overrides)
     base = folder if is_full(folder) else recorded_base_checkpoint(folder)
-    if base is not None and base != folder:
-        check_base_weights(folder, config)
+    if base != folder:
+        check_base_weights(folder, config, may_be_absent=base is None)  # before gigabytes are read
     with explains_out_of_memory(config, loading=True):
         # A full checkpoint has every parameter, so none is drawn first: for a DeRIS-B that took as long as a forward pass.
-        with contextlib.nullcontext() if base is None else parameters_on_meta():
+        on_meta = contextlib.nullcontext() if base is None else parameters_on_meta()
+        as_stored = pretrained.linears_as_stored() if linears_as_stored else contextlib.nullcontext()
+        with on_meta, as_stored:
             model = build_model(config, weights=base is None, allow_module=allow_module)
         if base is None:
-            check_base_weights(folder, config)  # only now: building has downloaded them
+            check_base_weights(folder, config)  # building has downloaded what was absent
         else:
-            restore_full_weights(model, base)
+            kept = pretrained.linear_weights(model) if linears_as_stored else ()
+            restore_full_weights(model, base, as_stored={weight for weight in kept if not weight.requires_grad})
         if base != folder:
+            if linears_as_stored:
+                trained = _names_in(folder / TRAINABLE_FILE)
+                for name, parameter in model.named_parameters():
+                    parameter.data = parameter.data.float() if name in trained else parameter.data
             restore_weights(model, folder)
         _draw_lora(model)
         return config, model.to(device or "cpu").eval()
@@ -122,7 +133,7 @@ def _draw_lora(model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            assert _LORA in name, f"{name} was not loaded"
+            assert LORA in name, f"{name} was not loaded"
             _give_values(parameter, torch.empty_like(parameter, device="cpu"))
             nn.init.zeros_(parameter) if ".lora_B." in name else nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
 
@@ -233,10 +244,15 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
     _load_strictly(wanted, path, "trainable parameters", others="not trainable")
 
 
-def restore_full_weights(model: nn.Module, folder: Path) -> None:
+def restore_full_weights(model: nn.Module, folder: Path, *, as_stored: Collection[nn.Parameter] = ()) -> None:
     """Loads every parameter and saved buffer of a full checkpoint, strictly by name, under any ZeRO stage.
 
     A model with LoRA also takes weights without it (merged ones); its LoRA then keeps its values.
+
+    Args:
+        model: of the checkpoint's config.
+        folder: of the checkpoint.
+        as_stored: parameters on the meta device that stay in the mapped file, with its dtype.
 
     Raises:
         CheckpointError: names or shapes differ; lists the first ten.
@@ -244,15 +260,23 @@ def restore_full_weights(model: nn.Module, folder: Path) -> None:
     path = folder / MODEL_FILE
     tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     wanted = {name: tensors[name] for name in model.state_dict()}
-    if not any(_LORA in name for name in _names_in(path)):
-        wanted = {name.replace(_UNDER_LORA, "."): tensor for name, tensor in wanted.items() if _LORA not in name}
-    _load_strictly(wanted, path, "parameters and buffers", others="unknown")
+    if not any(LORA in name for name in _names_in(path)):
+        wanted = {without_base_layer(name): tensor for name, tensor in wanted.items() if LORA not in name}
+    _load_strictly(wanted, path, "parameters and buffers", others="unknown", as_stored=as_stored)
 
 
-def _load_strictly(tensors: Mapping[str, Tensor], path: Path, what: str, *, others: str) -> None:
+def without_base_layer(name: str) -> str:
+    """The name that a parameter beside LoRA has once LoRA is merged."""
+    return name.replace(_UNDER_LORA, ".")
+
+
+def _load_strictly(
+    tensors: Mapping[str, Tensor], path: Path, what: str, *, others: str, as_stored: Collection[nn.Parameter] = ()
+) -> None:
     """Copies a file's values into tensors of exactly its names and shapes, which ZeRO-3 may have partitioned.
 
-    ``what`` and ``others`` describe the tensors here, and any other one in the file, in the message.
+    ``what`` and ``others`` describe the tensors here, and any other one in the file, in the message. Tensors of ``as_stored``
+    are not copied.
     """
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
     with opened(path) as file:
@@ -273,8 +297,9 @@ def _load_strictly(tensors: Mapping[str, Tensor], path: Path, what: str, *, othe
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if tensor.is_meta:
+                    values = file.get_tensor(name)
                     # Copied out of the mapped file: its tensors are not aligned as torch's own, which changes rounding.
-                    _give_values(tensor, file.get_tensor(name).to(tensor.dtype, copy=True))
+                    _give_values(tensor, values if tensor in as_stored else values.to(tensor.dtype, copy=True))
                     continue
                 with _writable(tensor):
                     if tensor.numel():

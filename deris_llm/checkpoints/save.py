@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from deris_llm.checkpoints.fingerprints import base_fingerprints
@@ -43,6 +44,10 @@ from deris_llm.models.pretrained import weights_folder
 
 # Files that a merged or exported checkpoint keeps of its source; the last one: deris_llm.evaluation.calibration.
 _KEPT_FILES = (BASE_WEIGHTS_FILE, METRICS_FILE, DATA_FILE, PROTOCOL_FILE, "calibration.json")
+_SAFETENSORS_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _NOT_OF_PROCESSOR = ("*.index.json", "metrics.json")  # lists of weight files, numbers of shipped weights
 
 
@@ -103,6 +108,14 @@ def update_trainer_state(folder: Path, trainer_state: Mapping[str, Any]) -> None
         write_checksums(partial)
 
 
+class TensorToWrite(NamedTuple):
+    """A tensor of a file to write, whose values are made when its turn comes."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    values: Callable[[], Tensor]  # on any device; converted to `dtype`
+
+
 def save_full_checkpoint(
     folder: Path, model: nn.Module, config: RunConfig, extra_files: Mapping[str, Path] | None = None
 ) -> None:
@@ -117,26 +130,57 @@ def save_full_checkpoint(
     Raises:
         FolderError: a file could not be written.
     """
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        values = tensor.detach().cpu().contiguous()
-        storage = values.untyped_storage().data_ptr()
-        # safetensors refuses two names of one tensor. Only those are copied: a copy of all would be another 15 GB for a 7B.
-        tensors[name] = values.clone() if storage in storages else values
-        storages.add(storage)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    tensors = {name: TensorToWrite(tensor.dtype, tensor.shape, tensor.cpu) for name, tensor in state.items()}
+    write_full_checkpoint(folder, tensors, config, extra_files)
+
+
+def write_full_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, TensorToWrite],
+    config: RunConfig,
+    extra_files: Mapping[str, Path] | None = None,
+) -> None:
+    """Does the same with tensors that are made one by one, so that they need not be in memory together.
+
+    Raises:
+        FolderError: a file could not be written, or the disk has too little space, which is known before.
+    """
+    num_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
     with written_aside(folder) as partial:
+        if (free := shutil.disk_usage(partial).free) < num_bytes:
+            raise OSError(
+                errno.ENOSPC, f"{MODEL_FILE} needs {num_bytes:,} bytes of disk, {free:,} are free", str(folder)
+            )
         save_config(config, partial / CONFIG_FILE)
         for name, source in (extra_files or {}).items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, partial / name)
-        try:
-            safetensors.torch.save_file(tensors, partial / MODEL_FILE, {"format": "pt"})
-            # safetensors creates the file readable by its owner alone.
-            (partial / MODEL_FILE).chmod((partial / CONFIG_FILE).stat().st_mode)
-        except SafetensorError as error:  # how safetensors reports a full disk
-            raise OSError(str(error)) from error
+        write_safetensors(partial / MODEL_FILE, tensors)
         write_checksums(partial)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, TensorToWrite]) -> None:
+    """Writes a safetensors file tensor by tensor: safetensors' own function needs all of them in memory, twice.
+
+    A file is the length of a JSON header, the header, and the values; larger types come first, so that all are aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        end = start + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": _SAFETENSORS_TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end],
+        }  # fmt: skip
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():  # in their own order, which is that of the files they are read from
+            values = tensor.values().to(tensor.dtype).contiguous()
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
+            file.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
 
 
 def files_beside_weights(folder: Path, config: RunConfig) -> dict[str, Path]:

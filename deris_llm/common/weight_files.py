@@ -44,6 +44,7 @@ _MAX_ARRAY_PICKLE = 16 * 2**30  # bytes
 _MAX_NAME = 500  # characters
 _MAX_SHARING = 8  # total size of all tensors over the size of the file; tied weights appear twice
 _HALF = (torch.float16, torch.bfloat16)
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NOT_IN_TORCH = ("uint16", "uint32", "uint64")  # as weights; torch supports them in part
 _SAFE_GLOBALS: list[Any] = [(value, name) for name, value in ALLOWED_NAMES.items()]
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80"
@@ -126,6 +127,13 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             "give the file that was published with the config."
         )
     return {name: tuple(tensor.shape) for name, tensor in content.items()}
+
+
+def tensor_dtypes(path: Path) -> set[torch.dtype]:
+    """Returns the floating-point types in a .safetensors that `tensor_shapes` has read."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        names = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+    return {dtype for dtype in map(_SAFETENSORS_DTYPES.get, names) if dtype is not None}
 
 
 def _content(path: Path) -> Any:

@@ -7,11 +7,13 @@ have every name and shape that the model needs.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import fnmatch
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,6 +22,8 @@ import torch
 import transformers
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
@@ -27,7 +31,7 @@ from deris_llm.common import hub
 from deris_llm.common.builtin import BUILTIN_PREFIX, builtin_folder, builtin_names
 from deris_llm.common.hub import HubName
 from deris_llm.common.unpickle import UnsafePickleError
-from deris_llm.common.weight_files import WeightFileError, tensor_shapes
+from deris_llm.common.weight_files import WeightFileError, tensor_dtypes, tensor_shapes
 from deris_llm.models.beit3_config import Beit3Config
 
 logger = logging.getLogger(__name__)
@@ -46,6 +50,7 @@ _PUBLISHED = {
     "vilt": "dandelin/vilt-b32-mlm",
 }
 """By model type: a repository that has all files, for messages about a missing one."""
+_LINEARS_AS_STORED = contextvars.ContextVar("_LINEARS_AS_STORED", default=False)
 AutoConfig.register(Beit3Config.model_type, Beit3Config)
 _ModelT = TypeVar("_ModelT", bound=PreTrainedModel)
 
@@ -392,7 +397,9 @@ def load_pretrained(
             hub.download(located.repository, located.folder, files)
     # Under ZeRO-3 transformers reports missing parameters only, so the names are compared here.
     fresh = check_names(cls, name, config, may_be_fresh=may_be_fresh, left_in_file=left_in_file)
-    options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attention}
+    as_stored = _LINEARS_AS_STORED.get() and dtype == torch.float32
+    read_as = _stored_dtype(located, files) if as_stored else dtype
+    options: dict[str, Any] = {"config": config, "dtype": read_as, "attn_implementation": attention}
     if in_4_bits_except is not None:
         options["quantization_config"] = _nf4(in_4_bits_except, dtype)
     # Loading draws other random numbers under ZeRO-3; what is initialized later must not depend on that.
@@ -404,10 +411,48 @@ def load_pretrained(
                 f"weights {name!r}: expected weight files that can be read in {located.folder}, got: {error}; "
                 f"{located.cure(files[0])}"
             ) from error
+    if as_stored:
+        for parameter in set(model.parameters()) - linear_weights(model).keys():
+            parameter.data = parameter.data.float()
     if fresh:
         listed = ", ".join(sorted(fresh)[:10]) + (", ..." if len(fresh) > 10 else "")
         logger.warning("%s: %d parameters are not in the file and start fresh: %s", name, len(fresh), listed)
     return model
+
+
+@contextlib.contextmanager
+def linears_as_stored() -> Iterator[None]:
+    """Models that `load_pretrained` loads inside in float32 have the weights of their linear layers as the file has them.
+
+    They stay in the mapped file, in its dtype if that is one half precision: a 7B then takes 3 GB of memory instead of 31.
+    Whoever runs such a model makes them float32 layer by layer; all other parameters are float32.
+    """
+    token = _LINEARS_AS_STORED.set(True)
+    try:
+        yield
+    finally:
+        _LINEARS_AS_STORED.reset(token)
+
+
+def linear_weights(model: nn.Module) -> dict[nn.Parameter, nn.Linear]:
+    """Returns the weights that only the forward pass of their own linear layer reads, with that layer."""
+    owners = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
+    return {
+        module.weight: module
+        for module in model.modules()
+        # torch's attention reads the weight of its NonDynamicallyQuantizableLinear itself.
+        if isinstance(module, nn.Linear)
+        and not isinstance(module, NonDynamicallyQuantizableLinear)
+        and owners[module.weight] == 1
+    }
+
+
+def _stored_dtype(located: _Located, files: Sequence[str]) -> torch.dtype:
+    """The half precision that all floating-point tensors of some weight files have, else float32, which holds any of them."""
+    if any(file.endswith(".bin") for file in files):
+        return torch.float32
+    found = set().union(*(tensor_dtypes(located.folder / file) for file in files))
+    return found.pop() if found in ({torch.bfloat16}, {torch.float16}) else torch.float32
 
 
 def _check_4_bits(*, weights: bool) -> None:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from deris_llm.checkpoints.layout import CONFIG_FILE, find_checkpoint
-from deris_llm.checkpoints.load import load_checkpoint
-from deris_llm.checkpoints.save import files_beside_weights, save_full_checkpoint
+from deris_llm.checkpoints.load import LORA, checkpoint_config, load_checkpoint, without_base_layer
+from deris_llm.checkpoints.save import TensorToWrite, files_beside_weights, write_full_checkpoint
 from deris_llm.common.folders import check_new_folder
 from deris_llm.config import Beit3Cognition, RunConfig, config_from_dict, config_to_dict, load_config
 from deris_llm.data.collate import ReferringCollator
 from deris_llm.models.cognition import build_processor
+from deris_llm.models.pretrained import linear_weights
 from deris_llm.structures import DerisOutput, ReferringBatch
 
 _PHRASES = ("the person on the left", "a red car behind the tree", "the smaller one of the two in front")
@@ -63,10 +65,10 @@ def merge_checkpoint(
 ) -> Merge:
     """Writes a full checkpoint that gives the answers of another one.
 
-    Everything is computed in float32, with all of the model in memory: 4 bytes per parameter, about 33 GB for a 7B.
-    `training.precision` stays as it is in the config. `data.json`, `metrics.json` and the other files that say where the
-    checkpoint comes from are copied. LoRA that was trained on weights in 4 bits is added to the full-precision weights:
-    the answers are then close to those of the run, not equal.
+    Everything is computed in float32, one linear layer at a time; base weights in half precision stay in their mapped files
+    until then, so that a 7B needs about 5 GB of memory. `training.precision` stays as it is in the config. `data.json`,
+    `metrics.json` and the other files that say where the checkpoint comes from are copied. LoRA that was trained on weights
+    in 4 bits is added to the full-precision weights: the answers are then close to those of the run, not equal.
 
     Args:
         folder: any checkpoint, or the folder of a run (`find_checkpoint`).
@@ -76,44 +78,94 @@ def merge_checkpoint(
             elsewhere now; they are written too.
 
     Raises:
-        ValueError: no checkpoint, other base weights, or a folder that is not new.
+        ValueError: no checkpoint, other base weights, a folder that is not new, or merged weights that are not finite.
     """
     check_new_folder(out)
     folder, allow_module = find_checkpoint(folder, overrides)
     whole = [*overrides, "training.precision=fp32", "cognition.quantization=none"]
-    config, model = load_checkpoint(folder, overrides=whole, allow_module=allow_module)
-    batch = _probe(config, allow_module=allow_module)
-    with torch.inference_mode():
-        before: DerisOutput = model(batch)
-    num_linears = merge_lora(model)
-    with torch.inference_mode():
-        merged: DerisOutput = model(batch)
+    batch = _probe(checkpoint_config(folder, whole), allow_module=allow_module)
+    config, model = load_checkpoint(folder, overrides=whole, allow_module=allow_module, linears_as_stored=True)
+    lora = {layer.get_base_layer(): layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+
+    def merged(linear: nn.Linear) -> Tensor:
+        return merged_weight(linear, lora.get(linear))
+
+    before = _answers(model, batch, lambda linear: linear.weight.float())
+    for layer in lora.values():
+        layer.enable_adapters(enabled=False)
+    after = _answers(model, batch, merged)
     by_rounding = None
     if dtype == "bf16":
+        linears = linear_weights(model)
         with torch.no_grad():
-            for parameter in model.parameters():
+            for parameter in set(model.parameters()) - linears.keys():
                 parameter.copy_(parameter.bfloat16())
-        with torch.inference_mode():
-            by_rounding = change_of(merged, model(batch))
-        for parameter in model.parameters():
-            parameter.data = parameter.data.bfloat16()
+        by_rounding = change_of(after, _answers(model, batch, lambda linear: merged(linear).bfloat16().float()))
     run = load_config(folder / CONFIG_FILE, overrides)
-    save_full_checkpoint(out, model, _without_lora(run, str(folder)), files_beside_weights(folder, config))
+    tensors = _merged_tensors(model, merged, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    write_full_checkpoint(out, tensors, _without_lora(run, str(folder)), files_beside_weights(folder, config))
     was_quantized = run.cognition.quantization != "none"
-    return Merge(folder, num_linears, change_of(before, merged), by_rounding, was_quantized)
+    return Merge(folder, len(lora), change_of(before, after), by_rounding, was_quantized)
 
 
-def merge_lora(model: nn.Module) -> int:
-    """Adds every low-rank update to its linear and removes it, in place.
+def merged_weight(linear: nn.Linear, lora: Any | None) -> Tensor:
+    """Returns the weight of a linear layer in float32, with the low-rank update of its LoRA layer added.
 
-    Returns:
-        the number of updates.
+    Raises:
+        ValueError: it is not finite.
     """
-    updated = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    for name, module in updated:
-        module.merge(safe_merge=True)  # refuses what is not finite
-        model.set_submodule(name, module.get_base_layer())
-    return len(updated)
+    weight = linear.weight.detach().float()
+    if lora is None:
+        return weight
+    for name in lora.active_adapters:
+        weight = weight + lora.get_delta_weight(name).detach()
+    if not weight.isfinite().all():
+        raise ValueError(
+            "LoRA: expected finite weights after merging, got NaNs or infinities; the checkpoint is damaged or its training "
+            "diverged: merge an earlier one."
+        )
+    return weight
+
+
+def _answers(model: nn.Module, batch: ReferringBatch, weight: Callable[[nn.Linear], Tensor]) -> DerisOutput:
+    """Runs a model whose linear layers have other weights, each while it runs: all of them at once need not fit in memory."""
+    stored: list[Tensor] = []
+
+    def take(linear: nn.Module, _: object) -> None:
+        assert isinstance(linear, nn.Linear)
+        stored.append(linear.weight.data)
+        linear.weight.data = weight(linear)
+
+    def put_back(linear: nn.Module, _: object, __: object) -> None:
+        linear.weight.data = stored.pop()
+
+    linears = linear_weights(model).values()
+    hooks = [hook for linear in linears for hook in (
+        linear.register_forward_pre_hook(take), linear.register_forward_hook(put_back),
+    )]  # fmt: skip
+    try:
+        with torch.no_grad():
+            return model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _merged_tensors(
+    model: nn.Module, weight: Callable[[nn.Linear], Tensor], dtype: torch.dtype
+) -> dict[str, TensorToWrite]:
+    """Returns what a full checkpoint of a model has once LoRA is merged; parameters get a dtype, buffers keep theirs."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    linears = linear_weights(model)
+    tensors = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if LORA in name:
+            continue
+        values = partial(weight, linears[tensor]) if tensor in linears else tensor.detach
+        tensors[without_base_layer(name)] = TensorToWrite(
+            dtype if name in parameters else tensor.dtype, tensor.shape, values
+        )
+    return tensors
 
 
 def _without_lora(config: RunConfig, where: str) -> RunConfig:

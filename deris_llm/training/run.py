@@ -232,6 +232,8 @@ def _build_model(config: RunConfig, base: Path | None, checkpoint: Path | None) 
         checkpoint: to resume from; None = a new run.
     """
     with explains_out_of_memory(config, loading=True):
+        if checkpoint is not None:
+            check_base_weights(checkpoint, config, may_be_absent=True)  # before gigabytes are read
         model = build_model(config if base is None else with_files_of(base, config), weights=base is None)
         if checkpoint is None:
             restore_first_weights(model, config)

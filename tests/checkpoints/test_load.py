@@ -1,15 +1,19 @@
 """How full checkpoints become models: nothing is drawn, and everything has its value."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deris_llm.checkpoints.layout import CheckpointError
 from deris_llm.checkpoints.load import load_checkpoint, parameters_on_meta, restore_full_weights
-from deris_llm.checkpoints.save import save_full_checkpoint
+from deris_llm.checkpoints.save import save_full_checkpoint, save_weights
 from deris_llm.models.deris import build_model
+from deris_llm.models.pretrained import linear_weights
 from deris_llm.testing import synthetic_batch, tiny_config, tiny_weights
 from tests.models import tiny_backends
 
@@ -124,3 +128,40 @@ def test_a_thread_that_builds_at_the_same_time_gets_real_parameters() -> None:
     assert here.weight.is_meta
     assert not elsewhere.weight.is_meta
     assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
+def test_other_base_weights_are_named_before_any_weight_is_read(overrides, tmp_path, monkeypatch):
+    config = tiny_config(*overrides)
+    save_weights(tmp_path / "best", build_model(config), config, {})
+    moved = tiny_weights(tmp_path / "others")
+    tensors = safetensors.torch.load_file(tmp_path / "others" / "llava" / "model.safetensors")
+    changed = {name: tensor + 1 for name, tensor in tensors.items()}
+    safetensors.torch.save_file(changed, tmp_path / "others" / "llava" / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("deris_llm.models.deris.build_model", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(CheckpointError, match=r"expected the base weights it was trained on .*cognition"):
+        load_checkpoint(tmp_path / "best", overrides=moved[:2])
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_linear_layers_as_stored_stay_in_their_file(is_full, overrides, tmp_path):
+    """In the dtype of the file and without memory of their own; all else is float32, and trained values are not rounded."""
+    folder = tmp_path / "llava"
+    shutil.copytree(overrides[0].partition("=")[2], folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(half, folder / "model.safetensors", {"format": "pt"})
+    config = tiny_config(*overrides, f"cognition.weights={folder}")
+    model = build_model(config)
+    if is_full:
+        save_full_checkpoint(tmp_path / "best", model.bfloat16(), config)
+    else:
+        save_weights(tmp_path / "best", model, config, {})
+    _, loaded = load_checkpoint(tmp_path / "best", linears_as_stored=True)
+    names = dict(loaded.named_parameters())
+    frozen = {name for name, p in names.items() if p in linear_weights(loaded) and not p.requires_grad}
+    stored = {name for name, p in names.items() if p.dtype == torch.bfloat16}
+    assert stored == (frozen if is_full else {name for name in frozen if name.startswith("cognition.")})
+    assert len(frozen) > 20
+    assert {p.dtype for name, p in names.items() if name not in stored} == {torch.float32}
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in loaded.state_dict().items())

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from deris_llm.checkpoints.fingerprints import base_checkpoint
 from deris_llm.checkpoints.load import load_checkpoint, restore_first_weights, with_files_of
@@ -15,7 +16,7 @@ from deris_llm.cli.main import main
 from deris_llm.config import load_config
 from deris_llm.models.cognition import build_processor
 from deris_llm.models.deris import build_model
-from deris_llm.serving.merge import merge_checkpoint, merge_lora
+from deris_llm.serving.merge import merge_checkpoint
 from deris_llm.serving.pipeline import DerisPipeline
 from deris_llm.testing import relative_difference, synthetic_batch, synthetic_images, tiny_config, tiny_weights
 from tests.models.tiny_backends import tiny_beit3, tiny_bert_weights, tiny_qwen_vl_weights, tiny_vilt_weights
@@ -38,8 +39,13 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(weights):
-    return tiny_config(*tiny_weights(weights), "cognition.lora.dropout=0.1")
+def overrides(weights):
+    return [*tiny_weights(weights), "cognition.lora.dropout=0.1"]
+
+
+@pytest.fixture(scope="module")
+def config(overrides):
+    return tiny_config(*overrides)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +96,33 @@ def test_lora_had_something_to_say(config, model, merged):
     assert moved.abs().max() > 1e-2
     untouched = name.replace("q_proj", "q_proj.base_layer.bias")
     torch.testing.assert_close(loaded.state_dict()[f"{name}.bias"], base[untouched], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp32")]
+)
+def test_streaming_equals_merging_the_whole_model(stored, dtype, weights, overrides, model, tmp_path):
+    """Bit for bit, whatever precision the base weights have in their files."""
+    llava = shutil.copytree(weights / "llava", tmp_path / "llava")
+    tensors = safetensors.torch.load_file(llava / "model.safetensors")
+    safetensors.torch.save_file(
+        {name: t.to(stored) for name, t in tensors.items()}, llava / "model.safetensors", {"format": "pt"}
+    )
+    config = tiny_config(*overrides, f"cognition.weights={llava}")
+    save_weights(tmp_path / "best", model, config, {})
+    merge_checkpoint(tmp_path / "best", tmp_path / "merged", dtype=dtype)
+    _, whole = load_checkpoint(tmp_path / "best")
+    for name, module in list(whole.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            whole.set_submodule(name, module.get_base_layer())
+    for parameter in whole.parameters():
+        parameter.data = parameter.data.to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    save_full_checkpoint(tmp_path / "whole", whole, config)
+    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("merged", "whole"))
+    assert ours == theirs
+    read = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in whole.state_dict().items())
 
 
 def test_it_needs_nothing_but_its_folder(merged, run, tmp_path, monkeypatch, weights):
@@ -236,8 +269,6 @@ def test_what_is_not_finite_is_not_merged(config, tmp_path):
     name = next(name for name, _ in model.named_parameters() if "lora_B" in name)
     with torch.no_grad():
         model.get_parameter(name)[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaNs"):
-        merge_lora(model)
     save_weights(tmp_path / "best", model, config, {})
     with pytest.raises(ValueError, match="NaNs"):
         merge_checkpoint(tmp_path / "best", tmp_path / "merged")
