@@ -8,6 +8,7 @@ import logging
 import math
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,16 +77,22 @@ def load_checkpoint(
     check_is_checkpoint(folder)
     config = checkpoint_config(folder, overrides)
     base = folder if is_full(folder) else recorded_base_checkpoint(folder)
-    if base != folder:
-        check_base_weights(folder, config, may_be_absent=base is None)  # before gigabytes are read
+    check = partial(check_base_weights, folder, config)
+    if base is not None and base != folder:
+        check()
     with explains_out_of_memory(config, loading=True):
         # A full checkpoint has every parameter, so none is drawn first: for a DeRIS-B that took as long as a forward pass.
         on_meta = contextlib.nullcontext() if base is None else parameters_on_meta()
         as_stored = pretrained.linears_as_stored() if linears_as_stored else contextlib.nullcontext()
         with on_meta, as_stored:
-            model = build_model(config, weights=base is None, allow_module=allow_module)
+            model = build_model(
+                config,
+                weights=base is None,
+                allow_module=allow_module,
+                before_reading=partial(check, may_be_absent=True),
+            )
         if base is None:
-            check_base_weights(folder, config)  # building has downloaded what was absent
+            check()  # building has downloaded what was absent
         else:
             kept = pretrained.linear_weights(model) if linears_as_stored else ()
             restore_full_weights(model, base, as_stored={weight for weight in kept if not weight.requires_grad})

@@ -14,6 +14,7 @@ itself, its vision tower and projector, and Swin are frozen.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def build_model(
     weights: bool = True,
     device: str | torch.device | None = None,
     allow_module: bool = True,
+    before_reading: Callable[[], None] | None = None,
 ) -> Deris:
     """Builds the model of a run and freezes what does not train.
 
@@ -107,6 +109,7 @@ def build_model(
         weights: False builds only the architecture, e.g. on `meta`; for the shipped run configs this needs no network.
         device: of the parameters; None = torch's default device.
         allow_module: False for a config that came with a checkpoint: it cannot make us import any class as backend.
+        before_reading: a further check of the weight files, once their names and shapes are right and before they are read.
 
     Raises:
         ValueError: weights are missing or of another model, or the config has unknown names.
@@ -118,6 +121,8 @@ def build_model(
         backend = resolve_backend(config.cognition.backend, allow_module=allow_module)
         if weights:  # check both parts before reading gigabytes of the first
             check_weight_files(config, allow_module=allow_module)
+            if before_reading is not None:
+                before_reading()
         cognition = backend.build(config.cognition, weights=weights, dtype=dtype)
         perception, query_decoder = build_perception(
             config.perception,

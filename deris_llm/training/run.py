@@ -8,6 +8,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,9 +233,9 @@ def _build_model(config: RunConfig, base: Path | None, checkpoint: Path | None) 
         checkpoint: to resume from; None = a new run.
     """
     with explains_out_of_memory(config, loading=True):
-        if checkpoint is not None:
-            check_base_weights(checkpoint, config, may_be_absent=True)  # before gigabytes are read
-        model = build_model(config if base is None else with_files_of(base, config), weights=base is None)
+        check = None if checkpoint is None else partial(check_base_weights, checkpoint, config, may_be_absent=True)
+        used = config if base is None else with_files_of(base, config)
+        model = build_model(used, weights=base is None, before_reading=check)
         if checkpoint is None:
             restore_first_weights(model, config)
         else:

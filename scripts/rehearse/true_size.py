@@ -287,12 +287,10 @@ def write_data(folder: Path, num_images: int = 4) -> None:
 
 def show(rehearsal: Rehearsal) -> None:
     """Prints the table."""
-    right = {"justify": "right"}
-    table = Table(
-        "stage", Column("s", **right), Column("resident", **right), Column("private", **right),
-        Column("private, all", **right), Column("plan, GPU", **right), Column("written", **right),
-        title=f"{rehearsal.config.name}: peak memory of one process and of all, GB",
-    )  # fmt: skip
+    numbers = ("s", "resident", "private", "private, all", "plan, GPU", "written")
+    columns = [Column(title, justify="right") for title in numbers]
+    title = f"{rehearsal.config.name}: seconds; GB of the largest process, of all, and of new files"
+    table = Table("stage", *columns, title=title)
     for done in rehearsal.done:
         peak = done.peak
         table.add_row(

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deris_llm.checkpoints.layout import CheckpointError
 from deris_llm.checkpoints.load import load_checkpoint, parameters_on_meta, restore_full_weights
 from deris_llm.checkpoints.save import save_full_checkpoint, save_weights
+from deris_llm.models.cognition.qwen2_ov import Qwen2OneVision
 from deris_llm.models.deris import build_model
 from deris_llm.models.pretrained import linear_weights
 from deris_llm.testing import synthetic_batch, tiny_config, tiny_weights
@@ -137,7 +138,7 @@ def test_other_base_weights_are_named_before_any_weight_is_read(overrides, tmp_p
     tensors = safetensors.torch.load_file(tmp_path / "others" / "llava" / "model.safetensors")
     changed = {name: tensor + 1 for name, tensor in tensors.items()}
     safetensors.torch.save_file(changed, tmp_path / "others" / "llava" / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr("deris_llm.models.deris.build_model", lambda *_, **__: pytest.fail("weights are read"))
+    monkeypatch.setattr(Qwen2OneVision, "build", lambda *_, **__: pytest.fail("weights are read"))
     with pytest.raises(CheckpointError, match=r"expected the base weights it was trained on .*cognition"):
         load_checkpoint(tmp_path / "best", overrides=moved[:2])
 
