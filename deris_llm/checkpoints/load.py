@@ -251,7 +251,7 @@ def restore_weights(model: nn.Module, folder: Path) -> None:
     _load_strictly(wanted, path, "trainable parameters", others="not trainable")
 
 
-def restore_full_weights(model: nn.Module, folder: Path, *, as_stored: Collection[nn.Parameter] = ()) -> None:
+def restore_full_weights(model: nn.Module, folder: Path, *, as_stored: Collection[Tensor] = ()) -> None:
     """Loads every parameter and saved buffer of a full checkpoint, strictly by name, under any ZeRO stage.
 
     A model with LoRA also takes weights without it (merged ones); its LoRA then keeps its values.
@@ -278,7 +278,7 @@ def without_base_layer(name: str) -> str:
 
 
 def _load_strictly(
-    tensors: Mapping[str, Tensor], path: Path, what: str, *, others: str, as_stored: Collection[nn.Parameter] = ()
+    tensors: Mapping[str, Tensor], path: Path, what: str, *, others: str, as_stored: Collection[Tensor] = ()
 ) -> None:
     """Copies a file's values into tensors of exactly its names and shapes, which ZeRO-3 may have partitioned.
 

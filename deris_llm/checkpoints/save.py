@@ -180,7 +180,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, TensorToWrite]) -> None:
         for name, tensor in tensors.items():  # in their own order, which is that of the files they are read from
             values = tensor.values().to(tensor.dtype).contiguous()
             file.seek(8 + len(text) + header[name]["data_offsets"][0])
-            file.write(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+            file.write(values.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def files_beside_weights(folder: Path, config: RunConfig) -> dict[str, Path]:

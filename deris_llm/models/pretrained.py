@@ -22,7 +22,7 @@ import torch
 import transformers
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -434,7 +434,7 @@ def linears_as_stored() -> Iterator[None]:
         _LINEARS_AS_STORED.reset(token)
 
 
-def linear_weights(model: nn.Module) -> dict[nn.Parameter, nn.Linear]:
+def linear_weights(model: nn.Module) -> dict[Tensor, nn.Linear]:
     """Returns the weights that only the forward pass of their own linear layer reads, with that layer."""
     owners = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
     return {
