@@ -436,7 +436,9 @@ def linears_as_stored() -> Iterator[None]:
 
 def linear_weights(model: nn.Module) -> dict[Tensor, nn.Linear]:
     """Returns the weights that only the forward pass of their own linear layer reads, with that layer."""
-    owners = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
+    owners: Counter[Tensor] = Counter(
+        parameter for module in model.modules() for parameter in module.parameters(recurse=False)
+    )
     return {
         module.weight: module
         for module in model.modules()
