@@ -42,6 +42,8 @@ from typing import Any, NamedTuple
 
 from deris_llm.common import folders
 from deris_llm.common.builtin import BUILTIN_PREFIX, builtin_folder, builtin_names
+from deris_llm.common.strict_files import json_of
+from deris_llm.common.words import shortened
 
 logger = logging.getLogger(__name__)
 
@@ -290,9 +292,9 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: no such file, or not a JSON object.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = json_of(path.read_bytes())
         if not isinstance(content, dict):
-            raise ValueError(f"expected an object, got {str(content)[:40]!r}")
+            raise ValueError(f"expected an object, got {shortened(content, 40)}")
         return content
     except (OSError, ValueError) as error:
         reason = f"{path.stat().st_size:,} bytes that are not JSON ({error})" if path.is_file() else f"{error}"

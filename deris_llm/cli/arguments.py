@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from deris_llm.common.words import printable
+
 
 class Parser(argparse.ArgumentParser):
     """Adds hints to errors: quote a value with spaces; the option that was probably meant."""
@@ -26,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with status 2 after printing the usage and the message."""
-        super().error(message + self._spelling_hint())
+        super().error(printable(message + self._spelling_hint()))
 
     def _spelling_hint(self) -> str:
         known = list(self._option_string_actions)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deris_llm.cli.arguments import add_command, at_least, path
-from deris_llm.common.words import count_of
+from deris_llm.common.words import count_of, printable
 from deris_llm.data.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -254,7 +254,7 @@ def run_prepare(arguments: argparse.Namespace) -> int:
     lines = _counts(arguments.out, made.manifest)
     if made.was_there:
         lines.append(f"{arguments.out} was made of this source before; nothing was written")
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write(printable("\n".join(lines)) + "\n")
     return 0
 
 
@@ -307,7 +307,7 @@ def config_with_own_data(arguments: argparse.Namespace) -> tuple[RunConfig, list
     from deris_llm.data.own import own_data
 
     found = own_data(arguments.data, arguments.data_format)
-    sys.stderr.write("\n".join(_counts(found.manifest.folder, found.manifest.content)) + "\n")
+    sys.stderr.write(printable("\n".join(_counts(found.manifest.folder, found.manifest.content))) + "\n")
     overrides = [*found.overrides, *arguments.set]
     config = load_config(arguments.config, overrides)
     number = sum(split["num_no_target"] for split in found.manifest.splits.values())
@@ -438,5 +438,5 @@ def run_show(arguments: argparse.Namespace) -> int:
         write_page(shown, arguments.out, split=split, num_phrases=number)
     else:
         (strip_sheet if sentences else contact_sheet)(shown).save(arguments.out)
-    sys.stdout.write(f"{arguments.out}: {len(shown):,} of {count_of(number, noun)} of {split}\n")
+    sys.stdout.write(printable(f"{arguments.out}: {len(shown):,} of {count_of(number, noun)} of {split}\n"))
     return 0

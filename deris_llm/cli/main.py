@@ -14,6 +14,7 @@ from deris_llm.common.error_file import QUIET, write_error_file
 from deris_llm.common.messages import log_to_stderr, quiet_libraries
 from deris_llm.common.terminal import flush_output, is_reader_gone, print_anything
 from deris_llm.common.version import __version__
+from deris_llm.common.words import printable
 
 EXAMPLES = """\
 examples:
@@ -60,15 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             flush_output()
         if arguments.debug:
             raise
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        if QUIET not in os.environ:
-            sys.stderr.write(f"error: {kind}{error}\n(`deris-llm --debug ...` shows where)\n")
-        write_error_file(f"error: {kind}{error}")
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         if QUIET not in os.environ:
             sys.stderr.write("interrupted\n")
         return 130
+
+
+def print_error(error: BaseException) -> None:
+    """Prints the message of an error, or leaves it for the launcher of this process."""
+    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    message = printable(f"error: {kind}{error}")
+    if QUIET not in os.environ:
+        sys.stderr.write(f"{message}\n(`deris-llm --debug ...` shows where)\n")
+    write_error_file(message)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from deris_llm.cli.arguments import add_command, at_least, path
+from deris_llm.common.words import printable
 
 
 def add(commands: Any) -> None:
@@ -55,5 +56,5 @@ def run(arguments: argparse.Namespace) -> int:
     against = open_evaluation(arguments.against) if arguments.against is not None else None
     out = arguments.out or arguments.folder / page_file(against)
     page = write_page(evaluation, out, data_root=arguments.data, against=against, seed=arguments.seed)
-    sys.stdout.write(f"written to {page} ({page.stat().st_size / 1e6:.1f} MB)\n")
+    sys.stdout.write(printable(f"written to {page} ({page.stat().st_size / 1e6:.1f} MB)\n"))
     return 0

@@ -11,6 +11,8 @@ import os
 import time
 from pathlib import Path
 
+from deris_llm.common.words import printable
+
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as in shells."""
 
@@ -32,7 +34,7 @@ def write_error_file(message: str) -> bool:
         return True
     try:
         with open(name, "x", encoding="utf-8") as file:
-            json.dump({"message": message, "timestamp": int(time.time())}, file)
+            json.dump({"message": printable(message), "timestamp": int(time.time())}, file)
     except FileExistsError:
         return False
     except OSError:

@@ -7,11 +7,16 @@ import os
 import sys
 import warnings
 
+from deris_llm.common.words import printable
+
 _CLOCK = "%H:%M:%S"
 
 
 class _Lines(logging.Formatter):
-    """Our own progress as time and sentence; warnings, and whatever else a library logs, with level and origin."""
+    """Our own progress as time and sentence; warnings, and whatever else a library logs, with level and origin.
+
+    Control characters of names are escaped.
+    """
 
     def __init__(self, rank: int) -> None:
         who = f"rank {rank}: " if rank else ""
@@ -22,8 +27,8 @@ class _Lines(logging.Formatter):
         """Returns the line."""
         is_progress = record.levelno == logging.INFO and record.name.startswith("deris_llm")
         if not is_progress:
-            return super().format(record)
-        return self._progress.format(record).replace("\n", "\n" + " " * len("00:00:00 "))
+            return printable(super().format(record))
+        return printable(self._progress.format(record)).replace("\n", "\n" + " " * len("00:00:00 "))
 
 
 def log_to_stderr(*, rank: int = 0, quiet: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Reads YAML and JSON that people write, without surprises.
+"""Reads YAML and JSON, without surprises; most of it people write.
 
 PyYAML reads YAML 1.1, where `no` is false, `010` is 8, `1:30` is 90, `2026-01-02` is a date and `4e-5` is text; like
 Python's JSON it keeps the last of two equal keys. Here a repeated key is an error at every level, and the only plain
@@ -26,19 +26,45 @@ _SCALARS = {  # tag -> (pattern of its plain scalars, their possible first lette
 }
 
 
+_MOST_VALUES = 100_000  # of a document with its aliases written out; a run config has a hundred
+_MOST_BYTES = 4 * 2**20
+_MOST_DIGITS = 4300  # Python's own limit
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # none of YAML 1.1's
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and _num_values(node, {}) > _MOST_VALUES:
+            raise yaml.MarkedYAMLError(
+                problem=f"its aliases stand for more than {_MOST_VALUES:,} values, or one for itself; write the values out",
+                problem_mark=node.start_mark,
+            )
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+            if not isinstance(key, yaml.ScalarNode):  # is refused later; as text it may be endless
+                continue
+            if (key.tag, key.value) in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {key.value!r} occurs twice; keep one of them", problem_mark=key.start_mark
                 )
-            seen.add((key.tag, str(key.value)))
+            seen.add((key.tag, key.value))
         return node
+
+
+def _num_values(node: Any, known: dict[int, int]) -> int:
+    """Counts the values of a node with its aliases written out: thirty lists that name the one before twice have a billion."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1  # until it is counted: a node inside itself has no end
+        inside = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = (part for entry in inside for part in (entry if isinstance(entry, tuple) else (entry,)))
+        known[id(node)] = min(1 + sum(_num_values(part, known) for part in parts), _MOST_VALUES + 1)
+    return known[id(node)]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -65,10 +91,11 @@ def parse_yaml(text: str) -> Any:
     except (
         yaml.YAMLError,
         RecursionError,
+        ValueError,
         KeyError,
         AttributeError,
     ) as error:  # the last two: `!!bool x`, `!!timestamp x`
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(parse_reason(error)) from error
 
 
 def dump_yaml(tree: Any) -> str:
@@ -82,10 +109,28 @@ def parse_json(text: str) -> Any:
     Raises:
         ValueError: not JSON, a repeated key, or NaN or Infinity, which JSON does not have.
     """
+    return json_of(text, object_pairs_hook=unique_keys, parse_constant=_no_constant)
+
+
+def json_of(text: str | bytes, **options: Any) -> Any:
+    """Returns the content of JSON that a program wrote: as `json.loads`, whose options it takes, but every fault is a ValueError.
+
+    Raises:
+        ValueError: not JSON, in another encoding, nested too deeply, or with a number that is too long.
+    """
     try:
-        return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant)
-    except RecursionError as error:
-        raise ValueError("brackets are nested too deeply") from error
+        return json.loads(text, **options)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(parse_reason(error)) from error
+
+
+def parse_reason(error: Exception) -> str:
+    """Returns what is wrong with a text, for what a parser of JSON or YAML raised."""
+    if isinstance(error, RecursionError):
+        return "expected some levels of brackets, got too many: they are nested too deeply"
+    if "integer string conversion" in str(error):
+        return f"expected numbers of at most {_MOST_DIGITS:,} digits, got a longer one"
+    return " ".join(str(error).split())
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -115,7 +160,11 @@ def read_text(path: Path) -> str:
     if path.is_dir():
         raise ValueError("expected a file, got a folder; name a file in it")
     if not path.is_file():
-        raise ValueError(f"no such file (looked for {path.absolute()})")
+        raise ValueError(f"no such file; expected one at {path.absolute()}: correct the path")
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise ValueError(
+            f"expected a file of at most {_MOST_BYTES:,} bytes, as people write them, got {size:,}; name another file"
+        )
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

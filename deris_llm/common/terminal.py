@@ -6,20 +6,30 @@ import io
 import os
 import select
 import sys
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
+
+from deris_llm.common.words import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+    from rich.text import Text
 
 _WIDTH = 160  # columns, if the output is not a terminal and COLUMNS is not set
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Returns a console that prints text as it is: square brackets are not markup, digits are not coloured."""
+    """Returns a console that prints text as it is: square brackets are not markup, digits are not coloured.
+
+    Control characters are escaped (`printable`).
+    """
     from rich.console import Console  # half of the start-up time of --help
 
     class _Console(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            """Makes the text of a line or a cell printable."""
+            return super().render_str(printable(text), **options)
+
         def on_broken_pipe(self) -> None:
             """Discards further output instead of ending the process, so that the work continues."""
             self.quiet = True

@@ -13,12 +13,13 @@ import math
 import pickle
 import pickletools
 import re
-import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+
+from deris_llm.common.words import shortened
 
 MAX_PICKLE_BYTES = 512 * 2**20
 """REFER's largest file has about 40 MB."""
@@ -322,21 +323,3 @@ ALLOWED_NAMES: dict[str, Any] = {
 def shown(name: object) -> str:
     """Returns a name of the file for a message: as it is if a terminal can print it."""
     return name if isinstance(name, str) and name.isprintable() and len(name) <= 80 else shortened(name)
-
-
-def shortened(value: object) -> str:
-    """Returns a value of the file for a message, in at most about 80 characters.
-
-    Python's own repr of thirty tuples that hold each other twice has a billion parts.
-    """
-    text = _SHORT.repr(value)
-    return text if len(text) <= 80 else text[:80] + "..."
-
-
-class _Short(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:
-        return repr(x) if -(10**20) < x < 10**20 else f"a number of {x.bit_length():,} bits"
-
-
-_SHORT = _Short()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 60, 60

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 import re
 import textwrap
 import typing
@@ -16,6 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from deris_llm.common.strict_files import dump_yaml, parse_yaml, read_text
+from deris_llm.common.words import shortened
 from deris_llm.config.checks import contradictions
 from deris_llm.config.compat import PRESETS
 from deris_llm.config.retired import without, without_retired
@@ -162,7 +164,7 @@ def save_config(config: RunConfig, path: str | Path) -> None:
 def _read_tree(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     path = Path(name_or_path).expanduser()
     is_file = path.suffix.lower() in _YAML_SUFFIXES
-    key = str(path.resolve()) if is_file else name_or_path
+    key = os.path.realpath(path) if is_file else name_or_path
     if key in seen:
         raise ConfigError(name_or_path, [f"`base:` is circular: {' -> '.join((*seen, key))}"])
     try:
@@ -170,7 +172,7 @@ def _read_tree(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(name_or_path, [str(error)]) from error
     if not isinstance(tree, dict) or not tree:
-        got = "a file without any" if not tree else f"{type(tree).__name__} {str(tree)[:60]!r}"
+        got = "a file without any" if not tree else f"{type(tree).__name__} {shortened(tree)}"
         raise ConfigError(name_or_path, [f"expected fields, such as `base: tiny-refcoco`, got {got}"])
     if "base" not in tree:
         return tree
@@ -230,6 +232,7 @@ _TYPES = {
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_unicode": "text that UTF-8 can hold",
     "tuple_type": "a list",
     "dataclass_type": "a group of fields",
 }
@@ -295,8 +298,7 @@ def _near_fields(key: str, prefix: str, here: list[str]) -> str:
 
 
 def _said(value: Any) -> str:
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return "nothing" if value is None else shortened(value)
 
 
 def _how_to_write(kind: str, value: Any) -> str:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from deris_llm.common.words import count_of
+from deris_llm.common.words import count_of, printable, shortened
 from deris_llm.structures import ReferringRecord
 
 
@@ -16,11 +16,6 @@ class DataError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """Escapes lone surrogates, which JSON and file names may hold and UTF-8 cannot."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def plain_message(error: BaseException) -> str:
@@ -118,7 +113,12 @@ def missing_path_error(path: Path, purpose: str, *, hint: str = "") -> DataError
 def describe(value: object) -> str:
     """Describes a parsed value in a few words."""
     if isinstance(value, dict):
-        return f"a dict with {', '.join(map(str, list(value)[:8])) or 'nothing'}"
+        return f"a dict with {', '.join(map(_key, list(value)[:8])) or 'nothing'}"
     if isinstance(value, list) and value:
-        return f"a list of {len(value)}, first {describe(value[0])}"
-    return f"{type(value).__name__} {str(value)[:60]!r}"
+        first = shortened(value[0]) if isinstance(value[0], list) else describe(value[0])
+        return f"a list of {len(value):,}, first {first}"
+    return f"{type(value).__name__} {(value[:60] if isinstance(value, str) else shortened(value, 60))!r}"
+
+
+def _key(key: object) -> str:
+    return key if isinstance(key, str) and len(key) <= 60 else shortened(key, 60)

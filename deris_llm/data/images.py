@@ -19,9 +19,10 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from deris_llm.data.errors import DataError
 from deris_llm.structures import Exif
@@ -82,6 +83,13 @@ class ImageFacts:
 def portable_name(name: str) -> str:
     r"""The name with / between folders; files written on Windows have \ there."""
     return name.replace("\\", "/")
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name of others can be that of one file or folder on any system: it leads nowhere else and is not too long."""
+    if not isinstance(name, str) or not name.isprintable() or name in ("", ".", ".."):
+        return False
+    return not set(name) & set("/\\:") and len(name.encode()) <= 200
 
 
 def fault_of_name(folder: Path, name: object) -> str | None:
@@ -255,6 +263,21 @@ def as_picture(image: Picture, *, exif: Exif = "displayed") -> Image.Image:
     return Image.fromarray(image)
 
 
+def opened_image(source: str | Path | IO[bytes]) -> Image.Image:
+    """Opens an image file without decoding it. Every image of a format that no code of this package knows is opened here.
+
+    Raises:
+        One of `BROKEN`: it is no image, or PostScript, for which Pillow would start another program, Ghostscript.
+    """
+    if isinstance(source, (str, Path)) and os.path.exists(source) and not (os.path.isfile(source) or os.path.isdir(source)):
+        raise UnidentifiedImageError("a pipe or a device")  # opening one may wait without end
+    file = Image.open(source)
+    if file.format == "EPS":
+        file.close()
+        raise UnidentifiedImageError("PostScript, which is a program and not decoded: convert it to PNG")
+    return file
+
+
 def _orientation(file: Image.Image) -> int:
     """EXIF's orientation, 1 if it is none of 1 to 8. Called after decoding, since Pillow decodes a PNG to answer."""
     found = file.getexif().get(_EXIF_ORIENTATION)
@@ -272,7 +295,7 @@ def _opened(path: Path) -> Image.Image:
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise ImageError(f"expected an image, got {error.strerror}") from error
     try:
-        file = Image.open(path)
+        file = opened_image(path)
     except BROKEN as error:
         if not _is_heif(path):
             raise NotAnImageError(f"expected an image, got {type(error).__name__}: {error}") from error

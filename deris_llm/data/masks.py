@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from pycocotools import mask as _pycocotools_mask
 
+from deris_llm.common.words import shortened
 from deris_llm.data.errors import describe
 
 _FARTHEST_PX = 100_000  # pycocotools walks along every edge in steps of a fifth of a pixel
@@ -179,7 +180,7 @@ def two_valued_mask(values: np.ndarray) -> np.ndarray:
 
 def _checked_polygons(segmentation: object) -> list[list[float]]:
     if not isinstance(segmentation, (list, tuple)):
-        raise ValueError(f"{_ASK}, got {_short(segmentation)}: correct the annotation file")
+        raise ValueError(f"{_ASK}, got {shortened(segmentation)}: correct the annotation file")
     if not segmentation:
         raise ValueError(f"{_ASK}, got an empty list: give the annotation a mask or remove it")
     return [_checked_polygon(polygon) for polygon in segmentation]
@@ -187,7 +188,7 @@ def _checked_polygons(segmentation: object) -> list[list[float]]:
 
 def _checked_polygon(polygon: object) -> list[float]:
     if not isinstance(polygon, (list, tuple)):
-        raise ValueError(f"{_ASK}, got the polygon {_short(polygon)}: correct the annotation file")
+        raise ValueError(f"{_ASK}, got the polygon {shortened(polygon)}: correct the annotation file")
     if set(map(type, polygon)) <= {int, float}:
         with contextlib.suppress(OverflowError):  # an integer that no float holds
             values = np.array(polygon, float)
@@ -200,8 +201,8 @@ def _checked_polygon(polygon: object) -> list[float]:
     what = f"finite coordinates of at most {_FARTHEST_PX:,} px" if _is_number(value) else "numbers"
     is_nested = isinstance(value, (list, tuple, dict))
     raise ValueError(
-        f"expected polygons [x0, y0, x1, y1, ...] of {what}, got {_short(value)} as coordinate {wrong} of the polygon "
-        f"{_short(polygon)}: "
+        f"expected polygons [x0, y0, x1, y1, ...] of {what}, got {shortened(value)} as coordinate {wrong} of the polygon "
+        f"{shortened(polygon)}: "
         + ("a polygon is one list of numbers; several objects are given as `masks`" if is_nested else "correct the annotation file")
     )
 
@@ -220,7 +221,7 @@ def _drawn(polygons: list[list[float]], height: int, width: int) -> tuple[dict[s
         if len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(
                 f"expected at least 3 points as an even count of numbers in a polygon, got {len(polygon)} numbers "
-                f"{_short(polygon)}: correct the annotation file"
+                f"{shortened(polygon)}: correct the annotation file"
             )
     reaches_out = _reaches_out(polygons, height, width)
     return coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)), reaches_out
@@ -266,7 +267,7 @@ def _checked_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]
     counts = rle.get("counts")
     size = rle.get("size")
     if not isinstance(size, (list, tuple)) or not isinstance(counts, (list, str, bytes)):
-        raise ValueError(f"{_ASK}, got {_short(rle)}: correct the annotation file")
+        raise ValueError(f"{_ASK}, got {shortened(rle)}: correct the annotation file")
     if list(size) != [height, width]:
         why = "the annotation belongs to another image, or the image was resized"
         why = "height and width look exchanged" if list(size) == [width, height] else why
@@ -282,7 +283,7 @@ def _checked_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]
             )
         if sum(counts) != height * width:
             raise ValueError(
-                f"expected RLE counts that sum to {height} x {width} = {height * width} pixels, got {_short(counts)}, which "
+                f"expected RLE counts that sum to {height} x {width} = {height * width} pixels, got {shortened(counts)}, which "
                 f"sum to {sum(counts)}: correct the annotation file"
             )
         return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
@@ -291,7 +292,7 @@ def _checked_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]
     if covered != height * width:
         raise ValueError(
             f"expected a compressed RLE of {height} x {width} = {height * width} pixels, got one of "
-            f"{'no valid form' if covered is None else f'{covered} pixels'}: {_short(counts)}: correct the annotations"
+            f"{'no valid form' if covered is None else f'{covered} pixels'}: {shortened(counts)}: correct the annotations"
         )
     return {"size": [height, width], "counts": counts}
 
@@ -316,8 +317,3 @@ def _covered_pixels(counts: bytes) -> int | None:
                 return None
             value = shift = 0
     return sum(runs) if shift == 0 else None
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from deris_llm.data.errors import describe
 from deris_llm.data.formats.base import (
@@ -29,7 +28,7 @@ from deris_llm.data.formats.base import (
     SourcePhrase,
     is_int64,
 )
-from deris_llm.data.images import BROKEN, MAX_PIXELS, ImageError, ImageFacts, ImageFolder, image_facts
+from deris_llm.data.images import BROKEN, MAX_PIXELS, ImageError, ImageFacts, ImageFolder, image_facts, opened_image
 from deris_llm.data.masks import NoPixelError, encode_mask, mask_of_image, segmentation_rle, two_valued_mask, visible_rle
 
 PHRASE_SCHEMA = pa.schema(
@@ -337,7 +336,7 @@ class _Shard:
         if not path.is_file():
             return ValueError(f"mask {name}: expected a palette PNG, got no file")
         try:
-            with Image.open(path) as file:
+            with opened_image(path) as file:
                 mode, height, width = file.mode, file.height, file.width
                 labels = np.asarray(file) if (height, width) == size_hw and mode == "P" else None
         except BROKEN as error:
@@ -360,7 +359,7 @@ class _Shard:
         else:
             name, opened = f"of {len(mask):,} bytes", io.BytesIO(mask)
         try:
-            with Image.open(opened) as file:
+            with opened_image(opened) as file:
                 is_large = file.width * file.height > MAX_PIXELS
                 if not is_large:
                     file.load()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from deris_llm.common.words import shortened
 from deris_llm.evaluation.boxes import Box
 from deris_llm.evaluation.metrics import Outcome, Overlap
 
@@ -136,12 +137,6 @@ def outcome_fields(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
         "oracle_px": oracles,
         "outcomes": outcomes,
     }
-
-
-def shortened(value: object) -> str:
-    """Returns a value as at most 80 characters of a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _says_target(tree: Mapping[str, Any]) -> bool | None:

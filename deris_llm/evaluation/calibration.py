@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from deris_llm.common.folders import replace_text
+from deris_llm.common.strict_files import json_of
 from deris_llm.config import RunConfig, load_config
 
 CALIBRATION_FILE = "calibration.json"
@@ -46,7 +47,7 @@ class Calibration:
         if not path.is_file():
             return None
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
+            tree = json_of(path.read_text(encoding="utf-8"))
             found = cls(**{**tree, "curve": tuple(tree["curve"])})
             fits = isinstance(found.threshold, float) and 0 < found.threshold < 1
         except (ValueError, TypeError, KeyError) as error:

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deris_llm.common.folders import replace_text
+from deris_llm.common.strict_files import json_of
 from deris_llm.evaluation.calibration import Calibration
 from deris_llm.evaluation.tables import Column, StackedTable
 
@@ -155,7 +156,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return json.loads(json.dumps(_EMPTY))
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json_of(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
             f"{path}: expected a report in JSON, got {error}: delete the file and evaluate again"

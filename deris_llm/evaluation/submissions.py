@@ -33,10 +33,12 @@ import numpy as np
 from PIL import Image
 
 from deris_llm.common.strict_files import unique_keys
+from deris_llm.common.words import shortened
 from deris_llm.data.errors import DataError, listed_by_cause
 from deris_llm.data.formats.base import read_json_file
+from deris_llm.data.images import BROKEN, opened_image
 from deris_llm.data.masks import coco_mask, mask_of_image, segmentation_rle
-from deris_llm.evaluation.answers import Answer, Rle, shortened
+from deris_llm.evaluation.answers import Answer, Rle
 from deris_llm.structures import ReferringRecord
 
 PREDICTIONS_FILE = "predictions.jsonl"
@@ -419,11 +421,12 @@ def _whole(path: Path, found: dict[str, Answer], problems: Sequence[str], number
 
 def _rle_of_png(path: Path, height: int, width: int) -> Rle:
     try:
-        with Image.open(path) as file:
-            file.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        with opened_image(path) as file:
+            if file.size == (width, height):  # another one may explode when it is decoded
+                file.load()
+    except BROKEN as error:
         raise ValueError(f"expected a whole PNG, got {type(error).__name__}: {error}") from error
-    mask, _ = mask_of_image(file)
     if file.size != (width, height):
         raise ValueError(f"expected the image's {width} x {height} px, got {file.width} x {file.height}")
+    mask, _ = mask_of_image(file)
     return coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))

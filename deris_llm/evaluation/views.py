@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from deris_llm.common.folders import replace_text
+from deris_llm.common.strict_files import json_of
 from deris_llm.config import RunConfig
 from deris_llm.config.protocols import protocols_of
 from deris_llm.data.loaders import evaluation_loader
@@ -161,7 +162,7 @@ def read_views(path: Path) -> tuple[PhraseView, ...]:
         ValueError: the file is something else.
     """
     try:
-        return tuple(PhraseView.from_json(view) for view in json.loads(path.read_text(encoding="utf-8")))
+        return tuple(PhraseView.from_json(view) for view in json_of(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected views as `deris-llm report --checkpoint` writes them, got {type(error).__name__}: {error}: "

@@ -30,6 +30,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from deris_llm.common import hub
 from deris_llm.common.builtin import BUILTIN_PREFIX, builtin_folder, builtin_names
 from deris_llm.common.hub import HubName
+from deris_llm.common.strict_files import json_of
 from deris_llm.common.unpickle import UnsafePickleError
 from deris_llm.common.weight_files import WeightFileError, tensor_dtypes, tensor_shapes
 from deris_llm.models.beit3_config import Beit3Config
@@ -171,7 +172,7 @@ class _Located(NamedTuple):
             pin = f" --revision {self.repository.revision}" if self.repository.revision else ""
             return f"download it again with `hf download {self.repository.repo} {file}{pin} --force-download`."
         try:
-            kind = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+            kind = json_of((self.folder / "config.json").read_text(encoding="utf-8")).get("model_type")
         except (OSError, ValueError, AttributeError):
             kind = None
         return (
@@ -260,7 +261,7 @@ def _weight_files(located: _Located) -> list[str]:
 
 def _parts(located: _Located, index: Path) -> list[str]:
     try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(set(json_of(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not files or any(Path(file).name != file for file in files):
             raise ValueError("`weight_map` must name files of this folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -34,6 +34,7 @@ from deris_llm.common import hub
 from deris_llm.common.builtin import BUILTIN_PREFIX
 from deris_llm.common.folders import check_new_folder, written_aside
 from deris_llm.common.html import environment
+from deris_llm.common.strict_files import json_of
 from deris_llm.common.version import __version__
 from deris_llm.config import Beit3Cognition, RunConfig, load_config, save_config
 from deris_llm.config.protocols import protocols_of
@@ -191,7 +192,7 @@ def _finish(
     save_config(config, out / CONFIG_FILE)
     path = out / BASE_WEIGHTS_FILE
     if path.is_file():
-        recorded = json.loads(path.read_text(encoding="utf-8"))
+        recorded = json_of(path.read_text(encoding="utf-8"))
         for entry in recorded.values():
             entry["weights"] = _public_name(entry["weights"])
         path.write_text(json.dumps(recorded, indent=2), encoding="utf-8")
@@ -301,7 +302,7 @@ def model_card(
 
 
 def _json_of(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return json_of(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _tags(config: RunConfig) -> list[str]:

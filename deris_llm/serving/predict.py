@@ -29,7 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from deris_llm.common.strict_files import json_of
 from deris_llm.common.terminal import progress_bar
+from deris_llm.common.words import shortened
 from deris_llm.data.images import images_in
 from deris_llm.data.masks import encode_mask
 from deris_llm.evaluation.output import check_writable, default_folder, write_names
@@ -173,25 +175,22 @@ def _questions_of_line(line: bytes, folder: Path) -> list[Question]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"expected JSON in UTF-8 such as {_EXAMPLE_LINE}, got {line[:80]!r} ({error})") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not entry["image"]:
-        raise ValueError(f"expected an object such as {_EXAMPLE_LINE}, got {_short(entry)}")
+        raise ValueError(f"expected an object such as {_EXAMPLE_LINE}, got {shortened(entry, 120)}")
     phrases = entry.get("phrases", [entry.get("phrase")])
     if ("phrase" in entry) == ("phrases" in entry) or not isinstance(phrases, list) or not phrases:
-        raise ValueError(f"expected either `phrase`, a text, or `phrases`, a list of texts, got {_short(entry)}")
+        raise ValueError(
+            f"expected either `phrase`, a text, or `phrases`, a list of texts, got {shortened(entry, 120)}"
+        )
     for phrase in phrases:
         if not isinstance(phrase, str) or not phrase.strip():
             raise ValueError(f"expected phrases with words, got {phrase!r}")
     phrase_id = entry.get("phrase_id", "")
     if not isinstance(phrase_id, str) or (phrase_id and len(phrases) > 1):
-        raise ValueError(f"expected a `phrase_id` that is a text, for one phrase, got {_short(entry)}")
+        raise ValueError(f"expected a `phrase_id` that is a text, for one phrase, got {shortened(entry, 120)}")
     path = folder / entry["image"]
     if not path.is_file():
         raise ValueError(f"expected an image at {path}, got {'a folder' if path.is_dir() else 'no such file'}")
     return [Question(entry["image"], path, phrase, phrase_id) for phrase in phrases]
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -361,13 +360,13 @@ def _prepared(out: Path, settings: dict[str, Any]) -> set[tuple[str, str, str]]:
     done = set()
     for number, text in enumerate(whole.splitlines(), start=1):
         try:
-            line = json.loads(text)
+            line = json_of(text)
             there = {name: line[name] for name in settings if name not in ("instances", "exif")}
             there |= {"instances": "instances" in line, "exif": line.get("exif", "displayed")}
             done.add((line["image"], line["phrase"], line.get("phrase_id", "")))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}, line {number}: expected an answer of `deris-llm predict`, got {_short(text.decode(errors='replace'))} "
+                f"{path}, line {number}: expected an answer of `deris-llm predict`, got {shortened(text.decode(errors='replace'), 120)} "
                 f"({type(error).__name__}: {error}); choose another --out."
             ) from error
         differ = [

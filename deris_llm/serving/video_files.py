@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deris_llm.common.folders import replace_text
+from deris_llm.common.strict_files import json_of
 from deris_llm.common.terminal import progress_bar
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.data.video import Video, VideoError, VideoFile, open_video, write_video
@@ -179,7 +180,7 @@ def _read_frames(saved: SavedVideo) -> Iterator[list[dict[str, Any]]]:
             if len(lines) < len(saved.phrases):
                 return
             try:
-                frame = [json.loads(line) for line in lines]
+                frame = [json_of(line) for line in lines]
                 is_next = all((line["frame"], line["number"]) == (index, number) for number, line in enumerate(frame))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
@@ -298,7 +299,7 @@ class _Folder:
 
     def _read(self, path: Path) -> None:
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = json_of(path.read_text(encoding="utf-8"))
             self.videos = there.pop("videos")
             video = self.videos.get(self.name, self.video)
             differ = [

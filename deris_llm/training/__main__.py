@@ -14,6 +14,7 @@ from pathlib import Path
 from deris_llm.common.error_file import ERROR_FILE, INTERRUPTED, write_error_file
 from deris_llm.common.messages import log_to_stderr, quiet_libraries
 from deris_llm.common.ranks import OtherRankError
+from deris_llm.common.words import printable
 from deris_llm.config import load_config
 from deris_llm.data.errors import plain_message
 from deris_llm.training.start import leave_ranks
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress=not arguments.quiet,
         )
     except (ValueError, OSError) as error:
-        message = f"rank {this_rank}: error: {plain_message(error)}"
+        message = printable(f"rank {this_rank}: error: {plain_message(error)}")
         if write_error_file(message):
             sys.stderr.write(f"{message}\n")
         logger.debug("traceback", exc_info=True)

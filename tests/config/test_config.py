@@ -325,3 +325,23 @@ def test_the_split_that_selects_follows_the_data():
         assert config.training.eval_split == split
         assert config_from_dict(config_to_dict(config)) == config  # a saved config says which split it was
     assert load_config("tiny-grefcoco").training.eval_split == "grefcoco/val"
+
+
+@pytest.mark.parametrize("last", ["base: *a29", "data: {train: *a29}", "? *a29\n: 1", "name: &b [*b]"])
+def test_anchors_that_explode_are_refused_at_once(last, tmp_path):
+    lines = ["a0: &a0 [lol]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 30)), last]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="its aliases stand for more than 100,000 values"):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_a_file_that_nobody_wrote_is_refused_before_it_is_parsed(tmp_path):
+    (tmp_path / "run.yaml").write_text("#" * 5_000_000)
+    with pytest.raises(ConfigError, match="expected a file of at most 4,194,304 bytes"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(("value", "says"), [("[" * 9999, "nested too deeply"), ("9" * 9999, "at most 4,300 digits")])
+def test_values_that_no_parser_takes(value, says):
+    with pytest.raises(ConfigError, match=says):
+        load_config("tiny-refcoco", [f"training.epochs={value}"])

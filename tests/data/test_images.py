@@ -399,3 +399,19 @@ def test_a_name_in_another_unicode_form_is_named(tmp_path: Path, there: str, ask
         pytest.skip("this file system takes both names for one")
     with pytest.raises(ImageError, match=f"got no file of these letters, but one named in Unicode's form {form}: rename"):
         image_facts(tmp_path / asked)
+
+
+def test_postscript_starts_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: Any) -> None:
+    """Pillow would give it to Ghostscript, whatever the file is called."""
+    (tmp_path / "gs").write_text(f"#!/bin/sh\n: >{tmp_path / 'started'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    folder = world.images("a.png")
+    for name in ("b.png", "mask.png"):
+        (folder / name).write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n%%EOF\n")
+    world.lines({"image": "b.png", "phrase": "p", "no_target": True}, {"image": "a.png", "phrase": "p", "png": "mask.png"})
+    with pytest.raises(DataError, match="2 of 2 records(.|\n)*PostScript, which is a program(.|\n)*PostScript"):
+        world.prepare(folder)
+    with pytest.raises(ValueError, match="PostScript"):
+        as_picture(folder / "b.png")
+    assert not (tmp_path / "started").exists()

@@ -21,6 +21,7 @@ from deris_llm.models.postprocess import PhraseAnswer
 from deris_llm.serving.answers import ImageAnswer
 from deris_llm.serving.demo import files, views
 from deris_llm.serving.demo.examples import drawn_examples, examples_in
+from deris_llm.serving.demo.requests import lines_of, rule_of, upload
 from deris_llm.serving.demo.service import DemoService, Limits, Request, RequestError
 from deris_llm.serving.demo.sessions import Asked, Session, Sessions
 from deris_llm.serving.demo.video import answer_video
@@ -368,3 +369,23 @@ def test_videos_that_are_refused(pipeline: DerisPipeline, clip: Path, tmp_path: 
         with pytest.raises(RequestError, match=said):
             asked_video(asked, session, clip)
         asked.close()
+
+
+@pytest.mark.parametrize(
+    "given", ["", None, "/etc/passwd", "../secret.png", "nul\0byte", "~/a.png", ["a.png"], 5, "link.png"]
+)
+def test_only_uploads_are_read(given: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "uploads"
+    folder.mkdir()
+    (folder / "link.png").symlink_to("/etc/passwd")
+    with pytest.raises(RequestError, match="no image|was not uploaded"):
+        upload(str(folder / given) if given in ("../secret.png", "link.png") else given, folder)
+
+
+def test_values_of_another_kind_are_named() -> None:
+    for phrases in (5, {}, [5], [["a"]], True):
+        with pytest.raises(RequestError, match="expected text with one phrase a line"):
+            lines_of(phrases)
+    for rule in (("x", None, None), (True, None, None), (None, "all", None), (None, None, ["none"])):
+        with pytest.raises(RequestError, match="expected"):
+            rule_of(*rule)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -210,9 +210,26 @@ def read_json_file(path: Path) -> Any:
 
 
 def files_in(folder: Path, *patterns: str) -> tuple[Path, ...]:
-    """Files of a folder that match one of the patterns, by name, without hidden ones (`._train.json` of macOS)."""
-    found = {path for pattern in patterns for path in folder.glob(pattern)}
-    return tuple(sorted(path for path in found if path.is_file() and not path.name.startswith(".")))
+    """Files of a folder that match one of the patterns, by name, without hidden ones (`._train.json` of macOS).
+
+    Raises:
+        DataError: a folder, a link without a file, a pipe or a device has such a name.
+    """
+    found = sorted({path for pattern in patterns for path in folder.glob(pattern) if not path.name.startswith(".")})
+    check_are_files(found)
+    return tuple(found)
+
+
+def check_are_files(paths: Iterable[Path]) -> None:
+    """Checks that paths are files: who reads a pipe or a device waits without end.
+
+    Raises:
+        DataError: names the first that is none.
+    """
+    for path in paths:
+        if not path.is_file():
+            got = "a folder" if path.is_dir() else "a link that leads nowhere, a pipe or a device"
+            raise DataError(f"{path}: expected a file, got {got}. Copy the file here, or rename or remove this")
 
 
 _SIGNS = (

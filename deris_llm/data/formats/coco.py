@@ -25,6 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from deris_llm.common.words import shortened
 from deris_llm.data.errors import DataError, describe
 from deris_llm.data.formats.base import SourceEntry, SourceFault, PrepareOptions, files_in, other_format, read_json_file
 from deris_llm.data.formats.objects import AnnotationReader, LabelledObject, class_key, entries_of_image, split_named
@@ -142,14 +143,14 @@ def whole_number(value: object) -> int | None:
 
 
 def _said(record: dict[str, Any], key: str) -> str:
-    return repr(record[key])[:60] if key in record else f"none ({describe(record)})"
+    return shortened(record[key], 60) if key in record else f"none ({describe(record)})"
 
 
 def _difference(table: str, first: int, one: dict[str, Any], second: int, other: dict[str, Any]) -> str:
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
 
     def says(record: dict[str, Any]) -> str:
-        return ", ".join(f"{key} {repr(record.get(key))[:40]}" for key in keys[:3])
+        return ", ".join(f"{key} {shortened(record.get(key), 40)}" for key in keys[:3])
 
     return (
         f"expected one record of id {one['id']} in {table}, got different ones: number {first} ({says(one)}) and number "

@@ -26,7 +26,7 @@ import numpy as np
 
 from deris_llm.common.strict_files import unique_keys
 from deris_llm.data.errors import DataError, describe
-from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceInstance, PrepareOptions, check_image_folder
+from deris_llm.data.formats.base import SourceEntry, SourceFault, SourceInstance, PrepareOptions, check_are_files, check_image_folder
 from deris_llm.data.formats.rows import RowReader, member, phrases_of
 from deris_llm.data.masks import encode_mask
 
@@ -179,6 +179,7 @@ def _load(source: str) -> dict[str, Any]:
     import datasets  # takes seconds
 
     folder = Path(source)
+    check_are_files(path for path in folder.rglob("*") if path.exists() and not path.is_dir())
     try:
         is_saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
         found: Any = datasets.load_from_disk(source) if is_saved else datasets.load_dataset(source)

@@ -22,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 
 from deris_llm.data.errors import DataError, describe
 from deris_llm.data.formats.base import PrepareOptions, SourceEntry, SourceFault
@@ -36,7 +35,7 @@ from deris_llm.data.formats.objects import (
     split_named,
 )
 from deris_llm.data.formats.reasonseg import entries_of_file, is_reasonseg, notes_of_split, read_any_encoding
-from deris_llm.data.images import BROKEN, MAX_PIXELS, ImageFolder, portable_name
+from deris_llm.data.images import BROKEN, MAX_PIXELS, ImageFolder, opened_image, portable_name
 from deris_llm.data.masks import mask_of_image
 
 _BOXES = ("rectangle", "oriented_rectangle", "rotation")  # two corners, or four
@@ -197,7 +196,7 @@ def _decoded(encoded: Any, corners: Sequence[float], size_hw: tuple[int, int] | 
         content = base64.b64decode(encoded, validate=True)
     except (ValueError, TypeError) as error:
         raise ValueError(f"expected a mask as PNG in base64, got {describe(encoded)}") from error
-    with Image.open(io.BytesIO(content)) as file:
+    with opened_image(io.BytesIO(content)) as file:
         if file.size != (right - left + 1, bottom - top + 1):  # before it is decoded
             raise ValueError(f"expected a mask of its box, {right - left + 1} x {bottom - top + 1} px, got {file.size}")
         crop, _ = mask_of_image(file)

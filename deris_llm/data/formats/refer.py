@@ -26,12 +26,12 @@ in the public APIs. The split's notes count and name such referents and crowds.
 from __future__ import annotations
 
 import difflib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
+from deris_llm.common.strict_files import json_of
 from deris_llm.common.unpickle import load_plain_pickle
 from deris_llm.data.errors import DataError, describe, missing_path_error
 from deris_llm.data.formats.base import (
@@ -416,7 +416,7 @@ def _by_existence(ref: dict[str, Any]) -> dict[bool, list[dict[str, Any]]]:
 def _read_json(path: Path) -> Any:
     # Without the check for repeated keys of `base.read_json_file`, which takes seconds for files of hundreds of MB.
     try:
-        return json.loads(path.read_bytes())
+        return json_of(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path}: expected JSON, got {error}. Download the file again") from error
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from deris_llm.data.errors import DataError
 from deris_llm.data.formats.base import PrepareOptions, SourceEntry, SourceFault, SourceInstance, SourcePhrase, SourceReader
-from deris_llm.data.images import BROKEN, MAX_PIXELS
+from deris_llm.data.images import BROKEN, MAX_PIXELS, opened_image
 from deris_llm.data.masks import encode_mask
 
 _INSIDE_ABOVE = 50
@@ -70,7 +69,7 @@ class RefSegRSReader(SourceReader):
 def _mask(path: Path) -> dict[str, Any] | ValueError:
     """The RLE of a mask, or what is wrong with it."""
     try:
-        with Image.open(path) as file:
+        with opened_image(path) as file:
             if len(file.getbands()) != 1 or file.width * file.height > MAX_PIXELS:
                 return ValueError(f"mask {path.name}: expected one channel, got mode {file.mode} of {file.width} x {file.height} px")
             return encode_mask(np.asarray(file) > _INSIDE_ABOVE)

@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from deris_llm.common.words import shortened
+from deris_llm.data.images import is_plain_name
 from deris_llm.common.words import count_of
 from deris_llm.data.errors import DataError, describe
 from deris_llm.data.formats.base import (
@@ -151,9 +153,9 @@ class VideoReader(SourceReader):
         if not isinstance(expressions, dict) or not isinstance(frames, list):
             message = f"expected a video with `expressions` and `frames`, got {describe(content)}"
             return SourceFault(where, split, "structure", message)
-        if not all(isinstance(frame, str) and frame and "/" not in frame for frame in frames):
-            wrong = next(frame for frame in frames if not isinstance(frame, str) or not frame or "/" in frame)
-            message = f"expected names of frames, got {wrong!r}"
+        if wrong := [each for each in (name, *expressions, *frames) if not is_plain_name(each)]:
+            what = "frames" if wrong[0] in frames else "a video and its expressions"
+            message = f"expected names of {what}, got {shortened(wrong[0])}; they are those of files and folders too"
             return SourceFault(where, split, "structure", message, max(1, len(expressions)))
         sentences = tuple(
             Sentence(key, fields if isinstance(fields, dict) else {"exp": fields}) for key, fields in expressions.items()

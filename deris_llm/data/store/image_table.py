@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from PIL import Image
 
 from deris_llm.data.formats.base import BadEntryError, MaskFile, SourceEntry
-from deris_llm.data.images import BROKEN, ImageError, ImageFacts, ImageFolder, image_facts
+from deris_llm.data.images import BROKEN, ImageError, ImageFacts, ImageFolder, image_facts, opened_image
 from deris_llm.data.store.prepared import COCO_STEM, IMAGE_SCHEMA, IMAGES_FILE, file_sha256
 from deris_llm.data.validation import is_text, look_at
 from deris_llm.structures import Exif
@@ -159,7 +158,7 @@ def _declared_size(entry: SourceEntry) -> Any:
             return tuple(size)
         if isinstance(instance.mask, bytes):
             try:
-                with Image.open(io.BytesIO(instance.mask)) as file:
+                with opened_image(io.BytesIO(instance.mask)) as file:
                     return (file.height, file.width)
             except BROKEN:
                 return None

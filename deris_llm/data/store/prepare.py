@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deris_llm.common.strict_files import json_of
 from deris_llm.common.folders import check_writable
 from deris_llm.common.locks import locked
 from deris_llm.common.version import __version__
@@ -185,7 +186,7 @@ def _existing(out: Path, source: dict[str, Any]) -> dict[str, Any] | None:
             )
         return None
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json_of(path.read_bytes())
         there = manifest["source"]
         shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
         is_whole = all((out / ARROW_FOLDER / shard["file"]).stat().st_size == shard["bytes"] for shard in shards)

@@ -11,7 +11,6 @@ ranks and loader workers of a machine. The name of a set is the name of its fold
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from deris_llm.common.strict_files import json_of
 from deris_llm.data.errors import DataError
 from deris_llm.data.store.records import Records, distinct_ids
 from deris_llm.structures import Exif, InstanceAnnotation, ReferringRecord
@@ -113,7 +113,7 @@ def read_manifest(folder: Path, image_folder: Path | None = None) -> Manifest:
 @lru_cache(maxsize=64)
 def _manifest_content(path: Path, _modified_ns: int) -> Mapping[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json_of(path.read_bytes())
         layout = content["layout"]
         for split in content["splits"].values():
             if not {"num_refs", "num_phrases", "num_images", "num_no_target", "shards"} <= split.keys():
@@ -320,8 +320,11 @@ def map_arrow(path: Path, num_bytes: int) -> list[pa.RecordBatch]:
             "again"
         )
     try:
-        return list(pa.ipc.open_stream(pa.memory_map(str(path))))
-    except pa.ArrowInvalid as error:
+        batches = list(pa.ipc.open_stream(pa.memory_map(str(path))))
+        for batch in batches:
+            batch.validate()  # that no column reaches beyond the file
+        return batches
+    except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: expected an Arrow stream, got {error}. Remove {path.parent.parent} and run `deris-llm data prepare` again"
         ) from error

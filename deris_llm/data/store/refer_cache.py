@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deris_llm.common.strict_files import json_of
 from deris_llm.data.errors import DataError, bad_records_error
 from deris_llm.data.formats import refer
 from deris_llm.data.store.first_use import CACHE_FOLDER, prepared_once
@@ -89,7 +90,7 @@ def unusable_images(manifest: Manifest, split: str) -> set[str]:
 def _faults(manifest: Manifest, split: str) -> list[dict]:
     if split not in manifest.content["skipped"]:
         return []
-    lines = map(json.loads, (manifest.folder / LEFT_OUT_FILE).read_bytes().splitlines())
+    lines = map(json_of, (manifest.folder / LEFT_OUT_FILE).read_bytes().splitlines())
     return [line for line in lines if line["split"] == split and line["num_phrases"]]  # 0: a referent without pixels
 
 

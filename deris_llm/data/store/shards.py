@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from deris_llm.data.errors import printable
+from deris_llm.common.strict_files import json_of
+from deris_llm.common.words import printable
 from deris_llm.data.formats.base import BadEntryError, SourceEntry, SourceFault, SourceInstance, is_int64
 from deris_llm.data.formats.objects import class_key
 from deris_llm.data.images import ImageFolder
@@ -275,7 +276,7 @@ def _finished_shard(path: Path, key: str) -> ShardResult | None:
     if not described.is_file() or not path.is_file():
         return None
     try:
-        content = json.loads(described.read_bytes())
+        content = json_of(described.read_bytes())
     except ValueError:
         return None
     if content.pop("key", None) != key or content.pop("sha256", None) != file_sha256(path):

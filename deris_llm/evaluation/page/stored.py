@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deris_llm.checkpoints.layout import BEST, CONFIG_FILE, TRAINER_STATE_FILE, newest_checkpoint
+from deris_llm.common.strict_files import json_of
+from deris_llm.common.words import shortened
 from deris_llm.config import RunConfig, load_config
 from deris_llm.data.sources import read_split
 from deris_llm.evaluation.answers import Answer
@@ -89,7 +91,7 @@ def open_evaluation(folder: str | Path, checkpoint: str | Path | None = None) ->
     return Evaluation(
         folder=home,
         report=report,
-        answers={split: read_answers(path) for split, path in answers.items() if path.is_file()},
+        answers={split: read_answers(path) for split, path in answers.items() if os.path.lexists(path)},
         views=read_views(home / VIEWS_FILE) if (home / VIEWS_FILE).is_file() else (),
         checkpoint=where,
         training=_training_log(where) if where else (),
@@ -104,7 +106,7 @@ def _read_videos(home: Path, report: Mapping[str, Any]) -> dict[str, list[Expres
     for split, path in files.items():
         if path.is_file():
             try:
-                found[split] = [Expression.from_json(tree) for tree in json.loads(path.read_text(encoding="utf-8"))]
+                found[split] = [Expression.from_json(tree) for tree in json_of(path.read_text(encoding="utf-8"))]
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(
                     f"{path}: expected scores by expression and frame, got {type(error).__name__}: {error}: evaluate again"
@@ -118,11 +120,15 @@ def read_answers(path: Path) -> list[Answer]:
     Raises:
         ValueError: names the line that is none.
     """
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: expected a file of predictions, got a folder, a pipe or a device: delete it and evaluate again"
+        )
     answers = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                answer = Answer.from_json(json.loads(line))
+                answer = Answer.from_json(json_of(line))
                 if not (answer.phrase_id and answer.image and answer.iou and isinstance(answer.mask, dict)):
                     raise ValueError("not all of these are there")
                 if answer.says_target is None:  # written before phrases could name nothing
@@ -131,7 +137,7 @@ def read_answers(path: Path) -> list[Answer]:
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{path}:{number}: expected a prediction with phrase_id, image, phrase, mask and iou in JSON, got "
-                    f"{line[:60]!r} ({type(error).__name__}: {error}): delete the file and evaluate again"
+                    f"{shortened(line.decode(errors='replace'), 60)} ({type(error).__name__}: {error}): delete the file and evaluate again"
                 ) from error
     return answers
 
@@ -182,7 +188,7 @@ def _training_log(checkpoint: Path) -> tuple[dict[str, Any], ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json_of(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got {error}: delete the file, it is written again") from error
     if not isinstance(found, dict):

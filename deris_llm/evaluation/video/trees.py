@@ -22,6 +22,7 @@ from PIL import Image
 
 from deris_llm.data.errors import DataError, describe
 from deris_llm.data.formats.base import read_json_file
+from deris_llm.data.images import MAX_PIXELS, opened_image
 from deris_llm.data.masks import check_palette, decode_segmentation
 
 TOP_FOLDER = "Annotations"
@@ -211,13 +212,17 @@ def read_labels(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
 def _opened(path: Path, size: tuple[int, int] | None) -> Iterator[Image.Image]:
     """Yields a decoded PNG of 8 bits; errors of the block name it, too."""
     try:
-        with Image.open(path) as image:
-            image.load()
+        with opened_image(path) as image:
             found = (image.height, image.width)
             if size is not None and found != size:
                 raise ValueError(
                     f"expected the truth's size, {_hw(size)}, got {_hw(found)}: write masks at the size of the video's frames"
                 )
+            if image.height * image.width > MAX_PIXELS:
+                raise ValueError(
+                    f"expected at most {MAX_PIXELS:,} pixels, got {_hw(found)}: write masks at the size of the video's frames"
+                )
+            image.load()
             if image.mode[0] in "IF":
                 raise ValueError(
                     f"expected 8 bits per channel, got mode {image.mode}: programs read 16-bit values differently; save 0 and "

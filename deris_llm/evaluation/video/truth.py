@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from deris_llm.data.errors import DataError, bad_records_error, describe, missing_path_error
 from deris_llm.data.formats import mevis, ref_ytvos
@@ -20,7 +19,7 @@ from deris_llm.data.formats.mevis import MevisReader
 from deris_llm.data.formats.ref_davis import RefDavisReader
 from deris_llm.data.formats.ref_ytvos import RefYtvosReader
 from deris_llm.data.formats.video import Video, VideoReader, read_videos
-from deris_llm.data.images import BROKEN, MAX_PIXELS
+from deris_llm.data.images import BROKEN, MAX_PIXELS, opened_image
 from deris_llm.data.masks import decode_segmentation
 from deris_llm.evaluation.video.trees import FrameError, read_labels
 
@@ -180,7 +179,7 @@ def _size(source: Path, video: Video, masks: Sequence[Any]) -> tuple[int, int] |
     for path in (source / video.folder / f"{frame}.jpg" for frame in video.frames):
         if path.is_file():
             try:
-                with Image.open(path) as image:
+                with opened_image(path) as image:
                     return image.height, image.width
             except BROKEN as error:
                 raise BadEntryError(

@@ -20,21 +20,20 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported: no request leaves this machine
 
 import gradio as gr  # pyright: ignore[reportMissingImports]  # of the extra `demo`
 from gradio import queueing, themes  # pyright: ignore[reportMissingImports]
 
-from deris_llm.common.words import count_of
-from deris_llm.config import PresenceUse, Selection
+from deris_llm.common.words import count_of, shortened
 from deris_llm.serving.demo import files, views
 from deris_llm.serving.demo.examples import Example
+from deris_llm.serving.demo.requests import lines_of, phrase_index, rule_of, upload
 from deris_llm.serving.demo.service import DemoService, RequestError
 from deris_llm.serving.demo.sessions import Asked, Session, Sessions
 from deris_llm.serving.demo.video import answer_video, told
-from deris_llm.serving.demo.views import Rule
 from deris_llm.serving.inspection import Inspection
 
 logger = logging.getLogger(__name__)
@@ -131,7 +130,7 @@ class DemoPage:
     def ask(self, session: Session | None, picture: Any, phrases: Any, request: gr.Request) -> tuple[Any, ...]:
         """Runs the networks about an image and its phrases, one a line."""
         session = self._sessions.get(str(request.session_hash))
-        path, texts = self._path_of(picture), _lines_of(phrases)
+        path, texts = self._path_of(picture), lines_of(phrases)
         if self._is_upload(path):
             session.uploads.add(path)
         source = path
@@ -158,19 +157,19 @@ class DemoPage:
     ) -> tuple[str, str]:
         """Draws all answers by a rule, with a legend."""
         session, asked, inspection = _of(session)
-        answers = _rule(threshold, selection, presence).answers(inspection)
-        phrase = _phrase_index(chosen, inspection)
+        answers = rule_of(threshold, selection, presence).answers(inspection)
+        phrase = phrase_index(chosen, inspection)
         image = session.write_image("answers", views.annotated_image(inspection, answers, phrase))
         return image, views.legend(answers, phrase) + _about(asked)
 
     def show_rounds(self, session: Session | None, chosen: Any, round_index: Any) -> tuple[tuple[str, str], str]:
         """Draws a phrase's best mask in a round and in the next one, and the scores by round."""
         session, _, inspection = _of(session)
-        phrase = _phrase_index(chosen, inspection)
+        phrase = phrase_index(chosen, inspection)
         if not isinstance(round_index, (int, float)) or not 0 <= round_index <= inspection.num_rounds - 2:
             raise RequestError(
-                f"The round: expected a whole number from 0 to {inspection.num_rounds - 2}, got {_short(round_index)}; it is compared with "
-                "the next one."
+                f"The round: expected a whole number from 0 to {inspection.num_rounds - 2}, got {shortened(round_index)}; it is "
+                "compared with the next one."
             )
         before, after = views.round_pair(inspection, phrase, int(round_index))
         pair = (session.write_image("round", before), session.write_image("next-round", after))
@@ -181,8 +180,8 @@ class DemoPage:
     ) -> list[tuple[str, str]]:
         """Draws the masks of all queries of a phrase in the last round, best first."""
         session, _, inspection = _of(session)
-        phrase = _phrase_index(chosen, inspection)
-        answer = _rule(threshold, selection, presence).answers(inspection)[phrase]
+        phrase = phrase_index(chosen, inspection)
+        answer = rule_of(threshold, selection, presence).answers(inspection)[phrase]
         drawn = views.query_images(inspection, answer, phrase)
         return [(session.write_image("query", image), caption) for image, caption in drawn]
 
@@ -193,7 +192,7 @@ class DemoPage:
         session, asked, inspection = _of(session)
         if len(asked.inspections) < 2:
             raise RequestError("There is one checkpoint; start the demo with --against DIR to compare it with another.")
-        rule, phrase = _rule(threshold, selection, presence), _phrase_index(chosen, inspection)
+        rule, phrase = rule_of(threshold, selection, presence), phrase_index(chosen, inspection)
         found = [rule.answers(one) for one in asked.inspections]
         drawn = [
             *(views.annotated_image(inspection, answers, phrase) for answers in found),
@@ -207,7 +206,7 @@ class DemoPage:
     ) -> tuple[list[str], str, str]:
         """Writes masks and answers at the size of the image."""
         session, asked, inspection = _of(session)
-        rule = _rule(threshold, selection, presence)
+        rule = rule_of(threshold, selection, presence)
         answers = rule.answers(inspection, max_side=None)
         masks, lines = session.file("masks.zip"), session.file("answers.json")
         files.write_masks(asked.path.name, answers, masks)
@@ -238,8 +237,8 @@ class DemoPage:
             known = "" if num_frames is None else f" of {num_frames}"
             progress((number, num_frames), desc=f"frame {number}{known}", unit="frames")
 
-        rule = _rule(threshold, selection, presence)
-        saved = answer_video(self.service, session, path, _lines_of(phrases), rule, on_frame=on_frame)
+        rule = rule_of(threshold, selection, presence)
+        saved = answer_video(self.service, session, path, lines_of(phrases), rule, on_frame=on_frame)
         masks = session.file(f"{saved.name}-masks.zip")
         files.write_video_masks(saved, masks)
         shutil.rmtree(saved.masks)
@@ -253,20 +252,20 @@ class DemoPage:
     ) -> int:
         """Returns the phrase whose mask was clicked."""
         _, _, inspection = _of(session)
-        answers = _rule(threshold, selection, presence).answers(inspection)
+        answers = rule_of(threshold, selection, presence).answers(inspection)
         width, height = views.display_size(inspection)
         column, row = event.index
         found = views.phrase_at(answers, (column + 0.5) / width, (row + 0.5) / height)
-        return _phrase_index(chosen, inspection) if found is None else found
+        return phrase_index(chosen, inspection) if found is None else found
 
     def segment(
         self, picture: Any, phrases: Any, threshold: Any = None, selection: Any = None, presence: Any = None
     ) -> list[dict[str, Any]]:
         """Answers phrases about an image in one call, without a session: a list with one object per phrase."""
         path = self._path_of(picture)
-        rule = _rule(threshold, selection, presence)
+        rule = rule_of(threshold, selection, presence)
         try:
-            inspection = self.service.inspect(path, _lines_of(phrases))[0]
+            inspection = self.service.inspect(path, lines_of(phrases))[0]
             return files.answers_json(path.name, rule.answers(inspection, max_side=None))
         finally:
             if self._is_upload(path) and not self._sessions.uses(path):
@@ -278,15 +277,7 @@ class DemoPage:
 
     def _path_of(self, given: Any, kind: str = "image") -> Path:
         """Returns the file of an image or video that a client sent; gradio checks only some clients' paths."""
-        if not given:
-            others = ", paste one, or choose an example" if kind == "image" else ""
-            raise RequestError(f"There is no {kind}; upload one{others}.")
-        path = Path(str(given)).resolve()
-        if not path.is_relative_to(self.folder):
-            raise RequestError(
-                f"This {kind} was not uploaded; upload it first, and give the path that the upload returned."
-            )
-        return path
+        return upload(given, self.folder, kind)
 
     def _is_upload(self, path: Path) -> bool:
         return not path.is_relative_to(self._example_folder)
@@ -529,43 +520,6 @@ def _of(session: Session | None) -> tuple[Session, Asked, Inspection]:
     if session is None or asked is None:
         raise RequestError(_NO_ANSWER)
     return session, asked, asked.inspections[0]
-
-
-def _lines_of(phrases: Any) -> list[str]:
-    """Reads phrases: a text with one a line, or over HTTP also a list of texts."""
-    if phrases is None:
-        return []
-    lines = phrases.splitlines() if isinstance(phrases, str) else phrases
-    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
-        raise RequestError(f"phrases: expected text with one phrase a line, or a list of texts, got {_short(phrases)}.")
-    return lines
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:40]
-
-
-def _rule(threshold: Any, selection: Any, presence: Any) -> Rule:
-    if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
-        raise RequestError(f"The score threshold: expected a number from 0 to 1, got {_short(threshold)}.")
-    for name, given, known in (
-        ("selection", selection, get_args(Selection)),
-        ("presence", presence, get_args(PresenceUse)),
-    ):
-        if given is not None and given not in known:
-            raise RequestError(f"{name}: expected {', '.join(known)} or null, got {_short(given)}.")
-    return Rule(threshold, selection, presence)
-
-
-def _phrase_index(chosen: Any, inspection: Inspection) -> int:
-    """Returns the selected phrase; the first one while none is selected."""
-    if chosen is None or chosen == [] or chosen == "":
-        return 0
-    if isinstance(chosen, bool) or not isinstance(chosen, int) or not 0 <= chosen < len(inspection.phrases):
-        raise RequestError(
-            f"The selected phrase: expected a whole number from 0 to {len(inspection.phrases) - 1}, got {_short(chosen)}."
-        )
-    return chosen
 
 
 def _about(asked: Asked) -> str:

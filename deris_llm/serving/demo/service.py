@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from deris_llm.data.images import BROKEN, as_picture
+from deris_llm.data.images import BROKEN, as_picture, opened_image
 from deris_llm.serving.inspection import Inspection
 from deris_llm.serving.pipeline import DerisPipeline, checked_phrases
 
@@ -151,7 +151,7 @@ class DemoService:
             width, height = image.size
         else:
             try:
-                with Image.open(image) as file:
+                with opened_image(image) as file:
                     width, height = file.size
             except BROKEN:
                 return  # `as_picture` says what is wrong

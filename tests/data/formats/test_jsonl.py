@@ -460,3 +460,12 @@ def test_unusable_sources(world: Any, tmp_path: Path) -> None:
     ):
         world.prepare(world.lines(GOOD), images=tmp_path / "no")
     assert world.is_untouched()
+
+
+def test_a_pipe_among_the_files_is_named(world: Any) -> None:
+    """It was passed over, as if its split did not exist."""
+    folder = world.images("a.png")
+    world.lines({"image": "a.png", "phrase": "p", "polygons": SQUARE}, file="val.jsonl")
+    os.mkfifo(folder / "train.jsonl")
+    with pytest.raises(DataError, match=r"train.jsonl: expected a file, got a link that leads nowhere, a pipe"):
+        world.prepare(folder)
