@@ -10,7 +10,9 @@
 #
 # All machines need the same checkout and environment at the same paths, the data, and the output folder on a shared disk
 # (the first rank alone writes checkpoints; every rank reads them when a run goes on). Variables that the other machines
-# shall see (NCCL_*, HF_HOME, ...) go into a file .deepspeed_env here or in the home folder, NAME=VALUE each.
+# shall see (OMP_NUM_THREADS, HF_HOME, GLOO_SOCKET_IFNAME, ...) go into a file .deepspeed_env in the folder where this is started, or
+# in the home folder, NAME=VALUE each; NCCL_* and PYTHON* are passed on without it. Ctrl-C ends every run that DeepSpeed's launcher
+# started for you on these machines.
 #
 #   scripts/launch_multi_node.sh hostfile deris-7b-refcoco --output /shared/runs/deris-7b --set data.root=/shared/refer
 set -euo pipefail
@@ -46,7 +48,19 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 
+arguments=(--config "$config" --deepspeed "$deepspeed_json" "${rest[@]}")
+if (($(grep -cE '^[^#[:space:]]+[[:space:]]+slots=' "$hostfile") > 1)); then
+  # Shells of the machines read the command. DeepSpeed puts arguments with a blank in double quotes, and the others in none.
+  for i in "${!arguments[@]}"; do
+    if [[ ${arguments[i]} == *" "* ]]; then
+      # shellcheck disable=SC2001 # a replacement that keeps what it found
+      arguments[i]="$(sed 's/[\\$`]/\\&/g' <<<"${arguments[i]}")"
+    else
+      printf -v "arguments[i]" %q "${arguments[i]}"
+    fi
+  done
+fi
+
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 set -x
-exec deepspeed --hostfile "$hostfile" --master_port "$port" "$root/scripts/train.py" \
-  --config "$config" --deepspeed "$deepspeed_json" "${rest[@]}"
+exec deepspeed --hostfile "$hostfile" --master_port "$port" "$root/scripts/train.py" "${arguments[@]}"

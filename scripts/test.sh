@@ -58,7 +58,7 @@ check() { # check NAME COMMAND...
 }
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
-check "shellcheck" shellcheck --external-sources scripts/*.sh scripts/slurm.sbatch .ci/run
+check "shellcheck" shellcheck --external-sources scripts/*.sh scripts/rehearse/*.sh scripts/slurm.sbatch .ci/run
 check "layers" lint-imports
 check "pyright" pyright
 check "docs" mkdocs build --strict --quiet -f .ci/mkdocs.yml

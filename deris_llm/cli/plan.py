@@ -22,6 +22,11 @@ def add(commands: Any) -> None:
         "--zero", type=int, choices=(0, 1, 2, 3), help="only this ZeRO stage (default: all of them, and offload)"
     )
     parser.add_argument(
+        "--scale",
+        action="store_true",
+        help="also print how the run scales to 512 GPUs under each ZeRO stage, and what checkpoints and loading cost",
+    )
+    parser.add_argument(
         "--measure", action="store_true", help="also time the prediction of a phrase on this machine, if the model fits"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -38,17 +43,22 @@ def run(arguments: argparse.Namespace) -> int:
         with without_garbage_collection():
             from deris_llm.planning import efficiency as counts
             from deris_llm.planning.plan import STAGES, plan_run, show_plan
+            from deris_llm.planning.scaling import scaling_of, show_scaling
 
         stages = STAGES if arguments.zero is None else [s for s in STAGES if s.startswith(str(arguments.zero))]
         plan = plan_run(config, gpus=arguments.gpus, stages=stages)
         model = counts.model_to_count(config)
         work = counts.work_of_run(config, plan, model=model)
         efficiency = counts.efficiency_of(config, measure=arguments.measure, model=model)
+        scaling = scaling_of(config, plan, work, model=model) if arguments.scale else None
     if arguments.json:
         more = {"work": work.to_json(), "efficiency": efficiency.to_json()}
+        more |= {} if scaling is None else {"scaling": scaling.to_json()}
         sys.stdout.write(json.dumps(plan.to_json() | more, indent=1) + "\n")
     else:
         show_plan(plan, Console())
         counts.show_work(work, Console())
         counts.show_efficiency(efficiency, Console())
+        if scaling is not None:
+            show_scaling(scaling, Console(), stages=(2, 3) if arguments.zero is None else (arguments.zero,))
     return 0

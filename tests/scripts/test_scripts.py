@@ -18,7 +18,7 @@ from deris_llm.testing import tiny_weights
 from scripts.quickstart import Expectation, Log, Stage, StageError, main, run_stages, seconds_of_evaluation
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted((ROOT / "scripts").glob("*.sh")) + [ROOT / ".ci" / "run"]
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh")) + [ROOT / ".ci" / "run"]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -55,12 +55,13 @@ def run_overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def deepspeed_json(stage: int | str) -> dict:
-    """The shipped JSON of a ZeRO stage, with everything partitioned that a tiny model would otherwise keep whole."""
+    """The shipped JSON of a ZeRO stage, with everything partitioned and released that a tiny model would otherwise keep whole."""
     content = json.loads((ROOT / "ds_configs" / f"zero{stage or 1}.json").read_text())
     if stage == 0:
         content["zero_optimization"]["stage"] = 0
     if "stage3_param_persistence_threshold" in content["zero_optimization"]:
-        content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        names = ("param_persistence_threshold", "max_reuse_distance", "max_live_parameters")
+        content["zero_optimization"] |= {f"stage3_{name}": 0 for name in names}
     return content
 
 

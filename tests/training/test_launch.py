@@ -159,6 +159,76 @@ def test_launchers_pass_everything_on(tmp_path, name, arguments, environment, ex
     assert str(SCRIPTS / "train.py") in words
 
 
+def _slurm(tmp_path, *arguments, srun='printf "%s\\n" srun "$@"', **environment) -> subprocess.CompletedProcess:
+    """Runs slurm.sbatch as a job, with stand-ins for srun and scontrol."""
+    for name, script in {"srun": srun, "scontrol": 'if [ "$1" = requeue ]; then echo "$@"; else echo n1; fi'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {
+        "SLURM_SUBMIT_DIR": str(SCRIPTS.parent),
+        "SLURM_NNODES": "1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n1",
+    }
+    command = ["bash", SCRIPTS / "slurm.sbatch", *arguments]
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    return subprocess.run(command, env=path | job | environment, capture_output=True, text=True, check=False)
+
+
+def test_a_slurm_job_without_gpus_says_how_many_ranks(tmp_path):
+    refused = _slurm(tmp_path, "tiny-refcoco")
+    assert refused.returncode == 2
+    assert (
+        "expected GPUs or a number of ranks, got 0; submit with --gpus-per-node N, or give --ranks-per-node N"
+        in refused.stderr
+    )
+    words = _slurm(tmp_path, "tiny-refcoco", "--ranks-per-node", "3", SLURM_GPUS_ON_NODE="4").stdout.splitlines()
+    assert words[words.index("--nproc-per-node") + 1] == "3"
+    assert "--ranks-per-node" not in words
+
+
+def test_a_task_of_a_job_array_puts_its_number_into_the_arguments(tmp_path):
+    task = {"SLURM_GPUS_ON_NODE": "1", "SLURM_ARRAY_TASK_ID": "12"}
+    words = _slurm(
+        tmp_path, "tiny-refcoco", "--output", "runs/%a", "--set", "training.seed=%a", **task
+    ).stdout.splitlines()
+    assert words[-4:] == ["--output", "runs/12", "--set", "training.seed=12"]
+    refused = _slurm(tmp_path, "tiny-refcoco", **task)
+    assert refused.returncode == 2
+    assert "job array: expected %a in an argument" in refused.stderr
+
+
+@pytest.mark.parametrize(("status", "said"), [(0, ""), (1, ""), (85, "requeue 7\n")])
+def test_a_job_that_saved_ahead_of_its_time_limit_is_requeued(tmp_path, status, said):
+    done = _slurm(tmp_path, "tiny-refcoco", srun=f"exit {status}", SLURM_GPUS_ON_NODE="1")
+    assert (done.returncode, done.stdout) == (status, said)
+
+
+def test_arguments_reach_the_shells_of_several_hosts_unchanged(tmp_path):
+    """DeepSpeed joins them to a command for pdsh, and puts those with a blank in double quotes."""
+    (tmp_path / "deepspeed").write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
+    (tmp_path / "deepspeed").chmod(0o755)
+    given = [
+        "name=x",
+        "data.train=[a,b]",
+        'cognition.prompt="<i>\\n{phrase} $HOME `id` \\"',
+        "a'b;c",
+        "$HOME|*",
+        "é(1)",
+    ]
+    for hosts in ("n1 slots=1\nn2 slots=1\n", "n1 slots=2\n"):
+        (tmp_path / "hosts").write_text(hosts)
+        command = ["bash", SCRIPTS / "launch_multi_node.sh", "hosts", "tiny-refcoco", "--set", *given]
+        path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+        done = subprocess.run(command, env=path, cwd=tmp_path, capture_output=True, text=True, check=True)
+        passed = done.stdout.split("\0")[:-1]
+        if hosts.count("\n") > 1:
+            quoted = ['"{}"'.format(word.replace('"', '\\"')) if " " in word else word for word in passed]
+            shell = ["bash", "-c", f'printf "%s\\0" {" ".join(quoted)}']
+            passed = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+        assert passed[passed.index("--set") + 1 :] == given
+
+
 def test_of_several_ranks_the_first_one_speaks(tmp_path, monkeypatch):
     monkeypatch.setenv(ERROR_FILE, str(tmp_path / "error.json"))
     assert write_error_file("rank 1: error: no such picture")

@@ -10,7 +10,11 @@ import torch
 
 from deris_llm.checkpoints.load import load_checkpoint
 from deris_llm.config import load_config
+from deris_llm.planning.efficiency import model_to_count
+from deris_llm.planning.plan import plan_cognition, shape_batch
+from deris_llm.planning.scaling import traffic_of_step
 from deris_llm.training.run import train
+from scripts.rehearse.traffic import read_traffic
 
 pytestmark = pytest.mark.slow  # one job on two ranks, about a minute on two idle cores
 
@@ -53,6 +57,20 @@ def one_process(run_overrides, tmp_path_factory):
 def log(output):
     state = json.loads((output / "checkpoint-4" / "trainer_state.json").read_text())
     return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def planned_traffic(run_overrides):
+    """What `plan --scale` computes for the two-rank runs, whose JSON keeps nothing gathered."""
+    config = load_config("tiny-refcoco", run_overrides)
+    batch = shape_batch(config, plan_cognition(config))
+    return traffic_of_step(model_to_count(config).train(), batch, reused=0, persistent=0)
+
+
+@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+def test_a_step_sends_what_is_planned(two_ranks, planned_traffic, stage):
+    collectives, _ = read_traffic(two_ranks.folder / f"zero{stage}" / "traffic.json")
+    assert sum(each.sent(2) for each in collectives) == pytest.approx(planned_traffic[stage].sent(2), rel=0.01)
 
 
 @pytest.mark.parametrize("run", ("zero1", "zero2", "zero3", "offload"))
