@@ -70,7 +70,9 @@ def planned_traffic(run_overrides):
 @pytest.mark.parametrize("stage", (0, 1, 2, 3))
 def test_a_step_sends_what_is_planned(two_ranks, planned_traffic, stage):
     collectives, _ = read_traffic(two_ranks.folder / f"zero{stage}" / "traffic.json")
-    assert sum(each.sent(2) for each in collectives) == pytest.approx(planned_traffic[stage].sent(2), rel=0.01)
+    # Measured: 3e-5 more; under ZeRO 3 1.6 %, because modules that run in every round are gathered in several of them.
+    tolerance = 0.02 if stage == 3 else 1e-3
+    assert sum(each.sent(2) for each in collectives) == pytest.approx(planned_traffic[stage].sent(2), rel=tolerance)
 
 
 @pytest.mark.parametrize("run", ("zero1", "zero2", "zero3", "offload"))
