@@ -14,7 +14,10 @@ from pathlib import Path
 from deris_llm.common.words import printable
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as in shells."""
+"""Exit status after Ctrl-C, as in shells, and after SIGTERM or SIGUSR1: the run can be resumed."""
+
+HUNG = 124
+"""Exit status of a run that made no progress for `training.hang_seconds`, as `timeout` ends a command."""
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """torchrun's environment variable: path of a JSON file with a `message` and a `timestamp` (seconds)."""

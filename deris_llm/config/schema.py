@@ -415,6 +415,11 @@ class TrainingConfig:
     save_every: Count = free_option(1000, "steps between checkpoints")
     keep_checkpoints: Count = free_option(2, "newest checkpoints that are kept; the best one is always kept")
     log_every: Count = free_option(10, "steps between log lines")
+    hang_seconds: Natural = free_option(
+        1200,
+        "seconds without progress of a step or an evaluation batch, after which the run ends, with exit status 124, and the rank that "
+        "stopped is named; 0 waits forever",
+    )
     seed: Natural = option(42, "seeds fresh weights, data order and point sampling")
     wandb: Bool = free_option(False, "log to Weights & Biases as well (TensorBoard is always on)")
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -148,4 +151,25 @@ def evaluation_loader(
 
 def _worker_options(config: RunConfig) -> dict[str, Any]:
     # PyTorch itself limits each worker process to one intra-op thread.
-    return {"num_workers": config.data.num_workers, "pin_memory": torch.cuda.is_available()}
+    return {
+        "num_workers": config.data.num_workers,
+        "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": _leave_stopping_to_rank,
+    }
+
+
+def _leave_stopping_to_rank(_: int) -> None:
+    """Makes a worker ignore what asks the run to stop: its rank finishes a step first, which needs the worker.
+
+    Terminals and launchers signal all processes. SIGTERM from the rank itself ends the worker; without a rank it ends by itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_for_rank, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for_rank(rank_process: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank_process:
+        pass
+    os._exit(0)

@@ -229,10 +229,10 @@ def answers_of(
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     answers: list[Found] = []
     failure: Exception | None = None
-    most_batches = len(loader)
+    forward = _Forward(model, device)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         # ZeRO-3 spreads the weights over ranks: every forward is a collective, and no other may come between forwards.
-        most_batches = max(ranks.gathered(most_batches))
+        forward.left = max(ranks.gathered(len(loader)))
     try:
         with (
             _evaluation_mode(model),
@@ -243,7 +243,7 @@ def answers_of(
             size = _shard_size(loader)
             task, lines = bar.add_task(title, total=len(records)), _LogLines(title, len(records))
             outputs = (
-                (model(batch.to(device, dtype=dtype)), [records_by_id[phrase_id] for phrase_id in batch.phrase_ids])
+                (forward(batch.to(device, dtype=dtype)), [records_by_id[phrase_id] for phrase_id in batch.phrase_ids])
                 for batch in loader
             )
             for found in in_order(compare, outputs, num_workers=config.evaluation.compare_workers):
@@ -252,12 +252,17 @@ def answers_of(
                 bar.update(task, completed=done)
                 if progress and rank == 0 and not bar.console.is_terminal:
                     lines.update(done)
-            if len(loader) < most_batches:  # under ZeRO-3, joins the other ranks' forwards; nobody reads the output
+            if forward.left:  # under ZeRO-3, joins the other ranks' forwards; nobody reads the output
                 spare = next(iter(evaluation_loader(config, records, processor, with_targets=False)))
-                for _ in range(most_batches - len(loader)):
-                    model(spare.to(device, dtype=dtype))
+                while forward.left:
+                    forward(spare.to(device, dtype=dtype))
+    except ranks.OtherRankError:  # agreed before a forward; that rank's message comes with the answers
+        pass
     except Exception as error:  # sent to the other ranks before it is raised: they would wait for this one forever
+        if forward.is_shared_and_running:
+            raise  # the others are in the middle of this forward: they cannot be told, and end when this rank has ended
         failure = error
+        forward.tell_failure()
     return _in_order(_gathered(answers, failure), records)
 
 
@@ -327,6 +332,40 @@ def check_records(records: Sequence[ReferringRecord], root: str | Path) -> None:
             f"evaluation: expected every phrase id once, got {len(repeated)} repeated ones, e.g. {repeated[:3]}: "
             f"evaluate each split by itself"
         )
+
+
+class _Forward:
+    """Calls the model. Where a forward is shared by all ranks (ZeRO-3), they agree before each that no rank has failed.
+
+    Without it, a rank that fails between two forwards would wait for the others' answers, and the others for its forward.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self.left = 0  # shared forwards
+        self.is_shared_and_running = False
+
+    def __call__(self, batch: ReferringBatch) -> DerisOutput:
+        if not self.left:
+            return self.model(batch)
+        self._agree(has_failed=False)
+        self.is_shared_and_running = True
+        output = self.model(batch)
+        self.is_shared_and_running = False
+        return output
+
+    def tell_failure(self) -> None:
+        """Lets the other ranks stop before their next forward, if there is one."""
+        if self.left:
+            self._agree(has_failed=True)
+
+    def _agree(self, *, has_failed: bool) -> None:
+        self.left -= 1
+        if ranks.any_rank(torch.tensor(has_failed, device=self.device)):
+            self.left = 0
+            if not has_failed:
+                raise ranks.OtherRankError("another rank failed in the evaluation")
 
 
 def _gathered(answers: list[Found], failure: Exception | None) -> list[Found]:

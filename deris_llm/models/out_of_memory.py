@@ -16,6 +16,7 @@ _SIGNS = (
     "ALLOC_FAILED",  # cuBLAS, cuDNN
     "DefaultCPUAllocator",
 )
+_WORKER = "DataLoader worker (pid"  # killed by the system, or without shared memory
 _ONEDNN = "could not create a primitive"  # its whole message if memory runs out; with more words it is another error
 
 
@@ -49,7 +50,10 @@ def explains_out_of_memory(config: RunConfig, *, loading: bool = False) -> Itera
             doing, expected, cures = "loading", "the model", loading_cures(config)
         elif is_evaluating:
             doing, cures = "evaluation", evaluation_cures(config)
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in reason:
+        if _WORKER in reason:
+            cures = host_cures(config, ranks=world_size()) + cures
+            cures.append("more shared memory, where this runs in a container: docker run --shm-size 8g or --ipc host")
+        elif isinstance(error, MemoryError) or "DefaultCPUAllocator" in reason:
             cures += host_cures(config, ranks=world_size())
         if doing != "evaluation":
             cures.append("`deris-llm plan` says what each choice needs, before it runs")
@@ -64,6 +68,8 @@ def _reason(error: Exception) -> str | None:
     for line in lines:
         if line.endswith(_ONEDNN):
             return f"{line.strip()} (oneDNN gives no reason; it is usually memory)"
+        if _WORKER in line:
+            return f"{line.strip()} (the system kills a process when the machine's memory runs out)"
         if any(sign in line for sign in _SIGNS):
             return line.strip()
     if isinstance(error, MemoryError):  # of numpy, Pillow or Python; from a loader process it includes a traceback

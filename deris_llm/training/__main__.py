@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from deris_llm.common.ranks import OtherRankError
 from deris_llm.common.words import printable
 from deris_llm.config import load_config
 from deris_llm.data.errors import plain_message
+from deris_llm.training import interruption
 from deris_llm.training.start import leave_ranks
 
 logger = logging.getLogger(__name__)
@@ -91,13 +91,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; None reads the process's own.
 
     Returns:
-        exit status: 0 on success, 1 after an error in the input or the run, which is printed as one message.
+        exit status: 0 on success, 1 after an error in the input or the run, which is printed as one message. The process ends
+        with `INTERRUPTED` (130) if it was asked to stop, and with `HUNG` (124) if the watchdog ended it.
     """
     arguments = build_parser().parse_args(argv)
     this_rank = os.environ.get("RANK", "0")
     quiet_libraries()
     log_to_stderr(rank=int(this_rank), quiet=arguments.quiet)
-    signal.signal(signal.SIGTERM, _interrupt)
+    interruption.install()
     try:
         config = load_config(arguments.config, arguments.set)
         from deris_llm.training.run import train  # takes seconds, which a misspelt option should not
@@ -137,12 +138,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = as_words(result.metrics)
         sys.stderr.write(f"done after {result.steps} steps: {result.checkpoint}, best {result.best}; {metrics}\n")
     return 0
-
-
-def _interrupt(*_: object) -> None:
-    """Handles SIGTERM, with which launchers end ranks, like Ctrl-C, once."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from deris_llm.common.version import __version__
 from deris_llm.common.words import count_of
 from deris_llm.config import DataConfig
 from deris_llm.data.mix import TrainingMix
+from deris_llm.data.sources import manifest_of
 from deris_llm.data.store.prepared import MANIFEST_FILE, find_manifest
 
 logger = logging.getLogger(__name__)
@@ -45,10 +46,15 @@ def same_data(checkpoint: Path | None, manifest: dict[str, Any], *, allow_other_
     changes = list(then.get("resumed_on_other_data", []))
     before, now = then.get("datasets", {}), manifest["datasets"]
     differ = [
-        name for name in dict.fromkeys([*before, *now]) if _identity(before.get(name)) != _identity(now.get(name))
+        name
+        for name in dict.fromkeys([*before, *now])
+        if _identity(before.get(name)) != _identity(now.get(name)) or _other_files(before.get(name), now.get(name))
     ]
     if differ:
-        listed = "\n".join(f"  - {n}/train: {_said(before.get(n))} there, {_said(now.get(n))} now" for n in differ)
+        listed = "\n".join(
+            f"  - {n}/train: {_said(before.get(n))} there, {_said(now.get(n))} now{_other_files(before.get(n), now.get(n))}"
+            for n in differ
+        )
         if not allow_other_data:
             raise CheckpointError(
                 f"{checkpoint}: expected the data it was trained on ({DATA_FILE}), got other data\n{listed}\nPut the former data "
@@ -62,6 +68,15 @@ def same_data(checkpoint: Path | None, manifest: dict[str, Any], *, allow_other_
 
 def _identity(entry: Mapping[str, Any] | None) -> tuple[Any, ...] | None:
     return (entry["num_phrases"], entry["num_images"], entry["sha256"]) if entry else None
+
+
+def _other_files(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str:
+    """Names the annotation files whose content differs; empty if none does or one side has none (of an earlier version)."""
+    then, files = ((entry or {}).get("files", {}) for entry in (before, now))
+    if not then or not files:
+        return ""
+    names = [name for name in dict.fromkeys([*then, *files]) if then.get(name) != files.get(name)]
+    return f"; other content in {', '.join(names)}" if names else ""
 
 
 def _said(entry: Mapping[str, Any] | None) -> str:
@@ -78,8 +93,8 @@ def data_manifest(config: DataConfig, mix: TrainingMix) -> dict[str, Any]:
         mix: what was read.
 
     Returns:
-        Plain values: total counts; per dataset the counts, the number of removed evaluation images, and a SHA-256: of the
-        records (ids, phrases, referents, image sizes) or, for a prepared set, of its manifest, which has its files' hashes.
+        Plain values: total counts; per dataset the counts, the number of removed evaluation images, a SHA-256 of the records
+        (ids, phrases, referents, image sizes) or, for a prepared set, of its manifest, and one of each annotation file.
     """
     manifests = {share.dataset: find_manifest(config.root, share.dataset) for share in mix.report.shares}
     hashes = {name: hashlib.sha256() for name, manifest in manifests.items() if manifest is None}
@@ -104,6 +119,8 @@ def data_manifest(config: DataConfig, mix: TrainingMix) -> dict[str, Any]:
         else:
             content = (manifest.folder / MANIFEST_FILE).read_bytes()
             datasets[share.dataset] |= {"sha256_of": MANIFEST_FILE, "sha256": hashlib.sha256(content).hexdigest()}
+        source = (manifest or manifest_of(config.root, share.dataset)).content.get("source", {})
+        datasets[share.dataset]["files"] = {file["file"]: file["sha256"] for file in source.get("files", [])}
     return {
         "deris_llm": __version__,
         "num_phrases": mix.report.num_phrases,

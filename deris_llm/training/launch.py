@@ -21,13 +21,15 @@ from deris_llm.checkpoints.layout import interrupted_message
 from deris_llm.common.error_file import ERROR_FILE, INTERRUPTED, read_error_file
 from deris_llm.config import RunConfig
 from deris_llm.models.out_of_memory import killed_message
+from deris_llm.training import interruption
 from deris_llm.training.deepspeed_config import DEFAULT_FILE
 
 logger = logging.getLogger(__name__)
 
 CPU_RANKS = 2
 _KILLED = 256 - signal.SIGKILL  # exit status of DeepSpeed's launcher if a rank was killed
-_SECONDS_TO_END = 10.0  # for interrupted ranks
+_LAUNCHER_KILLED = 1
+_SECONDS_TO_END = 10.0  # for what the launcher leaves
 
 
 def launch(command: Sequence[str], config: RunConfig, *, output: Path, ranks: int) -> int:
@@ -40,7 +42,7 @@ def launch(command: Sequence[str], config: RunConfig, *, output: Path, ranks: in
         ranks: their number.
 
     Returns:
-        the launcher's exit status; `INTERRUPTED` after SIGINT or SIGTERM.
+        the launcher's exit status, usually that of the rank that failed first; `INTERRUPTED` after SIGINT, SIGTERM or SIGUSR1.
     """
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", "1")
@@ -64,33 +66,65 @@ def launch(command: Sequence[str], config: RunConfig, *, output: Path, ranks: in
 
 
 def _run(command: Sequence[str], environment: dict[str, str], error_file: Path) -> int:
-    """Runs the launcher and waits. SIGINT and SIGTERM end it and every process that it started.
+    """Runs the launcher and waits. The first SIGINT, SIGTERM or SIGUSR1 asks the ranks to save and end, a second one ends them.
 
-    It gets its own process group: it forwards no signals, and Ctrl-C in a terminal would print a traceback per process.
+    The launcher gets its own process group, since a Ctrl-C in a terminal would print a traceback per process. It passes SIGTERM on
+    but kills the ranks 30 s later, so the ranks get SIGUSR1, which the launcher ignores, and take the time that a step takes.
     """
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    is_interrupted = False
+    number_asked = 0
 
     def end(*_: object) -> None:
-        nonlocal is_interrupted
-        is_interrupted = True
+        nonlocal number_asked
+        number_asked += 1
+        if number_asked == 1:
+            sys.stderr.write("\nstopping after this step; once more stops at once, without saving\n")
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGUSR1 if number_asked == 1 else signal.SIGKILL)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in interruption.SIGNALS}
     try:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a child inherits what is ignored: SIGUSR1 alone
+            signal.signal(number, signal.SIG_DFL)
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+        for number in before:
+            signal.signal(number, end)
         status = process.wait()
-        if not is_interrupted:
-            return status
         deadline = time.monotonic() + _SECONDS_TO_END
-        while time.monotonic() < deadline and not error_file.is_file():  # the first rank writes what was saved
-            time.sleep(0.1)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        return INTERRUPTED
+        if number_asked:
+            while time.monotonic() < deadline and not error_file.is_file():  # the first rank writes what was saved
+                time.sleep(0.1)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            return INTERRUPTED
+        return _without_leftovers(process.pid, status)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _without_leftovers(group: int, status: int) -> int:
+    """Returns the launcher's exit status. Ranks that outlived it, which only happens if it was killed, are ended."""
+    deadline = time.monotonic() + _SECONDS_TO_END
+    while left := _members(group):
+        if time.monotonic() > deadline:
+            logger.error("the launcher was killed; ending the ranks that it left (processes %s)", left)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            return status or _LAUNCHER_KILLED
+        time.sleep(0.1)
+    return status
+
+
+def _members(group: int) -> list[int]:
+    """Returns the running processes of a process group (none on systems without /proc)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            _, _, fields = stat.read_text(errors="replace").rpartition(") ")
+            state, _, of_group, *_ = fields.split()
+            if int(of_group) == group and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def training_command(

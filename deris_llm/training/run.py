@@ -50,6 +50,7 @@ from deris_llm.models.cognition import CognitionProcessor, build_processor
 from deris_llm.models.deris import Deris, build_model
 from deris_llm.models.out_of_memory import explains_out_of_memory
 from deris_llm.structures import ReferringRecord
+from deris_llm.training import interruption
 from deris_llm.training.answer_images import add_answer_images
 from deris_llm.training.callbacks import ProgressLines
 from deris_llm.training.data_manifest import data_manifest, same_data, write_data_manifest
@@ -67,6 +68,7 @@ from deris_llm.training.start import (
     trial_folder,
 )
 from deris_llm.training.trainer import DerisTrainer, selecting_number, training_arguments
+from deris_llm.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +119,7 @@ def train(
     zero = None if deepspeed is None else read_deepspeed_config(deepspeed, config, num_ranks=announced_ranks())
     check_environment(config)
     check_launcher(config, deepspeed)
-    join_ranks(uses_deepspeed=zero is not None)
+    join_ranks(uses_deepspeed=zero is not None, hang_seconds=config.training.hang_seconds)
     with contextlib.ExitStack() as stack:
         on_first_rank(lambda: stack.enter_context(sole_writer(output, is_trial=trial is not None)))
         if trial is not None:
@@ -191,11 +193,12 @@ def _train(
             add_answer_images(tensorboard.tb_writer, answers, records, step=trainer.state.global_step)
         return numbers
 
+    watchdog = Watchdog(output, config.training.hang_seconds, rank=rank(), num_ranks=world_size())
     tensorboard = TensorBoardCallback()
     tensorboard.logging_dir = str(output / "tensorboard")
     criterion, callbacks = build_criterion(config), [tensorboard, lines, EarlyWarnings(config)]
     with explains_out_of_memory(config, loading=True):  # without DeepSpeed, the Trainer moves the model to the GPU here
-        trainer = DerisTrainer(config, model, arguments, criterion, loader, evaluation, callbacks)
+        trainer = DerisTrainer(config, model, arguments, criterion, loader, evaluation, callbacks, watchdog)
     trainer.remove_callback(PrinterCallback)
     # transformers drops DeepSpeed or ranks without an error if its environment variables say so.
     assert trainer.is_deepspeed_enabled == (zero is not None), "the Trainer dropped DeepSpeed"
@@ -204,8 +207,10 @@ def _train(
         f"number of ranks by launcher, process group and Trainer: expected the same, got {ranks}"
     )
     try:
-        with explains_out_of_memory(config):
+        with explains_out_of_memory(config), interruption.after_the_step(), watchdog.watching():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trainer.is_stopped:
+            raise KeyboardInterrupt
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(interrupted_message(output, trainer.state.global_step)) from error
     finally:

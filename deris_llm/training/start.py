@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import os
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from deris_llm.training.deepspeed_config import read_deepspeed_config
 logger = logging.getLogger(__name__)
 
 FAST_DEV_RUN = "fast-dev-run"
+_COLLECTIVE_SECONDS = 1800  # torch's default
 
 
 def trial_folder(output: Path, *, fast_dev_run: bool = False, overfit: int = 0) -> Path | None:
@@ -143,13 +145,19 @@ def announced_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join_ranks(*, uses_deepspeed: bool) -> None:
-    """Creates the process group: NCCL on GPUs, gloo on CPUs."""
+def join_ranks(*, uses_deepspeed: bool, hang_seconds: float = 0) -> None:
+    """Creates the process group: NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        uses_deepspeed: whether DeepSpeed creates it.
+        hang_seconds: of the config; the group itself waits twice as long, so that the watchdog can name the rank first.
+    """
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # two ranks that share the same cores are five times slower otherwise (2 cores)
     if torch.cuda.is_available():  # before the first collective, which uses the current GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    timeout = datetime.timedelta(seconds=max(_COLLECTIVE_SECONDS, 2 * hang_seconds))
     if uses_deepspeed:
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns if it has to find out
@@ -158,9 +166,9 @@ def join_ranks(*, uses_deepspeed: bool) -> None:
 
         if not torch.cuda.is_available():
             __compatible_ops__["deepspeed_shm_comm"] = False  # DeepSpeed would compile it at the first start
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     elif announced_ranks() > 1 and not dist.is_initialized():
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
 
 
 def leave_ranks() -> None:

@@ -33,7 +33,9 @@ from deris_llm.config import RunConfig
 from deris_llm.data.loaders import TrainingLoader
 from deris_llm.losses.criterion import Criterion, NonFiniteOutputError
 from deris_llm.structures import DerisOutput, ReferringBatch
+from deris_llm.training import interruption
 from deris_llm.training.optimizer import build_optimizer, by_epochs
+from deris_llm.training.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +118,7 @@ class DerisTrainer(Trainer):
         evaluation: evaluates the model on `eval_split`, on every rank, and returns metrics in percent by name. One of
             `SELECTED_BY` is among them unless it is undefined for the split.
         callbacks: added to those of transformers.
+        watchdog: hears of every forward pass and stage.
     """
 
     def __init__(
@@ -127,8 +130,11 @@ class DerisTrainer(Trainer):
         loader: TrainingLoader,
         evaluation: Callable[[nn.Module], dict[str, float]],
         callbacks: Sequence[TrainerCallback] = (),
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.config = config
+        self.watchdog = watchdog or Watchdog(Path(), 0, rank=0, num_ranks=1)
+        self.is_stopped = False  # a rank was asked to stop; the last step is saved
         self.deris = model  # bare; `model_wrapped` is DeepSpeed's engine
         self.output = Path(str(arguments.output_dir))
         self.criterion = criterion
@@ -145,6 +151,7 @@ class DerisTrainer(Trainer):
             callbacks=list(callbacks),
         )
         self.model_accepts_loss_kwargs = False
+        model.register_forward_pre_hook(lambda *_: self.watchdog.tick())
 
     # -- data and optimizer
 
@@ -190,6 +197,7 @@ class DerisTrainer(Trainer):
         loss. It costs one collective per step and does not wait for the device.
         """
         self._micro_batch = 0
+        self.watchdog.tick(f"computing step {self.state.global_step + 1}")
         if not batch_samples:
             return None
         targets = [batch.targets.phrase_index.numel() for batch in batch_samples if batch.targets is not None]
@@ -263,8 +271,10 @@ class DerisTrainer(Trainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Evaluates on `eval_split`, and writes the folder ``best`` after the best `selecting_number` so far."""
+        self.watchdog.tick(f"evaluating after step {self.state.global_step}")
         with self._meter.paused():
-            numbers = self.evaluation(self.deris)
+            with interruption.at_once():
+                numbers = self.evaluation(self.deris)
             metrics = {f"eval_{name}": value for name, value in numbers.items()}
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -283,12 +293,21 @@ class DerisTrainer(Trainer):
     # -- checkpoints
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **options: Any) -> None:
-        """Saves before it evaluates, so that a failing evaluation loses no step. The Trainer does it the other way round."""
+        """Saves before it evaluates, so that a failing evaluation loses no step. The Trainer does it the other way round.
+
+        If a rank was asked to stop, all ranks save and stop here, after the same step.
+        """
+        if self.is_stopped:  # called again at the end of the epoch
+            return
+        self.watchdog.tick(f"after step {self.state.global_step}")
+        self.is_stopped = any_rank(torch.tensor(interruption.is_asked(), device=self.args.device))
         evaluates, self.control.should_evaluate = self.control.should_evaluate, False
-        self.control.should_save |= evaluates
+        self.control.should_save |= evaluates or self.is_stopped
+        self.control.should_training_stop |= self.is_stopped
         super()._maybe_log_save_evaluate(*arguments, **options)
-        if evaluates:
+        if evaluates and not self.is_stopped:
             self._evaluate(trial=None, ignore_keys_for_eval=None)
+        self.watchdog.tick(f"reading the images of step {self.state.global_step + 1}")
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
         """Does nothing if the run has all its steps and was resumed for its last evaluation; the Trainer would train one more."""
@@ -303,6 +322,7 @@ class DerisTrainer(Trainer):
             folder = checkpoint_folder(self.output, self.state.global_step)
             optimizer, schedule = self._optimizer_and_schedule()
             state = dataclasses.asdict(self.state)
+            self.watchdog.tick(f"saving step {self.state.global_step}")
             save_training_state(folder, self.deris, optimizer, schedule, self.config, state)
             on_first_rank(lambda: keep_newest(self.output, self.config.training.keep_checkpoints))
             logger.info("saved %s", folder)

@@ -252,9 +252,8 @@ RANKS = """
 import os, subprocess, sys, time
 if len(sys.argv) > 1:  # a rank
     try:
-        from deris_llm.training.__main__ import _interrupt
-        import signal
-        signal.signal(signal.SIGTERM, _interrupt)
+        from deris_llm.training import interruption
+        interruption.install()
         open(sys.argv[1], "w").write(str(os.getpid()))
         time.sleep(60)
     except KeyboardInterrupt:
@@ -280,6 +279,27 @@ def test_ctrl_c_ends_every_rank_and_keeps_what_the_first_one_says(tmp_path, monk
     assert read_error_file(error_file) == "interrupted after step 5"
     deadline = time.monotonic() + 10
     while (status := Path("/proc", up.read_text(), "stat")).is_file() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline, "the rank goes on"
+        time.sleep(0.1)
+
+
+LAUNCHER = """
+import os, subprocess, sys
+rank = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open(sys.argv[1], "w").write(str(rank.pid))
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_ranks_do_not_outlive_a_launcher_that_is_killed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(deris_llm.training.launch, "_SECONDS_TO_END", 0.5)
+    status = _run([sys.executable, "-c", LAUNCHER, str(tmp_path / "rank")], dict(os.environ), tmp_path / "error.json")
+    assert status == -signal.SIGKILL
+    rank = (tmp_path / "rank").read_text()
+    assert f"the launcher was killed; ending the ranks that it left (processes [{rank}])" in caplog.text
+    stat = Path("/proc", rank, "stat")
+    deadline = time.monotonic() + 10
+    while stat.is_file() and stat.read_text().split()[2] != "Z":
         assert time.monotonic() < deadline, "the rank goes on"
         time.sleep(0.1)
 

@@ -23,7 +23,7 @@ from deris_llm.config import load_config
 from deris_llm.data.mix import training_mix
 from deris_llm.data.sources import read_split
 from deris_llm.data.synthetic.world import write_world
-from deris_llm.training.data_manifest import data_manifest
+from deris_llm.training.data_manifest import data_manifest, same_data
 from deris_llm.training.inputs import check_phrases
 from deris_llm.training.run import train
 
@@ -182,6 +182,19 @@ def test_other_data_is_refused_by_name_count_and_hash_and_can_be_allowed(trained
     recorded = json.loads((result.checkpoint / "data.json").read_text())
     assert recorded["resumed_on_other_data"] == [{"checkpoint": "checkpoint-2", "trained_on": {"refcoco": before}}]
     assert recorded["datasets"]["refcoco"]["sha256"] != before["sha256"]
+
+
+def test_changed_masks_of_the_same_phrases_are_named_by_file(world, tmp_path):
+    root, overrides = world
+    config = load_config("tiny-refcoco", overrides).data
+    (tmp_path / "data.json").write_text(json.dumps(before := data_manifest(config, training_mix(config))))
+    assert list(before["datasets"]["refcoco"]["files"]) == ["instances.json", "refs(unc).p"]
+    assert same_data(tmp_path, before) == before
+    annotations = json.loads((root / "refcoco" / "instances.json").read_text())
+    annotations["annotations"][0]["segmentation"] = [[1, 1, 30, 1, 30, 30]]
+    (root / "refcoco" / "instances.json").write_text(json.dumps(annotations))
+    with pytest.raises(CheckpointError, match=r"refcoco/train: .* there, .* now; other content in instances\.json\n"):
+        same_data(tmp_path, data_manifest(config, training_mix(config)))
 
 
 # -- inputs that cannot be used --------------------------------------------------------------------------------------
