@@ -8,7 +8,7 @@
 #   --only REGEX only the checks whose names match
 #   WORK         folder for configuration, logs and runs (default: a temporary one, which is deleted if all passed)
 #
-# What is rehearsed: two nodes, each of which counts a stand-in for a GPU; a job array; scontrol requeue in the middle of a run;
+# What is rehearsed: two nodes, each with a stand-in for a GPU; a job array; scontrol requeue in the middle of a run;
 # --signal=USR1@60 at the end of the time limit; a node that dies; a node that freezes. Both "nodes" are namespaces of this machine
 # and share its disk. The jobs train tiny-refcoco for some steps. Takes about ten minutes on two cores.
 # Needs root, and python with the package's libraries on the PATH.
@@ -168,7 +168,7 @@ resumed_from() { grep -oE 'resuming from .*/checkpoint-[0-9]+' "$work/jobs/$1.lo
 
 requeue() {
   local job resumed
-  job="$(submit requeued 6 2 "${on_cpu[@]}" -- --ranks-per-node 1)"
+  job="$(submit requeued 6 2 "${on_cpu[@]}" -- --ranks-per-node 1 --set data.num_workers=1)" # loader workers get SIGTERM too
   wait_until 300 test -d "$work/runs/requeued/checkpoint-2" || { echo "no checkpoint: $(last_words requeued)" && return 1; }
   scontrol requeue "$job"
   resumed="$(resumed_equal requeued "$job")" || { echo "$resumed" && return 1; }
