@@ -80,7 +80,7 @@ ranks_of() { # ranks_of HOST: process ids of its ranks, as this machine numbers 
 }
 end_hosts() {
   trap - ERR
-  kill "${hosts[@]}" 2>/dev/null
+  kill -KILL "${hosts[@]}" 2>/dev/null # unshare ignores SIGTERM; its child ends with it
   wait 2>/dev/null
 }
 trap end_hosts EXIT
