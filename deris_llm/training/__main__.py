@@ -21,6 +21,7 @@ from deris_llm.training.start import leave_ranks
 
 logger = logging.getLogger(__name__)
 
+_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")  # gloo's words
 _SECONDS_TO_REPORT = 3.0  # for the rank that failed, before the others end
 
 EXAMPLES = """\
@@ -122,6 +123,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OtherRankError as error:
         logger.debug("%s", error)
         time.sleep(_SECONDS_TO_REPORT)  # a launcher ends the others as soon as one rank is gone
+        return 1
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _PEER_IS_GONE):
+            raise
+        sys.stderr.write(
+            f"rank {this_rank}: another rank has ended, and says why unless it was killed; this one ends too\n"
+        )
+        logger.debug("traceback", exc_info=True)
+        time.sleep(_SECONDS_TO_REPORT)
         return 1
     except KeyboardInterrupt as error:
         if this_rank == "0" and str(error):

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 _FOLDER = ".ranks"
 _MOST_SECONDS_BETWEEN_SIGNS = 15.0
+_SECONDS_TO_LOOK = 30.0  # for reading the other ranks' signs
 _SIGNS_TO_MISS = 4  # a rank without a new sign for so long is not running
 
 
@@ -40,7 +41,7 @@ class _Sign(NamedTuple):
 
 
 class Watchdog:
-    """Watches one rank and, through the output folder, the others.
+    """Watches one rank and, through the output folder, the others, from the first `tick` on.
 
     Args:
         output: run folder, which all ranks see; where they do not, other machines' ranks count as silent.
@@ -101,7 +102,8 @@ class Watchdog:
         while not self._is_over.wait(
             self._between
         ):  # this process's own time: it stands still while the process is stopped
-            waited = waited + self._between if ticks == self._ticks else 0.0
+            is_still = self._ticks and ticks == self._ticks  # before the first step, the engine and the loaders start
+            waited = waited + self._between if is_still else 0.0
             ticks = self._ticks
             if waited < self._seconds:
                 continue
@@ -109,7 +111,7 @@ class Watchdog:
             # Reading may hang on the disk that everything waits for.
             looking = threading.Thread(target=self._look, args=(found,), daemon=True)
             looking.start()
-            looking.join(self._between * (_SIGNS_TO_MISS + 2))
+            looking.join(self._between * _SIGNS_TO_MISS + _SECONDS_TO_LOOK)
             if ticks == self._ticks and not self._is_over.is_set():
                 self._end(found[0] if found else f"  - the ranks' signs in {self._output / _FOLDER} cannot be read")
             waited = 0.0

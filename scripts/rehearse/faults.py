@@ -391,7 +391,7 @@ def _(run: Round) -> str:
 
 @fault("stopped-rank")
 def _(run: Round) -> str:
-    run.hang_seconds = 8
+    run.hang_seconds = 30  # a step takes seconds where ranks share cores
     start = run.start()
     run.hit(start)
     stopped = run.random.randrange(2)
