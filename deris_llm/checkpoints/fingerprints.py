@@ -24,6 +24,7 @@ from deris_llm.checkpoints.layout import (
     shipped_checkpoint,
 )
 from deris_llm.common.builtin import BUILTIN_PREFIX
+from deris_llm.common.words import shortened
 from deris_llm.config import RunConfig
 
 _CHUNK = 1 << 16
@@ -160,12 +161,22 @@ def check_base_weights(folder: Path, config: RunConfig, *, may_be_absent: bool =
 
 def _recorded_base(folder: Path) -> dict[str, dict[str, Any]]:
     recorded = read_json(folder / BASE_WEIGHTS_FILE)
-    if wrong := [part for part, entry in recorded.items() if not isinstance(entry, dict)]:
+    if wrong := [part for part, entry in recorded.items() if not _is_entry(entry)]:
         raise CheckpointError(
-            f"{folder / BASE_WEIGHTS_FILE}: expected an object with the base weights of {wrong[0]}, got {recorded[wrong[0]]!r}. Copy it "
-            "again, or use another checkpoint"
+            f"{folder / BASE_WEIGHTS_FILE}: expected an object with the base weights of {wrong[0]}, got {shortened(recorded[wrong[0]])}; "
+            "it has `weights`, a name, and `files`, their hashes. Copy it again, or use another checkpoint"
         )
     return recorded
+
+
+def _is_entry(entry: Any) -> bool:
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("weights"), str)
+        or not isinstance(entry.get("files"), dict)
+    ):
+        return False
+    return all(isinstance(digest, str) for digest in entry["files"].values())
 
 
 def _parts_fingerprints(config: RunConfig) -> dict[str, dict[str, Any]]:

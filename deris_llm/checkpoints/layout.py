@@ -35,6 +35,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,6 +217,12 @@ def check_is_checkpoint(folder: Path, where: str = "") -> None:
     Raises:
         CheckpointError: lists the missing files and suggests a checkpoint inside the folder; or see `check_files`.
     """
+    if strange := [name for name in _FILES_TO_USE if os.path.lexists(folder / name) and not (folder / name).is_file()]:
+        raise _damaged(
+            folder,
+            where,
+            [f"{name} that is a folder, a pipe, a device or a link that leads nowhere" for name in strange],
+        )
     wanted = (CONFIG_FILE,) if is_full(folder) else (CONFIG_FILE, TRAINABLE_FILE, BASE_WEIGHTS_FILE)
     absent = [name for name in wanted if not (folder / name).is_file()]
     if absent and (folder / CHECKSUMS_FILE).is_file():
@@ -262,7 +269,7 @@ def check_files(folder: Path, where: str = "", *, to_resume: bool = False) -> No
         CheckpointError: names each file that is missing, truncated or changed.
     """
     path = folder / CHECKSUMS_FILE
-    if not path.is_file():
+    if not os.path.lexists(path):
         if to_resume and (absent := [name for name in FILES_TO_RESUME if not (folder / name).is_file()]):
             raise _damaged(folder, where, [f"no {name}" for name in absent])
         if to_resume:
@@ -279,22 +286,33 @@ def check_files(folder: Path, where: str = "", *, to_resume: bool = False) -> No
             f"{where}{path}: expected the sizes and hashes of this checkpoint's files, got a damaged file. The other files may be "
             f"intact: use another checkpoint{_others(folder)}, or remove {CHECKSUMS_FILE} to use them unchecked"
         )
+    if strange := next((name for name, entry in files.items() if not _is_entry(name, entry)), None):
+        raise CheckpointError(
+            f"{where}{path}: expected names of files in this folder with size and hash, got {shortened(strange)}: "
+            f"{shortened(files[strange])}. No run wrote this: use another checkpoint"
+        )
     needed = {name: entry for name, entry in files.items() if to_resume or name not in FILES_TO_RESUME}
     problems = [problem for name, entry in needed.items() if (problem := _problem(folder / name, name, entry))]
     if problems:
         raise _damaged(folder, where, problems)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file of a checkpoint; every one holds an object.
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Reads a JSON file of a checkpoint.
+
+    Args:
+        path: of the file.
+        kind: of its content, dict or list.
 
     Raises:
-        CheckpointError: no such file, or not a JSON object.
+        CheckpointError: no such file, or not JSON of this kind.
     """
     try:
+        if os.path.lexists(path) and not path.is_file():
+            raise ValueError("no file but a folder, a pipe, a device or a link that leads nowhere")
         content = json_of(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError(f"expected an object, got {shortened(content, 40)}")
+        if not isinstance(content, kind):
+            raise ValueError(f"expected {'an object' if kind is dict else 'a list'}, got {shortened(content, 40)}")
         return content
     except (OSError, ValueError) as error:
         reason = f"{path.stat().st_size:,} bytes that are not JSON ({error})" if path.is_file() else f"{error}"
@@ -302,6 +320,11 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: expected a JSON file of a checkpoint, got {reason}. Copy it again, or use another checkpoint"
             f"{_others(path.parent)}"
         ) from error
+
+
+def _is_entry(name: str, entry: object) -> bool:
+    is_inside = not name.startswith("/") and ".." not in name.split("/") and "\0" not in name
+    return is_inside and isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
 
 
 def _problem(path: Path, name: str, entry: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +25,10 @@ from deris_llm.checkpoints.layout import (
     MODEL_FILE,
     PROTOCOL_FILE,
     TRAINABLE_FILE,
+    CheckpointError,
     find_checkpoint,
     is_full,
+    read_json,
     write_checksums,
 )
 from deris_llm.checkpoints.load import checkpoint_config
@@ -34,7 +37,6 @@ from deris_llm.common import hub
 from deris_llm.common.builtin import BUILTIN_PREFIX
 from deris_llm.common.folders import check_new_folder, written_aside
 from deris_llm.common.html import environment
-from deris_llm.common.strict_files import json_of
 from deris_llm.common.version import __version__
 from deris_llm.config import Beit3Cognition, RunConfig, load_config, save_config
 from deris_llm.config.protocols import protocols_of
@@ -107,7 +109,8 @@ def export_checkpoint(
             for name, source in files_beside_weights(folder, checkpoint_config(folder, overrides)).items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, partial / name)
-        _finish(folder, partial, content, repo_name=repo_name, merge=done, overrides=overrides)
+        with _explains_other_content(folder):
+            _finish(folder, partial, content, repo_name=repo_name, merge=done, overrides=overrides)
         write_checksums(partial)
     saved = load_config(folder / CONFIG_FILE, overrides)
     names = (saved.cognition.weights, saved.perception.weights)
@@ -192,7 +195,7 @@ def _finish(
     save_config(config, out / CONFIG_FILE)
     path = out / BASE_WEIGHTS_FILE
     if path.is_file():
-        recorded = json_of(path.read_text(encoding="utf-8"))
+        recorded = read_json(path)
         for entry in recorded.values():
             entry["weights"] = _public_name(entry["weights"])
         path.write_text(json.dumps(recorded, indent=2), encoding="utf-8")
@@ -301,8 +304,20 @@ def model_card(
     )
 
 
-def _json_of(path: Path) -> Any:
-    return json_of(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _json_of(path: Path, kind: type = dict) -> Any:
+    return read_json(path, kind) if os.path.lexists(path) else None
+
+
+@contextlib.contextmanager
+def _explains_other_content(source: Path) -> Iterator[None]:
+    """The card shows numbers of files that others may have written; what is not as a run writes it is an error that names them."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{source}: expected {METRICS_FILE}, {PROTOCOL_FILE}, {DATA_FILE}, {BASE_WEIGHTS_FILE} and the report as they were written, "
+            f"got other content in one of them ({type(error).__name__}: {error}). Copy the checkpoint and the report again"
+        ) from error
 
 
 def _tags(config: RunConfig) -> list[str]:
@@ -335,7 +350,7 @@ def _metrics(folder: Path, config: RunConfig) -> dict[str, Any]:
     """Returns the numbers measured during training, for a card without a report."""
     metrics = _json_of(folder / METRICS_FILE) or {}
     names = [name for name in (_GRES_METRICS if "gIoU" in metrics else _RIS_METRICS) if name in metrics]
-    protocols = _json_of(folder / PROTOCOL_FILE) or [
+    protocols = _json_of(folder / PROTOCOL_FILE, list) or [
         {"fingerprint": protocol.fingerprint(), "id": protocol.id} for protocol in protocols_of(config)[:1]
     ]
     images = f" of {metrics['n_images']:,} images" if "n_images" in metrics else ""

@@ -239,7 +239,7 @@ def _judged(found: dict[str, Any], status: int | None, folder: Path, *, size: in
         elif not (found["is_user_error"] and found["is_ours"]):
             faults.append(("traceback", f"{found['error']}: {tell.message}"))
         elif not re.search(
-            r"expected|did you mean|unknown field|cannot be used|problems? in|at most|line \d+, column \d+: ",
+            r"expected|did you mean|unknown field|cannot be used|problems? in|at most|was not uploaded|There is|line \d+, column \d+: ",
             tell.message,
         ):
             faults.append(("unclear error", tell.message))

@@ -424,6 +424,7 @@ def _request() -> int:
     from deris_llm.serving.demo.service import DemoService
 
     sent = json.loads(Path("in/request.json").read_bytes())
+    sent = sent if isinstance(sent, dict) else {"image": sent}
     service = DemoService(_PIPELINES)
     given = sent.get("image")
     image = requests.upload(f"in/{given}" if isinstance(given, str) else given, Path("in").resolve())
