@@ -415,3 +415,9 @@ def test_postscript_starts_no_program(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="PostScript"):
         as_picture(folder / "b.png")
     assert not (tmp_path / "started").exists()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(images.BROKEN, match="a pipe or a device"):
+        images.opened_image(tmp_path / "a.png")

@@ -370,6 +370,8 @@ VIDEO_FAULTS: dict[str, tuple[Any, str, int]] = {
     "a frame twice": ({"frames": ["00000", "00000"]}, "expected each frame once in the list of frames, got '00000' twice", 6),
     "frames are no names": ({"frames": [0, 5]}, "expected names of frames, got 0", 3),
     "a frame elsewhere": ({"frames": ["../00000"]}, r"expected names of frames, got '\.\./00000'", 3),
+    "an expression elsewhere": ({"expressions": {"../0": {"exp": "x"}}}, r"expected names of a video and its expressions, got '\.\./0'", 1),
+    "an expression of 5,000 letters": ({"expressions": {"9" * 5000: {"exp": "x"}}}, "expected names of a video and its expressions, got '9999", 1),
     "no list of frames": ({"frames": None}, "expected a video with `expressions` and `frames`, got a dict with", 1),
 }
 
