@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from deris_llm.cli.arguments import add_command, at_least, path
@@ -47,6 +48,19 @@ def run(arguments: argparse.Namespace) -> int:
             )
     checkpoint = arguments.checkpoint and find_checkpoint(arguments.checkpoint).folder
 
+    try:
+        page = _written(arguments, checkpoint)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"report {arguments.folder}: expected files as `deris-llm eval` and `score` write them, got other content in one of them "
+            f"({type(error).__name__}: {error}): evaluate again"
+        ) from error
+    sys.stdout.write(printable(f"written to {page} ({page.stat().st_size / 1e6:.1f} MB)\n"))
+    return 0
+
+
+def _written(arguments: argparse.Namespace, checkpoint: Path | None) -> Path:
+    """Writes the page and returns its path."""
     from deris_llm.evaluation.page.page import look_inside, page_file, write_page
     from deris_llm.evaluation.page.stored import open_evaluation
 
@@ -55,6 +69,4 @@ def run(arguments: argparse.Namespace) -> int:
         evaluation = look_inside(evaluation, checkpoint, data_root=arguments.data, seed=arguments.seed)
     against = open_evaluation(arguments.against) if arguments.against is not None else None
     out = arguments.out or arguments.folder / page_file(against)
-    page = write_page(evaluation, out, data_root=arguments.data, against=against, seed=arguments.seed)
-    sys.stdout.write(printable(f"written to {page} ({page.stat().st_size / 1e6:.1f} MB)\n"))
-    return 0
+    return write_page(evaluation, out, data_root=arguments.data, against=against, seed=arguments.seed)

@@ -116,12 +116,17 @@ class Campaign:
 
 
 def run(
-    campaign: Campaign, readers: Sequence[Reader], inputs: int, *, heavy: bool
+    campaign: Campaign, readers: Sequence[Reader], inputs: int, *, heavy: bool, name: str | None = None
 ) -> Iterator[tuple[Input | None, Reader, Outcome]]:
-    """Reads the inputs of the readers; yields each with its outcome, the valid source of a reader first."""
+    """Reads the inputs of the readers; yields each with its outcome, the valid source of a reader first.
+
+    With a name, only the inputs whose name contains it are read.
+    """
     for reader in readers:
         yield None, reader, campaign.prepare(reader)
-        for given in campaign.inputs(reader, inputs, heavy=heavy):
+        for given in campaign.inputs(reader, 10_000 if name else inputs, heavy=heavy):
+            if name and (name not in given.name or given.spoiling.is_wanton):
+                continue
             yield given, reader, campaign.read(given, reader)
 
 
@@ -148,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--readers", nargs="+", default=names, choices=names, metavar="NAME", help=f"default: all, {'; '.join(names)}"
     )
     parser.add_argument("--inputs", type=int, default=30, metavar="N", help="of each reader (default 30)")
-    parser.add_argument("--input", metavar="NAME", help="only inputs whose name contains this text")
+    parser.add_argument("--input", metavar="NAME", help="only crafted inputs whose name contains this text")
     parser.add_argument("--light", action="store_true", help="without files of 100 MB")
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="with --input: the new folder of the first such input, which stays"
@@ -165,9 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         campaign = Campaign(Path(folder), given.seed)
         if given.keep is not None:
             return _keep(campaign, readers, given)
-        for each, reader, outcome in run(campaign, readers, given.inputs, heavy=not given.light):
-            if each is not None and given.input and given.input not in each.name:
-                continue
+        for each, reader, outcome in run(campaign, readers, given.inputs, heavy=not given.light, name=given.input):
             if each is not None:
                 found.append((reader.name, outcome))
             if outcome.is_fault or given.verbose:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deris_llm.checkpoints.layout import BEST, CONFIG_FILE, TRAINER_STATE_FILE, newest_checkpoint
-from deris_llm.common.strict_files import json_of
+from deris_llm.common.strict_files import json_of, unique_keys
 from deris_llm.common.words import shortened
 from deris_llm.config import RunConfig, load_config
 from deris_llm.data.sources import read_split
@@ -128,7 +128,7 @@ def read_answers(path: Path) -> list[Answer]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                answer = Answer.from_json(json_of(line))
+                answer = Answer.from_json(json_of(line, object_pairs_hook=unique_keys))
                 if not (answer.phrase_id and answer.image and answer.iou and isinstance(answer.mask, dict)):
                     raise ValueError("not all of these are there")
                 if answer.says_target is None:  # written before phrases could name nothing
