@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
 _FIELDS = re.compile(r"^(VmHWM|RssAnon):\s+(\d+) kB", re.MULTILINE)
 
 

@@ -16,15 +16,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
-import resource
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from PIL import Image, ImageDraw
@@ -42,8 +44,10 @@ CANNOT_RUN = 77
 EXAMPLES = """\
 examples:
   scripts/rehearse/true_size.py --config tiny-refcoco                        a minute: tests the script
-  scripts/rehearse/true_size.py --config deris-0.5b-refcoco --ranks 2 --zero 2 3 --image-tokens 16
-  scripts/rehearse/true_size.py --config deris-7b-refcoco --image-tokens 16  a machine with 24 GB and no GPU
+  scripts/rehearse/true_size.py --config deris-0.5b-refcoco --ranks 2 --zero 2 3 --image-tokens 4 --set perception.image_size=128
+  scripts/rehearse/true_size.py --config deris-7b-refcoco                    a GPU
+  scripts/rehearse/true_size.py --config deris-7b-refcoco --image-tokens 4 --set perception.image_size=128 \\
+      'cognition.prompt="<image>\\n{phrase}"'                                24 GB and no GPU: bf16 is slow there, so few tokens
 """
 
 
@@ -144,16 +148,27 @@ def main() -> int:
     return 0
 
 
+def in_child(function: str, *arguments: Any, **options: Any) -> Any:
+    """Calls a function of `scripts.rehearse.weights` in a process of its own: importing torch takes 0.8 GB."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_call, function, arguments, options).result()
+
+
+def _call(function: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    from scripts.rehearse import weights
+
+    return getattr(weights, function)(*arguments, **options)
+
+
 def reason_against(config: RunConfig, work: Path) -> str | None:
     """Says why this machine cannot run the rehearsal of a config, or returns None."""
     names = [name for name in (config.cognition.weights, config.perception.weights) if not name.startswith("builtin:")]
     if not names:
         return None
-    from scripts.rehearse.weights import can_write, size_of
-
-    if unknown := [name for name in names if not can_write(name)]:
+    sizes = {name: in_child("size_of", name) for name in names}
+    if unknown := [name for name, size in sizes.items() if size is None]:
         return f"expected weights of a LLaVA-OneVision and a Mask2Former of the hub, got {', '.join(unknown)}"
-    size = sum(map(size_of, names))
+    size = sum(sizes.values())
     disk = 2 * size - _num_bytes(work) + 2 * GB  # base and merged weights
     memory = size + 4 * GB  # weights that do not stay in memory are read again for every step
     if (free := shutil.disk_usage(work).free) < disk:
@@ -249,8 +264,6 @@ def write_inputs(rehearsal: Rehearsal, image_tokens: int | None) -> list[str]:
     config, work = rehearsal.config, rehearsal.work
     found = {"cognition": config.cognition.weights, "perception": config.perception.weights}
     if not config.cognition.weights.startswith("builtin:"):
-        from scripts.rehearse.weights import write_weights
-
         for part, name in found.items():
             folder = work / "weights" / part
             found[part] = str(folder)
@@ -258,10 +271,10 @@ def write_inputs(rehearsal: Rehearsal, image_tokens: int | None) -> list[str]:
                 continue
             print(f"\nrandom weights of {name}", flush=True)
             start = time.monotonic()
-            size = write_weights(name, folder.with_suffix(".partial"), image_tokens=image_tokens)
-            folder.with_suffix(".partial").rename(folder)
-            peak = Peak(private=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-            rehearsal.add(Done(f"write {part}", time.monotonic() - start, peak, size, None))
+            unfinished = folder.with_suffix(".partial")
+            size, resident = in_child("write_weights", name, unfinished, image_tokens=image_tokens)
+            unfinished.rename(folder)
+            rehearsal.add(Done(f"write {part}", time.monotonic() - start, Peak(resident=resident), size, None))
     write_data(work / "data")
     return [
         *(f"{part}.weights={name}" for part, name in found.items()),

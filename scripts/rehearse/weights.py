@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -28,11 +29,6 @@ _STD = 0.02
 _INDICES = "relative_position_index"  # the one kind of integers, in Swin
 
 
-def can_write(name: str) -> bool:
-    """Whether `write_weights` knows how these weights are published."""
-    return HUB_IDS.get(name) in ("qwen2_ov", "mask2former")
-
-
 def published_shapes(name: str, architecture: Any) -> dict[str, tuple[int, ...]]:
     """Returns names and shapes of published weights, checked against the digest of the published list."""
     shapes = FAMILIES[HUB_IDS[name]].shapes(architecture)[1]
@@ -42,8 +38,10 @@ def published_shapes(name: str, architecture: Any) -> dict[str, tuple[int, ...]]
     return shapes
 
 
-def size_of(name: str) -> int:
-    """Returns the bytes that `write_weights` writes."""
+def size_of(name: str) -> int | None:
+    """Returns the bytes that `write_weights` writes, or None if it does not know how these weights are published."""
+    if HUB_IDS.get(name) not in ("qwen2_ov", "mask2former"):
+        return None
     return _num_bytes(published_shapes(name, architecture_of(name)), _dtype(name))
 
 
@@ -55,7 +53,9 @@ def _num_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int
     return sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
 
 
-def write_weights(name: str, folder: Path, *, image_tokens: int | None = None, part_bytes: int = PART_BYTES) -> int:
+def write_weights(
+    name: str, folder: Path, *, image_tokens: int | None = None, part_bytes: int = PART_BYTES
+) -> tuple[int, int]:
     """Writes a folder like that of the hub, with random weights: bf16 for the language model, fp32 for Mask2Former.
 
     Args:
@@ -66,7 +66,7 @@ def write_weights(name: str, folder: Path, *, image_tokens: int | None = None, p
         part_bytes: most of a part.
 
     Returns:
-        bytes of the weights.
+        bytes of the weights, and the most memory that this process has used.
     """
     architecture = architecture_of(name)
     shapes = published_shapes(name, architecture)
@@ -81,7 +81,8 @@ def write_weights(name: str, folder: Path, *, image_tokens: int | None = None, p
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": str(dtype).removeprefix("torch.")}))
     if is_language_model:
         _write_tokenizer(folder)
-    return _write_parts(folder, shapes, dtype, part_bytes)
+    size = _write_parts(folder, shapes, dtype, part_bytes)
+    return size, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _write_parts(folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, part_bytes: int) -> int:

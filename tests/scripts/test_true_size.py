@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from deris_llm.config import load_config
 from deris_llm.models.pretrained import load_tokenizer
-from scripts.rehearse import weights
+from scripts.rehearse import true_size, weights
 from scripts.rehearse.memory import measured
 from scripts.rehearse.true_size import reason_against
 
@@ -29,7 +29,7 @@ def test_memory_of_a_process_that_a_command_starts_is_seen(tmp_path):
 
 def test_weights_are_written_as_published(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "_values", lambda name, shape, dtype, _: torch.zeros(shape, dtype=dtype))
-    size = weights.write_weights(SMALL, tmp_path / "new", part_bytes=10**8)
+    size, _ = weights.write_weights(SMALL, tmp_path / "new", part_bytes=10**8)
     index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
     assert len(index["weight_map"]) == weights.PUBLISHED[SMALL]["tensors"]
     files = sorted(set(index["weight_map"].values()))
@@ -50,6 +50,7 @@ def test_the_tokenizer_has_the_published_ids(tmp_path):
 
 @pytest.mark.parametrize(("free", "memory", "got"), [(10, 64, "free disk"), (200, 16, "of memory"), (200, 64, None)])
 def test_a_machine_that_is_too_small_is_named(free, memory, got, tmp_path, monkeypatch):
+    monkeypatch.setattr(true_size, "in_child", lambda function, *arguments: getattr(weights, function)(*arguments))
     disk = namedtuple("disk", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk(500, 0, free * 10**9))
     monkeypatch.setattr("psutil.virtual_memory", lambda: namedtuple("memory", "total")(memory * 10**9))
