@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OtherRankError as error:
         logger.debug("%s", error)
-        time.sleep(_SECONDS_TO_REPORT)  # a launcher ends the others as soon as one rank is gone
+        _let_others_report()
         return 1
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _PEER_IS_GONE):
@@ -131,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"rank {this_rank}: another rank has ended, and says why unless it was killed; this one ends too\n"
         )
         logger.debug("traceback", exc_info=True)
-        time.sleep(_SECONDS_TO_REPORT)
+        _let_others_report()
         return 1
     except KeyboardInterrupt as error:
         if this_rank == "0" and str(error):
@@ -148,6 +149,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = as_words(result.metrics)
         sys.stderr.write(f"done after {result.steps} steps: {result.checkpoint}, best {result.best}; {metrics}\n")
     return 0
+
+
+def _let_others_report() -> None:
+    """Waits, because a launcher ends the others as soon as one rank is gone; it may end this one meanwhile."""
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(_SECONDS_TO_REPORT)
 
 
 if __name__ == "__main__":
