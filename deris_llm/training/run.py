@@ -22,6 +22,7 @@ from deris_llm.checkpoints.fingerprints import (
     base_checkpoint,
     base_fingerprints,
     check_base_weights,
+    first_weights_folder,
     recorded_base_checkpoint,
 )
 from deris_llm.checkpoints.layout import (
@@ -120,6 +121,7 @@ def train(
     check_environment(config)
     check_launcher(config, deepspeed)
     join_ranks(uses_deepspeed=zero is not None, hang_seconds=config.training.hang_seconds)
+    on_first_rank(lambda: first_weights_folder(config))  # before the output folder exists
     with contextlib.ExitStack() as stack:
         on_first_rank(lambda: stack.enter_context(sole_writer(output, is_trial=trial is not None)))
         if trial is not None:

@@ -66,6 +66,7 @@ def check_start(
     """
     read_deepspeed_config(deepspeed, config, num_ranks=num_ranks)
     check_environment(config)
+    first_weights_folder(config)
     trial = trial_folder(output, fast_dev_run=fast_dev_run, overfit=overfit)
     with sole_writer(trial or output, is_trial=trial is not None):
         if trial is not None:
@@ -114,8 +115,7 @@ def check_launcher(config: RunConfig, deepspeed: Path | None) -> None:
 
 
 def checkpoint_to_resume(config: RunConfig, output: Path, resume: str) -> Path | None:
-    """Returns the checkpoint to resume from, checked, or None for a new run. `training.start_from` is checked in both cases."""
-    first_weights_folder(config)
+    """Returns the checkpoint to resume from, checked, or None for a new run."""
     check_writable(output, "--output")
     finish_replacements(output)
     if resume == "auto":
