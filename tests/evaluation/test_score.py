@@ -283,14 +283,16 @@ def test_all_problems_are_said_at_once(root: Path, records: list[ReferringRecord
 @pytest.mark.parametrize(
     ("picture", "says"),
     [
-        (Image.new("RGB", (8, 8)), "expected one channel, above 0 = inside, got mode RGB"),
+        ("RGB", "expected one channel, above 0 = inside, got mode RGB"),
         (Image.new("L", (8, 8)), "px, got 8 x 8"),
         (None, "expected a whole PNG, got UnidentifiedImageError"),
     ],
 )
 def test_a_bad_png_is_named(
-    root: Path, records: list[ReferringRecord], tmp_path: Path, picture: Image.Image | None, says: str
+    root: Path, records: list[ReferringRecord], tmp_path: Path, picture: Image.Image | str | None, says: str
 ) -> None:
+    if isinstance(picture, str):
+        picture = Image.new(picture, (records[0].width, records[0].height))
     folder = tmp_path / "masks"
     folder.mkdir()
     path = folder / f"{records[0].phrase_id.rpartition('/')[2]}.png"

@@ -265,7 +265,7 @@ def test_a_checkpoint_cannot_ask_for_downloaded_kernels(copy, config):
     [
         (
             "[]",
-            r"base_weights.json: expected a JSON file of a checkpoint, got 2 bytes that are not JSON \(expected an object, got '\[\]'",
+            r"base_weights.json: expected a JSON file of a checkpoint, got 2 bytes that are not JSON \(expected an object, got \[\]\)",
         ),
         (
             '{"base_checkpoint": "elsewhere"}',

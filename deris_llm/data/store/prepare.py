@@ -22,9 +22,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deris_llm.common.strict_files import json_of
 from deris_llm.common.folders import check_writable
 from deris_llm.common.locks import locked
+from deris_llm.common.strict_files import json_of
 from deris_llm.common.version import __version__
 from deris_llm.data.errors import DataError, bad_records_error
 from deris_llm.data.formats import VIDEO_FORMATS, open_source, refer

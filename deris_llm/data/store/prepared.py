@@ -326,5 +326,5 @@ def map_arrow(path: Path, num_bytes: int) -> list[pa.RecordBatch]:
         return batches
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{path}: expected an Arrow stream, got {error}. Remove {path.parent.parent} and run `deris-llm data prepare` again"
+            f"{path}: expected an Arrow stream as it was written, got {error}: the file was changed. Remove {path.parent.parent} and run `deris-llm data prepare` again"
         ) from error
