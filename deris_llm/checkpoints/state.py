@@ -248,6 +248,7 @@ def _whole(parameters: Mapping[str, nn.Parameter], fragments: Sequence[_Fragment
 
 
 def _fill(fragment: _Fragment, whole: Tensor) -> None:
+    """Copies a fragment's part of a whole tensor; what is past its end (all, of a tensor with fewer values than ranks) is 0."""
     number = fragment.values.numel()
-    source = F.pad(whole.flatten(), (0, number))[fragment.start : fragment.start + number]
-    fragment.values.detach().copy_(source.view_as(fragment.values))
+    source = whole.flatten()[fragment.start : fragment.start + number]
+    fragment.values.detach().copy_(F.pad(source, (0, number - source.numel())).view_as(fragment.values))
